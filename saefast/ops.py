@@ -1,0 +1,219 @@
+"""The one place that checks an op's arguments and picks the backend that serves a tensor.
+
+Three modules hold the same functions under the same names: `triton_ops` (CUDA tensors, where Triton is there),
+`native` (CPU tensors, where the C++ extension is there) and `reference` (everything else).
+"""
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saefast import native, reference
+from saefast.errors import InputError
+
+Method = Literal["auto", "fused", "chunked"]
+Precision = Literal["ieee", "tf32"]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend(x: Tensor) -> ModuleType:
+    """The module whose functions serve tensors like x (device and dtype decide)."""
+    if x.is_cuda and _has_triton() and x.dtype != torch.float64:
+        from saefast import triton_ops
+
+        return triton_ops
+    if x.device.type == "cpu" and native.supports(x.dtype):
+        return native
+    return reference
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    method: Method = "auto",
+    precision: Precision = "ieee",
+    max_scratch_bytes: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
+    """The exact k largest of x W_encᵀ + b_enc for every row, without ever writing the (B, L) matrix.
+
+    Exact over fp32 accumulators (fp64 for fp64 inputs): values descend, ties go to the lower index, NaN ranks
+    above +inf, and each row holds k distinct indices even where fewer than k values are positive.
+
+    Args:
+        x: (B, D) float. Any strides; copied once if not contiguous.
+        W_enc: (L, D), x's dtype and device.
+        b_enc: (L,) float, or None.
+        k: latents kept per row, 1 <= k <= L (or the number of `latents`).
+        latents: (n,) sorted int ids: only these compete. Ids returned are still those of W_enc.
+        scale: (L,) positive floats: ranks by scale · pre, returns pre.
+        relu: clip the returned values at zero; the indices do not change.
+        method: GPU only. "fused" filters in the GEMM's epilogue, "chunked" runs a library GEMM on chunks that fit in
+            L2 and filters after, "auto" follows measurements (kernels/tuning.py).
+        precision: products of fp32 inputs on a GPU: "ieee", or "tf32" (faster, 10-bit mantissa).
+        max_scratch_bytes: scratch memory allowed beside inputs and results.
+
+    Returns:
+        acts (B, k) fp32 (fp64 for fp64 inputs), idx (B, k) int32.
+
+    Raises:
+        InputError: a shape, dtype, device, k or option that cannot be served.
+    """
+    n = _check_encoder(x, W_enc, b_enc)
+    if latents is not None:
+        _check_latents(latents, W_enc)
+        n = latents.shape[0]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        what = "len(latents)" if latents is not None else "n_latents"
+        raise InputError(f"k is {k!r}: expected an int between 1 and {what} = {n}")
+    if scale is not None:
+        _check_vector("scale", scale, W_enc)
+    if method not in ("auto", "fused", "chunked"):
+        raise InputError(f"method is {method!r}: expected 'auto', 'fused' or 'chunked'")
+    if precision not in ("ieee", "tf32"):
+        raise InputError(f"precision is {precision!r}: expected 'ieee' or 'tf32'")
+    if max_scratch_bytes < 1:
+        raise InputError(f"max_scratch_bytes is {max_scratch_bytes}: expected a positive number of bytes")
+    impl = backend(x)
+    extra: dict[str, object] = {}
+    if impl is not reference:
+        extra["max_scratch_bytes"] = max_scratch_bytes
+    if impl is not reference and impl is not native:
+        extra |= {"method": method, "precision": precision}
+    acts, idx = impl.encode_topk(
+        x.contiguous(), W_enc.contiguous(), b_enc, k, latents=latents, scale=scale, relu=relu, **extra
+    )
+    return acts, idx
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every pre-activation above a threshold, as CSR with exact counts (JumpReLU; BatchTopK at inference).
+
+    Args:
+        x: (B, D). W_enc: (L, D). b_enc: (L,) or None.
+        threshold: one number, or (L,) with one per latent. On where pre > threshold; NaN counts as on.
+
+    Returns:
+        row_ptr (B + 1,) int64, idx (nnz,) int32 ascending within each row, acts (nnz,) fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        InputError: a shape, dtype or device that cannot be served.
+    """
+    _check_encoder(x, W_enc, b_enc)
+    if isinstance(threshold, Tensor) and threshold.dim() > 0:
+        _check_vector("threshold", threshold, W_enc)
+    row_ptr, idx, acts = backend(x).threshold_encode(x.contiguous(), W_enc.contiguous(), b_enc, threshold)
+    return row_ptr, idx, acts
+
+
+def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """Sparse @ dense: out[b] = Σ_j acts[b, j] · W[idx[b, j]], summed in fp32 (fp64 for fp64 W).
+
+    Args:
+        acts: (B, K) float. idx: (B, K) int32 or int64, 0 <= idx < L. W: (L, D).
+
+    Returns:
+        (B, D) in W's dtype.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, or (on a CPU) an index out of range.
+    """
+    _check_code(acts, idx, W)
+    return backend(W).spmm(acts.contiguous(), idx.contiguous(), W.contiguous())
+
+
+def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """Sampled dot products: out[b, j] = x[b] · W[idx[b, j]].
+
+    Args:
+        x: (B, D) float. idx: (B, K) int32 or int64, 0 <= idx < L. W: (L, D).
+
+    Returns:
+        (B, K) fp32 (fp64 for fp64 x).
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit, or (on a CPU) an index out of range.
+    """
+    _check_code(None, idx, W, rows=x.shape[0])
+    _check_width("x", x, W)
+    return backend(x).sddmm(x.contiguous(), idx.contiguous(), W.contiguous())
+
+
+# The dense transposed products serve the autograd engine only; the fused step works on runs (step.py).
+spmm_t = reference.spmm_t
+sum_by_latent = reference.sum_by_latent
+
+
+def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
+    """Checks shapes, dtypes and devices of an encoder's arguments and returns L."""
+    if W_enc.dim() != 2 or W_enc.shape[0] == 0:
+        raise InputError(f"W_enc has shape {tuple(W_enc.shape)}: expected (n_latents, d_in) with n_latents >= 1")
+    _check_width("x", x, W_enc)
+    if W_enc.shape[0] >= 2**31:
+        raise InputError(f"W_enc has {W_enc.shape[0]} latents: at most 2**31 - 1 fit the int32 indices")
+    if x.dtype not in FLOATS or W_enc.dtype != x.dtype:
+        raise InputError(f"x is {x.dtype} and W_enc {W_enc.dtype}: expected one floating dtype for both; cast one")
+    if b_enc is not None:
+        _check_vector("b_enc", b_enc, W_enc)
+    return W_enc.shape[0]
+
+
+def _check_vector(name: str, vector: Tensor, W: Tensor) -> None:
+    if vector.shape != W.shape[:1]:
+        raise InputError(f"{name} has shape {tuple(vector.shape)}: expected ({W.shape[0]},), one value per latent")
+    if vector.dtype not in FLOATS or vector.device != W.device:
+        raise InputError(f"{name} is {vector.dtype} on {vector.device}: expected a float tensor on {W.device}")
+
+
+def _check_width(name: str, x: Tensor, W: Tensor) -> None:
+    if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1]:
+        raise InputError(f"{name} has shape {tuple(x.shape)} and W {tuple(W.shape)}: expected (batch, D) and (L, D)")
+    if x.device != W.device:
+        raise InputError(f"{name} is on {x.device} and W on {W.device}: expected one device; move one with .to()")
+
+
+def _check_latents(latents: Tensor, W: Tensor) -> None:
+    if latents.dim() != 1 or latents.dtype not in (torch.int32, torch.int64) or latents.device != W.device:
+        raise InputError(
+            f"latents is {latents.dtype} of shape {tuple(latents.shape)} on {latents.device}: "
+            f"expected a 1-D int32 or int64 tensor on {W.device}"
+        )
+    if latents.device.type == "cpu" and len(latents):  # on a GPU the check would stall the stream
+        ascending = bool((latents[1:] > latents[:-1]).all())
+        if not ascending or latents[0] < 0 or latents[-1] >= W.shape[0]:
+            raise InputError(f"latents must be strictly ascending ids in [0, {W.shape[0]}): sort and deduplicate them")
+
+
+def _check_code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = None) -> None:
+    if W.dim() != 2 or W.dtype not in FLOATS:
+        raise InputError(f"W is {W.dtype} of shape {tuple(W.shape)}: expected a floating (n_latents, D) tensor")
+    if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected (batch, k) int32 or int64")
+    if acts is not None and (acts.shape != idx.shape or acts.dtype not in FLOATS):
+        raise InputError(
+            f"acts is {acts.dtype} of shape {tuple(acts.shape)}: expected floats of idx's {tuple(idx.shape)}"
+        )
+    if rows is not None and idx.shape[0] != rows:
+        raise InputError(f"idx has {idx.shape[0]} rows and x {rows}: expected as many")
+    if idx.device != W.device or (acts is not None and acts.device != W.device):
+        raise InputError(f"acts and idx must be on W's device {W.device}, idx is on {idx.device}")
+    if idx.device.type == "cpu" and idx.numel():
+        low, high = torch.aminmax(idx)
+        if int(low) < 0 or int(high) >= W.shape[0]:
+            raise InputError(f"idx holds {int(low)}..{int(high)}: expected values in [0, {W.shape[0]})")

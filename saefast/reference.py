@@ -1,0 +1,140 @@
+"""Every op in plain torch: the oracle for kernels, and the fallback on any device and dtype.
+
+Written to be read, not to be fast, but never holding a (B, L) tensor: `encode_topk` merges a running top-k over
+chunks of latents. Everything is differentiable by autograd, so float64 gradchecks run on these very functions.
+Arguments are not validated here; `saefast.ops` does that.
+"""
+
+import torch
+from torch import Tensor
+
+Code = tuple[Tensor, Tensor]  # acts (B, K), idx (B, K) int32
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums are kept in: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pre_activations(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    """x W_encᵀ + b_enc in the accumulation dtype. x (B, D), W_enc (C, D), b_enc (C,) -> (B, C)."""
+    dtype = accumulate_dtype(x.dtype)
+    pre = x.to(dtype) @ W_enc.to(dtype).T
+    return pre if b_enc is None else pre + b_enc.to(dtype)
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    chunk: int = 4096,
+) -> Code:
+    """The k largest pre-activations of every row (Gao et al. 2024, arXiv 2406.04093, eq. 2).
+
+    Values descend, ties go to the lower index, NaN ranks above +inf. Memory is O(B · (chunk + k)).
+
+    Args:
+        x: (B, D).
+        W_enc: (L, D), one latent a row.
+        b_enc: (L,) or None.
+        k: latents kept per row.
+        latents: (n,) sorted ids; only these compete. Ids returned are still those of W_enc.
+        scale: (L,) positive; ranks by scale · pre, returns pre.
+        relu: clip the values at zero after selection. The indices stay k distinct latents either way.
+        chunk: latents looked at in one go.
+
+    Returns:
+        acts (B, k) in the accumulation dtype and idx (B, k) int32.
+    """
+    B, ids = x.shape[0], torch.arange(W_enc.shape[0], device=x.device) if latents is None else latents.long()
+    best = x.new_empty((B, 0), dtype=accumulate_dtype(x.dtype))
+    rank, idx = best, ids.new_empty((B, 0))
+    for part in ids.split(chunk):
+        # A slice of consecutive ids is a view; only an explicit list pays for a copy of its rows.
+        rows = slice(int(part[0]), int(part[-1]) + 1) if latents is None else part
+        pre = pre_activations(x, W_enc[rows], None if b_enc is None else b_enc[rows])
+        best = torch.cat([best, pre], dim=1)
+        rank = best if scale is None else torch.cat([rank, pre * scale[rows].to(pre.dtype)], dim=1)
+        idx = torch.cat([idx, part.expand(B, -1)], dim=1)
+        # Candidates stand in ascending order of index, so a stable order gives ties to the lower one.
+        order = stable_topk(rank.detach(), min(k, rank.shape[1]))
+        best, rank, idx = best.gather(1, order), rank.gather(1, order), idx.gather(1, order)
+    return (best.relu() if relu else best), idx.int()
+
+
+def stable_topk(values: Tensor, k: int) -> Tensor:
+    """Columns (B, k) of the k largest values of each row, descending, ties to the lower column, NaN first."""
+    if values.dtype == torch.float64 or values.shape[1] >= 2**31:
+        return values.argsort(dim=1, descending=True, stable=True)[:, :k]
+    # One int64 per value, ordered as (value, -column): all keys differ, so any top-k is the stable one.
+    bits = torch.where(values.isnan(), torch.full_like(values, torch.nan), values + 0.0).view(torch.int32)
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    columns = torch.arange(values.shape[1], device=values.device)
+    return ((ordered << 32) | (0x7FFFFFFF - columns)).topk(k, dim=1).indices
+
+
+def threshold_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | float, *, chunk: int = 4096
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pre-activations above a threshold, as CSR: JumpReLU (arXiv 2407.14435) and BatchTopK at inference.
+
+    Args:
+        x: (B, D). W_enc: (L, D). b_enc: (L,) or None.
+        threshold: one number, or (L,) with one per latent; a latent is on where pre > threshold (NaN counts as on).
+
+    Returns:
+        row_ptr (B + 1,) int64, idx (nnz,) int32 ascending within a row, acts (nnz,) in the accumulation dtype.
+    """
+    L = W_enc.shape[0]
+    theta = torch.as_tensor(threshold, device=x.device, dtype=accumulate_dtype(x.dtype)).expand(L)
+    rows, cols, acts = [], [], []
+    for start in range(0, L, chunk):
+        part = slice(start, min(start + chunk, L))
+        pre = pre_activations(x, W_enc[part], None if b_enc is None else b_enc[part])
+        row, col = torch.nonzero(~(pre.detach() <= theta[part]), as_tuple=True)
+        rows.append(row)
+        cols.append(col + start)
+        acts.append(pre[row, col])
+    row = torch.cat(rows)
+    order = row.argsort(stable=True)
+    counts = torch.bincount(row, minlength=x.shape[0])
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return row_ptr, torch.cat(cols)[order].int(), torch.cat(acts)[order]
+
+
+def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """Sparse @ dense: out[b] = Σ_j acts[b, j] · W[idx[b, j]].  acts, idx (B, K), W (L, D) -> (B, D) in W's dtype."""
+    dtype = accumulate_dtype(W.dtype)
+    out = W.new_zeros((acts.shape[0], W.shape[1]), dtype=dtype)
+    for a, i in zip(acts.to(dtype).unbind(1), idx.long().unbind(1), strict=True):
+        out = out + a[:, None] * W[i].to(dtype)
+    return out.to(W.dtype)
+
+
+def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """Sampled dot products: out[b, j] = x[b] · W[idx[b, j]].  x (B, D), idx (B, K), W (L, D) -> (B, K)."""
+    dtype = accumulate_dtype(x.dtype)
+    dots = [(x.to(dtype) * W[i].to(dtype)).sum(1) for i in idx.long().unbind(1)]
+    return torch.stack(dots, 1) if dots else x.new_zeros((x.shape[0], 0), dtype=dtype)
+
+
+def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
+    """Transposed product: out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j] · x[b].  -> (n_latents, D).
+
+    The dense gradient of a weight matrix. The fused step never forms it; autograd needs it.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    out = x.new_zeros((n_latents, x.shape[1]), dtype=dtype)
+    for a, i in zip(acts.to(dtype).unbind(1), idx.long().unbind(1), strict=True):
+        out = out.index_add(0, i, a[:, None] * x.to(dtype))
+    return out
+
+
+def sum_by_latent(acts: Tensor, idx: Tensor, n_latents: int) -> Tensor:
+    """out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j]: the gradient of b_enc. -> (n_latents,)."""
+    return acts.new_zeros(n_latents).index_add(0, idx.flatten().long(), acts.flatten())

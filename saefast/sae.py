@@ -1,0 +1,225 @@
+"""SAEConfig, SAE, SAEOutput: the model, its sparse and dense interface, and its file."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from saefast import autograd
+from saefast.errors import InputError
+from saefast.files import replacing, write_json
+from saefast.init import Init, init_weights
+
+WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass
+class SAEConfig:
+    """What an SAE is; how it is trained stands in TrainConfig.
+
+    Attributes:
+        d_in: width of the activations.
+        n_latents: dictionary size (SAELens calls it d_sae).
+        k: latents active per token.
+        activation: "topk" (Gao et al. 2024, arXiv 2406.04093).
+        apply_b_dec_to_input: encode x - b_dec rather than x.
+        unit_norm_decoder: training keeps decoder rows at unit norm; False leaves them free.
+        rescale_acts_by_decoder_norm: activations are measured in units of the decoder row's norm (SAELens).
+        init: see `saefast.init.init_weights`.
+        dtype: of the weights.
+        metadata: free facts that travel with the SAE: model_name, hook_name, ...
+    """
+
+    d_in: int
+    n_latents: int
+    k: int = 32
+    activation: Literal["topk"] = "topk"
+    apply_b_dec_to_input: bool = True
+    unit_norm_decoder: bool = True
+    rescale_acts_by_decoder_norm: bool = False
+    init: Init = "tied"
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("d_in", "n_latents", "k"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}: expected an int >= 1")
+        if self.k > self.n_latents:
+            raise InputError(f"k is {self.k} but n_latents only {self.n_latents}: k <= n_latents is needed; lower k")
+        allowed = {"activation": ("topk",), "init": get_args(Init), "dtype": tuple(DTYPES)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(values)}")
+
+    @property
+    def d_sae(self) -> int:
+        """SAELens' name for n_latents."""
+        return self.n_latents
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SAEConfig":
+        """From to_dict()'s output; d_sae is taken for n_latents. Unknown keys raise InputError."""
+        values = dict(values)
+        if "d_sae" in values:
+            values["n_latents"] = values.pop("d_sae")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"SAE config has unknown keys {unknown}: expected some of {sorted(known)}")
+        if missing := [name for name in ("d_in", "n_latents") if name not in values]:
+            raise InputError(f"SAE config lacks {missing}: add them")
+        return cls(**values)
+
+
+class SAEOutput(NamedTuple):
+    """What `SAE.forward` returns."""
+
+    x_hat: Tensor
+    """(..., d_in) the reconstruction."""
+    acts: Tensor
+    """(..., k) activations of the latents that are on, descending; 0 where fewer than k are positive."""
+    idx: Tensor
+    """(..., k) int32 ids of those latents, distinct within a row."""
+
+
+class SAE(nn.Module):
+    """A k-sparse autoencoder. acts, idx = TopK(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
+
+    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both.
+
+    Args:
+        config: shape and kind.
+        seed: of the random weights; None draws from torch's global generator.
+    """
+
+    def __init__(self, config: SAEConfig, seed: int | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        dtype = DTYPES[config.dtype]
+        if torch.device(device).type == "meta":  # a shape to load weights into
+            W_enc = W_dec = torch.empty(config.n_latents, config.d_in, device="meta")
+        else:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            W_enc, W_dec = init_weights(config.n_latents, config.d_in, config.init, generator)
+        self.W_enc = nn.Parameter(W_enc.to(device, dtype))
+        self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., d_in) -> acts (..., k) fp32 (fp64 for fp64 weights) and idx (..., k) int32.
+
+        Raises:
+            InputError: x's last dimension is not d_in, or x is on another device.
+        """
+        flat = self._flatten(x)
+        norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
+        acts, idx = autograd.encode_topk(flat, self.W_enc, self.b_enc, self.config.k, scale=norms)
+        if norms is not None:
+            acts = acts * norms[idx.long()]
+        shape = (*x.shape[:-1], self.config.k)
+        return acts.reshape(shape), idx.reshape(shape)
+
+    def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
+        """acts, idx (..., K) -> x_hat (..., d_in)."""
+        flat_acts, flat_idx = acts.reshape(-1, acts.shape[-1]), idx.reshape(-1, idx.shape[-1])
+        if self.config.rescale_acts_by_decoder_norm:
+            flat_acts = flat_acts / self.decoder_norms()[flat_idx.long()]
+        x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
+        return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense activations (..., n_latents), for tools that want them; a (B, L) tensor, so mind its size."""
+        acts, idx = self.encode_sparse(x)
+        dense = acts.new_zeros(*acts.shape[:-1], self.config.n_latents)
+        return dense.scatter(-1, idx.long(), acts)
+
+    def decode(self, f: Tensor) -> Tensor:
+        """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
+        if f.shape[-1] != self.config.n_latents:
+            raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
+        if self.config.rescale_acts_by_decoder_norm:
+            f = f / self.decoder_norms()
+        return f.to(self.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        acts, idx = self.encode_sparse(x)
+        return SAEOutput(self.decode_sparse(acts, idx), acts, idx)
+
+    def decoder_norms(self) -> Tensor:
+        """(n_latents,) norms of the decoder's rows."""
+        return self.W_dec.norm(dim=1)
+
+    @torch.no_grad()
+    def normalize_decoder_(self) -> None:
+        """Scales every decoder row to unit norm."""
+        self.W_dec.div_(self.decoder_norms().clamp_min(torch.finfo(self.dtype).eps)[:, None])
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        """x (..., d_in) as (B, d_in) in the weights' dtype, centred if the config says so."""
+        if x.dim() == 0 or x.shape[-1] != self.config.d_in:
+            raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
+        if x.device != self.device:
+            raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
+        flat = x.reshape(-1, self.config.d_in).to(self.dtype)
+        return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
+
+    def save(self, path: str | Path) -> None:
+        """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder."""
+        folder = Path(path)
+        config = json.dumps(self.config.to_dict())
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with replacing(folder / WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "saefast", "config": config})
+        write_json(folder / CONFIG, self.config.to_dict())
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> SAE:
+    """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.
+
+    Raises:
+        InputError: nothing there, a file cut short, or one of another format or shape.
+    """
+    file = Path(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: expected a folder written by SAE.save, holding {WEIGHTS}")
+    try:
+        with safe_open(file, framework="pt", device=str(device)) as opened:
+            facts = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}): it was cut short or damaged") from None
+    if facts.get("format") != "saefast":
+        raise InputError(f"{file} was not written by saefast (format {facts.get('format')!r})")
+    sae = SAE(SAEConfig.from_dict(json.loads(facts["config"])), device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        raise InputError(f"{file} holds {found}, its config asks for {expected}: the file was altered")
+    sae.load_state_dict(tensors, assign=True)
+    return sae.requires_grad_(True)
