@@ -1,0 +1,68 @@
+"""Running moments of activations in float64: count, sums, norms, and second moments where they are cheap."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Second moments cost 2·d² flops a row; beyond this width they would slow the harvest down.
+SECOND_MOMENTS_UP_TO = 768
+
+
+@dataclass
+class Moments:
+    """Sums over rows x of width d: count, Σx (d,), Σ‖x‖², Σ‖x‖, and Σ x xᵀ (d, d) or None; all float64."""
+
+    count: int
+    sum: Tensor
+    sum_sq_norm: Tensor
+    sum_norm: Tensor
+    second: Tensor | None
+
+    @classmethod
+    def empty(cls, d: int, second: bool | None = None) -> "Moments":
+        wanted = d <= SECOND_MOMENTS_UP_TO if second is None else second
+        f64 = torch.float64
+        matrix = torch.zeros(d, d, dtype=f64) if wanted else None
+        return cls(0, torch.zeros(d, dtype=f64), torch.zeros((), dtype=f64), torch.zeros((), dtype=f64), matrix)
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in rows (n, d). Products are formed in float32 over at most 4096 rows, then summed in float64."""
+        for part in rows.split(4096):
+            x = part.float()
+            self.count += len(x)
+            self.sum += x.sum(0, dtype=torch.float64)
+            sq_norms = (x * x).sum(1, dtype=torch.float64)
+            self.sum_sq_norm += sq_norms.sum()
+            self.sum_norm += sq_norms.sqrt().sum()
+            if self.second is not None:
+                self.second += x.T @ x
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(self.count, 1)
+
+    @property
+    def mean_norm(self) -> float:
+        return float(self.sum_norm) / max(self.count, 1)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """As stored in stats.safetensors: {prefix}/count, sum, sum_sq_norm, sum_norm, mean_norm[, second]."""
+        out = {
+            "count": torch.tensor(self.count),
+            "sum": self.sum,
+            "sum_sq_norm": self.sum_sq_norm,
+            "sum_norm": self.sum_norm,
+            "mean_norm": torch.tensor(self.mean_norm, dtype=torch.float64),
+        }
+        if self.second is not None:
+            out["second"] = self.second
+        return {f"{prefix}/{name}": tensor for name, tensor in out.items()}
+
+    @classmethod
+    def from_tensors(cls, prefix: str, tensors: dict[str, Tensor]) -> "Moments":
+        """Raises KeyError where `tensors` has none of this prefix."""
+        count, total, sq_norm, norm = (
+            tensors[f"{prefix}/{name}"] for name in ("count", "sum", "sum_sq_norm", "sum_norm")
+        )
+        return cls(int(count), total, sq_norm, norm, tensors.get(f"{prefix}/second"))

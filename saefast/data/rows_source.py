@@ -1,0 +1,150 @@
+"""Rows on disk or in memory, drawn without replacement in an order that a seed fixes."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saefast.data.arrays import Segment
+from saefast.data.order import Order
+from saefast.data.shards import ShardFolder
+from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.errors import InputError
+from saefast.native import gather_rows
+
+
+class Located(NamedTuple):
+    """Rows x (B, d_in) with their sequences and positions (B,), None where the source does not know them."""
+
+    x: Tensor
+    seq: Tensor | None
+    pos: Tensor | None
+
+
+class Rows:
+    """Segments one after the other, gathered by row number."""
+
+    def __init__(self, segments: list[Segment]) -> None:
+        self.segments = segments
+        self.starts = np.cumsum([0] + [len(s.rows) for s in segments])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def gather(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Rows (n, d) by number (n,) int64, on the device the rows lie on."""
+        owner = np.searchsorted(self.starts, numbers, side="right") - 1
+        present = np.unique(owner)
+        if len(present) == 1:
+            return _gather(self.segments[present[0]], numbers - self.starts[present[0]], dtype)
+        first = self.segments[0].rows
+        out = torch.empty(len(numbers), first.shape[1], dtype=dtype, device=first.device)
+        for number in present:
+            places = np.flatnonzero(owner == number)
+            rows = _gather(self.segments[number], numbers[places] - self.starts[number], dtype)
+            out[torch.from_numpy(places).to(out.device)] = rows
+        return out
+
+    def locate(self, number: int) -> tuple[Segment, int]:
+        """The segment of a row, and the row's place in it."""
+        owner = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.segments[owner], number - int(self.starts[owner])
+
+    def split_tail(self, n: int) -> tuple["Rows", "Rows"]:
+        """All but the last n rows, and the last n."""
+        cut = len(self) - n
+        head, tail = [], []
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            rows, keep = len(segment.rows), min(max(cut - int(start), 0), len(segment.rows))
+            if keep:
+                head.append(segment.part(0, keep))
+            if keep < rows:
+                tail.append(segment.part(keep, rows))
+        return Rows(head), Rows(tail)
+
+
+class RowsSource(Source):
+    """A source over segments. Held out is what `held` holds; see open_source for which rows that are."""
+
+    def __init__(self, name: str, train: Rows, held: Rows, folder: ShardFolder | None = None) -> None:
+        self.source_name, self.train, self.held, self.folder = name, train, held, folder
+        self.d_in = int(train.segments[0].rows.shape[1])
+        self.n_rows = len(train)
+        self._seed, self._epoch, self._cursor = 0, 0, 0
+        self._restored = False
+        self._last = np.zeros(0, np.int64)
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        check_batch_size(batch_size)
+        if self._restored and seed != self._seed:
+            raise InputError(
+                f"seed is {seed}, but the position to resume from was reached with seed {self._seed}: use that seed"
+            )
+        if not self._restored:
+            self._seed, self._epoch, self._cursor = seed, 0, 0
+        self._restored = False
+        return self._draw(batch_size, Order(len(self.train), seed), device, dtype)
+
+    def _draw(self, batch_size: int, order: Order, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+        while True:
+            parts, missing = [], batch_size
+            while missing:
+                stop = min(self._cursor + missing, len(self.train))
+                parts.append(order.rows(self._epoch, self._cursor, stop))
+                missing -= stop - self._cursor
+                self._cursor = stop
+                if stop == len(self.train):
+                    self._epoch, self._cursor = self._epoch + 1, 0
+            self._last = np.concatenate(parts)
+            yield self.train.gather(self._last, dtype).to(device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "rows",
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "n_rows": len(self.train),
+            "d_in": self.d_in,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(self.source_name, state, {"kind": "rows", "n_rows": len(self.train), "d_in": self.d_in})
+        self._seed, self._epoch, self._cursor = (int(state[k]) for k in ("seed", "epoch", "cursor"))
+        self._restored = True
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        check_batch_size(batch_size)
+        return (part.x for part in self.located("heldout", batch_size, device, dtype))
+
+    def located(
+        self, split: str, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Located]:
+        """A split ("train" or "heldout") once, in order, with sequence and position of each row."""
+        for segment in (self.train if split == "train" else self.held).segments:
+            for start in range(0, len(segment.rows), batch_size):
+                part = segment.part(start, start + batch_size)
+                x = part.rows.to(device).to(dtype)
+                if part.scale is not None:
+                    x = x * part.scale.to(device)[:, None].to(dtype)
+                yield Located(x, part.seq, part.pos)
+
+    def describe_row(self, i: int) -> str:
+        segment, place = self.train.locate(int(self._last[i]))
+        text = f"{segment.name} row {segment.first + place}"
+        if segment.seq is None or segment.pos is None:
+            return text
+        return f"{text} (sequence {int(segment.seq[place])}, position {int(segment.pos[place])})"
+
+    def tokens(self, seq: int) -> Tensor:
+        return super().tokens(seq) if self.folder is None else self.folder.tokens(seq)
+
+
+def _gather(segment: Segment, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    index = torch.from_numpy(numbers).to(segment.rows.device)
+    rows = gather_rows(segment.rows, index).to(dtype)
+    return rows if segment.scale is None else rows * segment.scale[index, None].to(dtype)

@@ -1,0 +1,330 @@
+"""Writes a shard folder so that a kill at any moment leaves it valid, and a later writer goes on from there.
+
+Rows are spooled to a hidden file; `commit` shuffles them into shards, adds tokens and moments, and last of all renames
+a new index.json into place. What the index does not name does not exist: the next writer clears it away.
+"""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saefast.data.moments import Moments
+from saefast.data.shardfile import Column, Digest, write_file
+from saefast.data.shards import (
+    ACT_DTYPES,
+    FORMAT,
+    ROWS_PER_SHARD,
+    SPLITS,
+    VERSION,
+    ShardFolder,
+    dequantise,
+    folder_of,
+    quantise,
+    read_index,
+)
+from saefast.errors import InputError
+from saefast.files import replacing, write_json
+
+# Rows shuffled and hashed at a time: a few megabytes, which stay in the cache between gather, digest and write.
+_PIECE = 2048
+
+
+class ShardWriter:
+    """One writer per folder at a time (a lock file sees to it).
+
+    hooks: name and hf_name of each hook. settings: whatever determines the rows (model, text, context length, ...);
+    it is stored in the index, and a folder begun with other settings raises InputError. rows_per_shard: a train shard
+    is full at this many rows. shuffle_seed: None keeps the rows of a shard in the order they came.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        hooks: list[dict[str, str]],
+        dtype: str = "bfloat16",
+        *,
+        settings: dict[str, Any] | None = None,
+        rows_per_shard: int = ROWS_PER_SHARD,
+        shuffle_seed: int | None = 0,
+        second_moments: bool | None = None,
+    ) -> None:
+        if dtype not in ACT_DTYPES:
+            raise InputError(f"dtype {dtype!r} is unknown: choose from {', '.join(ACT_DTYPES)}")
+        if rows_per_shard < 1:
+            raise InputError(f"rows_per_shard is {rows_per_shard}, expected at least 1")
+        self.folder, self.dtype, self.shuffle_seed = Path(folder), ACT_DTYPES[dtype], shuffle_seed
+        self.second_moments = second_moments
+        self._lock = _lock(self.folder)
+        try:
+            self.index = self._begin(hooks, dtype, settings or {}, rows_per_shard)
+            self._clear_leftovers()
+            self._moments = self._load_moments()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._spools: dict[str, _Spool] = {}
+        self._sequences: list[tuple[int, list[int]]] = []
+        self._next_sequence = sum(part["n_seq"] for part in self.index["tokens"])
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def cursor(self) -> dict[str, Any] | None:
+        """What the last commit was given: where to go on. None in a new folder."""
+        cursor = self.index.get("cursor")
+        return dict(cursor) if cursor else None
+
+    @property
+    def hooks(self) -> list[str]:
+        return [hook["name"] for hook in self.index["hooks"]]
+
+    def add_sequences(self, first: int, documents: list[int], ids: list[list[int]]) -> None:
+        """Token ids of sequences first, first + 1, ..., and the document each is from; known ones are ignored."""
+        for number, (document, sequence) in enumerate(zip(documents, ids, strict=True), start=first):
+            if number == self._next_sequence + len(self._sequences):
+                self._sequences.append((document, sequence))
+
+    def room(self) -> int:
+        """Train rows that still fit into the shard being filled."""
+        waiting = self._spools["train"].rows if "train" in self._spools else 0
+        return int(self.index["rows_per_shard"]) - waiting
+
+    @property
+    def waiting(self) -> int:
+        """Rows taken in since the last commit."""
+        return sum(spool.rows for spool in self._spools.values())
+
+    def add(self, split: str, rows: dict[str, Tensor], seq: Tensor, pos: Tensor) -> None:
+        """rows: per hook (n, d), the same n for all; seq (n,) int, pos (n,) int."""
+        for hook in self.index["hooks"]:
+            d = rows[hook["name"]].shape[1]
+            if hook["d"] is None:
+                hook["d"] = d
+            elif hook["d"] != d:
+                raise InputError(f"hook {hook['name']}: {d} columns, the folder holds {hook['d']}")
+        if split not in self._spools:
+            self._spools[split] = _Spool(self.folder / ".spool", split, self.hooks, self.dtype)
+        self._spools[split].add(rows, seq, pos)
+
+    def commit(self, cursor: dict[str, Any], complete: bool = False, **extra: Any) -> None:
+        """Turns everything taken in so far into shards and renames the index. `extra` goes into the index."""
+        shards, tokens = list(self.index["shards"]), list(self.index["tokens"])
+        for split in SPLITS:
+            if split in self._spools and self._spools[split].rows:
+                number = sum(shard["split"] == split for shard in shards)
+                shards.append(self._write_shard(split, number))
+        if self._sequences:
+            tokens.append(self._write_tokens(len(tokens)))
+        self._write_stats()
+        splits = {split: sum(s["rows"] for s in shards if s["split"] == split) for split in SPLITS}
+        self.index |= {"shards": shards, "tokens": tokens, "splits": splits, "n_rows": sum(splits.values())}
+        self.index |= {"cursor": cursor, "complete": complete, **extra}
+        write_json(self.folder / "index.json", self.index)
+        for spool in self._spools.values():
+            spool.close()
+        self._next_sequence += len(self._sequences)
+        self._spools, self._sequences = {}, []
+
+    def close(self) -> None:
+        """Drops what was not committed."""
+        for spool in self._spools.values():
+            spool.close()
+        self._spools = {}
+        shutil.rmtree(self.folder / ".spool", ignore_errors=True)
+        self._lock.close()
+
+    def _begin(
+        self, hooks: list[dict[str, str]], dtype: str, settings: dict[str, Any], rows_per_shard: int
+    ) -> dict[str, Any]:
+        fresh: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "complete": False,
+            **settings,
+            "dtype": dtype,
+            "hooks": [{**hook, "d": None} for hook in hooks],
+            "n_rows": 0,
+            "rows_per_shard": rows_per_shard,
+            "shuffle": {"kind": "none" if self.shuffle_seed is None else "shard", "seed": self.shuffle_seed},
+            "splits": dict.fromkeys(SPLITS, 0),
+            "settings": sorted(settings),
+            "tokens": [],
+            "shards": [],
+        }
+        if not (self.folder / "index.json").exists():
+            return fresh
+        index = read_index(self.folder)
+        _same_settings(self.folder, index, fresh)
+        return index
+
+    def _clear_leftovers(self) -> None:
+        shutil.rmtree(self.folder / ".spool", ignore_errors=True)
+        for place in [self.folder, self.folder / "tokens", *(self.folder / folder_of(h) for h in self.hooks)]:
+            for leftover in place.glob(".*.tmp"):
+                leftover.unlink()
+
+    def _load_moments(self) -> dict[str, Moments]:
+        """Moments of what is committed; a kill between the two renames of a commit means counting them anew."""
+        if not self.index["shards"]:
+            return {}
+        folder = ShardFolder(self.folder)
+        moments = {}
+        for hook in self.hooks:
+            try:
+                moments[hook] = folder.stats(hook)
+            except InputError:
+                moments[hook] = Moments.empty(0)
+            if moments[hook].count != self.index["splits"]["train"]:
+                moments[hook] = _recount(folder, hook, self.second_moments)
+        return moments
+
+    def _write_shard(self, split: str, number: int) -> dict[str, Any]:
+        spool = self._spools[split]
+        name = f"{'' if split == 'train' else split + '-'}{number:05d}.safetensors"
+        order = self._order(split, number, spool.rows)
+        sums: dict[str, Digest] = {}
+        for hook in self.index["hooks"]:
+            if split == "train" and hook["name"] not in self._moments:
+                self._moments[hook["name"]] = Moments.empty(hook["d"], self.second_moments)
+            moments = self._moments[hook["name"]] if split == "train" else None
+            columns = spool.columns(hook["name"], hook["d"], order, moments)
+            sums[hook["name"]] = write_file(self.folder / folder_of(hook["name"]) / name, columns)
+        return {
+            "file": name,
+            "rows": spool.rows,
+            "split": split,
+            "sha256": {hook: digest.sha256 for hook, digest in sums.items()},
+            "crc32": {hook: digest.blocks for hook, digest in sums.items()},
+        }
+
+    def _order(self, split: str, number: int, rows: int) -> Tensor:
+        if self.shuffle_seed is None:
+            return torch.arange(rows)
+        generator = np.random.Generator(np.random.PCG64([self.shuffle_seed, SPLITS.index(split), number]))
+        return torch.from_numpy(generator.permutation(rows))
+
+    def _write_tokens(self, number: int) -> dict[str, Any]:
+        lengths = torch.tensor([0] + [len(ids) for _, ids in self._sequences])
+        flat = np.concatenate([np.asarray(ids, dtype=np.int32) for _, ids in self._sequences])
+        name = f"tokens/{number:05d}.safetensors"
+        columns = {
+            "ids": Column.of(torch.from_numpy(flat)),
+            "offsets": Column.of(lengths.cumsum(0)),
+            "doc": Column.of(torch.tensor([document for document, _ in self._sequences])),
+        }
+        digest = write_file(self.folder / name, columns)
+        first, count = self._next_sequence, len(self._sequences)
+        return {"file": name, "first_seq": first, "n_seq": count, "sha256": digest.sha256}
+
+    def _write_stats(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for hook, moments in self._moments.items():
+            tensors |= moments.tensors(hook)
+        if tensors:
+            with replacing(self.folder / "stats.safetensors") as temporary:
+                save_file(tensors, temporary)
+
+
+class _Spool:
+    """Rows of one split on their way into a shard: activations in a file per hook, the rest in memory."""
+
+    def __init__(self, folder: Path, split: str, hooks: list[str], dtype: torch.dtype) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.dtype, self.rows = dtype, 0
+        self.paths = {hook: folder / f"{split}-{number}" for number, hook in enumerate(hooks)}
+        self.files: dict[str, BinaryIO] = {hook: path.open("wb") for hook, path in self.paths.items()}
+        self.scales: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+        self.seq: list[Tensor] = []
+        self.pos: list[Tensor] = []
+
+    def add(self, rows: dict[str, Tensor], seq: Tensor, pos: Tensor) -> None:
+        for hook, file in self.files.items():
+            part = rows[hook].detach().cpu()
+            if self.dtype == torch.int8:
+                part, scale = quantise(part)
+                self.scales[hook].append(scale)
+            flat = part.to(self.dtype).contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        self.seq.append(seq.to(torch.int32))
+        self.pos.append(pos.to(torch.int16))
+        self.rows += len(seq)
+
+    def columns(self, hook: str, d: int, order: Tensor, moments: Moments | None) -> dict[str, Column]:
+        self.files[hook].flush()
+        raw = np.memmap(self.paths[hook], dtype=np.uint8, mode="r+")
+        acts = torch.from_numpy(raw).view(self.dtype).view(self.rows, d)
+        scale = torch.cat(self.scales[hook]) if self.dtype == torch.int8 else None
+        out = {"acts": Column(self.dtype, (self.rows, d), _shuffled(acts, scale, order, moments))}
+        if scale is not None:
+            out["scale"] = Column.of(scale[order])
+        out["seq"] = Column.of(torch.cat(self.seq)[order])
+        out["pos"] = Column.of(torch.cat(self.pos)[order])
+        return out
+
+    def close(self) -> None:
+        for hook, file in self.files.items():
+            file.close()
+            self.paths[hook].unlink(missing_ok=True)
+
+
+def _shuffled(acts: Tensor, scale: Tensor | None, order: Tensor, moments: Moments | None) -> Iterator[Tensor]:
+    for part in order.split(_PIECE):
+        rows = acts.index_select(0, part)
+        if moments is not None:
+            moments.add(rows if scale is None else dequantise(rows, scale[part]))
+        yield rows
+
+
+def _recount(folder: ShardFolder, hook: str, second: bool | None) -> Moments:
+    moments = Moments.empty(folder.d(hook), second)
+    for info in folder.shards("train", hook):
+        shard = folder.open(info, hook)
+        for start in range(0, info.rows, _PIECE):
+            rows = shard.acts[start : start + _PIECE]
+            moments.add(rows if shard.scale is None else dequantise(rows, shard.scale[start : start + _PIECE]))
+    return moments
+
+
+def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -> None:
+    kept = {hook["name"]: hook["hf_name"] for hook in index["hooks"]}
+    asked = {hook["name"]: hook["hf_name"] for hook in fresh["hooks"]}
+    if kept != asked:
+        raise InputError(
+            f"{folder} was begun with hooks {', '.join(kept)}, now {', '.join(asked)} are asked for:"
+            " choose another folder"
+        )
+    for key in ("dtype", "rows_per_shard", "shuffle", *fresh["settings"]):
+        if index.get(key) != fresh[key]:
+            raise InputError(
+                f"{folder} was begun with {key} = {index.get(key)!r}, now {fresh[key]!r} is asked for:"
+                " choose another folder, or delete it"
+            )
+
+
+def _lock(folder: Path) -> BinaryIO:
+    """An exclusive lock that the system frees when this process ends, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("wb")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder} is being written by another harvest: wait, or choose another folder") from None
+    return file

@@ -1,0 +1,217 @@
+"""One safetensors file of activations: the first tensor starts on a page, everything is checked before it is mapped.
+
+The layout is plain safetensors (an 8-byte length, a JSON header, the data). The header is padded with spaces to a
+multiple of 4096 bytes, so that the data region can be read with O_DIRECT; `safetensors.torch.load_file` opens it all
+the same.
+"""
+
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saefast.errors import InputError
+from saefast.files import replacing
+
+PAGE = 4096
+# A shard's checksums come per block, so that damage is reported with its place in the file.
+BLOCK = 1 << 24
+# The header of a shard is a few hundred bytes; a foreign file with thousands of tensors has a few megabytes.
+_LARGEST_HEADER = 100 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file: its dtype and shape, and the absolute byte range it lies in."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass
+class Digest:
+    """sha256 of a whole file and the crc32 of each of its 16 MiB blocks."""
+
+    sha256: str
+    blocks: list[int]
+
+
+@dataclass
+class Column:
+    """A tensor to be written: dtype and shape at once, its rows in pieces, so that it never lies in memory whole."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Iterable[Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Column":
+        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Tensors of a safetensors file by name. Raises InputError naming the file, and the offset it is cut short at."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise InputError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no safetensors file: its header is not JSON") from None
+    return _entries(path, header, 8 + length, size)
+
+
+def _entries(path: Path, header: object, data: int, size: int) -> dict[str, Entry]:
+    entries = {}
+    try:
+        items = [(k, v) for k, v in dict(header).items() if k != "__metadata__"]  # type: ignore[call-overload]
+        for name, info in items:
+            dtype, shape = DTYPES.get(info["dtype"]), tuple(int(n) for n in info["shape"])
+            start, end = (data + int(offset) for offset in info["data_offsets"])
+            if dtype is None:
+                continue
+            if start < data or end - start != math.prod(shape) * dtype.itemsize:
+                raise InputError(f"{path}: the header gives tensor {name} {end - start} bytes for shape {shape}")
+            entries[name] = Entry(dtype, shape, start, end)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no safetensors file: its header lacks {error}") from None
+    for name, entry in entries.items():
+        if entry.end > size:
+            raise InputError(
+                f"{path} is truncated at byte {size}: tensor {name} reaches to byte {entry.end};"
+                " copy or harvest it again"
+            )
+    return entries
+
+
+def map_tensor(path: Path, entry: Entry) -> Tensor:
+    """The tensor as a view of the mapped file: nothing is read until touched, nothing written ever reaches the file."""
+    if math.prod(entry.shape) == 0:
+        return torch.zeros(entry.shape, dtype=entry.dtype)
+    raw = np.memmap(path, dtype=np.uint8, mode="c", offset=entry.start, shape=(entry.end - entry.start,))
+    flat = torch.from_numpy(raw)
+    if entry.start % entry.dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(entry.dtype).view(entry.shape)
+
+
+def write_file(path: Path, columns: Mapping[str, Column], metadata: Mapping[str, str] | None = None) -> Digest:
+    """Writes the columns in the given order to a temporary file, flushes it to disk and renames it.
+
+    Where a tensor would start at an address its dtype cannot be read from, a few bytes named `_pad` come first.
+    """
+    header, padding = _layout(columns, metadata or {})
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        out = _Hashing(file)
+        out.write(len(header).to_bytes(8, "little") + header)
+        for name, column in columns.items():
+            out.write(bytes(padding.get(name, 0)))
+            written = 0
+            for piece in column.pieces:
+                written += out.write_tensor(piece, column.dtype)
+            if written != math.prod(column.shape) * column.dtype.itemsize:
+                raise RuntimeError(f"{path}: {written} bytes written for {name} of shape {column.shape}")
+        file.flush()
+    return out.digest()
+
+
+def _layout(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """The padded JSON header, and how many bytes of padding each column needs before it."""
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    padding, offset = {}, 0
+    for name, column in columns.items():
+        gap = -offset % column.dtype.itemsize
+        if gap:
+            padding[name] = gap
+            pad = f"_pad_{name}"
+            entries[pad] = {"dtype": "U8", "shape": [gap], "data_offsets": [offset, offset + gap]}
+        start = offset + gap
+        offset = start + math.prod(column.shape) * column.dtype.itemsize
+        entries[name] = {
+            "dtype": _NAMES[column.dtype],
+            "shape": list(column.shape),
+            "data_offsets": [start, offset],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    return text.ljust(len(text) + -(len(text) + 8) % PAGE), padding
+
+
+@dataclass
+class _Hashing:
+    """Writes to a file and digests what passes by."""
+
+    file: BinaryIO | None
+    sha: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+    blocks: list[int] = field(default_factory=list)
+    crc: int = 0
+    filled: int = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.file is not None:
+            self.file.write(data)
+        self.sha.update(data)
+        view = memoryview(data)
+        while len(view):
+            part = view[: BLOCK - self.filled]
+            self.crc = zlib.crc32(part, self.crc)
+            self.filled += len(part)
+            if self.filled == BLOCK:
+                self._close_block()
+            view = view[len(part) :]
+        return len(data)
+
+    def write_tensor(self, tensor: Tensor, dtype: torch.dtype) -> int:
+        if tensor.dtype != dtype:
+            raise RuntimeError(f"a piece of dtype {tensor.dtype} in a column of {dtype}")
+        flat = tensor.contiguous().view(-1)
+        return self.write(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+
+    def _close_block(self) -> None:
+        self.blocks.append(self.crc)
+        self.crc = self.filled = 0
+
+    def digest(self) -> Digest:
+        if self.filled:
+            self._close_block()
+        return Digest(self.sha.hexdigest(), self.blocks)
+
+
+def digest_file(path: Path) -> Digest:
+    """Digest of a file as it lies on disk now."""
+    out = _Hashing(None)
+    with path.open("rb") as file:
+        while data := file.read(BLOCK):
+            out.write(data)
+    return out.digest()

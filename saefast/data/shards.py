@@ -1,0 +1,283 @@
+"""Shard folders: activations on disk, every row with the sequence and position it came from.
+
+    folder/index.json                  what model, text and hooks; rows per split; shards with their checksums
+    folder/stats.safetensors           moments of the training share, per hook (moments.py)
+    folder/tokens/00000.safetensors    of n sequences: ids (total,) int32, offsets (n + 1,) int64, doc (n,) int64
+    folder/{hook}/00000.safetensors    acts (rows, d), seq (rows,) int32, pos (rows,) int16 [, scale (rows,) float32]
+
+Files of the held-out share are called heldout-00000.safetensors. The row order is the same in every hook.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.data.moments import Moments
+from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header
+from saefast.errors import InputError
+from saefast.files import read_json
+
+FORMAT = "saefast-activations"
+VERSION = 1
+ROWS_PER_SHARD = 1 << 20
+SPLITS = ("train", "heldout")
+ACT_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes (n, d) and a float32 scale (n,) with rows ≈ codes * scale.
+
+    scale = max|row| / 127 and codes are rounded to the nearest, so no element is off by more than
+    max|row| / 254 · (1 + 1e-4); the last factor covers the rounding of the float32 arithmetic. A row of zeros stays
+    zero. A row with NaN or inf gets scale NaN, so that what reads it back sees that it is bad.
+    """
+    x = rows.float()
+    scale = x.abs().amax(1) / 127
+    bad = ~torch.isfinite(scale)
+    safe = torch.where(bad | (scale == 0), torch.ones_like(scale), scale)
+    codes = torch.nan_to_num(x / safe[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return codes, torch.where(bad, torch.full_like(scale, float("nan")), scale)
+
+
+def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 rows (n, d) = codes * scale."""
+    return codes.float() * scale[:, None]
+
+
+def folder_of(hook: str) -> str:
+    """The name of a hook's folder: module paths are fine as they are, slashes and a leading dot are not."""
+    return hook.replace("/", "_").lstrip(".") or "_"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """An entry of the index: file name inside each hook's folder, rows, split, and per hook sha256 and block crc32."""
+
+    file: str
+    rows: int
+    split: str
+    sha256: dict[str, str]
+    crc32: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A mapped shard: acts (rows, d) as stored, scale (rows,) for int8, seq (rows,) int32, pos (rows,) int16."""
+
+    path: Path
+    acts: Tensor
+    scale: Tensor | None
+    seq: Tensor
+    pos: Tensor
+
+
+@dataclass(frozen=True)
+class BadShard:
+    """A shard that cannot be used: which file, at which byte (None: the whole file), and why, in one line."""
+
+    file: Path
+    offset: int | None
+    reason: str
+
+
+@dataclass
+class ShardFolder:
+    """Reads a shard folder. Opening it reads index.json only; shards are mapped when asked for.
+
+    skip_bad_shards leaves out shards that cannot be used instead of raising; they are listed in `skipped`.
+    verify=True also compares every shard's checksums when its hook is first used (reads every byte once).
+    Raises InputError for a folder that is no shard folder, or of a newer version.
+    """
+
+    path: Path
+    skip_bad_shards: bool = False
+    verify_on_open: bool = False
+    skipped: list[BadShard] = field(default_factory=list)
+    index: dict[str, Any] = field(init=False)
+
+    def __init__(self, path: str | Path, *, skip_bad_shards: bool = False, verify: bool = False) -> None:
+        self.path, self.skip_bad_shards, self.verify_on_open = Path(path), skip_bad_shards, verify
+        self.skipped = []
+        self.index = read_index(self.path)
+        self._usable: dict[str, list[ShardInfo]] = {}
+        self._tokens: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def hooks(self) -> list[str]:
+        return [hook["name"] for hook in self.index["hooks"]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the stored rows; torch.int8 means codes with a scale per row."""
+        return ACT_DTYPES[self.index["dtype"]]
+
+    def hook(self, name: str | None = None) -> str:
+        """The full name of a hook: `name` may be the user's name or the module path; None where there is one hook."""
+        if name is None and len(self.hooks) == 1:
+            return self.hooks[0]
+        for hook in self.index["hooks"]:
+            if name in (hook["name"], hook["hf_name"]):
+                return str(hook["name"])
+        wanted = "hook is not given" if name is None else f"hook {name!r} is not in it"
+        raise InputError(f"{self.path}: {wanted}; it holds {', '.join(self.hooks)}")
+
+    def d(self, hook: str | None = None) -> int:
+        name = self.hook(hook)
+        return next(int(entry["d"]) for entry in self.index["hooks"] if entry["name"] == name)
+
+    def shards(self, split: str = "train", hook: str | None = None) -> list[ShardInfo]:
+        """Usable shards of a split, in the order they were written. A bad one raises, or is skipped on request."""
+        name = self.hook(hook)
+        if name not in self._usable:
+            self._usable[name] = self._check(name)
+        return [info for info in self._usable[name] if info.split == split]
+
+    def n_rows(self, split: str = "train", hook: str | None = None) -> int:
+        return sum(info.rows for info in self.shards(split, hook))
+
+    def open(self, info: ShardInfo, hook: str | None = None) -> Shard:
+        """Maps a shard; nothing is copied."""
+        name = self.hook(hook)
+        path = self._file(info, name)
+        entries = self._expected(path, info, name)
+        tensors = {key: map_tensor(path, entry) for key, entry in entries.items()}
+        return Shard(path, tensors["acts"], tensors.get("scale"), tensors["seq"], tensors["pos"])
+
+    def verify(self) -> list[BadShard]:
+        """Reads every shard of every hook and compares it with the index; the bad ones, with file and byte offset."""
+        found = []
+        for hook in self.hooks:
+            problems = (self._problem(info, hook, checksums=True) for info in _infos(self.index))
+            found += [bad for bad in problems if bad]
+        return found
+
+    def stats(self, hook: str | None = None) -> Moments:
+        """Moments of the training share of a hook. Raises InputError when the file is missing."""
+        name, path = self.hook(hook), self.path / "stats.safetensors"
+        tensors = {key: map_tensor(path, entry) for key, entry in read_header(path).items()}
+        try:
+            return Moments.from_tensors(name, tensors)
+        except KeyError as missing:
+            raise InputError(f"{path} lacks {missing}: run the harvest again to rebuild it") from None
+
+    @property
+    def n_sequences(self) -> int:
+        return sum(int(part["n_seq"]) for part in self.index["tokens"])
+
+    def tokens(self, seq: int) -> Tensor:
+        """Token ids (length,) int32 of a sequence, special tokens included, so that ids[pos] belongs to a row's pos."""
+        ids, offsets, _, first = self._token_part(seq)
+        return ids[int(offsets[seq - first]) : int(offsets[seq - first + 1])]
+
+    def document(self, seq: int) -> int:
+        """Number of the document, in the order of the text, that a sequence was cut from."""
+        _, _, doc, first = self._token_part(seq)
+        return int(doc[seq - first])
+
+    def context(self, seq: int, pos: int, before: int = 16, after: int = 8) -> tuple[Tensor, int]:
+        """Token ids around a row, and the place of the row's own token in them."""
+        ids = self.tokens(seq)
+        start = max(pos - before, 0)
+        return ids[start : pos + after + 1], pos - start
+
+    def _token_part(self, seq: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        firsts = [int(part["first_seq"]) for part in self.index["tokens"]]
+        if not 0 <= seq < self.n_sequences:
+            raise InputError(f"sequence {seq} is not in {self.path}, which has {self.n_sequences}")
+        number = bisect_right(firsts, seq) - 1
+        if number not in self._tokens:
+            path = self.path / self.index["tokens"][number]["file"]
+            entries = read_header(path)
+            ids, offsets, doc = (map_tensor(path, entries[key]) for key in ("ids", "offsets", "doc"))
+            self._tokens[number] = (ids, offsets, doc)
+        return (*self._tokens[number], firsts[number])
+
+    def _check(self, hook: str) -> list[ShardInfo]:
+        usable = []
+        for info in _infos(self.index):
+            bad = self._problem(info, hook, checksums=self.verify_on_open)
+            if bad is None:
+                usable.append(info)
+            elif self.skip_bad_shards:
+                self.skipped.append(bad)
+            else:
+                raise InputError(f"{bad.reason}; harvest it again, or leave it out with skip_bad_shards")
+        return usable
+
+    def _file(self, info: ShardInfo, hook: str) -> Path:
+        return self.path / folder_of(hook) / info.file
+
+    def _expected(self, path: Path, info: ShardInfo, hook: str) -> dict[str, Entry]:
+        """Header entries of a shard, checked against the index. Raises InputError."""
+        entries = read_header(path)
+        wanted = {
+            "acts": (self.dtype, (info.rows, self.d(hook))),
+            "seq": (torch.int32, (info.rows,)),
+            "pos": (torch.int16, (info.rows,)),
+        }
+        if self.dtype == torch.int8:
+            wanted["scale"] = (torch.float32, (info.rows,))
+        for name, (dtype, shape) in wanted.items():
+            entry = entries.get(name)
+            if entry is None:
+                raise InputError(f"{path} has no tensor {name}")
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise InputError(
+                    f"{path}: {name} at byte {entry.start} is {entry.dtype} {entry.shape},"
+                    f" the index says {dtype} {shape}"
+                )
+        return {name: entries[name] for name in wanted}
+
+    def _problem(self, info: ShardInfo, hook: str, checksums: bool) -> BadShard | None:
+        path = self._file(info, hook)
+        try:
+            self._expected(path, info, hook)
+            digest = digest_file(path) if checksums else None
+        except InputError as error:
+            size = path.stat().st_size if path.exists() else None
+            truncated = "truncated" in str(error)
+            return BadShard(path, size if truncated else 0 if path.exists() else None, str(error))
+        except OSError as error:
+            return BadShard(path, None, f"{path} cannot be read: {error.strerror or error}")
+        if digest is None or digest.sha256 == info.sha256[hook]:
+            return None
+        pairs = zip(digest.blocks, info.crc32[hook], strict=False)
+        block = next((i for i, (seen, kept) in enumerate(pairs) if seen != kept), len(info.crc32[hook]))
+        end = min((block + 1) * BLOCK, path.stat().st_size)
+        reason = f"{path} is damaged: bytes {block * BLOCK} to {end} differ from the checksum in the index"
+        return BadShard(path, block * BLOCK, reason)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """index.json of a shard folder, checked for format and version. Raises InputError."""
+    path = folder / "index.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no shard folder: it has no index.json")
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise InputError(f"{path} is not the index of a shard folder (format {FORMAT!r} expected)")
+    if int(index.get("version", 0)) > VERSION:
+        raise InputError(f"{path} has version {index['version']}, this saefast reads up to {VERSION}: upgrade")
+    missing = [k for k in ("dtype", "hooks", "shards", "tokens", "splits") if k not in index]
+    if missing or index["dtype"] not in ACT_DTYPES:
+        raise InputError(f"{path} lacks {', '.join(missing) or 'a known dtype'}: {json.dumps(index)[:80]}")
+    return index
+
+
+def _infos(index: dict[str, Any]) -> Iterator[ShardInfo]:
+    for shard in index["shards"]:
+        yield ShardInfo(shard["file"], shard["rows"], shard["split"], shard["sha256"], shard["crc32"])
+
+
+__all__ = ["DTYPES", "ShardFolder", "ShardInfo", "dequantise", "quantise", "read_index"]

@@ -1,0 +1,101 @@
+"""open_source: whatever a user has becomes a Source to train from."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from saefast.data.arrays import SUFFIXES, Segment, from_array, from_file, from_shard
+from saefast.data.iterable_source import IterableSource
+from saefast.data.rows_source import Located, Rows, RowsSource
+from saefast.data.shards import ShardFolder
+from saefast.data.source import Source, first_bad_row
+from saefast.errors import InputError
+
+__all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row", "open_source"]
+
+
+def open_source(
+    data: Any,
+    *,
+    heldout: float = 0.05,
+    hook: str | None = None,
+    key: str | None = None,
+    d_in: int | None = None,
+    skip_bad_shards: bool = False,
+    verify: bool = False,
+) -> Source:
+    """A Source over `data`, which is one of
+
+    - a shard folder (`hook` says which of its hooks; needed when there are several). Held out are the sequences that
+      the harvest held out, whatever `heldout` says; skip_bad_shards and verify as in ShardFolder;
+    - a .npy, .pt or .safetensors file (`key` picks a tensor), or a folder of them, mapped where the format allows;
+    - a tensor or numpy array (..., d_in). For files and arrays the last `heldout` of the rows is held out, in one
+      piece, because neighbouring rows tend to be of one text;
+    - an iterable of tensors (B, d_in), or a function that returns one: see IterableSource;
+    - a Source, which is passed through.
+
+    Raises InputError in one line for what cannot be trained on; `d_in`, if given, is the width it must have.
+    """
+    if not 0 <= heldout < 1:
+        raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
+    source = _open(data, heldout, hook, key, skip_bad_shards, verify)
+    if d_in is not None and source.d_in != d_in:
+        raise InputError(f"{source.source_name} has rows of {source.d_in} columns, expected d_in = {d_in}")
+    return source
+
+
+def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad_shards: bool, verify: bool) -> Source:
+    if isinstance(data, Source):
+        return data
+    if isinstance(data, str | Path):
+        path = Path(data).expanduser()
+        if (path / "index.json").is_file():
+            return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), hook)
+        return _from_segments(str(path), [from_file(file, key) for file in _files(path)], heldout)
+    if isinstance(data, torch.Tensor | np.ndarray):
+        return _from_segments("the array", [from_array("the array", data)], heldout)
+    if isinstance(data, Iterable) or callable(data):
+        return IterableSource(data, heldout)
+    raise InputError(
+        f"a {type(data).__name__} is nothing to train on,"
+        " expected a path, an array, or an iterable of (B, d_in) tensors"
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if not files:
+        raise InputError(f"{path} holds no index.json and no {', '.join(SUFFIXES)} file; is its harvest unfinished?")
+    if len({file.suffix for file in files}) > 1:
+        raise InputError(f"{path} holds files of several kinds ({files[0].name}, {files[-1].name}): name one file")
+    return files
+
+
+def _from_segments(name: str, segments: list[Segment], heldout: float) -> RowsSource:
+    d_in = segments[0].rows.shape[1]
+    for segment in segments[1:]:
+        if segment.rows.shape[1] != d_in:
+            raise InputError(f"{segment.name} has {segment.rows.shape[1]} columns, {segments[0].name} has {d_in}")
+    rows = Rows(segments)
+    n = math.ceil(len(rows) * heldout)
+    if n >= len(rows):
+        raise InputError(f"{name} has {len(rows)} rows: none is left to train on when {n} are held out")
+    return RowsSource(name, *rows.split_tail(n))
+
+
+def _from_shards(folder: ShardFolder, hook: str | None) -> RowsSource:
+    name = folder.hook(hook)
+    train, held = (
+        Rows([from_shard(folder.open(info, name)) for info in folder.shards(split, name)])
+        for split in ("train", "heldout")
+    )
+    if not len(train):
+        left_out = f" ({len(folder.skipped)} bad shards left out)" if folder.skipped else ""
+        raise InputError(f"{folder.path} holds no rows to train on{left_out}: run the harvest again, it goes on")
+    return RowsSource(f"{folder.path} ({name})", train, held, folder)
