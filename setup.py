@@ -22,7 +22,7 @@ if CUDA_MODE not in ("0", "1", "auto"):
 SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
 CUDA_SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cu"))
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.hpp"))
-CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-O3", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 # No -march=native: wheels run on other machines. Hot loops use SAEFAST_CLONES (csrc/threads.hpp) instead.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-arch=all-major", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -88,6 +88,7 @@ setup(
             depends=[*HEADERS, *CUDA_SOURCES],
             cxx_std=17,
             extra_compile_args=CXX_FLAGS,
+            extra_link_args=["-pthread"],
         )
     ],
     cmdclass={"build_ext": BuildExt},

@@ -44,10 +44,10 @@ def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     Args:
         src: (n_rows, ...) contiguous, any dtype.
         index: (n,) contiguous int64 on src's device, each in [0, n_rows).
-        out: (n, ...) contiguous, src's dtype, device and row shape; made when not given. Must not share memory with src.
+        out: (n, ...) contiguous, like src in dtype, device and row shape; made when not given. Shares no memory with src.
 
     Raises:
-        InputError: a wrong shape, dtype, device or layout, or an index out of range (named; on a CPU nothing is written).
+        InputError: a wrong shape, dtype, device or layout; an index out of range (on a CPU nothing is written then).
     """
     _check_gather(src, index)
     shape = (index.shape[0], *src.shape[1:])

@@ -1,0 +1,65 @@
+# make demo, make test and make lint install what they need into .venv, at the versions in constraints.txt.
+# Without an NVIDIA GPU, torch's CPU build is a much smaller download:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+PEERS := .peers
+ENV := $(VENV)/.installed
+PEERS_ENV := $(PEERS)/.installed
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
+PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
+
+.PHONY: help env demo test lint format peers gpu clean
+
+help:
+	@echo "make demo    harvest a real model's activations and train an SAE on them, under 5 minutes on two cores"
+	@echo "make test    the test suite (CPU; GPU kernels run in Triton's interpreter)"
+	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
+	@echo "make env     only the environment, .venv"
+	@echo "make peers   the tests against SAELens, sparsify and dictionary_learning, in an environment of their own"
+	@echo "make gpu     on a CUDA machine: build, GPU tests, benchmarks, in at most 9 minutes"
+	@echo "make clean   remove what the above built, environments excepted"
+
+env: $(ENV)
+
+$(ENV): constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer, this is " \
+		+ sys.version.split()[0] + "; name another one with make PYTHON=/path/to/python3")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo,test,lint]"
+	@touch $@
+
+demo: $(ENV)
+	$(VENV)/bin/saefast demo
+
+test: $(ENV)
+	$(VENV)/bin/python -m pytest -m "not gpu and not peers" $(ARGS)
+
+lint: $(ENV)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(ENV)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# dictionary_learning drags in a torchvision that does not fit torch's CPU build and then breaks transformers.
+$(PEERS_ENV): constraints-peers.txt $(SOURCES)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt eai-sparsify sae-lens dictionary-learning
+	$(PEERS)/bin/python -m pip uninstall --yes torchvision
+	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt -e ".[test]"
+	@touch $@
+
+peers: $(PEERS_ENV)
+	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
+
+# Uses the machine's own Python, which has torch for its GPU: nothing is installed.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+clean:
+	rm -rf build dist saefast.egg-info saefast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(ENV) $(PEERS_ENV)
