@@ -1,0 +1,212 @@
+"""The launch settings of every kernel, checked in: the same settings give the same bits from run to run.
+
+The numbers below were chosen from what the compiler reports (registers, shared memory, spills: tests/test_aot.py) and
+from published measurements of like kernels. None has been measured on a GPU yet. `SAEFAST_AUTOTUNE=1` sweeps the
+candidates of each op on the device at hand, once per process and shape class, and prints the line to check in here.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+Config = TypeVar("Config")
+
+
+class Tiles(NamedTuple):
+    """encode_tiles: tile sizes, warps, pipeline stages, and persistent programs per SM (0: the pointer form)."""
+
+    block_b: int
+    block_l: int
+    block_d: int
+    warps: int
+    stages: int
+    per_sm: int
+
+
+class Merge(NamedTuple):
+    """merge_topk: groups looked at in one go when compacting (block_g) and when filtering values (visit)."""
+
+    block_g: int
+    visit: int
+    warps: int
+
+
+class Spmm(NamedTuple):
+    block_d: int
+    unroll: int
+    warps: int
+
+
+class Sddmm(NamedTuple):
+    block_k: int
+    block_d: int
+    warps: int
+
+
+# Widest D served by the first setting of a pair; beyond it the second. At D = 768 two CTAs per SM overlap one's
+# epilogue with the other's products, at D = 4096 the larger tile reads its operands less often.
+NARROW = 1024
+
+# (architecture, kind of product) -> (narrow, wide). Architecture 0 is the interpreter on a CPU.
+TILES: dict[tuple[int, str], tuple[Tiles, Tiles]] = {
+    (0, "half"): (Tiles(16, 128, 64, 4, 1, 0),) * 2,
+    (0, "tf32"): (Tiles(16, 128, 64, 4, 1, 0),) * 2,
+    (0, "ieee"): (Tiles(16, 128, 64, 4, 1, 0),) * 2,
+    (80, "half"): (Tiles(128, 128, 32, 8, 4, 0), Tiles(128, 128, 64, 8, 3, 0)),
+    (80, "tf32"): (Tiles(128, 128, 32, 8, 3, 0),) * 2,
+    (80, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
+    (89, "half"): (Tiles(128, 128, 32, 8, 4, 0),) * 2,
+    (89, "tf32"): (Tiles(128, 128, 32, 8, 2, 0),) * 2,
+    (89, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
+    (90, "half"): (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 3, 1)),
+    (90, "tf32"): (Tiles(128, 128, 32, 8, 3, 2), Tiles(128, 256, 32, 8, 3, 1)),
+    (90, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
+    (100, "half"): (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 3, 1)),
+    (100, "tf32"): (Tiles(128, 128, 32, 8, 3, 2), Tiles(128, 256, 32, 8, 3, 1)),
+    (100, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
+    (120, "half"): (Tiles(128, 128, 32, 8, 4, 0),) * 2,
+    (120, "tf32"): (Tiles(128, 128, 32, 8, 2, 0),) * 2,
+    (120, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
+}
+
+# What descriptors cannot address (a row stride that is no multiple of 16 bytes, a list of latents) takes pointers.
+POINTER_TILES = {"half": Tiles(128, 128, 32, 8, 4, 0), "tf32": Tiles(128, 128, 32, 8, 3, 0)}
+
+# encode_topk's method for a GPU: (architecture) -> (narrow, wide). Calculated, not measured. The library GEMM costs
+# its chunks' trips through L2, about 7 % at D = 4096 and 40 % at D = 768; the fused kernel costs what Triton loses to
+# the library, 8-15 % and 15-25 %, plus its epilogue. So the library where products are long, else no winner is
+# claimed and the form with fewer launches is taken. The interpreter runs the fused form.
+METHODS: dict[int, tuple[str, str]] = {
+    0: ("fused", "fused"),
+    80: ("fused", "chunked"),
+    89: ("fused", "chunked"),
+    90: ("fused", "chunked"),
+    100: ("fused", "chunked"),
+    120: ("fused", "chunked"),
+}
+
+# The part of x that tiles sweep before they go on to the next span of rows; it should stay in L2 beside W_enc.
+SPAN_BYTES = 24 << 20
+# Columns per group: halves the scratch written, doubles the group maxima; past this many columns those weigh more.
+MANY_COLUMNS = 1 << 18
+# merge_topk sorts its row's run in registers, up to this many; a larger k takes torch.sort.
+MERGE_MAX_K = 2048
+# Group maxima merge_topk may sort for the first chunk's bound.
+BOUND_MAX_GROUPS = 4096
+
+
+def architecture(capability: tuple[int, int] | None) -> int:
+    """The architecture whose settings serve a compute capability; 0 for no GPU."""
+    if capability is None:
+        return 0
+    found = capability[0] * 10 + capability[1]
+    known = sorted(arch for arch in METHODS if arch)
+    # 8.6 has 8.9's shared memory, not 8.0's.
+    return 89 if 80 < found < 90 else max((arch for arch in known if arch <= found), default=known[0])
+
+
+def product_kind(itemsize: int, precision: str) -> str:
+    return "half" if itemsize == 2 else precision
+
+
+def tiles(arch: int, kind: str, D: int) -> Tiles:
+    return TILES[arch, kind][D > NARROW]
+
+
+def pointer_tiles(arch: int, kind: str, D: int) -> Tiles:
+    """Settings of the pointer form, also where the descriptor form is the rule."""
+    config = tiles(arch, kind, D)
+    return POINTER_TILES[kind] if config.per_sm else config
+
+
+def group(columns: int) -> int:
+    return 32 if columns <= MANY_COLUMNS else 64
+
+
+def merge(run: int) -> Merge:
+    """Settings for a run of `run` keys (a power of two)."""
+    warps = 1 if run <= 128 else 4 if run <= 512 else 8
+    return Merge(512 if run <= 512 else 1024, 16 if run <= 128 else 32, warps)
+
+
+def spmm(D: int) -> Spmm:
+    """A thread loads 16 bytes of a 2-byte row; a block never spans more than it must."""
+    block = min(1024, max(32, _power_of_2(D)))
+    return Spmm(block, 8, max(1, block // 256))
+
+
+def sddmm(D: int, k: int) -> Sddmm:
+    block_d = min(512, max(32, _power_of_2(D)))
+    return Sddmm(min(8, _power_of_2(k)), block_d, max(1, min(4, block_d // 128)))
+
+
+def method(arch: int, D: int) -> str:
+    return METHODS[arch][D > NARROW]
+
+
+def tiles_candidates(arch: int, kind: str, default: Tiles) -> list[Tiles]:
+    """What a sweep of encode_tiles tries; those that do not fit the device fail to launch and are passed over."""
+    depth = {"half": 64, "tf32": 32, "ieee": 16}[kind]
+    blocks = [(128, 128), (128, 256), (64, 128), (64, 256)]
+    shapes = [
+        Tiles(b, latents, d, warps, stages, per_sm)
+        for b, latents in blocks
+        for d in (depth, depth // 2)
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+        for per_sm in ((1, 2) if default.per_sm else (0,))
+    ]
+    return [default, *(shape for shape in shapes if shape != default)]
+
+
+def spmm_candidates(default: Spmm) -> list[Spmm]:
+    return [default, *(Spmm(b, u, max(1, b // e)) for b in (256, 512, 1024) for u in (4, 8, 16) for e in (256, 128))]
+
+
+def sddmm_candidates(default: Sddmm) -> list[Sddmm]:
+    return [default, *(Sddmm(k, d, w) for k in (4, 8, 16) for d in (256, 512) for w in (1, 2, 4))]
+
+
+_chosen: dict[tuple[Any, ...], Any] = {}
+
+
+def sweeping() -> bool:
+    return os.environ.get("SAEFAST_AUTOTUNE") == "1"
+
+
+def sweep(
+    key: tuple[Any, ...],
+    candidates: Iterable[Config],
+    run: Callable[[Config], object],
+    clock: Callable[[Callable[[], object]], float] | None = None,
+) -> Config:
+    """The fastest of the candidates for `key` (op, architecture, shape class), timed once per process.
+
+    Prints every candidate's time and the winner, which is for a person to check in above: settings found at run time
+    would change bits between runs. `clock` maps a function to milliseconds, triton's do_bench unless given.
+    """
+    if key in _chosen:
+        return _chosen[key]  # type: ignore[no-any-return]
+    if clock is None:
+        from triton.testing import do_bench
+
+        clock = do_bench
+    times: dict[Config, float] = {}
+    for config in candidates:
+        try:
+            times[config] = clock(lambda config=config: run(config))  # type: ignore[misc]
+        except Exception as error:  # out of registers or shared memory on this device: not a candidate
+            print(f"saefast autotune {key}: {config} failed: {type(error).__name__}", file=sys.stderr)  # noqa: T201
+    if not times:
+        raise RuntimeError(f"no candidate of {key} runs on this device")
+    best = min(times, key=lambda config: times[config])
+    for config, ms in sorted(times.items(), key=lambda item: item[1]):
+        print(f"saefast autotune {key}: {ms:9.4f} ms  {config}", file=sys.stderr)  # noqa: T201
+    print(f"saefast autotune {key}: check in {best}", file=sys.stderr)  # noqa: T201
+    _chosen[key] = best
+    return best
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
