@@ -1,9 +1,12 @@
 """How an SAE's weights begin: random encoder and decoder, and the pre-bias from data."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from saefast.sae import SAE
 
 Init = Literal["tied", "tied_0.1", "kaiming"]
 BiasInit = Literal["zeros", "mean", "geometric_median"]
@@ -26,20 +29,53 @@ def init_weights(
     return unit * norm, unit * norm
 
 
-def init_b_dec(rows: Tensor, kind: BiasInit) -> Tensor:
-    """The pre-bias (d_in,) fp32 from sample rows (n, d_in)."""
-    rows = rows.float()
-    if kind == "zeros":
-        return rows.new_zeros(rows.shape[1])
-    return rows.mean(0) if kind == "mean" else geometric_median(rows)
+def start_b_dec_(sae: "SAE", rows: Tensor, kind: BiasInit) -> None:
+    """Sets the pre-bias from sample rows (n, d_in): 0, their mean, or their geometric median."""
+    with torch.no_grad():
+        if kind == "zeros":
+            sae.b_dec.zero_()
+        else:
+            sae.b_dec.copy_(wide(rows).mean(0) if kind == "mean" else geometric_median(rows))
 
 
-def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
-    """The point with the least summed distance to rows (n, d_in), by Weiszfeld's iteration. -> (d_in,)."""
+@torch.no_grad()
+def scale_encoder_(sae: "SAE", seed: int, n_directions: int = 256) -> None:
+    """Divides W_enc by the mean norm that random unit vectors come back with (OpenAI sparse_autoencoder, train.py).
+
+    The vectors are encoded around b_dec, so set that first.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(n_directions, sae.config.d_in, generator=generator)
+    directions /= directions.norm(dim=1, keepdim=True)
+    recovered = sae(directions.to(sae.device, sae.dtype) + sae.b_dec).x_hat - sae.b_dec
+    sae.W_enc.div_(recovered.norm(dim=1).mean())
+
+
+def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point with the least summed distance to rows (n, d_in). -> (d_in,) fp32 (fp64 for fp64 rows).
+
+    Weiszfeld's iteration with Vardi and Zhang's rule (2000, PNAS 97:1423) for a guess that falls on a row, where the
+    plain iteration would divide by zero or stay for ever. Ends when a step is shorter than `tolerance` times the mean
+    distance.
+    """
+    rows = wide(rows)
     guess = rows.mean(0)
     for _ in range(max_iterations):
-        weight = 1 / (rows - guess).norm(dim=1).clamp_min(1e-12)
-        previous, guess = guess, (weight[:, None] * rows).sum(0) / weight.sum()
-        if (guess - previous).norm() < tolerance:
+        distance = (rows - guess).norm(dim=1)
+        apart = distance > 0
+        weight = torch.where(apart, 1 / distance, torch.zeros_like(distance))
+        if not apart.any():
+            return guess
+        target = (weight @ rows) / weight.sum()
+        # The rows on the guess hold it with a force of 1 each, against the pull of all others.
+        pull = weight.sum() * (target - guess).norm()
+        held = ((~apart).sum() / pull).clamp(max=1) if not apart.all() else 0.0
+        step = (1 - held) * (target - guess)
+        guess = guess + step
+        if step.norm() <= tolerance * distance.mean():
             break
     return guess
+
+
+def wide(rows: Tensor) -> Tensor:
+    return rows if rows.dtype == torch.float64 else rows.float()

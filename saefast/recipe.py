@@ -32,7 +32,8 @@ class TrainConfig:
         lr_warmup_steps: steps of linear warm-up.
         lr_warmup_from_zero: step 0 has rate 0 (a torch LambdaLR); False starts at lr / lr_warmup_steps.
         lr_decay_share: last share of the steps over which the rate falls linearly to lr_end · lr.
-        lr_decay_start: step the fall begins at, instead of lr_decay_share; -1 is never.
+        lr_decay_start: step the fall begins at, instead of lr_decay_share; -1 is never. It never begins before the
+            end of the warm-up.
         lr_end: final rate as a share of lr.
         max_grad_norm: clip the global gradient norm to this; None does not clip.
 
@@ -48,6 +49,7 @@ class TrainConfig:
         multi_topk_coef: weight of the FVU with 4k latents (Gao et al. 2024, section 4.3); 0 turns it off.
         dead_after: a latent that has not fired for this many tokens (or steps) is dead.
         dead_unit: "tokens" or "steps".
+        dead_start: what the counters of latents that never fired begin at; OpenAI's lag one step behind, -1.
         dead_update_first: the current batch counts before AuxK picks the dead latents.
         fired_above: a latent fires where its activation exceeds this; None counts every selected latent.
 
@@ -95,6 +97,7 @@ class TrainConfig:
     multi_topk_coef: float = 0.0
     dead_after: int = 10_000_000
     dead_unit: Literal["tokens", "steps"] = "tokens"
+    dead_start: int = 0
     dead_update_first: bool = True
     fired_above: float | None = 0.0
 
@@ -155,16 +158,15 @@ class TrainConfig:
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
     """The learning rate of optimiser step `step` (from 0) as a share of the peak rate."""
     warmup = config.lr_warmup_steps
-    rise = 1.0
     if step < warmup:
-        rise = step / warmup if config.lr_warmup_from_zero else (step + 1) / warmup
+        return step / warmup if config.lr_warmup_from_zero else (step + 1) / warmup
     start = config.lr_decay_start
     if start is None:
         start = total_steps - round(config.lr_decay_share * total_steps)
-    if start < 0 or step < start or total_steps <= start:
-        return rise
+    if start < 0 or step < (start := max(start, warmup)) or start >= total_steps:
+        return 1.0
     left = max(total_steps - step, 0) / (total_steps - start)
-    return rise * (config.lr_end + (1 - config.lr_end) * left)
+    return config.lr_end + (1 - config.lr_end) * left
 
 
 # Each entry: what differs from the defaults of TrainConfig and SAEConfig.
@@ -173,12 +175,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "openai": dict(
         init="kaiming", b_dec_init="geometric_median", init_rows=32768, init_encoder_scale=True, normalize="none",
         lr=1e-4, eps=6.25e-10, lr_decay_start=-1, loss="scaled_mse", auxk_k=256, auxk_scale_few_dead=False,
-        auxk_b_dec_grad=True, dead_unit="steps", dead_after=76, fired_above=1e-3, decoder_norm="pre_step",
-        ema_decay=0.999, batch_size=131072,
+        auxk_b_dec_grad=True, dead_unit="steps", dead_after=76, dead_start=-1, fired_above=1e-3,
+        decoder_norm="pre_step", ema_decay=0.999, batch_size=131072,
     ),
     "sparsify": dict(
         init="kaiming", b_dec_init="mean", normalize="none", lr_warmup_steps=1000, lr_warmup_from_zero=True,
-        lr_decay_start=1000, loss="fvu", auxk_coef=0.0, auxk_denominator="inputs", dead_after=10_000_001,
+        lr_decay_start=0, loss="fvu", auxk_coef=0.0, auxk_denominator="inputs", dead_after=10_000_001,
         dead_update_first=False, fired_above=None, decoder_norm="pre_forward",
     ),
     "dictionary_learning": dict(
@@ -186,9 +188,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_scale_few_dead=False, fired_above=None,
     ),
     "saelens": dict(
-        init="tied_0.1", b_dec_init="zeros", normalize="none", rescale_acts_by_decoder_norm=True, unit_norm_decoder=False,
-        lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_coef=1.0, auxk_denominator="none",
-        auxk_relu=False, dead_unit="steps", dead_after=1001, dead_update_first=False, decoder_norm="never",
+        init="tied_0.1", b_dec_init="zeros", normalize="none", rescale_acts_by_decoder_norm=True,
+        unit_norm_decoder=False, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_coef=1.0,
+        auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001, dead_update_first=False, decoder_norm="never",
         project_decoder_grad=False,
     ),
 }  # fmt: skip
