@@ -44,7 +44,7 @@ def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     Args:
         src: (n_rows, ...) contiguous, any dtype.
         index: (n,) contiguous int64 on src's device, each in [0, n_rows).
-        out: (n, ...) contiguous, like src in dtype, device and row shape; made when not given. Shares no memory with src.
+        out: (n, ...) contiguous, like src in dtype, device and row shape, apart from it in memory; made when not given.
 
     Raises:
         InputError: a wrong shape, dtype, device or layout; an index out of range (on a CPU nothing is written then).
