@@ -68,8 +68,10 @@ class Rows:
 class RowsSource(Source):
     """A source over segments. Held out is what `held` holds; see open_source for which rows that are."""
 
-    def __init__(self, name: str, train: Rows, held: Rows, folder: ShardFolder | None = None) -> None:
-        self.source_name, self.train, self.held, self.folder = name, train, held, folder
+    def __init__(
+        self, name: str, train: Rows, held: Rows, folder: ShardFolder | None = None, hook: str | None = None
+    ) -> None:
+        self.source_name, self.train, self.held, self.folder, self.hook = name, train, held, folder, hook
         self.d_in = int(train.segments[0].rows.shape[1])
         self.n_rows = len(train)
         self._seed, self._epoch, self._cursor = 0, 0, 0
@@ -134,7 +136,11 @@ class RowsSource(Source):
                 yield Located(x, part.seq, part.pos)
 
     def describe_row(self, i: int) -> str:
-        segment, place = self.train.locate(int(self._last[i]))
+        return self.describe_number(int(self._last[i]))
+
+    def describe_number(self, number: int) -> str:
+        """File, row, sequence and position of a row of the training share, by its number in it."""
+        segment, place = self.train.locate(number)
         text = f"{segment.name} row {segment.first + place}"
         if segment.seq is None or segment.pos is None:
             return text

@@ -4,7 +4,9 @@ Rows are spooled to a hidden file; `commit` shuffles them into shards, adds toke
 a new index.json into place. What the index does not name does not exist: the next writer clears it away.
 """
 
+import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,9 +100,9 @@ class ShardWriter:
             if number == self._next_sequence + len(self._sequences):
                 self._sequences.append((document, sequence))
 
-    def room(self) -> int:
-        """Train rows that still fit into the shard being filled."""
-        waiting = self._spools["train"].rows if "train" in self._spools else 0
+    def room(self, split: str = "train") -> int:
+        """Rows that still fit into the shard being filled."""
+        waiting = self._spools[split].rows if split in self._spools else 0
         return int(self.index["rows_per_shard"]) - waiting
 
     @property
@@ -121,7 +123,10 @@ class ShardWriter:
         self._spools[split].add(rows, seq, pos)
 
     def commit(self, cursor: dict[str, Any], complete: bool = False, **extra: Any) -> None:
-        """Turns everything taken in so far into shards and renames the index. `extra` goes into the index."""
+        """Turns everything taken in so far into shards and renames the index. `extra` goes into the index.
+
+        After an exception here the writer is of no further use; the folder is as the commit before left it.
+        """
         shards, tokens = list(self.index["shards"]), list(self.index["tokens"])
         for split in SPLITS:
             if split in self._spools and self._spools[split].rows:
@@ -145,6 +150,11 @@ class ShardWriter:
             spool.close()
         self._spools = {}
         shutil.rmtree(self.folder / ".spool", ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.folder / ".lock").unlink()
+            # Nothing was committed: an empty folder, if it is one, would only puzzle.
+            if not (self.folder / "index.json").exists():
+                self.folder.rmdir()
         self._lock.close()
 
     def _begin(
@@ -154,14 +164,13 @@ class ShardWriter:
             "format": FORMAT,
             "version": VERSION,
             "complete": False,
-            **settings,
+            "settings": settings,
             "dtype": dtype,
             "hooks": [{**hook, "d": None} for hook in hooks],
             "n_rows": 0,
             "rows_per_shard": rows_per_shard,
             "shuffle": {"kind": "none" if self.shuffle_seed is None else "shard", "seed": self.shuffle_seed},
             "splits": dict.fromkeys(SPLITS, 0),
-            "settings": sorted(settings),
             "tokens": [],
             "shards": [],
         }
@@ -307,10 +316,13 @@ def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -
             f"{folder} was begun with hooks {', '.join(kept)}, now {', '.join(asked)} are asked for:"
             " choose another folder"
         )
-    for key in ("dtype", "rows_per_shard", "shuffle", *fresh["settings"]):
-        if index.get(key) != fresh[key]:
+    keys = ("dtype", "rows_per_shard", "shuffle")
+    before = {**{key: index.get(key) for key in keys}, **index.get("settings", {})}
+    now = {**{key: fresh[key] for key in keys}, **fresh["settings"]}
+    for key, value in now.items():
+        if before.get(key) != value:
             raise InputError(
-                f"{folder} was begun with {key} = {index.get(key)!r}, now {fresh[key]!r} is asked for:"
+                f"{folder} was begun with {key} = {before.get(key)!r}, now {value!r} is asked for:"
                 " choose another folder, or delete it"
             )
 
@@ -327,4 +339,8 @@ def _lock(folder: Path) -> BinaryIO:
     except OSError:
         file.close()
         raise InputError(f"{folder} is being written by another harvest: wait, or choose another folder") from None
+    if not (folder / ".lock").exists() or os.fstat(file.fileno()).st_ino != (folder / ".lock").stat().st_ino:
+        # The writer before removed the file between our opening and locking it.
+        file.close()
+        return _lock(folder)
     return file

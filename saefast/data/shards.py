@@ -154,6 +154,11 @@ class ShardFolder:
         tensors = {key: map_tensor(path, entry) for key, entry in entries.items()}
         return Shard(path, tensors["acts"], tensors.get("scale"), tensors["seq"], tensors["pos"])
 
+    def entries(self, info: ShardInfo, hook: str) -> tuple[Path, dict[str, Entry]]:
+        """A shard's file and where each of its tensors lies in it, checked against the index. Raises InputError."""
+        path = self._file(info, hook)
+        return path, self._expected(path, info, hook)
+
     def verify(self) -> list[BadShard]:
         """Reads every shard of every hook and compares it with the index; the bad ones, with file and byte offset."""
         found = []

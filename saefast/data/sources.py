@@ -1,9 +1,10 @@
 """open_source: whatever a user has becomes a Source to train from."""
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from saefast.data.rows_source import Located, Rows, RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
 from saefast.errors import InputError
+from saefast.native import available
+
+Shuffle = Literal["auto", "buffer", "mapped"]
 
 __all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row", "open_source"]
 
@@ -27,11 +31,14 @@ def open_source(
     d_in: int | None = None,
     skip_bad_shards: bool = False,
     verify: bool = False,
+    shuffle: Shuffle = "auto",
 ) -> Source:
     """A Source over `data`, which is one of
 
     - a shard folder (`hook` says which of its hooks; needed when there are several). Held out are the sequences that
-      the harvest held out, whatever `heldout` says; skip_bad_shards and verify as in ShardFolder;
+      the harvest held out, whatever `heldout` says; skip_bad_shards and verify as in ShardFolder. shuffle="mapped"
+      draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
+      than memory; "auto" takes the buffer for folders over a quarter of this machine's memory;
     - a .npy, .pt or .safetensors file (`key` picks a tensor), or a folder of them, mapped where the format allows;
     - a tensor or numpy array (..., d_in). For files and arrays the last `heldout` of the rows is held out, in one
       piece, because neighbouring rows tend to be of one text;
@@ -43,9 +50,23 @@ def open_source(
     if not 0 <= heldout < 1:
         raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
     source = _open(data, heldout, hook, key, skip_bad_shards, verify)
+    if isinstance(source, RowsSource) and source.folder is not None and _streams(source, shuffle):
+        from saefast.data.buffer import ShardBuffer
+
+        source = ShardBuffer(source)
     if d_in is not None and source.d_in != d_in:
         raise InputError(f"{source.source_name} has rows of {source.d_in} columns, expected d_in = {d_in}")
     return source
+
+
+def _streams(source: RowsSource, shuffle: Shuffle) -> bool:
+    """Whether a shard folder is streamed through a reservoir rather than drawn from at random."""
+    if shuffle not in get_args(Shuffle):
+        raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(get_args(Shuffle))}")
+    if shuffle != "auto":
+        return shuffle == "buffer"
+    stored = sum(segment.rows.nbytes for segment in source.train.segments)
+    return available() and stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 
 
 def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad_shards: bool, verify: bool) -> Source:
@@ -98,4 +119,4 @@ def _from_shards(folder: ShardFolder, hook: str | None) -> RowsSource:
     if not len(train):
         left_out = f" ({len(folder.skipped)} bad shards left out)" if folder.skipped else ""
         raise InputError(f"{folder.path} holds no rows to train on{left_out}: run the harvest again, it goes on")
-    return RowsSource(f"{folder.path} ({name})", train, held, folder)
+    return RowsSource(f"{folder.path} ({name})", train, held, folder, name)

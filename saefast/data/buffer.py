@@ -1,0 +1,350 @@
+"""Shuffled batches out of a bounded reservoir that C++ threads keep full (csrc/buffer.hpp).
+
+`ShardBuffer` streams shard folders that need not fit in memory; `LiveBuffer` shuffles any iterable of tensors, a running
+harvest above all. What a batch holds depends on the seed, never on threads or timing.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.data.iterable_source import IterableSource
+from saefast.data.rows_source import RowsSource
+from saefast.data.shards import dequantise
+from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.errors import InputError
+from saefast.native import extension
+
+# Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
+LAG = 8
+PREFETCH = 4
+
+
+class Reservoir:
+    """The memory and threads behind a buffer. Closed when dropped, at interpreter exit, or by close().
+
+    row_bytes: bytes of a stored row. rows: of the reservoir; at least (LAG + 2) batches.
+    """
+
+    def __init__(
+        self, row_bytes: int, rows: int, batch_size: int, *, first_batch: int = 0, threads: int = 0, readers: int = 1
+    ) -> None:
+        least = (LAG + 2) * batch_size
+        if rows < least:
+            raise InputError(
+                f"the reservoir has {rows} rows: batches of {batch_size} need at least {least}; "
+                "raise reservoir_rows or lower batch_size"
+            )
+        self.batch_size, self.row_bytes, self.rows = batch_size, row_bytes, rows
+        pinned = torch.cuda.is_available()
+        self._reservoir = torch.zeros(rows * row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._ring = torch.zeros(PREFETCH * batch_size * row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._settings = _native().BufferSettings(
+            slot_bytes=row_bytes,
+            capacity=rows,
+            batch=batch_size,
+            lag=LAG,
+            prefetch=PREFETCH,
+            threads=threads or max(1, min(8, os.cpu_count() or 1)),
+            consumers=readers,
+            first_batch=first_batch,
+        )
+        self._place = 0
+        # Per reader: batches drawn here, and the thread that drew last.
+        self._drawn, self._threads = [0] * readers, [0] * readers
+
+    def read_files(
+        self, files: list[tuple[str, int, list[int]]], column_bytes: list[int], epochs: int, seed: int
+    ) -> None:
+        """Starts reading: per file its path, rows, and the byte where each column's matrix starts."""
+        addresses = (self._reservoir.data_ptr(), self._ring.data_ptr())
+        self._run(_native().open_files(files, column_bytes, *addresses, self._settings, epochs, seed))
+
+    def read_queue(self, seed: int) -> None:
+        """Starts waiting for push()."""
+        addresses = (self._reservoir.data_ptr(), self._ring.data_ptr())
+        self._run(_native().open_queue(2 * self.batch_size, *addresses, self._settings, seed))
+
+    def _run(self, native: Any) -> None:
+        self._native = native
+        # Threads write into the two tensors, so they must outlive the threads, whatever is collected first.
+        self._close = weakref.finalize(self, _shut_down, native, self._reservoir, self._ring)
+
+    def next(self, reader: int = 0) -> Tensor | None:
+        """The reader's next batch (n, row_bytes) uint8, valid until its next call; None when the data has ended.
+
+        Raises InputError with what a reading thread ran into, or where the reader would wait for ever.
+        """
+        self._refuse_to_wait_for_myself(reader)
+        try:
+            number, n, self._place = self._native.next(reader)
+        except RuntimeError as error:
+            raise InputError(str(error)) from None
+        if number < 0:
+            return None
+        self._drawn[reader] += 1
+        start = self._place * self.batch_size * self.row_bytes
+        return self._ring[start : start + n * self.row_bytes].view(n, self.row_bytes)
+
+    def _refuse_to_wait_for_myself(self, reader: int) -> None:
+        """A reader that is far ahead waits for the slowest one: never, if that is this very thread's to draw."""
+        self._threads[reader] = threading.get_ident()
+        slowest = min(range(len(self._drawn)), key=self._drawn.__getitem__)
+        ahead = self._drawn[reader] - max(self._drawn[slowest] - 1, 0)
+        if ahead >= PREFETCH and self._threads[slowest] == self._threads[reader]:
+            raise InputError(
+                f"reader {reader} is {ahead} batches ahead of reader {slowest}, and both are drawn by one thread: "
+                "draw from the readers in turn"
+            )
+
+    def row_number(self, i: int) -> int:
+        """Which row, counted through the files, row i of the batch drawn last is."""
+        return int(self._native.rows(self._place)[i])
+
+    def push(self, rows: Tensor) -> bool:
+        """Queues rows (n, row_bytes) uint8; False when there was no room for 50 ms, or the reservoir was closed."""
+        return bool(self._native.push(rows.data_ptr(), len(rows)))
+
+    def finish(self, error: str = "") -> None:
+        """No more rows will be pushed; with an error, the next draw raises it."""
+        self._native.finish(error)
+
+    @property
+    def closed(self) -> bool:
+        return not self._close.alive
+
+    def close(self) -> None:
+        self._close()
+
+
+def _shut_down(native: Any, *kept_until_then: Tensor) -> None:
+    native.close()
+
+
+def _native() -> ModuleType:
+    module = extension()
+    if module is None:
+        raise InputError("the shuffle buffer needs saefast's C++ extension, which is not built; use shuffle='mapped'")
+    return module
+
+
+class ShardBuffer(Source):
+    """Draws from a shard folder of any size through a reservoir of `reservoir_rows` rows.
+
+    The order is that of a reservoir shuffle: shards in random order, rows mixed within the reservoir. Memory is
+    reservoir + PREFETCH batches. Bits do not depend on `threads` (0: one per core, at most 8).
+    """
+
+    def __init__(self, mapped: RowsSource, *, reservoir_rows: int = 1 << 18, threads: int = 0) -> None:
+        if mapped.folder is None or mapped.hook is None:
+            raise InputError(f"{mapped.source_name} is no shard folder: only those are buffered from disk")
+        self.source_name, self.d_in, self.n_rows = mapped.source_name, mapped.d_in, mapped.n_rows
+        self._mapped, self._folder, self._hook = mapped, mapped.folder, mapped.hook
+        self._reservoir_rows, self._threads = reservoir_rows, threads
+        self._seed, self._drawn, self._batch_size = 0, 0, 0
+        self._restored = False
+        self._open: Reservoir | None = None
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        self._begin(batch_size, seed, readers=1)
+        return self._draw(0, torch.device(device), dtype)
+
+    def readers(
+        self,
+        n: int,
+        batch_size: int,
+        seed: int = 0,
+        device: Device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Iterator[Tensor]]:
+        """n iterators over the same batches, for several SAEs off one reservoir, each at its own pace.
+
+        The fastest waits where it is PREFETCH - 1 batches ahead of the slowest: draw from them in turn, or each from a
+        thread of its own. The position saved is reader 0's.
+        """
+        self._begin(batch_size, seed, readers=n)
+        return [self._draw(reader, torch.device(device), dtype) for reader in range(n)]
+
+    def _begin(self, batch_size: int, seed: int, readers: int) -> None:
+        check_batch_size(batch_size)
+        if self._restored and (seed, batch_size) != (self._seed, self._batch_size):
+            raise InputError(
+                f"seed {seed} and batch_size {batch_size}, but the position to resume from was reached with "
+                f"{self._seed} and {self._batch_size}: use those"
+            )
+        if not self._restored:
+            self._drawn = 0
+        self._seed, self._batch_size, self._restored = seed, batch_size, False
+        self.close()
+        files, column_bytes = self._files()
+        self._open = Reservoir(
+            sum(column_bytes),
+            max(self._reservoir_rows, (LAG + 2) * batch_size),
+            batch_size,
+            first_batch=self._drawn,
+            threads=self._threads,
+            readers=readers,
+        )
+        self._open.read_files(files, column_bytes, 0, seed)
+
+    def _files(self) -> tuple[list[tuple[str, int, list[int]]], list[int]]:
+        """Path, rows and column offsets of each shard, and the bytes a row has in each column (acts [, scale])."""
+        names = ["acts", "scale"] if self._folder.dtype == torch.int8 else ["acts"]
+        files = []
+        for info in self._folder.shards("train", self._hook):
+            path, entries = self._folder.entries(info, self._hook)
+            files.append((str(path), info.rows, [entries[name].start for name in names]))
+        return files, [self.d_in * self._folder.dtype.itemsize, 4][: len(names)]
+
+    def _draw(self, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+        reservoir = self._open
+        assert reservoir is not None
+        while True:
+            raw = reservoir.next(reader)
+            assert raw is not None  # epochs are endless
+            # Counted when handed out, so that a position saved between two batches names the next one.
+            if reader == 0:
+                self._drawn += 1
+            yield self._decode(raw, device, dtype)
+
+    def _decode(self, raw: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Stored bytes (n, row_bytes) -> rows (n, d_in). The result shares no memory with the ring."""
+        if device.type == "cuda":
+            # Bytes cross as they are stored, half as many as fp32, and are widened on the other side.
+            raw = raw.to(device, non_blocking=True)
+            torch.cuda.current_stream(device).synchronize()
+        width = self.d_in * self._folder.dtype.itemsize
+        acts = raw[:, :width].contiguous().view(self._folder.dtype)
+        if self._folder.dtype == torch.int8:
+            return dequantise(acts, raw[:, width:].contiguous().view(torch.float32)[:, 0]).to(dtype)
+        return acts.to(dtype, copy=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._identity() | {
+            "seed": self._seed,
+            "batches": self._drawn,
+            "batch_size": self._batch_size,
+            "epoch": self._drawn * self._batch_size // max(self.n_rows or 1, 1),
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "kind": "buffer",
+            "n_rows": self.n_rows,
+            "d_in": self.d_in,
+            "reservoir_rows": self._reservoir_rows,
+            "lag": LAG,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(self.source_name, state, self._identity())
+        self._seed, self._drawn, self._batch_size = (int(state[k]) for k in ("seed", "batches", "batch_size"))
+        self._restored = True
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        return self._mapped.heldout(batch_size, device, dtype)
+
+    def describe_row(self, i: int) -> str:
+        assert self._open is not None
+        return self._mapped.describe_number(self._open.row_number(i))
+
+    def tokens(self, seq: int) -> Tensor:
+        return self._mapped.tokens(seq)
+
+    def close(self) -> None:
+        """Ends the threads and frees the reservoir; the iterators handed out are dead."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+class LiveBuffer(Source):
+    """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
+
+    A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by the
+    next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning again and
+    drops what was trained on, so the iterable must give the same rows each time.
+    """
+
+    def __init__(self, data: IterableSource, *, reservoir_rows: int = 1 << 16, seed: int = 0) -> None:
+        self._data, self._reservoir_rows = data, reservoir_rows
+        self.source_name, self.d_in, self.n_rows = data.source_name, data.d_in, data.n_rows
+        self._seed, self._drawn, self._batch_size = seed, 0, 0
+        self._skip = 0
+        self._open: Reservoir | None = None
+        self._failure: BaseException | None = None
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        check_batch_size(batch_size)
+        if self._skip and (seed, batch_size) != (self._seed, self._batch_size):
+            raise InputError(
+                f"seed {seed} and batch_size {batch_size}, but the position to resume from was reached with "
+                f"{self._seed} and {self._batch_size}: use those"
+            )
+        self.close()
+        self._seed, self._batch_size, self._drawn, self._failure = seed, batch_size, 0, None
+        reservoir = Reservoir(4 * self.d_in, max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size)
+        reservoir.read_queue(seed)
+        self._open = reservoir
+        rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
+        threading.Thread(target=self._produce, args=(rows, reservoir), daemon=True, name="saefast-live").start()
+        return self._draw(reservoir, torch.device(device), dtype)
+
+    def _produce(self, batches: Iterator[Tensor], reservoir: Reservoir) -> None:
+        try:
+            for batch in batches:
+                while not reservoir.push(batch.contiguous()):
+                    if reservoir.closed:
+                        return
+            reservoir.finish()
+        except BaseException as error:
+            self._failure = error
+            reservoir.finish(f"{self.source_name}: {type(error).__name__}: {error}")
+
+    def _draw(self, reservoir: Reservoir, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+        skip, self._skip = self._skip, 0
+        while True:
+            try:
+                raw = reservoir.next()
+            except InputError as error:
+                if self._failure is None:
+                    raise
+                raise self._failure from error
+            if raw is None:
+                return
+            self._drawn += 1
+            if self._drawn > skip:
+                yield raw.view(torch.float32).to(device, dtype, copy=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._identity() | {"seed": self._seed, "batches": self._drawn, "batch_size": self._batch_size}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"kind": "live", "d_in": self.d_in, "reservoir_rows": self._reservoir_rows, "lag": LAG}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(self.source_name, state, self._identity())
+        self._seed, self._skip, self._batch_size = (int(state[k]) for k in ("seed", "batches", "batch_size"))
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        return self._data.heldout(batch_size, device, dtype)
+
+    def describe_row(self, i: int) -> str:
+        assert self._open is not None
+        return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
+
+    def close(self) -> None:
+        """Ends the threads and frees the reservoir; the iterator handed out is dead."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None

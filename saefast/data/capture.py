@@ -1,0 +1,125 @@
+"""Running a model only as far as its last hook, and taking what the hooks see."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saefast.data.models import find_hook, hidden_states
+from saefast.errors import InputError
+
+
+class Runner(Protocol):
+    """A model ready to be harvested. equal_lengths: it must be given sequences of one length at a time."""
+
+    hooks: list[dict[str, str]]
+    equal_lengths: bool
+
+    def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Activations (batch, length, d) per hook for token ids and mask (batch, length)."""
+        ...
+
+
+def runner_for(model: Any, hooks: Sequence[str]) -> Runner:
+    """A Runner for a Hugging Face module or for anything with run_with_hooks. Raises InputError for neither."""
+    if not hooks:
+        raise InputError("hooks is empty: name at least one module, for example layers.4")
+    if len(set(hooks)) < len(hooks):
+        raise InputError(f"hooks {', '.join(hooks)}: one is named twice")
+    if hasattr(model, "run_with_hooks"):
+        return HookedRunner(model, hooks)
+    if isinstance(model, nn.Module):
+        return ModuleRunner(model, hooks)
+    raise InputError(f"model is a {type(model).__name__}, expected a Hugging Face model or one with run_with_hooks")
+
+
+class ModuleRunner:
+    """Forward hooks on the modules of a torch model; the last one to fire ends the forward pass."""
+
+    equal_lengths = False
+
+    def __init__(self, model: nn.Module, hooks: Sequence[str]) -> None:
+        self._model = model
+        found = [find_hook(model, name) for name in hooks]
+        self.hooks = [{"name": hook.name, "hf_name": hook.path} for hook in found]
+        # Keys and values for generating more text are of no use here.
+        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
+        self._extra = {"use_cache": False} if takes_cache else {}
+        paths = {hook.path for hook in found}
+        if len(paths) < len(found):
+            raise InputError(f"hooks {', '.join(hooks)}: two of them are the same module")
+
+    def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        device = next(self._model.parameters()).device
+        seen = _Seen([hook["name"] for hook in self.hooks])
+        with torch.inference_mode(), contextlib.ExitStack() as stack:
+            for hook in self.hooks:
+                module = self._model.get_submodule(hook["hf_name"])
+                stack.callback(module.register_forward_hook(seen.module_hook(hook["name"])).remove)
+            with seen.stopping():
+                # Without a mask attention takes its fastest path.
+                mask_argument = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
+                self._model(input_ids=ids.to(device), **mask_argument, **self._extra)
+        return seen.all()
+
+
+class HookedRunner:
+    """TransformerLens' way: run_with_hooks(tokens, fwd_hooks=[(name, f(activation, hook))])."""
+
+    # Sequences of one length need no padding, and so no agreement about masks.
+    equal_lengths = True
+
+    def __init__(self, model: Any, hooks: Sequence[str]) -> None:
+        self._model = model
+        known = getattr(model, "hook_dict", None)
+        for name in hooks:
+            if known is not None and name not in known:
+                near = [key for key in known if key.split(".")[-1] == name.split(".")[-1]] or list(known)
+                raise InputError(f"hook {name!r} is not in this model; there are {', '.join(near[:6])}")
+        self.hooks = [{"name": name, "hf_name": name} for name in hooks]
+        parameters = inspect.signature(model.run_with_hooks).parameters.values()
+        takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
+        # Asks TransformerLens not to compute logits, should no hook end the pass.
+        self._extra = {"return_type": None} if takes_any or "return_type" in {p.name for p in parameters} else {}
+
+    def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        seen = _Seen([hook["name"] for hook in self.hooks])
+        fwd_hooks = [(hook["name"], seen.named_hook(hook["name"])) for hook in self.hooks]
+        with torch.inference_mode(), seen.stopping():
+            self._model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **self._extra)
+        return seen.all()
+
+
+class _Stop(Exception):
+    """Every hook has fired; what the rest of the model would compute is of no use."""
+
+
+class _Seen:
+    def __init__(self, names: list[str]) -> None:
+        self._names = names
+        self._found: dict[str, Tensor] = {}
+
+    def module_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda module, args, output: self._take(name, output)
+
+    def named_hook(self, name: str) -> Callable[..., None]:
+        return lambda activation, hook=None: self._take(name, activation)
+
+    def _take(self, name: str, output: Any) -> None:
+        self._found[name] = hidden_states(output, name)
+        if len(self._found) == len(self._names):
+            raise _Stop
+
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        with contextlib.suppress(_Stop):
+            yield
+
+    def all(self) -> dict[str, Tensor]:
+        missing = [name for name in self._names if name not in self._found]
+        if missing:
+            raise InputError(f"hook {missing[0]!r} never fired: the model's forward pass does not run that module")
+        return {name: self._found[name] for name in self._names}
