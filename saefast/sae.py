@@ -191,11 +191,15 @@ class SAE(nn.Module):
     def save(self, path: str | Path) -> None:
         """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder."""
         folder = Path(path)
+        self.save_weights(folder / WEIGHTS)
+        write_json(folder / CONFIG, self.config.to_dict())
+
+    def save_weights(self, file: str | Path) -> None:
+        """Writes weights and config into one safetensors file, whole or not at all; `load` reads it."""
         config = json.dumps(self.config.to_dict())
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(folder / WEIGHTS) as temporary:
+        with replacing(file) as temporary:
             save_file(tensors, temporary, metadata={"format": "saefast", "config": config})
-        write_json(folder / CONFIG, self.config.to_dict())
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> SAE:

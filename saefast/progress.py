@@ -1,0 +1,123 @@
+"""What a run tells while it goes: metrics.jsonl for programs and plots, a progress bar for the person who waits."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from saefast.errors import InputError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, each with "step", in ascending order; flushed as it is written.
+
+    Args:
+        folder: where the file lies.
+        after: lines of later steps are cut off, as is a line that a kill left unfinished: the run goes on from there.
+    """
+
+    def __init__(self, folder: Path, after: int = 0) -> None:
+        self.path = folder / METRICS
+        self._cut(after)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Appends a line, whole or not at all. Raises OSError."""
+        size = self._file.tell()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError:
+            # What the buffer still holds would be tried again at close; the file ends with its last whole line.
+            self._abandon(size)
+            raise
+
+    def sync(self) -> None:
+        """Puts the lines on the disk, so that a checkpoint never outlives the lines before it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _abandon(self, size: int) -> None:
+        with suppress(OSError):
+            self._file.close()
+        os.truncate(self.path, size)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def _cut(self, after: int) -> None:
+        if not self.path.exists():
+            return
+        keep = 0
+        with self.path.open("rb") as file:
+            for raw in file:
+                if not raw.endswith(b"\n") or _step_of(raw) > after:
+                    break
+                keep += len(raw)
+        os.truncate(self.path, keep)
+
+
+def _step_of(raw: bytes) -> float:
+    """The step of a line; beyond every step for one that a crash garbled, so that it is cut off."""
+    try:
+        return int(json.loads(raw)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl (the file, or the folder it lies in). An unfinished last line is left out.
+
+    Raises:
+        InputError: no such file, or a line that is no JSON.
+    """
+    file = Path(path)
+    file = file / METRICS if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: expected the folder of a run, holding {METRICS}")
+    lines = file.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise InputError(f"{file} holds a line that is no JSON ({error})") from None
+
+
+class Bar:
+    """The progress bar: tokens done, tokens/s, loss, FVU, L0 and dead share. Nothing at all where it is off."""
+
+    def __init__(self, total_tokens: int, done: int, shown: bool) -> None:
+        self._bar: Any = None
+        if shown:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total_tokens, initial=done, unit="tok", unit_scale=True, desc="train", leave=True)
+
+    def advance(self, tokens: int) -> None:
+        if self._bar is not None:
+            self._bar.update(tokens)
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            shown = f"loss {line['losses/overall_loss']:.4g}, FVU {line['fvu']:.4f}"
+            shown += f", L0 {line['metrics/l0']:.1f}, dead {line['dead_share']:.1%}"
+            self._bar.set_postfix_str(shown, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextmanager
+def bar(total_tokens: int, done: int, shown: bool | None) -> Iterator[Bar]:
+    """A progress bar on stderr; `shown` None means only where a person watches (a terminal)."""
+    wanted = sys.stderr.isatty() if shown is None else shown
+    made = Bar(total_tokens, done, wanted)
+    try:
+        yield made
+    finally:
+        made.close()
