@@ -11,7 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from saefast import reference
 from saefast.errors import InputError
+
+# The codes of csrc/floats.hpp; the dtypes the ops below serve, sums being kept in fp32.
+FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @cache
@@ -33,6 +37,170 @@ def extension() -> ModuleType | None:
 def available() -> bool:
     """Whether the C++ extension is there (warns once where it is not)."""
     return extension() is not None
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Whether the ops of this module serve CPU tensors of a dtype."""
+    return dtype in FLOAT_CODES and available()
+
+
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    max_scratch_bytes: int = 1 << 30,
+    kernel: str | None = None,
+) -> reference.Code:
+    """`reference.encode_topk` in one pass: product tiles are filtered in registers, and only what may be among the k
+    best of its row is ever stored. bf16 products are exact and summed in fp32 (subnormal bf16 count as zero).
+
+    The values do not depend on the batch a row comes in, on threads or on scratch.
+
+    Args:
+        kernel: a tile kernel of csrc/tiles.cpp by name, for tests and benchmarks; None takes the best for this machine.
+    """
+    matrices = _matrices(x, W_enc)
+    bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
+    ids = None if latents is None else latents.long().contiguous()
+    n = W_enc.shape[0] if ids is None else ids.shape[0]
+    acts = torch.empty((x.shape[0], k), dtype=torch.float32)
+    idx = torch.empty((x.shape[0], k), dtype=torch.int32)
+    try:
+        _built().encode_topk(
+            *(matrices, _address(bias), _address(weight), _address(ids), n, k, relu, acts.data_ptr(), idx.data_ptr()),
+            *(max_scratch_bytes, kernel, torch.get_num_threads()),
+        )
+    except (IndexError, ValueError) as error:
+        raise InputError(f"encode_topk: {error}") from None
+    return acts, idx
+
+
+def encode_topk_mixed(
+    x: Tensor,
+    W_low: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    max_scratch_bytes: int = 1 << 30,
+) -> reference.Code:
+    """Top-k chosen by the products of a low-precision copy of the weights, with the values of the full ones.
+
+    The choice is exact over x and W_low rounded to W_low's dtype and summed in fp32; each value is then recomputed
+    from x and W_enc. Entries stay in the order of the choice, so values descend only up to W_low's rounding.
+
+    Args:
+        x: (B, D) fp32.
+        W_low: (L, D) bf16 (or fp16), the rounded copy of W_enc.
+        W_enc: (L, D) fp32.
+        The rest as `encode_topk`.
+    """
+    _, idx = encode_topk(
+        *(x.to(W_low.dtype), W_low, b_enc, k),
+        latents=latents,
+        scale=scale,
+        max_scratch_bytes=max_scratch_bytes,
+    )
+    acts = sddmm(x, idx, W_enc)
+    if b_enc is not None:
+        acts += b_enc.float()[idx.long()]
+    return (acts.relu_() if relu else acts), idx
+
+
+def threshold_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor | float,
+    *,
+    max_scratch_bytes: int = 1 << 30,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.threshold_encode` over the tiles of `encode_topk`; memory grows with the entries found, nothing else."""
+    theta = torch.as_tensor(threshold, dtype=torch.float32).expand(W_enc.shape[0])
+    matrices = _matrices(x, W_enc)
+    bias, bound = _vector("b_enc", b_enc, W_enc), _vector("threshold", theta, W_enc)
+    scratch = (max_scratch_bytes, kernel, torch.get_num_threads())
+    code = _built().ThresholdCode(matrices, _address(bias), _address(bound), *scratch)
+    row_ptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
+    idx = torch.empty(code.size(), dtype=torch.int32)
+    acts = torch.empty(code.size(), dtype=torch.float32)
+    code.write(row_ptr.data_ptr(), idx.data_ptr(), acts.data_ptr())
+    return row_ptr, idx, acts
+
+
+def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """`reference.spmm`, W's rows gathered once and summed in fp32 in the order of j."""
+    if W.dtype not in FLOAT_CODES:
+        return reference.spmm(acts, idx, W)
+    if acts.shape != idx.shape:
+        raise InputError(f"acts has shape {tuple(acts.shape)} and idx {tuple(idx.shape)}: expected one shape")
+    values = acts.float().contiguous()
+    out = torch.empty((idx.shape[0], W.shape[1]), dtype=torch.float32)
+    _gathered("spmm", idx, W, values, out)
+    return out.to(W.dtype)
+
+
+def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
+    """`reference.sddmm`, W's rows gathered once."""
+    if W.dtype not in FLOAT_CODES:
+        return reference.sddmm(x, idx, W)
+    if x.shape != (idx.shape[0], W.shape[1]):
+        raise InputError(f"x has shape {tuple(x.shape)}: expected {(idx.shape[0], W.shape[1])} to go with idx and W")
+    out = torch.empty(idx.shape, dtype=torch.float32)
+    _gathered("sddmm", idx, W, x.float().contiguous(), out)
+    return out
+
+
+def _gathered(op: str, idx: Tensor, W: Tensor, source: Tensor, out: Tensor) -> None:
+    """Runs one of the two gathers; W, idx and source stay alive while their addresses are used."""
+    W, idx = W.contiguous(), idx.contiguous()
+    if W.dim() != 2 or idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected (batch, k) int32 or int64")
+    code = (FLOAT_CODES[W.dtype], W.data_ptr(), *W.shape, idx.data_ptr(), idx.dtype == torch.int64, *idx.shape)
+    try:
+        getattr(_built(), op)((*code, torch.get_num_threads()), source.data_ptr(), out.data_ptr())
+    except IndexError as error:
+        raise InputError(f"{op}: {error}") from None
+
+
+def _built() -> ModuleType:
+    ext = extension()
+    if ext is None:
+        raise InputError("saefast's C++ extension is not built: call saefast.ops, which falls back to torch")
+    return ext
+
+
+def _matrices(x: Tensor, W: Tensor) -> tuple[int, ...]:
+    """x and W as the extension takes them: type, addresses, B, D, L."""
+    if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype or x.dtype not in FLOAT_CODES:
+        raise InputError(
+            f"x is {x.dtype} of shape {tuple(x.shape)}, W {W.dtype} {tuple(W.shape)}: expected (B, D) and (L, D), "
+            "both fp32, bf16 or fp16"
+        )
+    if not (x.is_contiguous() and W.is_contiguous() and x.device.type == W.device.type == "cpu"):
+        raise InputError("x and W must be contiguous CPU tensors: call .cpu() and .contiguous(), as saefast.ops does")
+    return (FLOAT_CODES[x.dtype], x.data_ptr(), W.data_ptr(), *x.shape, W.shape[0])
+
+
+def _vector(name: str, vector: Tensor | None, W: Tensor) -> Tensor | None:
+    if vector is None:
+        return None
+    if vector.shape != W.shape[:1]:
+        raise InputError(f"{name} has shape {tuple(vector.shape)}: expected ({W.shape[0]},), one value per latent")
+    return vector.float().contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
