@@ -1,7 +1,7 @@
 """Shuffled batches out of a bounded reservoir that C++ threads keep full (csrc/buffer.hpp).
 
-`ShardBuffer` streams shard folders that need not fit in memory; `LiveBuffer` shuffles any iterable of tensors, a running
-harvest above all. What a batch holds depends on the seed, never on threads or timing.
+`ShardBuffer` streams shard folders that need not fit in memory; `LiveBuffer` shuffles any iterable of tensors, a
+running harvest above all. What a batch holds depends on the seed, never on threads or timing.
 """
 
 import os
@@ -269,9 +269,9 @@ class ShardBuffer(Source):
 class LiveBuffer(Source):
     """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
 
-    A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by the
-    next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning again and
-    drops what was trained on, so the iterable must give the same rows each time.
+    A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by
+    the next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning
+    again and drops what was trained on, so the iterable must give the same rows each time.
     """
 
     def __init__(self, data: IterableSource, *, reservoir_rows: int = 1 << 16, seed: int = 0) -> None:
