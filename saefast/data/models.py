@@ -75,6 +75,15 @@ def load_tokenizer(name: str | Path | None = None, *, revision: str | None = Non
         return transformers.AutoTokenizer.from_pretrained(path, revision=revision)
 
 
+def architecture(name: str | Path | None = None, *, revision: str | None = None) -> str:
+    """The class a model was saved as, such as "GPT2LMHeadModel"; "" where it does not say. Only its config is read."""
+    path = model_path(name)
+    transformers = _transformers()
+    with _quiet(transformers), _one_line("model", path):
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    return str((getattr(config, "architectures", None) or [""])[0])
+
+
 def find_hook(model: nn.Module, name: str) -> Hook:
     """The module that a hook name means in this model, tried in this order:
 

@@ -185,6 +185,17 @@ class ShardFolder:
         ids, offsets, _, first = self._token_part(seq)
         return ids[int(offsets[seq - first]) : int(offsets[seq - first + 1])]
 
+    def token_ids(self, seq: Tensor, pos: Tensor) -> Tensor:
+        """The token id (n,) int32 of each of many rows, by their sequences and positions (n,) int."""
+        seq, pos = seq.long(), pos.long()
+        out = torch.full(seq.shape, -1, dtype=torch.int32)
+        for part in self.index["tokens"]:
+            inside = (seq >= part["first_seq"]) & (seq < part["first_seq"] + part["n_seq"])
+            if inside.any():
+                ids, offsets, _, first = self._token_part(int(part["first_seq"]))
+                out[inside] = ids[offsets[seq[inside] - first] + pos[inside]]
+        return out
+
     def document(self, seq: int) -> int:
         """Number of the document, in the order of the text, that a sequence was cut from."""
         _, _, doc, first = self._token_part(seq)
