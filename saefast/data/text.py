@@ -1,6 +1,7 @@
 """Documents to harvest from: files, folders, a `datasets` name, any iterable of strings, or Python's own docstrings."""
 
 import ast
+import functools
 import hashlib
 import json
 import random
@@ -167,9 +168,7 @@ class Docstrings(Text):
 
     def _all(self) -> list[str]:
         if self._found is None:
-            root = Path(sysconfig.get_paths()["stdlib"])
-            found = dict.fromkeys(doc for file in _library_files(root) for doc in _docstrings(file))
-            self._found = list(found)
+            self._found = list(_library_docstrings(Path(sysconfig.get_paths()["stdlib"])))
             random.Random(self._seed).shuffle(self._found)
         return self._found
 
@@ -232,9 +231,13 @@ def _field(value: Any, column: str, place: str) -> str:
     return text
 
 
-def _library_files(root: Path) -> list[Path]:
+# Parsing the library takes seconds, and within a process it stays as it is.
+@functools.cache
+def _library_docstrings(root: Path) -> tuple[str, ...]:
+    """Each docstring once, in the order of the files' paths."""
     files = (f for f in root.rglob("*.py") if not _NOT_LIBRARY.intersection(f.relative_to(root).parts))
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
+    in_order = sorted(files, key=lambda f: f.relative_to(root).as_posix())
+    return tuple(dict.fromkeys(doc for file in in_order for doc in _docstrings(file)))
 
 
 def _docstrings(file: Path) -> Iterator[str]:
