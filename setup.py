@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 from setuptools.errors import CCompilerError, CompileError, ExecError, PlatformError
 
@@ -78,6 +78,9 @@ class BuildExt(build_ext):
         ext.extra_link_args += library_flags(nvcc)
         ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
 
+
+# One compiler per core; SAEFAST_BUILD_JOBS sets another number.
+ParallelCompile("SAEFAST_BUILD_JOBS", default=0).install()
 
 setup(
     packages=[*find_packages(include=["saefast", "saefast.*"]), "saefast.kernels"],
