@@ -4,12 +4,21 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "buffer.hpp"
 #include "gather.hpp"
+#include "spmm.hpp"
+#include "threshold.hpp"
+#include "topk.hpp"
+#include "rows.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -57,6 +66,269 @@ void bind_gather(py::module_& m) {
 #endif
 }
 
+// A buffer with the source it reads. In a forked child it is left where it is: see Buffer::lives_here.
+struct OpenBuffer {
+    std::unique_ptr<saefast::Buffer> buffer;
+    std::shared_ptr<saefast::QueueSource> queue;  // of a live buffer
+    OpenBuffer() = default;
+    OpenBuffer(OpenBuffer&&) = default;
+    ~OpenBuffer() {
+        if (buffer && !buffer->lives_here()) buffer.release();
+    }
+};
+
+using BufferSettings = saefast::Buffer::Settings;
+// path, rows, and the byte each column starts at
+using ShardTuple = std::tuple<std::string, int64_t, std::vector<int64_t>>;
+
+OpenBuffer open_files(const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, Address reservoir,
+                      Address ring, const BufferSettings& settings, int64_t epochs, uint64_t seed) {
+    std::vector<saefast::Shard> shards;
+    std::vector<int64_t> rows;
+    for (const auto& [path, n, offsets] : files) {
+        shards.push_back({path, n, offsets});
+        rows.push_back(n);
+    }
+    py::gil_scoped_release release;
+    saefast::Planner planner(rows, settings.capacity, settings.batch, settings.lag, epochs, seed);
+    auto source = std::make_shared<saefast::FileSource>(std::move(shards), std::move(column_bytes));
+    OpenBuffer open;
+    open.buffer = std::make_unique<saefast::Buffer>(std::move(source), std::move(planner), at<char>(reservoir),
+                                                    at<char>(ring), settings);
+    return open;
+}
+
+OpenBuffer open_queue(int64_t room, Address reservoir, Address ring, const BufferSettings& settings, uint64_t seed) {
+    py::gil_scoped_release release;
+    saefast::Planner planner({saefast::Planner::kUnknown}, settings.capacity, settings.batch, settings.lag, 1, seed);
+    OpenBuffer open;
+    open.queue = std::make_shared<saefast::QueueSource>(settings.slot_bytes, room);
+    open.buffer = std::make_unique<saefast::Buffer>(open.queue, std::move(planner), at<char>(reservoir),
+                                                    at<char>(ring), settings);
+    return open;
+}
+
+// Waits in short turns, so that Ctrl-C gets through.
+template <class Try>
+void wait_for(const Try& ready_within) {
+    for (bool ready = false; !ready;) {
+        {
+            py::gil_scoped_release release;
+            ready = ready_within(50);
+        }
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    }
+}
+
+void bind_buffer(py::module_& m) {
+    py::class_<BufferSettings>(m, "BufferSettings")
+        .def(py::init([](int64_t slot_bytes, int64_t capacity, int64_t batch, int64_t lag, int64_t prefetch,
+                         int threads, int consumers, int64_t first_batch) {
+                 return BufferSettings{slot_bytes, capacity, batch, lag, prefetch, threads, consumers, first_batch};
+             }),
+             py::kw_only(), "slot_bytes"_a, "capacity"_a, "batch"_a, "lag"_a, "prefetch"_a, "threads"_a, "consumers"_a,
+             "first_batch"_a);
+    py::class_<OpenBuffer>(m, "Buffer")
+        .def(
+            "next",
+            [](OpenBuffer& self, int consumer) {
+                saefast::Batch batch;
+                wait_for([&](int timeout_ms) { return self.buffer->next(consumer, timeout_ms, batch); });
+                return std::make_tuple(batch.number, batch.n_rows, batch.place);
+            },
+            "consumer"_a)
+        .def("try_next",
+             [](OpenBuffer& self, int consumer) -> std::optional<std::tuple<int64_t, int64_t, int64_t>> {
+                 saefast::Batch batch;
+                 if (!self.buffer->next(consumer, 0, batch)) return std::nullopt;
+                 return std::make_tuple(batch.number, batch.n_rows, batch.place);
+             })
+        .def("rows", [](OpenBuffer& self, int64_t place) { return self.buffer->rows(place); })
+        .def("push",
+             [](OpenBuffer& self, Address rows, int64_t n) {
+                 py::gil_scoped_release release;
+                 return self.queue->push(at<const char>(rows), n, 50);
+             })
+        .def("finish", [](OpenBuffer& self, const std::string& error) { self.queue->finish(error); })
+        .def("lives_here", [](OpenBuffer& self) { return self.buffer->lives_here(); })
+        .def("close", [](OpenBuffer& self) {
+            if (!self.buffer->lives_here()) return;
+            py::gil_scoped_release release;
+            self.buffer->close();
+        });
+    m.def("open_files", &open_files, "files"_a, "column_bytes"_a, "reservoir"_a, "ring"_a, "settings"_a, "epochs"_a,
+          "seed"_a);
+    m.def("open_queue", &open_queue, "room"_a, "reservoir"_a, "ring"_a, "settings"_a, "seed"_a);
+    m.def(
+        "plan_epochs",
+        [](std::vector<int64_t> shard_rows, int64_t capacity, int64_t batch, int64_t lag, int64_t epochs,
+           uint64_t seed) {
+            std::vector<std::vector<int64_t>> batches;
+            saefast::Planner planner(std::move(shard_rows), capacity, batch, lag, epochs, seed);
+            for (auto plan = planner.next(); !plan.rows.empty(); plan = planner.next()) batches.push_back(plan.rows);
+            return batches;
+        },
+        "shard_rows"_a, "capacity"_a, "batch"_a, "lag"_a, "epochs"_a, "seed"_a);
+}
+
+void bind_rows(py::module_& m) {
+    using namespace saefast;
+    py::class_<AdamMatrix>(m, "AdamMatrix")
+        .def(py::init([](Address w, Address m, Address v, Address last_step, Address shadow, Address norms,
+                         int64_t n_rows, int64_t d) {
+                 return AdamMatrix{at<float>(w),         at<float>(m),     at<float>(v), at<int32_t>(last_step),
+                                   at<uint16_t>(shadow), at<float>(norms), n_rows,       d};
+             }),
+             "w"_a, "m"_a, "v"_a, "last_step"_a, "shadow"_a, "norms"_a, "n_rows"_a, "d"_a);
+    py::class_<AdamStep>(m, "AdamStep")
+        .def(py::init([](int32_t step, double beta1, double beta2, double lr, double eps, Address drift,
+                         Address drift_eps, float grad_scale, bool project, int norm) {
+                 return AdamStep{step,       beta1,   beta2, lr, eps, at<const double>(drift), at<const double>(drift_eps),
+                                 grad_scale, project, static_cast<Norm>(norm)};
+             }),
+             "step"_a, "beta1"_a, "beta2"_a, "lr"_a, "eps"_a, "drift"_a, "drift_eps"_a, "grad_scale"_a, "project"_a,
+             "norm"_a);
+    py::class_<RowGradient>(m, "RowGradient")
+        .def(py::init([](Address source, Address offsets, Address row, Address coef) {
+                 return RowGradient{at<const float>(source), at<const int32_t>(offsets), at<const int32_t>(row),
+                                    at<const float>(coef)};
+             }),
+             "source"_a, "offsets"_a, "row"_a, "coef"_a);
+    m.def(
+        "group_runs",
+        [](Address idx, Address keep, int64_t n, int64_t n_latents, Address order, Address latents, Address offsets) {
+            py::gil_scoped_release release;
+            return group_runs(at<const int32_t>(idx), at<const uint8_t>(keep), n, n_latents, at<int32_t>(order),
+                              at<int32_t>(latents), at<int32_t>(offsets));
+        },
+        "idx"_a, "keep"_a, "n"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
+    m.def(
+        "catch_up",
+        [](const AdamMatrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
+            py::gil_scoped_release release;
+            catch_up(matrix, step, at<const int32_t>(rows), n, n_threads);
+        },
+        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
+    m.def(
+        "normalise_rows",
+        [](const AdamMatrix& matrix, Address rows, int64_t n, int n_threads) {
+            py::gil_scoped_release release;
+            normalise_rows(matrix, at<const int32_t>(rows), n, n_threads);
+        },
+        "matrix"_a, "rows"_a, "n"_a, "n_threads"_a);
+    py::class_<AdamJob>(m, "AdamJob")
+        .def(py::init([](const AdamMatrix& matrix, const AdamStep& step, const RowGradient& gradient, Address rows,
+                         int64_t n, Address squares) {
+                 return AdamJob{matrix, step, gradient, at<const int32_t>(rows), n, at<float>(squares)};
+             }),
+             "matrix"_a, "step"_a, "gradient"_a, "rows"_a, "n"_a, "squares"_a);
+    m.def("adam_rows", &adam_rows, "jobs"_a, "n_threads"_a, py::call_guard<py::gil_scoped_release>());
+    m.def("gradient_squares", &gradient_squares, "job"_a, "n_threads"_a, py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "decode_loss",
+        [](Address x, Address acts, Address idx, Address W_dec, Address b_dec, Address bounds, Address weight, int64_t B,
+           int64_t K, int64_t P, int64_t d, int64_t n_latents, bool by_latent, Address residual, Address squares,
+           Address grad_acts, Address error, bool relu, int n_threads) {
+            py::gil_scoped_release release;
+            decode_loss({at<const float>(x), at<const float>(acts), at<const int32_t>(idx), at<const float>(W_dec),
+                         at<const float>(b_dec), at<const int32_t>(bounds), at<const float>(weight), B, K, P, d,
+                         n_latents, by_latent, at<float>(residual), at<float>(squares), at<float>(grad_acts),
+                         at<float>(error), relu},
+                        n_threads);
+        },
+        "x"_a, "acts"_a, "idx"_a, "W_dec"_a, "b_dec"_a, "bounds"_a, "weight"_a, "B"_a, "K"_a, "P"_a, "d"_a,
+        "n_latents"_a, "by_latent"_a, "residual"_a, "squares"_a, "grad_acts"_a, "error"_a, "relu"_a, "n_threads"_a);
+    m.def(
+        "weighted_row_sum",
+        [](Address W, int64_t d, Address rows, Address coef, int64_t n, Address out, int n_threads) {
+            py::gil_scoped_release release;
+            weighted_row_sum(at<const float>(W), d, at<const int32_t>(rows), at<const float>(coef), n, at<float>(out),
+                             n_threads);
+        },
+        "W"_a, "d"_a, "rows"_a, "coef"_a, "n"_a, "out"_a, "n_threads"_a);
+    m.def(
+        "moments",
+        [](Address x, int64_t n, int64_t d, int n_threads) {
+            py::gil_scoped_release release;
+            double variance = 0, squares = 0;
+            moments(at<const float>(x), n, d, &variance, &squares, n_threads);
+            return std::pair<double, double>(variance, squares);
+        },
+        "x"_a, "n"_a, "d"_a, "n_threads"_a);
+}
+
+using EncoderArguments = std::tuple<int, Address, Address, int64_t, int64_t, int64_t>;  // type, x, W, B, D, L
+
+// x (B, D) and W (L, D) of one type; bias, scale and threshold (L,) fp32 or 0; ids (n_ids,) int64 or 0 for all latents.
+saefast::Encoder make_encoder(const EncoderArguments& matrices, Address bias, Address scale, Address threshold,
+                              Address ids, int64_t n_ids) {
+    const auto [type, x, W, n_rows, d_in, n_latents] = matrices;
+    return {static_cast<saefast::Float>(type), at<const void>(x), at<const void>(W), n_rows, d_in, n_latents,
+            at<const float>(bias), at<const float>(scale), at<const float>(threshold), at<const int64_t>(ids), n_ids};
+}
+
+void bind_encode(py::module_& m) {
+    m.def(
+        "encode_topk",
+        [](const EncoderArguments& matrices, Address bias, Address scale, Address ids, int64_t n_ids, int64_t k,
+           bool relu, Address acts, Address idx, int64_t max_scratch_bytes, const std::optional<std::string>& kernel,
+           int n_threads) {
+            py::gil_scoped_release release;
+            saefast::encode_topk(make_encoder(matrices, bias, scale, 0, ids, n_ids),
+                                 {k, relu, max_scratch_bytes, kernel ? kernel->c_str() : nullptr, n_threads},
+                                 at<float>(acts), at<int32_t>(idx));
+        },
+        "matrices"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "k"_a, "relu"_a, "acts"_a, "idx"_a,
+        "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a);
+    m.def(
+        "tile_kernel",
+        [](bool bf16, int64_t n_rows) { return saefast::pick_tile_kernel(bf16, n_rows, nullptr).name; }, "bf16"_a,
+        "n_rows"_a);
+    py::class_<saefast::ThresholdCode>(m, "ThresholdCode")
+        .def(py::init([](const EncoderArguments& matrices, Address bias, Address threshold, int64_t max_scratch_bytes,
+                         const std::optional<std::string>& kernel, int n_threads) {
+                 py::gil_scoped_release release;
+                 const auto encoder = make_encoder(matrices, bias, 0, threshold, 0, std::get<5>(matrices));
+                 return std::make_unique<saefast::ThresholdCode>(encoder, max_scratch_bytes,
+                                                                 kernel ? kernel->c_str() : nullptr, n_threads);
+             }),
+             "matrices"_a, "bias"_a, "threshold"_a, "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a)
+        .def("size", &saefast::ThresholdCode::size)
+        .def(
+            "write",
+            [](const saefast::ThresholdCode& code, Address row_ptr, Address idx, Address acts) {
+                py::gil_scoped_release release;
+                code.write(at<int64_t>(row_ptr), at<int32_t>(idx), at<float>(acts));
+            },
+            "row_ptr"_a, "idx"_a, "acts"_a);
+}
+
+using GatheredArguments = std::tuple<int, Address, int64_t, int64_t, Address, bool, int64_t, int64_t, int>;
+
+// type, W (L, D), L, D, idx (B, K), whether idx is int64, B, K, threads
+saefast::Gathered make_gathered(const GatheredArguments& code) {
+    const auto [type, W, n_latents, d, idx, wide_idx, n_rows, k, n_threads] = code;
+    return {static_cast<saefast::Float>(type), at<const void>(W), n_latents, d, at<const void>(idx), wide_idx, n_rows,
+            k, n_threads};
+}
+
+void bind_spmm(py::module_& m) {
+    m.def(
+        "spmm",
+        [](const GatheredArguments& code, Address acts, Address out) {
+            py::gil_scoped_release release;
+            saefast::spmm(make_gathered(code), at<const float>(acts), at<float>(out));
+        },
+        "code"_a, "acts"_a, "out"_a);
+    m.def(
+        "sddmm",
+        [](const GatheredArguments& code, Address x, Address out) {
+            py::gil_scoped_release release;
+            saefast::sddmm(make_gathered(code), at<const float>(x), at<float>(out));
+        },
+        "code"_a, "x"_a, "out"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -67,4 +339,8 @@ PYBIND11_MODULE(_native, m) {
     m.attr("HAS_CUDA") = false;
 #endif
     bind_gather(m);
+    bind_encode(m);
+    bind_spmm(m);
+    bind_rows(m);
+    bind_buffer(m);
 }

@@ -1,0 +1,52 @@
+// The inner loops over one row, compiled once per instruction set. Plain arrays of fixed length instead of intrinsics:
+// the compiler turns each into registers, and the order of every sum stays the one written here.
+#pragma once
+
+#include <cstdint>
+
+// x86-64-v3 rather than avx2: it has FMA, which Adam's arithmetic is defined with (see adam_elements).
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define SAEFAST_ROW_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SAEFAST_ROW_CLONES
+#endif
+
+namespace saefast::rowmath {
+
+// a · b
+float dot(const float* a, const float* b, int64_t n);
+// acc += c · x
+void add_scaled(float* acc, const float* x, float c, int64_t n);
+// acc += x
+void add(float* acc, const float* x, int64_t n);
+// x /= by
+void divide(float* x, float by, int64_t n);
+// x *= by
+void scale(float* x, float by, int64_t n);
+// out = a - b
+void subtract(float* out, const float* a, const float* b, int64_t n);
+// Σ (x - mean)² and Σ x² added in double to *variance and *squares
+void add_moments(const float* x, const double* mean, int64_t n, double* variance, double* squares);
+// sums += x, in double
+void add_to_double(double* sums, const float* x, int64_t n);
+// dst = x rounded to bf16 (nearest, ties to even)
+void to_bf16(uint16_t* dst, const float* x, int64_t n);
+
+// Constants of one Adam step in the precisions torch uses them in.
+struct AdamConstants {
+    float lerp_weight;     // 1 - beta1
+    float beta2;
+    float one_minus_beta2;
+    float root_correction;  // √(1 - beta2^t)
+    float eps;
+    float minus_step_size;  // -lr / (1 - beta1^t)
+};
+
+// One Adam update of n elements, bit for bit what torch.optim.Adam(fused=True) does on a CPU.
+void adam_elements(float* w, float* m, float* v, const float* grad, int64_t n, const AdamConstants& c);
+
+// What n elements owe after a sleep: w -= drift · m / (√v + drift_eps), m *= m_decay, v *= v_decay.
+void drift_elements(float* w, float* m, float* v, int64_t n, float drift, float drift_eps, float m_decay, float v_decay);
+
+}  // namespace saefast::rowmath

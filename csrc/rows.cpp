@@ -1,0 +1,166 @@
+#include "rows.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "rowmath.hpp"
+#include "threads.hpp"
+
+namespace saefast {
+namespace {
+
+constexpr int kDigitBits = 11;
+constexpr int64_t kBuckets = int64_t{1} << kDigitBits;
+constexpr int64_t kBytesAhead = 512;
+
+struct Entry {
+    int32_t latent;
+    int32_t position;
+};
+
+// One stable pass of a radix sort by the digit at `shift`.
+void radix_pass(const std::vector<Entry>& from, std::vector<Entry>& to, int shift) {
+    std::array<int64_t, kBuckets> start{};
+    const auto digit = [shift](const Entry& e) { return (e.latent >> shift) & (kBuckets - 1); };
+    for (const Entry& e : from) ++start[static_cast<size_t>(digit(e))];
+    int64_t sum = 0;
+    for (int64_t& s : start) {
+        const int64_t count = s;
+        s = sum;
+        sum += count;
+    }
+    for (const Entry& e : from) to[static_cast<size_t>(start[static_cast<size_t>(digit(e))]++)] = e;
+}
+
+std::vector<Entry> kept_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents) {
+    std::vector<Entry> entries;
+    entries.reserve(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+        if (idx[i] < 0 || idx[i] >= n_latents)
+            throw std::out_of_range("idx[" + std::to_string(i) + "] is " + std::to_string(idx[i]) + ", outside [0, " +
+                                    std::to_string(n_latents) + ")");
+        if (keep == nullptr || keep[i] != 0) entries.push_back({idx[i], static_cast<int32_t>(i)});
+    }
+    return entries;
+}
+
+void prefetch_row(const float* row, int64_t d) {
+    const char* at = reinterpret_cast<const char*>(row);
+    const int64_t bytes = std::min<int64_t>(d * static_cast<int64_t>(sizeof(float)), kBytesAhead);
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+}
+
+int64_t prefix_of(const DecodeLoss& a, int64_t entry, int64_t j) {
+    const int32_t key = a.by_latent ? a.idx[entry] : static_cast<int32_t>(j);
+    return std::upper_bound(a.bounds, a.bounds + a.P, key) - a.bounds;
+}
+
+// acc += the entries of token b that prefix p adds to those before it.
+void decode_prefix(const DecodeLoss& a, int64_t b, int64_t p, float* acc) {
+    for (int64_t j = 0; j < a.K; ++j) {
+        const int64_t entry = b * a.K + j;
+        if (j + 1 < a.K) prefetch_row(a.W_dec + a.idx[entry + 1] * a.d, a.d);
+        if (a.acts[entry] == 0.0f || (a.P > 1 && prefix_of(a, entry, j) != p)) continue;
+        rowmath::add_scaled(acc, a.W_dec + a.idx[entry] * a.d, a.acts[entry], a.d);
+    }
+}
+
+void decode_token(const DecodeLoss& a, int64_t b, float* acc) {
+    const int64_t plane = a.B * a.d;
+    float* residual = a.residual + b * a.d;
+    if (a.b_dec == nullptr)
+        std::fill(acc, acc + a.d, 0.0f);
+    else
+        std::copy(a.b_dec, a.b_dec + a.d, acc);
+    for (int64_t p = 0; p < a.P; ++p) {
+        float* e = residual + p * plane;
+        decode_prefix(a, b, p, acc);
+        rowmath::subtract(e, a.x + b * a.d, acc, a.d);
+        a.squares[p * a.B + b] = rowmath::dot(e, e, a.d);
+        if (p == 0 && a.error != nullptr) std::copy(e, e + a.d, a.error + b * a.d);
+        rowmath::scale(e, a.weight[p], a.d);
+    }
+    for (int64_t p = a.P - 2; p >= 0; --p) rowmath::add(residual + p * plane, residual + (p + 1) * plane, a.d);
+    for (int64_t j = 0; j < a.K; ++j) {
+        const int64_t entry = b * a.K + j, p = a.P > 1 ? prefix_of(a, entry, j) : 0;
+        const bool off = p >= a.P || (a.relu && !(a.acts[entry] > 0.0f));
+        a.grad_acts[entry] =
+            off ? 0.0f : -2.0f * rowmath::dot(residual + p * plane, a.W_dec + a.idx[entry] * a.d, a.d);
+    }
+}
+
+}  // namespace
+
+int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
+                   int32_t* latents, int32_t* offsets) {
+    std::vector<Entry> entries = kept_entries(idx, keep, n, n_latents), other(entries.size());
+    for (int shift = 0; shift < 31 && (n_latents - 1) >> shift > 0; shift += kDigitBits) {
+        radix_pass(entries, other, shift);
+        entries.swap(other);
+    }
+    int64_t runs = 0;
+    for (size_t i = 0; i < entries.size(); ++i) {
+        order[i] = entries[i].position;
+        if (i > 0 && entries[i].latent == entries[i - 1].latent) continue;
+        latents[runs] = entries[i].latent;
+        offsets[runs++] = static_cast<int32_t>(i);
+    }
+    offsets[runs] = static_cast<int32_t>(entries.size());
+    return runs;
+}
+
+void decode_loss(const DecodeLoss& args, int n_threads) {
+    for (int64_t i = 0; i < args.B * args.K; ++i)
+        if (args.idx[i] < 0 || args.idx[i] >= args.n_latents)
+            throw std::out_of_range("idx[" + std::to_string(i) + "] is " + std::to_string(args.idx[i]) +
+                                    ", outside [0, " + std::to_string(args.n_latents) + ")");
+    parallel_for(args.B, n_threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> acc(static_cast<size_t>(args.d));
+        for (int64_t b = begin; b < end; ++b) decode_token(args, b, acc.data());
+    });
+}
+
+void weighted_row_sum(const float* W, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
+                      int n_threads) {
+    constexpr int64_t kBlock = 256;
+    const int64_t blocks = (n + kBlock - 1) / kBlock;
+    std::vector<float> partial(static_cast<size_t>(blocks * d), 0.0f);
+    parallel_for(blocks, n_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i) {
+            if (rows != nullptr && i + 1 < n) prefetch_row(W + rows[i + 1] * d, d);
+            rowmath::add_scaled(partial.data() + i / kBlock * d, W + (rows == nullptr ? i : rows[i]) * d,
+                                coef == nullptr ? 1.0f : coef[i], d);
+        }
+    });
+    std::fill(out, out + d, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block) rowmath::add(out, partial.data() + block * d, d);
+}
+
+void moments(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads) {
+    constexpr int64_t kBlock = 64;
+    const int64_t blocks = (n + kBlock - 1) / kBlock;
+    std::vector<double> sums(static_cast<size_t>(blocks * d), 0.0), mean(static_cast<size_t>(d), 0.0);
+    parallel_for(blocks, n_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i)
+            rowmath::add_to_double(sums.data() + i / kBlock * d, x + i * d, d);
+    });
+    for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t c = 0; c < d; ++c) mean[static_cast<size_t>(c)] += sums[static_cast<size_t>(block * d + c)];
+    for (double& m : mean) m /= static_cast<double>(std::max<int64_t>(n, 1));
+    std::vector<double> parts(static_cast<size_t>(2 * blocks), 0.0);
+    parallel_for(blocks, n_threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i)
+            rowmath::add_moments(x + i * d, mean.data(), d, &parts[static_cast<size_t>(i / kBlock * 2)],
+                                 &parts[static_cast<size_t>(i / kBlock * 2 + 1)]);
+    });
+    *variance = *squares = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+        *variance += parts[static_cast<size_t>(2 * block)];
+        *squares += parts[static_cast<size_t>(2 * block + 1)];
+    }
+}
+
+}  // namespace saefast

@@ -1,0 +1,113 @@
+// The training step on the entries that fired: runs of a sparse code, decode with loss, and row-wise Adam on the CPU.
+//
+// A run is one latent's entries in a batch. A weight's gradient row is the weighted sum of source rows over its run; it
+// lives in a thread's buffer and is used up there, so no gradient tensor exists. Every sum has a fixed order that does
+// not depend on the number of threads. No torch, no Python. All matrices are fp32, row-major and contiguous.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace saefast {
+
+// Groups n entries by latent, stably: `order` lists entry numbers latent by latent, `latents` the latents that have
+// any, ascending, and offsets[r] .. offsets[r + 1] is run r's part of `order`. Entries with keep[i] == 0 are left out
+// (keep may be null). order and latents hold n, offsets n + 1. Returns the number of runs.
+// Throws std::out_of_range naming the first idx outside [0, n_latents).
+int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
+                   int32_t* latents, int32_t* offsets);
+
+// Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]. A null
+// `offsets` means that all of them are zero. Runs longer than kPiece entries are summed piece by piece and the pieces
+// added in order, so that one latent which fires everywhere keeps no thread waiting.
+struct RowGradient {
+    const float* source = nullptr;
+    const int32_t* offsets = nullptr;
+    const int32_t* row = nullptr;
+    const float* coef = nullptr;
+};
+
+// A weight matrix (n_rows, d) with Adam's state. last_step[r] is the step that row r's state stands at.
+struct AdamMatrix {
+    float* w = nullptr;
+    float* m = nullptr;
+    float* v = nullptr;
+    int32_t* last_step = nullptr;
+    uint16_t* shadow = nullptr;  // bf16 copy of w, or null
+    float* norms = nullptr;      // (n_rows) norms of the rows, or null
+    int64_t n_rows = 0;
+    int64_t d = 0;
+};
+
+// When a row is scaled to unit norm.
+enum class Norm : int { never = 0, before_update = 1, after_update = 2 };
+
+// One step's constants. `drift` and `drift_eps` say what a row that slept since step s still owes (optim.py, DriftTable):
+// w -= drift[s] · m / (√v + drift_eps[s]).
+struct AdamStep {
+    int32_t step = 0;  // counts from 1
+    double beta1 = 0.9, beta2 = 0.999;
+    double lr = 0, eps = 0;
+    const double* drift = nullptr;
+    const double* drift_eps = nullptr;
+    float grad_scale = 1;  // clipping
+    bool project = false;  // take the gradient's part along the row out
+    Norm norm = Norm::never;
+};
+
+// Brings rows[0 .. n) (null: rows 0 .. n) to `step.step` as if their gradient had been 0 since last_step: moments in
+// closed form, weights by the drift they missed. Rows that are there already stay as they are, bit for bit. With
+// Norm::before_update a row that slept is scaled to unit norm before its drift; with after_update, after.
+void catch_up(const AdamMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
+
+// Scales rows[0 .. n) (null: all) to unit norm.
+void normalise_rows(const AdamMatrix& matrix, const int32_t* rows, int64_t n, int n_threads);
+
+// One Adam step (Kingma & Ba 2015; torch's order of operations) for rows[0 .. n) of a matrix (null: rows 0 .. n), each
+// caught up to step - 1 first. Writes Σ grad² of each row, after projection and before scaling, to `squares` (n) if not
+// null. A vector (a bias) is a matrix of one row.
+struct AdamJob {
+    AdamMatrix matrix;
+    AdamStep step;
+    RowGradient gradient;
+    const int32_t* rows = nullptr;
+    int64_t n = 0;
+    float* squares = nullptr;
+};
+
+// Does the jobs one after the other. What needs memory is had before the first row is written, so that running out of
+// it leaves every matrix as it was.
+void adam_rows(const std::vector<AdamJob>& jobs, int n_threads);
+
+// The `squares` that adam_rows would report, nothing else written: the first pass of clipping by the global norm.
+void gradient_squares(const AdamJob& job, int n_threads);
+
+// Decode, residual, loss sums and the gradient to the activations, each decoder row read once from memory.
+// Entry j of token b belongs to the first prefix p with key < bounds[p], key being j (by_latent false: nested top-k,
+// MultiTopK) or idx[b, j] (Matryoshka). Prefix p decodes the entries of prefixes 0 .. p.
+struct DecodeLoss {
+    const float* x = nullptr;        // (B, d)
+    const float* acts = nullptr;     // (B, K)
+    const int32_t* idx = nullptr;    // (B, K)
+    const float* W_dec = nullptr;    // (L, d)
+    const float* b_dec = nullptr;    // (d) or null
+    const int32_t* bounds = nullptr; // (P) ascending
+    const float* weight = nullptr;   // (P) dloss / dΣe² of each prefix
+    int64_t B = 0, K = 0, P = 1, d = 0, n_latents = 0;
+    bool by_latent = false;
+    float* residual = nullptr;   // (P, B, d) -> Σ over p' >= p of weight[p'] · e[p'], e = x - x_hat
+    float* squares = nullptr;    // (P, B) -> Σ e² of each token
+    float* grad_acts = nullptr;  // (B, K) -> dloss / dacts
+    float* error = nullptr;      // (B, d) -> e of the first prefix, or null
+    bool relu = true;            // acts went through ReLU: where they are not positive, grad_acts is 0
+};
+void decode_loss(const DecodeLoss& args, int n_threads);
+
+// out[d] = Σ coef[i] · W[rows[i]] (null rows: i; null coef: 1), in blocks of fixed size added in order.
+void weighted_row_sum(const float* W, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
+                      int n_threads);
+
+// Σ over all elements of (x - column mean)², and of x², in double. x (n, d).
+void moments(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads);
+
+}  // namespace saefast

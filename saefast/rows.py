@@ -1,0 +1,218 @@
+"""The row operations of a training step in plain torch, and the choice of a backend for them.
+
+`backend(tensor)` is this module or one with the same functions: `rows_native` (C++ on a CPU) or `rows_triton`
+(kernels on a GPU). Arguments are not validated here: `saefast.step` is the only caller and builds them.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saefast import native
+from saefast.optim import AdamStep, Job, Matrix, Norm, RowGradient
+from saefast.reference import accumulate_dtype
+from saefast.runs import group_runs
+
+__all__ = [
+    "Decoded",
+    "adam_rows",
+    "backend",
+    "catch_up",
+    "decode_loss",
+    "gradient_squares",
+    "group_runs",
+    "moments",
+    "normalise_rows",
+    "weighted_row_sum",
+]
+
+# Entries whose source rows are gathered in one go, times the width: bounds this module's own temporaries.
+GATHER = 1 << 24
+
+
+class Decoded(NamedTuple):
+    """What decode_loss finds. P prefixes of the code, B tokens."""
+
+    squares: Tensor
+    """(P, B) Σ e² of each token, e = x - x_hat."""
+    grad_acts: Tensor
+    """(B, K) dloss / dacts for the loss Σ_p weight[p] · Σ e[p]²."""
+
+
+def backend(w: Tensor) -> ModuleType:
+    """The module whose row operations serve weights like w."""
+    if w.device.type == "cpu" and w.dtype == torch.float32 and native.available():
+        from saefast import rows_native
+
+        return rows_native
+    return importlib.import_module("saefast.rows")
+
+
+def moments(x: Tensor) -> tuple[float, float]:
+    """Σ over all elements of (x - column mean)², and of x², added in float64. x (B, D)."""
+    wide = x.double()
+    return float((wide - wide.mean(0)).square().sum()), float(wide.square().sum())
+
+
+def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
+    """Σ coef[i] · W[rows[i]] -> (D,); all rows where `rows` is None, weight 1 where `coef` is."""
+    out = W.new_zeros(W.shape[1])
+    ids = torch.arange(len(W), device=W.device) if rows is None else rows.long()
+    weights = torch.ones(len(ids), dtype=W.dtype, device=W.device) if coef is None else coef
+    for part, weight in _chunks(W.shape[1], ids, weights):
+        out += weight @ W[part]
+    return out
+
+
+def decode_loss(
+    x: Tensor,
+    acts: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    weight: list[float],
+    bounds: list[int],
+    residual: Tensor,
+    *,
+    by_latent: bool = False,
+    relu: bool = True,
+    error: Tensor | None = None,
+) -> Decoded:
+    """Decode, residual, sums of squares and the gradient to the activations in one pass.
+
+    Entry j of a token belongs to the first prefix p with key < bounds[p], the key being j (nested top-k, MultiTopK) or
+    with `by_latent` the latent (Matryoshka, arXiv 2503.17547). Prefix p decodes the entries of prefixes 0 .. p.
+
+    Args:
+        x: (B, D). acts, idx: (B, K). W_dec: (L, D). b_dec: (D,) or None.
+        weight: P weights, dloss / dΣe² of each prefix.
+        bounds: P ascending bounds.
+        residual: (P, B, D) -> Σ over p' >= p of weight[p'] · e[p'], which is -1/2 dloss / dx_hat of an entry in p.
+        relu: acts went through ReLU, so no gradient where they are not positive.
+        error: (B, D) -> e of the first prefix.
+    """
+    key = idx if by_latent else torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
+    prefix = torch.bucketize(key, torch.tensor(bounds, device=idx.device), right=True)
+    x_hat = torch.zeros_like(x) if b_dec is None else b_dec.expand_as(x).clone()
+    squares = []
+    for p, w in enumerate(weight):
+        for j in range(idx.shape[1]):
+            x_hat += torch.where(prefix[:, j] == p, acts[:, j], 0)[:, None] * W_dec[idx[:, j].long()]
+        e = x - x_hat
+        squares.append(e.square().sum(1))
+        residual[p] = w * e
+        if p == 0 and error is not None:
+            error.copy_(e)
+    for p in reversed(range(len(weight) - 1)):
+        residual[p] += residual[p + 1]
+    tokens = torch.arange(len(x), device=x.device)
+    on = (prefix < len(bounds)) & ((acts > 0) | (not relu))
+    plane = prefix.clamp(max=len(bounds) - 1)
+    dots = [(residual[plane[:, j], tokens] * W_dec[idx[:, j].long()]).sum(1) for j in range(idx.shape[1])]
+    return Decoded(torch.stack(squares), torch.where(on, -2 * torch.stack(dots, 1), 0))
+
+
+def gradient_rows(gradient: RowGradient) -> Tensor:
+    """The gradient rows themselves, (rows, D); only this plain backend ever holds them."""
+    counts = (gradient.offsets[1:] - gradient.offsets[:-1]).long()
+    run = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    out = gradient.source.new_zeros(len(counts), gradient.source.shape[1])
+    for part, row, coef in _chunks(out.shape[1], run, gradient.row.long(), gradient.coef):
+        out.index_add_(0, part, coef[:, None] * gradient.source[row])
+    return out
+
+
+def _chunks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    yield from zip(*(t.split(max(GATHER // width, 1)) for t in tensors), strict=True)
+
+
+def catch_up(matrix: Matrix, step: AdamStep, rows: Tensor | None = None) -> None:
+    """Brings rows (n,) (None: all) to step.step as if their gradient had been 0 since last_step.
+
+    Rows that stand there already are not touched. With Norm.before_update a row that slept is scaled to unit norm
+    before its drift, with Norm.after_update after it.
+    """
+    since = matrix.last_step if rows is None else matrix.last_step[rows.long()]
+    late = (since < step.step).nonzero().squeeze(1)
+    ids = late if rows is None else rows.long()[late]
+    if len(ids) == 0:
+        return
+    since = since[late].long()
+    dtype = accumulate_dtype(matrix.w.dtype)
+    w, m, v = matrix.w[ids], matrix.m[ids], matrix.v[ids]
+    drift, drift_eps = (t.to(since.device)[since].to(dtype)[:, None] for t in (step.drift, step.drift_eps))
+    slept = (step.step - since).double()[:, None]
+    if step.norm == Norm.before_update:
+        w = unit(w)
+    w = w - drift * m / (v.sqrt() + drift_eps)
+    if step.norm == Norm.after_update:
+        w = unit(w)
+    matrix.w[ids] = w
+    matrix.m[ids] = m * (step.beta1**slept).to(dtype)
+    matrix.v[ids] = v * (step.beta2**slept).to(dtype)
+    matrix.last_step[ids] = step.step
+    _copies(matrix, ids)
+
+
+def unit(w: Tensor) -> Tensor:
+    """Rows at unit norm."""
+    return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).eps)
+
+
+def normalise_rows(matrix: Matrix, rows: Tensor | None = None) -> None:
+    """Scales rows (n,) (None: all) to unit norm."""
+    ids = torch.arange(len(matrix.w), device=matrix.w.device) if rows is None else rows.long()
+    matrix.w[ids] = unit(matrix.w[ids])
+    _copies(matrix, ids)
+
+
+def _copies(matrix: Matrix, ids: Tensor) -> None:
+    if matrix.shadow is not None:
+        matrix.shadow[ids] = matrix.w[ids].to(torch.bfloat16)
+    if matrix.norms is not None:
+        matrix.norms[ids] = matrix.w[ids].norm(dim=1)
+
+
+def _projected(job: Job) -> Tensor:
+    """The job's gradient rows, without their part along the weights' rows where the step asks for that."""
+    grad = gradient_rows(job.gradient)
+    if not job.step.project:
+        return grad
+    w = job.matrix.w if job.rows is None else job.matrix.w[job.rows.long()]
+    along = (grad * w).sum(1) / w.square().sum(1).clamp_min(torch.finfo(w.dtype).tiny)
+    return grad.addcmul_(along[:, None], w, value=-1)
+
+
+def gradient_squares(job: Job) -> None:
+    """Fills job.squares and nothing else: the first pass of clipping by the global norm."""
+    torch.sum(_projected(job).square(), dim=1, out=job.squares)
+
+
+def adam_rows(jobs: list[Job]) -> None:
+    """One Adam step for the rows of every job, each caught up to the step before first. Fills job.squares."""
+    for job in jobs:
+        _adam(job)
+
+
+def _adam(job: Job) -> None:
+    matrix, step = job.matrix, job.step
+    catch_up(matrix, step._replace(step=step.step - 1), job.rows)
+    ids = torch.arange(len(matrix.w), device=matrix.w.device) if job.rows is None else job.rows.long()
+    if step.norm == Norm.before_update:
+        matrix.w[ids] = unit(matrix.w[ids])
+    grad = _projected(job)
+    torch.sum(grad.square(), dim=1, out=job.squares)
+    grad *= step.grad_scale
+    w, m, v = matrix.w[ids], matrix.m[ids], matrix.v[ids]
+    m.lerp_(grad, 1 - step.beta1)
+    v.mul_(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
+    correction1, correction2 = 1 - step.beta1**step.step, 1 - step.beta2**step.step
+    w.addcdiv_(m, (v.sqrt() / correction2**0.5).add_(step.eps), value=-step.lr / correction1)
+    matrix.w[ids] = unit(w) if step.norm == Norm.after_update else w
+    matrix.m[ids], matrix.v[ids] = m, v
+    matrix.last_step[ids] = step.step
+    _copies(matrix, ids)

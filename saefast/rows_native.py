@@ -1,0 +1,112 @@
+"""The row operations on a CPU, in fp32: `saefast.rows`' functions over the C++ extension (csrc/rows.hpp).
+
+Bitwise the same for any number of threads; torch.get_num_threads() says how many work.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.native import extension
+from saefast.optim import AdamStep, Job, Matrix, RowGradient
+from saefast.rows import Decoded
+from saefast.runs import Runs
+
+
+def _ext() -> ModuleType:
+    ext = extension()
+    assert ext is not None, "rows.backend picks this module only where the extension is there"
+    return ext
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+    n = idx.numel()
+    order, latents, offsets = (torch.empty(size, dtype=torch.int32) for size in (n, n, n + 1))
+    runs = _ext().group_runs(
+        idx.data_ptr(), keep.data_ptr(), n, n_latents, order.data_ptr(), latents.data_ptr(), offsets.data_ptr()
+    )
+    offsets = offsets[: runs + 1]
+    return Runs(order[: int(offsets[-1])], latents[:runs], offsets)
+
+
+def moments(x: Tensor) -> tuple[float, float]:
+    return _ext().moments(x.data_ptr(), *x.shape, torch.get_num_threads())
+
+
+def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
+    out = torch.empty(W.shape[1])
+    n = len(W) if rows is None else len(rows)
+    threads = torch.get_num_threads()
+    _ext().weighted_row_sum(W.data_ptr(), W.shape[1], _address(rows), _address(coef), n, out.data_ptr(), threads)
+    return out
+
+
+def decode_loss(
+    x: Tensor,
+    acts: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    weight: list[float],
+    bounds: list[int],
+    residual: Tensor,
+    *,
+    by_latent: bool = False,
+    relu: bool = True,
+    error: Tensor | None = None,
+) -> Decoded:
+    (B, K), P = idx.shape, len(weight)
+    weights = torch.tensor(weight, dtype=torch.float32)
+    limits = torch.tensor(bounds, dtype=torch.int32)
+    squares, grad_acts = torch.empty(P, B), torch.empty(B, K)
+    _ext().decode_loss(
+        x=x.data_ptr(), acts=acts.data_ptr(), idx=idx.data_ptr(), W_dec=W_dec.data_ptr(), b_dec=_address(b_dec),
+        bounds=limits.data_ptr(), weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec),
+        by_latent=by_latent, residual=residual.data_ptr(), squares=squares.data_ptr(),
+        grad_acts=grad_acts.data_ptr(), error=_address(error), relu=relu, n_threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return Decoded(squares, grad_acts)
+
+
+def catch_up(matrix: Matrix, step: AdamStep, rows: Tensor | None = None) -> None:
+    n = len(matrix.w) if rows is None else len(rows)
+    _ext().catch_up(_matrix(matrix), _step(step), _address(rows), n, torch.get_num_threads())
+
+
+def normalise_rows(matrix: Matrix, rows: Tensor | None = None) -> None:
+    n = len(matrix.w) if rows is None else len(rows)
+    _ext().normalise_rows(_matrix(matrix), _address(rows), n, torch.get_num_threads())
+
+
+def adam_rows(jobs: list[Job]) -> None:
+    _ext().adam_rows([_job(job) for job in jobs], torch.get_num_threads())
+
+
+def gradient_squares(job: Job) -> None:
+    _ext().gradient_squares(_job(job), torch.get_num_threads())
+
+
+def _matrix(m: Matrix) -> Any:
+    rows, d = m.w.shape
+    tensors = (m.w, m.m, m.v, m.last_step, m.shadow, m.norms)
+    return _ext().AdamMatrix(*(_address(t) for t in tensors), rows, d)
+
+
+def _step(s: AdamStep) -> Any:
+    return _ext().AdamStep(
+        s.step, s.beta1, s.beta2, s.lr, s.eps, s.drift.data_ptr(), s.drift_eps.data_ptr(), s.grad_scale, s.project,
+        int(s.norm),
+    )  # fmt: skip
+
+
+def _job(job: Job) -> Any:
+    g: RowGradient = job.gradient
+    gradient = _ext().RowGradient(g.source.data_ptr(), g.offsets.data_ptr(), g.row.data_ptr(), g.coef.data_ptr())
+    n = len(g.offsets) - 1
+    return _ext().AdamJob(_matrix(job.matrix), _step(job.step), gradient, _address(job.rows), n, job.squares.data_ptr())

@@ -1,0 +1,35 @@
+"""Runs: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Runs(NamedTuple):
+    """Entries grouped by latent, in the order of the batch within a latent."""
+
+    order: Tensor
+    """(n,) int32: positions in the flattened code, latent by latent."""
+    latents: Tensor
+    """(U,) int32, ascending: latents that have an entry."""
+    offsets: Tensor
+    """(U + 1,) int32: run r is order[offsets[r] : offsets[r + 1]]."""
+
+    def over_all(self, n_latents: int) -> Tensor:
+        """(n_latents + 1,) int32: offsets of every latent's run, empty ones included."""
+        counts = self.offsets.new_zeros(n_latents + 1)
+        counts[self.latents.long() + 1] = self.offsets[1:] - self.offsets[:-1]
+        return counts.cumsum(0).int()
+
+
+def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+    """Groups the entries of idx (n,) int32 with keep (n,) bool by latent.
+
+    Plain torch; `saefast.rows.backend` has faster ones of the same name.
+    """
+    kept = keep.nonzero().squeeze(1)
+    sorted_idx, order = idx[kept].sort(stable=True)
+    latents, counts = torch.unique_consecutive(sorted_idx, return_counts=True)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Runs(kept[order].int(), latents.int(), offsets.int())

@@ -1,0 +1,459 @@
+"""FusedStep: the whole training step on the entries that fired, optimiser included. No autograd, no gradient tensors.
+
+One stable sort groups the batch's entries by latent. Both weight matrices, b_enc and the gradient of b_dec come from
+those runs: each latent's gradient row is summed, used by its Adam update and forgotten (saefast.rows).
+"""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast import ops, rows
+from saefast.engine import State, StepStats, check_batch, not_finite
+from saefast.errors import InputError
+from saefast.init import scale_encoder_, start_b_dec_
+from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, inverse_variance, reconstruction_weight
+from saefast.optim import AdamStep, DriftTable, Job, Matrix, Norm, RowGradient
+from saefast.recipe import TrainConfig, lr_factor
+from saefast.runs import Runs
+from saefast.sae import SAE
+
+PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+# Sums of squares that fp32 holds with room to spare. Beyond them a step is refused before it looks further.
+OVERFLOW = 1e30
+# Steps between sweeps over all rows of W_enc; see FusedStep.
+SWEEP_EVERY = 16
+
+
+@dataclass
+class Gradient:
+    """A batch's gradient as entries of a sparse code, and what the step reports. Nothing has been updated yet."""
+
+    idx: Tensor
+    """(n,) int32 latent of each entry."""
+    runs: Runs
+    for_dec: RowGradient
+    for_enc: RowGradient
+    b_enc: Tensor
+    b_dec: Tensor
+    since: Tensor
+    """The dead-latent counters after the batch."""
+    loss: float
+    fvu: float
+    auxk: float
+    l0: float
+
+
+@dataclass
+class Part:
+    """One loss's share of the entries."""
+
+    acts: Tensor
+    """(B, K)."""
+    idx: Tensor
+    grad_acts: Tensor
+    plane: Tensor
+    """(B, K) int64: which plane of residuals the entry's decoder row hears."""
+
+
+class FusedStep:
+    """Engine "fused"; see `saefast.engine.Engine` for the interface, and AutogradStep for the same maths in dense form.
+
+    Rows without a gradient are left asleep and settled later in closed form (`saefast.optim.DriftTable`). A row of
+    W_dec is settled before it is read. W_enc is read whole at every step, so a sleeping row there lacks at most
+    lr · |m| / √v · r / (1 - r), r = β1 / √β2 (9 learning rates at the defaults), until the sweep over all rows that
+    comes every `sweep_every` steps. With sweep_every = 1 every row is updated at every step, as dense Adam does, at
+    dense Adam's cost.
+
+    Args:
+        sae: trained in place; float32 (float64 in plain torch).
+        config: the recipe.
+        total_steps: length of the run, which the learning rate's decay ends at.
+        sweep_every: steps between sweeps over W_enc.
+
+    Raises:
+        InputError: the SAE's dtype, or a setting only the autograd engine has.
+    """
+
+    def __init__(self, sae: SAE, config: TrainConfig, total_steps: int, *, sweep_every: int = SWEEP_EVERY) -> None:
+        if sae.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"dtype is {sae.dtype}: engine 'fused' trains float32 weights with optimizer 'adam'")
+        if config.reproduce_bugs:
+            raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
+        if config.eps <= 0:
+            raise InputError(f"eps is {config.eps}: engine 'fused' needs more than 0")
+        if sweep_every < 1:
+            raise InputError(f"sweep_every is {sweep_every}: expected at least 1")
+        self.sae, self.config, self.total_steps, self.sweep_every = sae, config, total_steps, sweep_every
+        self.step_count = 0
+        self.mse_scale = 1.0
+        self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
+        self.drift = DriftTable(config.beta1, config.beta2, config.eps)
+        self.matrices = {name: Matrix.of(getattr(sae, name).data) for name in PARAMETERS}
+        if sae.config.rescale_acts_by_decoder_norm:
+            self.dec.norms = self.dec.w.norm(dim=1)
+        self.ema: dict[str, Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
+        self._versions: tuple[int, ...] = ()
+        self._scratch: dict[str, Tensor] = {}
+
+    @property
+    def enc(self) -> Matrix:
+        return self.matrices["W_enc"]
+
+    @property
+    def dec(self) -> Matrix:
+        return self.matrices["W_dec"]
+
+    @property
+    def dense(self) -> bool:
+        """Whether every row takes part in every update."""
+        return self.sweep_every == 1
+
+    def initialise(self, rows: Tensor) -> None:
+        """Sets b_dec, the encoder's scale and the loss's scale from rows (n, d_in), as the recipe says."""
+        start_b_dec_(self.sae, rows, self.config.b_dec_init)
+        if self.config.init_encoder_scale:
+            scale_encoder_(self.sae, self.config.seed)
+        if self.config.loss == "scaled_mse":
+            self.mse_scale = inverse_variance(rows)
+
+    @torch.no_grad()
+    def step(self, x: Tensor) -> StepStats:
+        """One update from x (B, d_in).
+
+        Raises:
+            InputError: a loss or a gradient that is not finite, naming the step; weights and state stay as they were.
+        """
+        check_batch(x, self.sae)
+        self._bind()
+        x = x.to(self.sae.dtype).contiguous()
+        gradient = self._gradient(x)
+        lr, jobs = self.lr(), self._jobs(gradient)
+        if self.config.max_grad_norm is not None:
+            norm = self._norm_first(jobs, gradient, x)
+            scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+            jobs = [job._replace(step=job.step._replace(grad_scale=scale)) for job in jobs]
+        with uninterrupted():
+            self._commit(gradient, jobs, lr)
+        norm = total_norm(jobs)
+        return StepStats(gradient.loss, gradient.fvu, gradient.l0, self.dead.share(), gradient.auxk, norm, lr)
+
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+        factor = lr_factor(self.step_count, self.total_steps, self.config)
+        return self.config.peak_lr(self.sae.config.n_latents) * factor
+
+    def _bind(self) -> None:
+        """Points at the SAE's weights of now, and renews copies of them if somebody else changed them."""
+        parameters = [getattr(self.sae, name) for name in PARAMETERS]
+        versions = tuple(number for p in parameters for number in (p.data_ptr(), p._version))
+        if versions != self._versions:
+            for p, matrix in zip(parameters, self.matrices.values(), strict=True):
+                matrix.w = p.data.view(matrix.w.shape)
+                matrix.copies_changed()
+            self._versions = versions
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory kept from step to step: fresh pages cost more than what is written to them."""
+        found = self._scratch.get(name)
+        if found is None or found.shape != shape:
+            found = self._scratch[name] = torch.empty(shape, dtype=self.sae.dtype, device=self.sae.device)
+        return found
+
+    def _constants(self, step: int, **changes: Any) -> AdamStep:
+        c, table = self.config, self.drift
+        return AdamStep(step, c.beta1, c.beta2, self.lr(), c.eps, table.drift, table.drift_eps, **changes)
+
+    def _sleep_norm(self) -> Norm:
+        """How the decoder rows that are not updated keep their norm."""
+        kinds = {"post_step": Norm.after_update, "never": Norm.never}
+        return kinds.get(self.config.decoder_norm, Norm.before_update)
+
+    def _wake_decoder(self, latents: Tensor) -> None:
+        """Makes the decoder rows of latents (n,) what dense training would have by now. Changes no meaning."""
+        backend = rows.backend(self.dec.w)
+        if not self.dense:
+            backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()), latents)
+        if self.config.decoder_norm == "pre_forward":
+            # Where all rows take part in the update, all have to be at unit norm before it.
+            backend.normalise_rows(self.dec, None if self.dense else latents)
+
+    def _encode(
+        self, centred: Tensor, k: int, latents: Tensor | None = None, relu: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        W_enc, b_enc = self.enc.w, self.matrices["b_enc"].w[0]
+        return ops.encode_topk(centred, W_enc, b_enc, k, latents=latents, scale=self.dec.norms, relu=relu)
+
+    def _gradient(self, x: Tensor) -> Gradient:
+        """The whole forward and backward pass."""
+        backend = rows.backend(x)
+        variance, squares = backend.moments(x)
+        b_dec = self.matrices["b_dec"].w[0]
+        centred = x - b_dec if self.sae.config.apply_b_dec_to_input else x
+        if not 0 < variance <= squares * (1 + 1e-6) < OVERFLOW:
+            raise not_finite(self.step_count, math.nan, x)
+        wide = self._bounds()[-1]
+        acts, idx = self._encode(centred, wide)
+        self._refuse_overflow(acts, x)
+
+        k = self.sae.config.k
+        since = self.dead.after(acts[:, :k], idx[:, :k])
+        n_latents = self.sae.config.n_latents
+        runs = backend.group_runs(idx.flatten(), (acts != 0).flatten(), n_latents)
+        self._wake_decoder(runs.latents)
+        dead_ids = self._dead_ids(since)
+        main, losses, planes = self._reconstruct(x, acts, idx, variance, with_error=dead_ids is not None)
+        parts, auxk = [main], 0.0
+        if dead_ids is not None:
+            part, auxk = self._auxk(centred, dead_ids, variance, planes[-1])
+            if part is not None:
+                parts.append(part)
+        loss = losses[0] + self.config.auxk_coef * auxk
+        if not math.isfinite(loss):
+            raise not_finite(self.step_count, loss, x)
+        l0 = float((acts[:, :k] > 0).sum()) / len(x)
+        return self._entries(x, centred, parts, planes, runs, since, loss, losses[1], auxk, l0)
+
+    def _bounds(self) -> list[int]:
+        """Nested prefixes of the code, best latents first: k, and 4k where MultiTopK asks for it."""
+        k = self.sae.config.k
+        return [k, min(4 * k, self.sae.config.n_latents)] if self.config.multi_topk_coef else [k]
+
+    def _refuse_overflow(self, acts: Tensor, x: Tensor) -> None:
+        """Raises for a code that is not finite, or so large that the loss could not be, before any row is caught up."""
+        longest = 1.0 if self.dec.norms is None else float(self.dec.norms.max())
+        reach = float(acts[:, 0].max()) * longest * acts.shape[1]
+        if not reach * reach * len(x) < OVERFLOW:
+            raise not_finite(self.step_count, math.nan if math.isnan(reach) else math.inf, x)
+
+    def _dead_ids(self, since: Tensor) -> Tensor | None:
+        """(n_dead,) ids for AuxK to revive, or None where it has nothing to say."""
+        if not self.config.auxk_coef:
+            return None
+        ids = self.dead.ids(since if self.config.dead_update_first else self.dead.since)
+        return ids if auxk_runs(len(ids), self.config) else None
+
+    def _reconstruct(
+        self, x: Tensor, acts: Tensor, idx: Tensor, variance: float, *, with_error: bool
+    ) -> tuple[Part, tuple[float, float], Tensor]:
+        """Decode, losses and their gradients: the main part, (loss, fvu), and the residual planes (P or P + 1, B, D).
+
+        The last plane, if asked for, is x - x_hat itself, for AuxK to read and then overwrite.
+        """
+        (B, D), bounds = x.shape, self._bounds()
+        P = len(bounds)
+        weight = [float(reconstruction_weight(x.shape, variance, self.config, self.mse_scale))]  # type: ignore[arg-type]
+        if self.config.multi_topk_coef:
+            weight.append(self.config.multi_topk_coef / variance)
+        planes = self._buffer("planes", P + with_error, B, D)
+        error = self._buffer("error", B, D) if with_error else None
+        backend, b_dec = rows.backend(x), self.matrices["b_dec"].w[0]
+        decoded = backend.decode_loss(x, acts, idx, self.dec.w, b_dec, weight, bounds, planes[:P], error=error)
+        squares = [serial_sum(row) for row in decoded.squares]
+        prefix = torch.bucketize(torch.arange(idx.shape[1]), torch.tensor(bounds), right=True).to(x.device)
+        main = Part(acts, idx, decoded.grad_acts, prefix.expand_as(idx))
+        loss = sum(w * s for w, s in zip(weight, squares, strict=True))
+        return main, (loss, squares[0] / variance), planes
+
+    def _auxk(self, centred: Tensor, dead_ids: Tensor, variance: float, plane: Tensor) -> tuple[Part | None, float]:
+        """AuxK: dead latents reconstruct the residual. Fills `plane`; its entries, and the loss without coefficient."""
+        error, config = self._scratch["error"], self.config
+        D = error.shape[1]
+        n_dead, backend = len(dead_ids), rows.backend(error)
+        weight = self._auxk_weight(error, n_dead, variance)
+        k = min(auxk_wanted(D, config), n_dead)
+        if k == 0:
+            torch.mul(error, config.auxk_coef * weight, out=plane)
+            return None, weight * backend.moments(error)[1]
+        acts, idx = self._encode(centred, k, dead_ids, config.auxk_relu)
+        runs = backend.group_runs(idx.flatten(), (acts != 0).flatten(), self.sae.config.n_latents)
+        self._wake_decoder(runs.latents)
+        decoded = backend.decode_loss(
+            error, acts, idx, self.dec.w, None, [config.auxk_coef * weight], [k], plane[None], relu=config.auxk_relu
+        )
+        part = Part(acts, idx, decoded.grad_acts, torch.full_like(idx, len(self._bounds())))
+        return part, weight * serial_sum(decoded.squares[0])
+
+    def _auxk_weight(self, error: Tensor, n_dead: int, variance: float) -> float:
+        """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
+        B, D = error.shape
+        few = min(n_dead / auxk_wanted(D, self.config), 1.0) if self.config.auxk_scale_few_dead else 1.0
+        if self.config.auxk_denominator == "none":
+            return few / B
+        if self.config.auxk_denominator == "inputs":
+            return few / variance
+        unexplained = rows.backend(error).moments(error)[0]
+        return few / unexplained if unexplained > 0 else 0.0
+
+    def _entries(
+        self, x: Tensor, centred: Tensor, parts: list[Part], planes: Tensor, runs: Runs, since: Tensor, loss: float,
+        fvu: float, auxk: float, l0: float,
+    ) -> Gradient:  # fmt: skip
+        """Turns the parts into entries grouped by latent, and sums the biases' gradients."""
+        (B, D), backend, n_latents = x.shape, rows.backend(x), self.sae.config.n_latents
+        idx, acts, grad = (torch.cat([getattr(p, n).flatten() for p in parts]) for n in ("idx", "acts", "grad_acts"))
+        token = torch.cat([torch.arange(B, device=x.device).repeat_interleave(p.idx.shape[1]) for p in parts])
+        plane = torch.cat([p.plane.flatten() for p in parts])
+        if len(parts) > 1:
+            runs = backend.group_runs(idx, acts != 0, n_latents)
+        order = runs.order.long()
+        offsets = runs.over_all(n_latents) if self.dense else runs.offsets
+        for_dec = RowGradient(planes.view(-1, D), offsets, (plane * B + token)[order].int(), -2 * acts[order])
+        for_enc = RowGradient(centred, offsets, token[order].int(), grad[order])
+        b_enc = ops.sum_by_latent(grad, idx, n_latents)
+        b_dec = -2 * backend.weighted_row_sum(planes[0])
+        if self.config.auxk_b_dec_grad and len(planes) > len(self._bounds()):
+            b_dec -= 2 * backend.weighted_row_sum(planes[-1])
+        if self.sae.config.apply_b_dec_to_input:
+            b_dec -= backend.weighted_row_sum(self.enc.w, runs.latents, b_enc[runs.latents.long()])
+        return Gradient(idx, runs, for_dec, for_enc, b_enc, b_dec, since, loss, fvu, auxk, l0)
+
+    def _jobs(self, g: Gradient) -> list[Job]:
+        """The update of the four parameters, to be done in one go."""
+        norms = {"pre_step": Norm.before_update, "post_step": Norm.after_update}
+        for_dec = self._constants(
+            self.step_count + 1,
+            project=self.config.project_decoder_grad,
+            norm=norms.get(self.config.decoder_norm, Norm.never),
+        )
+        plain = self._constants(self.step_count + 1)
+        touched = None if self.dense else g.runs.latents
+        jobs = [
+            Job(self.dec, for_dec, g.for_dec, touched, torch.empty(0)),
+            Job(self.enc, plain, g.for_enc, touched, torch.empty(0)),
+            Job(self.matrices["b_enc"], plain, one_row(g.b_enc), None, torch.empty(0)),
+            Job(self.matrices["b_dec"], plain, one_row(g.b_dec), None, torch.empty(0)),
+        ]
+        return [j._replace(squares=g.b_dec.new_zeros(len(j.gradient.offsets) - 1)) for j in jobs]
+
+    def _norm_first(self, jobs: list[Job], g: Gradient, x: Tensor) -> float:
+        """The gradients' global norm, for clipping, before anything is written."""
+        for job in jobs:
+            rows.backend(job.matrix.w).gradient_squares(job)
+        norm = total_norm(jobs)
+        if not math.isfinite(norm):
+            raise not_finite(self.step_count, g.loss, x)
+        return norm
+
+    def _commit(self, g: Gradient, jobs: list[Job], lr: float) -> None:
+        """From gradients to new weights, counters and average. Nothing here is expected to fail."""
+        if self.ema is not None and self.config.ema_decay is not None:
+            # The average takes the weights of before this step's update, as OpenAI's does.
+            for name, average in self.ema.items():
+                average.lerp_(getattr(self.sae, name).data, 1 - self.config.ema_decay)
+        backend = rows.backend(self.enc.w)
+        backend.adam_rows(jobs)
+        self.drift.add(lr)
+        self.step_count += 1
+        self.dead.since = g.since
+        if not self.dense and self.step_count % self.sweep_every == 0:
+            backend.catch_up(self.enc, self._constants(self.step_count))
+            if self.dec.norms is not None:
+                backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()))
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The bias-corrected moving average of the weights by name; None without ema_decay or before a step."""
+        if self.ema is None or self.config.ema_decay is None or self.step_count == 0:
+            return None
+        correction = 1 - self.config.ema_decay**self.step_count
+        return {name: average / correction for name, average in self.ema.items()}
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Settles all sleeping rows, and gives decoder rows the unit norm that SAEConfig promises."""
+        self._bind()
+        backend = rows.backend(self.enc.w)
+        with uninterrupted():
+            backend.catch_up(self.enc, self._constants(self.step_count))
+            backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()))
+            if self.sae.config.unit_norm_decoder and self.config.decoder_norm != "never":
+                backend.normalise_rows(self.dec)
+
+    def state_dict(self) -> State:
+        """Everything a bit-exact continuation needs, except the SAE's own weights, which a checkpoint stores beside."""
+        state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale, "dead.since": self.dead.since}
+        state["drift"] = self.drift.state()
+        for name, matrix in self.matrices.items():
+            state |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
+        state |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: State) -> None:
+        """Continues where another FusedStep stood; the SAE's weights must be those of the same moment.
+
+        Raises:
+            InputError: an entry is missing or of another shape; nothing is changed then.
+        """
+        wanted = {"dead.since": self.dead.since}
+        for name, matrix in self.matrices.items():
+            wanted |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
+        wanted |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
+        found = {name: _taken(state, name, like) for name, like in wanted.items()}
+        table, drift = DriftTable(self.config.beta1, self.config.beta2, self.config.eps), state.get("drift")
+        if not isinstance(drift, Tensor):
+            raise InputError("state of engine 'fused': drift is missing; it belongs to another engine")
+        table.load(drift)
+        self.drift, self.step_count, self.mse_scale = table, int(state["step_count"]), float(state["mse_scale"])
+        for name, like in wanted.items():
+            like.copy_(found[name])
+        self._versions = ()
+
+
+def one_row(grad: Tensor) -> RowGradient:
+    """A dense vector's gradient as the one entry of one run."""
+    zero, ends = (torch.tensor(v, dtype=torch.int32, device=grad.device) for v in ([0], [0, 1]))
+    return RowGradient(grad.view(1, -1), ends, zero, torch.ones_like(grad[:1]))
+
+
+def serial_sum(values: Tensor) -> float:
+    """Σ values in float64 and in an order that does not depend on the number of threads."""
+    if values.device.type != "cpu":
+        return float(values.double().sum())
+    return float(values.double().numpy().sum())
+
+
+def total_norm(jobs: list[Job]) -> float:
+    """The global norm of the gradients whose squares the jobs hold."""
+    return math.sqrt(sum(serial_sum(job.squares) for job in jobs))
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C and SIGTERM back until the block is done, so that weights and state move together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in the main thread only
+        return
+    held: list[tuple[int, Any]] = []
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    kept = {s: handler for s, handler in kept.items() if callable(handler)}
+    try:
+        for s in kept:
+            signal.signal(s, lambda number, frame: held.append((number, frame)))
+        yield
+    finally:
+        for s, handler in kept.items():
+            signal.signal(s, handler)
+        for number, frame in held:
+            kept[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
+
+
+def _taken(state: State, name: str, like: Tensor) -> Tensor:
+    """A state's tensor, checked against the one it replaces."""
+    value = state.get(name)
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise InputError(
+            f"state of engine 'fused': {name} is {found}, expected {like.dtype} {tuple(like.shape)}; "
+            "it belongs to another config"
+        )
+    return value
