@@ -73,7 +73,8 @@ class IterableSource(Source):
                         break
                 part = rest[self._used : self._used + missing]
                 last.append((self._epoch, self._pulled - 1, self._used, len(part)))
-                parts.append(part.to(device=device, dtype=dtype))
+                # A copy, because an iterable may fill one buffer again and again.
+                parts.append(part.to(device=device, dtype=dtype, copy=True))
                 missing -= len(part)
                 self._used += len(part)
                 if self._used == len(rest):
@@ -100,23 +101,24 @@ class IterableSource(Source):
                     return None
                 self._epoch, self._pulled, self._trained = self._epoch + 1, 0, 0
                 continue
-            rows = self._checked(item)
+            rows = self._checked(self._pulled, item)
             held = self._hold(self._pulled, rows)
             self._pulled += 1
-            if not held and rows is not None:
+            if not held and len(rows):
                 self._trained += 1
                 return rows
 
-    def _checked(self, item: Any) -> Tensor | None:
-        name = f"batch {self._pulled} of {self.source_name}"
-        if isinstance(item, Tensor) and item.dim() >= 2 and item.numel() == 0:
-            return None
+    def _checked(self, number: int, item: Any) -> Tensor:
+        """Rows (n, d_in) of batch `number`; n may be 0."""
+        name = f"batch {number} of {self.source_name}"
+        if getattr(item, "ndim", 0) >= 2 and 0 in item.shape:
+            return torch.zeros(0, self.d_in)
         rows = from_array(name, item).rows
         if rows.shape[1] != self.d_in:
             raise InputError(f"{name} has {rows.shape[1]} columns, those before have {self.d_in}")
         return rows
 
-    def _hold(self, number: int, rows: Tensor | None) -> bool:
+    def _hold(self, number: int, rows: Tensor) -> bool:
         """Whether batch `number` of an epoch is held out; keeps it the first time it is met."""
         if not self._every or number % self._every != self._every - 1:
             return False
@@ -126,8 +128,8 @@ class IterableSource(Source):
         if place >= self._n_held:
             return False
         if place == len(self._held):
-            empty = torch.zeros(0, self.d_in)
-            self._held.append(empty if rows is None else rows.detach().to("cpu", copy=True))
+            # A copy: what the iterable yields may be a buffer that it fills again.
+            self._held.append(rows.to("cpu", copy=True))
         return True
 
     def _held_rows(self, n: int) -> int:
@@ -142,7 +144,7 @@ class IterableSource(Source):
                 raise InputError(
                     f"{self.source_name} ended after {self._pulled} batches, the run to resume had drawn {target}"
                 )
-            rows = self._checked(item)
+            rows = self._checked(self._pulled, item)
             self._hold(self._pulled, rows)
             self._pulled += 1
         return rows if self._used else None
@@ -196,7 +198,7 @@ class IterableSource(Source):
             return
         for number, item in enumerate(self._restart()):
             if number // self._every == len(self._held) and number % self._every == self._every - 1:
-                self._held.append(from_array(f"batch {number} of {self.source_name}", item).rows.cpu().clone())
+                self._held.append(self._checked(number, item).to("cpu", copy=True))
             if len(self._held) == self._n_held:
                 return
 
