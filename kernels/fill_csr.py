@@ -34,7 +34,7 @@ def fill_csr(
     end = tl.load(ends_ptr + row * count + offs_g, mask=hits > 0, other=0)
     cols = offs_g[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     live = (hits > 0)[:, None] & (cols < n)
-    value = tl.load(scratch_ptr + row * stride + cols, mask=live, other=0.0)
+    value = tl.load(scratch_ptr + row * stride + cols, mask=(hits > 0)[:, None], other=0.0)
     theta = tl.load(threshold_ptr + (start + cols) * threshold_step, mask=live, other=0.0)
     live = live & ~(value <= theta)
     dest = (end - hits)[:, None] + tl.cumsum(live.to(tl.int32), 1) - 1

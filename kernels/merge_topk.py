@@ -71,16 +71,33 @@ def _store_run(run, acts_ptr, idx_ptr, scale_ptr, scratch_ptr, start, offs_k, K,
 
 
 @triton.jit
+def _sort_bitonic(keys, LOG: tl.constexpr):
+    """2**LOG keys that rise and then fall, or fall and then rise, in descending order: LOG steps where a sort takes
+    LOG * (LOG + 1) / 2."""
+    cube = tl.reshape(keys, [2] * LOG)
+    for axis in tl.static_range(LOG):
+        other = cube ^ tl.xor_sum(cube, axis, keep_dims=True)
+        right = tl.reshape(tl.arange(0, 2), [1] * axis + [2] + [1] * (LOG - axis - 1)) == 1
+        cube = tl.where((cube > other) != right, cube, other)
+    return tl.reshape(cube, [2**LOG])
+
+
+@triton.jit
 def _bound(groups_ptr, n, K, GROUP: tl.constexpr, BOUND: tl.constexpr):
     """A floor for a row's first chunk: K groups have a maximum at or above the K-th largest of them, so K values do.
     The last group counts only if it is whole, because its maximum may come from past the edge."""
     offs_g = tl.arange(0, BOUND)
     whole = (offs_g + 1) * GROUP <= n
-    best = _order(tl.load(groups_ptr + offs_g, mask=whole, other=0.0))
-    best = tl.sort(tl.where(whole, best, LOWEST), descending=True)
-    kth = tl.max(tl.where(offs_g == K - 1, best, LOWEST), 0)
+    best = tl.where(whole, _order(tl.load(groups_ptr + offs_g, mask=whole, other=0.0)), LOWEST)
+    # Bisection of all orders: at least K groups reach `low`, fewer reach `high`.
+    low, high = tl.full((), LOWEST, tl.int64), tl.full((), 2**31, tl.int64)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        enough = tl.sum((best >= middle.to(tl.int32)).to(tl.int32), 0) >= K
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
     # Values equal to it still count, so the floor lies one step below.
-    return tl.maximum(kth, LOWEST + 1) - 1
+    return (tl.maximum(low, LOWEST + 1) - 1).to(tl.int32)
 
 
 @triton.jit
@@ -103,7 +120,7 @@ def merge_topk(
     scratch_ptr,  # (B, stride) fp32: values of the groups that passed tau
     scale_ptr,  # (columns,) fp32 or None: rank by scale · value
     list_ptr,  # (B, stride // GROUP) int32 scratch
-    keys_ptr,  # (B, KP + VISIT * GROUP) int64 scratch
+    keys_ptr,  # (B, 2**LOG + VISIT * GROUP) int64 scratch
     acts_ptr,  # (B, K) fp32: running top-k
     idx_ptr,  # (B, K) int32: its columns, -1 where not filled yet
     tau_ptr,  # (B,) fp32: out, the K-th best rank so far, NaN where there is none
@@ -113,12 +130,13 @@ def merge_topk(
     stride,
     FIRST: tl.constexpr,
     BOUND: tl.constexpr,
-    KP: tl.constexpr,
+    LOG: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
     VISIT: tl.constexpr,
 ):
-    """One chunk, columns start .. start + n. KP >= K and BOUND >= n / GROUP (or 0) are powers of two."""
+    """One chunk, columns start .. start + n. 2**LOG >= K; BOUND is 0 or a power of two >= n / GROUP."""
+    KP: tl.constexpr = 2**LOG
     row = tl.program_id(0).to(tl.int64)
     count = stride // GROUP
     groups_ptr += row * count
@@ -145,7 +163,8 @@ def merge_topk(
         group = tl.load(list_ptr + offs_v, mask=offs_v < found, other=0)
         cols = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         live = (offs_v < found)[:, None] & (cols < n)
-        rank = tl.load(scratch_ptr + cols, mask=live, other=0.0)
+        # Whole groups, so that loads are wide; what stands past column n is dropped by `live`.
+        rank = tl.load(scratch_ptr + cols, mask=(offs_v < found)[:, None], other=0.0)
         if scale_ptr is not None:
             rank *= tl.load(scale_ptr + start + cols, mask=live, other=0.0)
         order = _order(rank)
@@ -161,7 +180,7 @@ def merge_topk(
             for j in range(0, held, KP):
                 block = tl.load(keys_ptr + j + offs_k, mask=j + offs_k < held, other=EMPTY)
                 # A descending run against an ascending one: the elementwise maximum is the best KP of both.
-                run = tl.sort(tl.maximum(run, tl.sort(block)), descending=True)
+                run = _sort_bitonic(tl.maximum(run, tl.sort(block)), LOG)
             tl.debug_barrier()
             floor = tl.maximum(floor, _kth_order(run, offs_k, K))
             held = 0

@@ -30,6 +30,7 @@ class Merge(NamedTuple):
     block_g: int
     visit: int
     warps: int
+    registers: int
 
 
 class Spmm(NamedTuple):
@@ -60,15 +61,18 @@ TILES: dict[tuple[int, str], tuple[Tiles, Tiles]] = {
     (89, "tf32"): (Tiles(128, 128, 32, 8, 2, 0),) * 2,
     (89, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
     (90, "half"): (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 3, 1)),
-    (90, "tf32"): (Tiles(128, 128, 32, 8, 3, 2), Tiles(128, 256, 32, 8, 3, 1)),
+    (90, "tf32"): (Tiles(128, 128, 32, 8, 3, 1), Tiles(128, 256, 32, 8, 3, 1)),
     (90, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
     (100, "half"): (Tiles(128, 128, 64, 4, 3, 2), Tiles(128, 256, 64, 8, 3, 1)),
-    (100, "tf32"): (Tiles(128, 128, 32, 8, 3, 2), Tiles(128, 256, 32, 8, 3, 1)),
+    (100, "tf32"): (Tiles(128, 128, 32, 8, 3, 1), Tiles(128, 256, 32, 8, 3, 1)),
     (100, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
     (120, "half"): (Tiles(128, 128, 32, 8, 4, 0),) * 2,
     (120, "tf32"): (Tiles(128, 128, 32, 8, 2, 0),) * 2,
     (120, "ieee"): (Tiles(128, 128, 16, 8, 3, 0),) * 2,
 }
+
+# Scaling and counting hold more per value; with these the descriptor form still does so without spills.
+LEAN_TILES = {"half": Tiles(128, 128, 64, 8, 3, 1), "tf32": Tiles(128, 128, 32, 8, 3, 1)}
 
 # What descriptors cannot address (a row stride that is no multiple of 16 bytes, a list of latents) takes pointers.
 POINTER_TILES = {"half": Tiles(128, 128, 32, 8, 4, 0), "tf32": Tiles(128, 128, 32, 8, 3, 0)}
@@ -110,13 +114,15 @@ def product_kind(itemsize: int, precision: str) -> str:
     return "half" if itemsize == 2 else precision
 
 
-def tiles(arch: int, kind: str, D: int) -> Tiles:
-    return TILES[arch, kind][D > NARROW]
+def tiles(arch: int, kind: str, D: int, plain: bool = True) -> Tiles:
+    """Settings of encode_tiles; `plain` when it neither scales nor counts."""
+    config = TILES[arch, kind][D > NARROW]
+    return config if plain or not config.per_sm else LEAN_TILES[kind]
 
 
 def pointer_tiles(arch: int, kind: str, D: int) -> Tiles:
     """Settings of the pointer form, also where the descriptor form is the rule."""
-    config = tiles(arch, kind, D)
+    config = TILES[arch, kind][D > NARROW]
     return POINTER_TILES[kind] if config.per_sm else config
 
 
@@ -124,10 +130,13 @@ def group(columns: int) -> int:
     return 32 if columns <= MANY_COLUMNS else 64
 
 
-def merge(run: int) -> Merge:
-    """Settings for a run of `run` keys (a power of two)."""
-    warps = 1 if run <= 128 else 4 if run <= 512 else 8
-    return Merge(512 if run <= 512 else 1024, 16 if run <= 128 else 32, warps)
+def merge(run: int, group: int) -> Merge:
+    """Settings for a run of `run` keys (a power of two): four values a thread at a time.
+
+    Registers are given because the compiler, left alone, spills a few to reach an occupancy it aims at.
+    """
+    warps = min(8, max(1, run // 32 if run <= 64 else run // 64))
+    return Merge(256 * warps, 128 * warps // group, warps, 128 if run <= 512 else 168)
 
 
 def spmm(D: int) -> Spmm:

@@ -200,8 +200,8 @@ class _Encoder:
 
     def tiles(self) -> tuple[tuning.Tiles, bool]:
         """Settings, and whether the operands can be read through descriptors: whole rows, 16-byte aligned."""
-        D = self.W.shape[1]
-        config = tuning.tiles(self.arch, self.kind, D)
+        D, plain = self.W.shape[1], self.theta is None and self.scale is None
+        config = tuning.tiles(self.arch, self.kind, D, plain)
         aligned = self.W.data_ptr() % 16 == 0 and D * self.W.element_size() % 16 == 0
         if config.per_sm and aligned and self.latents is None:
             return config, True
@@ -242,7 +242,7 @@ class _Plan(NamedTuple):
 
 def _plan_topk(enc: _Encoder, x: Tensor, k: int, chunk: int | None, budget: int) -> _Plan:
     run = _run_width(k)
-    per_row = 4 + 8 * (run + tuning.merge(run).visit * enc.group)
+    per_row = 4 + 8 * (run + tuning.merge(run, enc.group).visit * enc.group)
     first = chunk or (max(4096, 64 * k) if enc.method == "fused" else _library_columns(x))
     plan = _plan(enc, x, first, 8, per_row, budget)
     # A library product is wide enough when it fills the device, and no wider than L2.
@@ -285,7 +285,7 @@ def _topk_rows(enc: _Encoder, x: Tensor, plan: _Plan, acts: Tensor, idx: Tensor)
     """Chunk after chunk: tiles against the row's threshold, then the merge that raises it."""
     B, k = acts.shape
     run = _run_width(k)
-    config = tuning.merge(run)
+    config = tuning.merge(run, enc.group)
     scratch = x.new_empty(B * plan.widest, dtype=torch.float32)
     groups = x.new_empty(B * plan.widest // enc.group, dtype=torch.float32)
     passed = torch.empty_like(groups, dtype=torch.int32)
@@ -298,8 +298,9 @@ def _topk_rows(enc: _Encoder, x: Tensor, plan: _Plan, acts: Tensor, idx: Tensor)
         bounded = start == 0 and n // enc.group >= k and sorted_groups <= tuning.BOUND_MAX_GROUPS
         merge_topk.merge_topk[(B,)](
             groups, scratch, enc.scale, passed, keys, acts, idx, tau, n, start, k, stride,
-            FIRST=start == 0, BOUND=sorted_groups if bounded else 0, KP=run, GROUP=enc.group,
+            FIRST=start == 0, BOUND=sorted_groups if bounded else 0, LOG=run.bit_length() - 1, GROUP=enc.group,
             BLOCK_G=config.block_g, VISIT=config.visit, num_warps=config.warps, num_stages=1,
+            maxnreg=config.registers,
         )  # fmt: skip
 
 

@@ -1,0 +1,218 @@
+"""Compiles the kernels for GPUs that are not here and reads the machine code; prints a JSON list of reports.
+
+    python tests/aot.py [80 90 100 120]        # without TRITON_INTERPRET
+
+Runs in a process of its own, because a process either interprets or compiles. Needs no driver: Triton's wheel carries
+ptxas, cuobjdump and nvdisasm. Types and divisibilities are those the launcher would derive from the tensors that
+`saefast.triton_ops` passes; without them the compiler would emit scalar loads and the numbers would mean nothing.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from saefast.kernels import encode_tiles, fill_csr, merge_topk, sddmm, spmm, tuning
+
+ARCHITECTURES = (80, 90, 100, 120)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+ELEMENTS = {"half": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
+# Integers a launch passes that are multiples of 16 whenever the model's width is.
+DIVISIBLE = ("D", "stride")
+
+
+@dataclasses.dataclass
+class Case:
+    """One compilation: a kernel, its argument types, what is fixed at compile time, and launch options."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclasses.dataclass
+class Report:
+    name: str
+    arch: int
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+    instructions: int
+    opcodes: dict[str, int]
+    wide_loads: int
+    seconds: float
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every kernel and every checked-in setting for an architecture."""
+    yield from tile_cases(arch)
+    yield from merge_cases()
+    yield from sparse_cases()
+
+
+def tile_cases(arch: int) -> Iterator[Case]:
+    for kind in ("half", "tf32", "ieee"):
+        for config in dict.fromkeys(tuning.TILES[arch, kind]):
+            yield tile_case(kind, config, 32)
+        pointer = tuning.pointer_tiles(arch, kind, 768)
+        if kind != "ieee":
+            yield tile_case(kind, pointer, 32, latents=True)
+    narrow, wide = tuning.TILES[arch, "half"]
+    yield tile_case("fp16", narrow, 32)
+    yield tile_case("half", wide, 64)
+    lean = tuning.tiles(arch, "half", 4096, plain=False)
+    yield tile_case("half", lean, 32, scale=True)
+    yield tile_case("half", lean, 32, count=True)
+    for count in (False, True):
+        types = vectors(count, False) | dict.fromkeys(("B", "n", "start", "stride", "threshold_step", "span"), "i32")
+        constants = {"BLOCK_B": 64, "BLOCK_L": 128, "GROUP": 32, "COUNT": count, "scale_ptr": None}
+        yield Case(f"tiles_library count={count}", encode_tiles.tiles_library, types, constants, 4, 3)
+
+
+def tile_case(
+    kind: str, config: tuning.Tiles, group: int, *, latents: bool = False, scale: bool = False, count: bool = False
+) -> Case:
+    element = ELEMENTS[kind]
+    types = vectors(count, scale)
+    constants: dict[str, Any] = {"GROUP": group, "COUNT": count, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
+    constants |= {"BLOCK_B": config.block_b, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d}
+    described = config.per_sm > 0 and not latents
+    if described:
+        types["x_desc"] = f"tensordesc<{element}[{config.block_b}, {config.block_d}]>"
+        types["W_desc"] = f"tensordesc<{element}[{config.block_l}, {config.block_d}]>"
+    else:
+        types |= {"x_ptr": f"*{element}", "W_ptr": f"*{element}"}
+        types |= {"latents_ptr": "*i32"} if latents else {}
+    types |= dict.fromkeys(("B", "n", "start", "D", "stride", "threshold_step", "span"), "i32")
+    kernel = encode_tiles.tiles_descriptor if described else encode_tiles.tiles_pointer
+    extra = f"{' latents' * latents}{' scale' * scale}{' count' * count}"
+    name = f"{'tiles_descriptor' if described else 'tiles_pointer'} {kind} {tuple(config)} group={group}{extra}"
+    return Case(name, kernel, types, constants, config.warps, config.stages)
+
+
+def vectors(count: bool, scale: bool) -> dict[str, str]:
+    types = dict.fromkeys(("bias_ptr", "threshold_ptr", "scratch_ptr"), "*fp32")
+    return types | {"groups_ptr": "*i32" if count else "*fp32"} | ({"scale_ptr": "*fp32"} if scale else {})
+
+
+def merge_cases() -> Iterator[Case]:
+    types = dict.fromkeys(("groups_ptr", "scratch_ptr", "acts_ptr", "tau_ptr"), "*fp32")
+    types |= {"list_ptr": "*i32", "idx_ptr": "*i32", "keys_ptr": "*i64"}
+    types |= dict.fromkeys(("n", "start", "K", "stride"), "i32")
+    # (run, group, first chunk, groups its bound sorts, scaled)
+    for run, group, first, bound, scaled in (
+        (32, 32, True, 128, False),
+        (64, 64, False, 0, True),
+        (128, 32, False, 0, False),
+        (512, 64, False, 0, False),
+        (2048, 64, True, 4096, False),
+    ):
+        config = tuning.merge(run, group)
+        constants = {"FIRST": first, "BOUND": bound, "LOG": run.bit_length() - 1, "GROUP": group}
+        constants |= {"BLOCK_G": config.block_g, "VISIT": config.visit}
+        extra = {"scale_ptr": "*fp32"} if scaled else {}
+        name = f"merge_topk run={run} group={group} bound={bound}{' scale' * scaled}"
+        yield Case(name, merge_topk.merge_topk, types | extra, constants, config.warps, 1, config.registers)
+
+
+def sparse_cases() -> Iterator[Case]:
+    for element, out, D in (("bf16", "bf16", 4096), ("bf16", "bf16", 768), ("fp32", "fp32", 4096)):
+        config = tuning.spmm(D)
+        types = {"acts_ptr": "*fp32", "idx_ptr": "*i32", "W_ptr": f"*{element}", "out_ptr": f"*{out}"}
+        types |= {"D": "i32", "K": "i32"}
+        sizes = {"BLOCK_D": config.block_d, "UNROLL": config.unroll}
+        yield Case(f"spmm {element} D={D}", spmm.spmm, types, sizes, config.warps, 1)
+        dots = tuning.sddmm(D, 64)
+        types = {"x_ptr": f"*{element}", "idx_ptr": "*i32", "W_ptr": f"*{element}", "out_ptr": "*fp32"}
+        types |= {"D": "i32", "K": "i32"}
+        sizes = {"BLOCK_K": dots.block_k, "BLOCK_D": dots.block_d}
+        yield Case(f"sddmm {element} D={D}", sddmm.sddmm, types, sizes, dots.warps, 1)
+    config = tuning.spmm(4096)
+    types = {"acts_ptr": "*fp32", "idx_ptr": "*i64", "row_ptr": "*i64", "W_ptr": "*bf16", "out_ptr": "*fp32"}
+    types |= {"D": "i32", "K": "i32"}
+    yield Case("spmm rows bf16 D=4096", spmm.spmm, types, {"BLOCK_D": config.block_d, "UNROLL": config.unroll}, 4, 1)
+    types = dict.fromkeys(("scratch_ptr", "threshold_ptr", "acts_ptr"), "*fp32")
+    types |= {"counts_ptr": "*i32", "ends_ptr": "*i64", "idx_ptr": "*i32"}
+    types |= dict.fromkeys(("n", "start", "stride", "threshold_step"), "i32")
+    yield Case("fill_csr", fill_csr.fill_csr, types, {"GROUP": 32, "VISIT": 64}, 4, 3)
+
+
+def compile_case(case: Case, arch: int) -> Report:
+    start = time.perf_counter()
+    names = case.kernel.arg_names
+    constants = case.constants | {name: None for name in names if name not in case.types | case.constants}
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {
+        (i,): aligned for i, name in enumerate(names) if signature[name].startswith("*") or name in DIVISIBLE
+    }
+    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+    source = ASTSource(case.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage, opcodes, wide = inspect(compiled.asm["cubin"])
+    spills = sum(count for name, count in opcodes.items() if name.split(".")[0] in ("STL", "LDL"))
+    seconds = time.perf_counter() - start
+    return Report(
+        case.name, arch, usage["REG"], usage["STACK"], spills, compiled.metadata.shared, sum(opcodes.values()),
+        opcodes, wide, round(seconds, 2),
+    )  # fmt: skip
+
+
+def inspect(cubin: bytes) -> tuple[dict[str, int], dict[str, int], int]:
+    """Registers and stack, instructions by opcode, and 128-bit global loads of a cubin; kept in a cache by its hash."""
+    folder = Path(tempfile.gettempdir()) / "saefast-aot"
+    folder.mkdir(exist_ok=True)
+    cached = folder / f"{hashlib.sha256(cubin).hexdigest()}.json"
+    if not cached.exists():
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            found = usage_of(file.name), *opcodes_of(file.name)
+        partial = cached.with_suffix(f".{time.monotonic_ns()}")
+        partial.write_text(json.dumps(found))
+        partial.replace(cached)
+    usage, opcodes, wide = json.loads(cached.read_text())
+    return usage, opcodes, wide
+
+
+def usage_of(path: str) -> dict[str, int]:
+    text = run_tool("cuobjdump", "--dump-resource-usage", path)
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def opcodes_of(path: str) -> tuple[dict[str, int], int]:
+    text = run_tool("cuobjdump", "-sass", path)
+    found = re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", text)
+    wide = sum(name.startswith("LDG") and ".128" in name for name in found)
+    return dict(collections.Counter(name.split(".")[0] for name in found)), wide
+
+
+def run_tool(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def main(arguments: list[str]) -> None:
+    architectures = [int(argument) for argument in arguments] or list(ARCHITECTURES)
+    reports = [compile_case(case, arch) for arch in architectures for case in cases(arch)]
+    json.dump([dataclasses.asdict(report) for report in reports], sys.stdout)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
