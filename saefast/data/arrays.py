@@ -78,7 +78,7 @@ def from_file(path: Path, key: str | None = None) -> Segment:
         entries = read_header(path)
         name = _pick(path, {k: e.shape for k, e in entries.items()}, key)
         return from_array(str(path), map_tensor(path, entries[name]))
-    value = _open_pt(path)
+    value = open_pt(path)
     if isinstance(value, dict):
         tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
         value = tensors[_pick(path, {k: tuple(v.shape) for k, v in tensors.items()}, key)]
@@ -107,7 +107,7 @@ def _open_npy(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be read as .npy, is it truncated? ({_line(error)})") from None
 
 
-def _open_pt(path: Path) -> Any:
+def open_pt(path: Path) -> Any:
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

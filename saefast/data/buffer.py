@@ -139,14 +139,18 @@ class ShardBuffer(Source):
 
     The order is that of a reservoir shuffle: shards in random order, rows mixed within the reservoir. Memory is
     reservoir + PREFETCH batches. Bits do not depend on `threads` (0: one per core, at most 8).
+
+    reuse_memory: batches in the dtype they are stored in are views into the ring, valid until the next draw.
     """
 
-    def __init__(self, mapped: RowsSource, *, reservoir_rows: int = 1 << 18, threads: int = 0) -> None:
+    def __init__(
+        self, mapped: RowsSource, *, reservoir_rows: int = 1 << 18, threads: int = 0, reuse_memory: bool = False
+    ) -> None:
         if mapped.folder is None or mapped.hook is None:
             raise InputError(f"{mapped.source_name} is no shard folder: only those are buffered from disk")
         self.source_name, self.d_in, self.n_rows = mapped.source_name, mapped.d_in, mapped.n_rows
         self._mapped, self._folder, self._hook = mapped, mapped.folder, mapped.hook
-        self._reservoir_rows, self._threads = reservoir_rows, threads
+        self._reservoir_rows, self._threads, self._reuse_memory = reservoir_rows, threads, reuse_memory
         self._seed, self._drawn, self._batch_size = 0, 0, 0
         self._restored = False
         self._open: Reservoir | None = None
@@ -216,16 +220,17 @@ class ShardBuffer(Source):
             yield self._decode(raw, device, dtype)
 
     def _decode(self, raw: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Stored bytes (n, row_bytes) -> rows (n, d_in). The result shares no memory with the ring."""
+        """Stored bytes (n, row_bytes) -> rows (n, d_in), a copy unless reuse_memory."""
         if device.type == "cuda":
             # Bytes cross as they are stored, half as many as fp32, and are widened on the other side.
             raw = raw.to(device, non_blocking=True)
             torch.cuda.current_stream(device).synchronize()
         width = self.d_in * self._folder.dtype.itemsize
+        # Without a scale beside them the codes fill the row, and this is a view.
         acts = raw[:, :width].contiguous().view(self._folder.dtype)
         if self._folder.dtype == torch.int8:
             return dequantise(acts, raw[:, width:].contiguous().view(torch.float32)[:, 0]).to(dtype)
-        return acts.to(dtype, copy=True)
+        return acts.to(dtype, copy=not self._reuse_memory)
 
     def state_dict(self) -> dict[str, Any]:
         return self._identity() | {

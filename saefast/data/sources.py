@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from saefast.data.arrays import SUFFIXES, Segment, from_array, from_file, from_shard
+from saefast.data.foreign import read_foreign
 from saefast.data.iterable_source import IterableSource
 from saefast.data.rows_source import Located, Rows, RowsSource
 from saefast.data.shards import ShardFolder
@@ -40,6 +41,8 @@ def open_source(
       draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
       than memory; "auto" takes the buffer for folders over a quarter of this machine's memory;
     - a .npy, .pt or .safetensors file (`key` picks a tensor), or a folder of them, mapped where the format allows;
+    - a folder of activations cached by SAELens, by science-of-finetuning's dictionary_learning or by llamascopium
+      (foreign.py; `hook` as above);
     - a tensor or numpy array (..., d_in). For files and arrays the last `heldout` of the rows is held out, in one
       piece, because neighbouring rows tend to be of one text;
     - an iterable of tensors (B, d_in), or a function that returns one: see IterableSource;
@@ -76,7 +79,9 @@ def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad
         path = Path(data).expanduser()
         if (path / "index.json").is_file():
             return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), hook)
-        return _from_segments(str(path), [from_file(file, key) for file in _files(path)], heldout)
+        foreign = read_foreign(path, hook) if path.is_dir() else None
+        segments = foreign if foreign is not None else [from_file(file, key) for file in _files(path)]
+        return _from_segments(str(path), segments, heldout)
     if isinstance(data, torch.Tensor | np.ndarray):
         return _from_segments("the array", [from_array("the array", data)], heldout)
     if isinstance(data, Iterable) or callable(data):
