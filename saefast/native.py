@@ -282,8 +282,3 @@ def _check_range(index: Tensor, n_rows: int) -> None:
     if len(bad):
         at = int(bad[0])
         raise InputError(f"index: index[{at}] is {int(index[at])}, outside [0, {n_rows})")
-
-
-def supports(dtype: torch.dtype) -> bool:
-    """Whether the ops of this module serve tensors of a dtype; `saefast.ops` takes `reference` where they do not."""
-    return False

@@ -6,6 +6,7 @@ llamascopium       {hook}/[shard-{s}-]chunk-{n}.safetensors or .pt: activation (
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ def _arrow_rows(file: Path, chunk: Any) -> Segment:
     values = rows.flatten().to_numpy(zero_copy_only=False)
     if not len(rows) or len(values) % len(rows):
         raise InputError(f"{file}: expected rows of one width in every (context, d_in) entry")
-    return from_array(str(file), values.reshape(len(rows), -1))
+    with warnings.catch_warnings():
+        # The file is mapped read-only and nothing here writes to its rows.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return from_array(str(file), values.reshape(len(rows), -1))
 
 
 def _read_memmaps(files: list[Path], hook: str | None) -> list[Segment]:
