@@ -25,6 +25,7 @@ class Feed:
         waited: seconds spent waiting for data.
         scale: every batch is multiplied by this number.
         ahead: batches that were drawn ahead at the start of the run.
+        deferred: whether NaN and inf are reported by `confirm` rather than at once: on a GPU, where looking waits.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Feed:
         cursor: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
+        self.deferred = device.type != "cpu"
         self._batch_size, self._seed = config.batch_size, config.seed
         if cursor is not None:
             source.load_state_dict(cursor)
@@ -60,6 +62,7 @@ class Feed:
             pass
         if not self._pending:
             raise InputError(f"{self.source.source_name} is empty: no batch came out of it")
+        self.confirm()
         self.ahead = len(self._pending)
         return torch.cat([x for x, _ in self._pending])[:n_rows]
 
@@ -93,6 +96,7 @@ class Feed:
         cursor = self._unconfirmed.get(step)
         self._unconfirmed.clear()
         if step >= 0:
+            self._first_bad = None
             raise InputError(self._describe_again(step, cursor))
 
     def _draw_ahead(self, step: int) -> bool:
@@ -107,7 +111,7 @@ class Feed:
         self.waited += time.perf_counter() - start
         if x is None:
             return None
-        if x.device.type == "cpu":
+        if not self.deferred:
             bad = first_bad_row(x)
             if bad is not None:
                 raise InputError(self._describe(step, bad))

@@ -25,10 +25,14 @@ class MetricsLog:
         self.path = folder / METRICS
         self._cut(after)
         self._file: TextIO = self.path.open("a", encoding="utf-8")
+        self._last: tuple[int, int] | None = None  # step and place of the last line written here
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Appends a line, whole or not at all. Raises OSError."""
-        size = self._file.tell()
+        """Appends a line, whole or not at all; one of the same step as the last takes its place. Raises OSError."""
+        if self._last is not None and self._last[0] == line["step"]:
+            self._file.truncate(self._last[1])
+        # Not tell(): in append mode that is the end only after a write.
+        size = os.fstat(self._file.fileno()).st_size
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -36,6 +40,7 @@ class MetricsLog:
             # What the buffer still holds would be tried again at close; the file ends with its last whole line.
             self._abandon(size)
             raise
+        self._last = (line["step"], size)
 
     def sync(self) -> None:
         """Puts the lines on the disk, so that a checkpoint never outlives the lines before it."""
