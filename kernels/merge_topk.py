@@ -147,10 +147,7 @@ def merge_topk(
     idx_ptr += row * K
 
     offs_k = tl.arange(0, KP)
-    if FIRST:
-        run = tl.full((KP,), EMPTY, tl.int64)
-    else:
-        run = _load_run(acts_ptr, idx_ptr, scale_ptr, offs_k, K)
+    run = tl.full((KP,), EMPTY, tl.int64) if FIRST else _load_run(acts_ptr, idx_ptr, scale_ptr, offs_k, K)
     floor = _kth_order(run, offs_k, K)
     if BOUND > 0:
         floor = _bound(groups_ptr, n, K, GROUP, BOUND)

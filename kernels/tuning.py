@@ -196,7 +196,7 @@ def sweep(
     would change bits between runs. `clock` maps a function to milliseconds, triton's do_bench unless given.
     """
     if key in _chosen:
-        return _chosen[key]  # type: ignore[no-any-return]
+        return _chosen[key]
     if clock is None:
         from triton.testing import do_bench
 

@@ -160,9 +160,7 @@ def compile_case(case: Case, arch: int) -> Report:
     constants = case.constants | {name: None for name in names if name not in case.types | case.constants}
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
     aligned = [["tt.divisibility", 16]]
-    attributes = {
-        (i,): aligned for i, name in enumerate(names) if signature[name].startswith("*") or name in DIVISIBLE
-    }
+    attributes = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*") or name in DIVISIBLE}
     options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
     source = ASTSource(case.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

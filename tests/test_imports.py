@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("errors",),
     ("files", "reference", "kernels"),
+    ("triton_launch",),
+    ("triton_encode",),
     ("native", "triton_ops", "metrics"),
     ("ops",),
     ("autograd", "data", "splice"),
@@ -32,7 +34,7 @@ FLOORS = (
 # The fused step exists to do without autograd: it may stand above it and still not use it.
 NEVER = {"step": {"autograd", "losses"}}
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
-MAY_BE_HEAVY = {"kernels": {"triton"}, "triton_ops": {"triton"}}
+MAY_BE_HEAVY = dict.fromkeys(("kernels", "triton_launch", "triton_encode", "triton_ops"), {"triton"})
 
 
 def modules() -> dict[str, Path]:
