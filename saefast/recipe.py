@@ -190,8 +190,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "saelens": dict(
         init="tied_0.1", b_dec_init="zeros", normalize="none", rescale_acts_by_decoder_norm=True,
         unit_norm_decoder=False, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_coef=1.0,
-        auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001, dead_update_first=False, decoder_norm="never",
-        project_decoder_grad=False,
+        auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001,
+        dead_update_first=False, decoder_norm="never", project_decoder_grad=False,
     ),
 }  # fmt: skip
 
