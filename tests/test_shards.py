@@ -227,6 +227,20 @@ def test_a_kill_at_any_step_of_a_commit_leaves_the_commit_before(tmp_path, monke
     assert folder.stats("layers.2").count == 200
 
 
+def test_going_on_after_a_commit_without_training_rows(tmp_path):
+    for _ in range(2):
+        with ShardWriter(tmp_path, HOOKS) as writer:
+            writer.add("heldout", rows_of(4, 10), torch.full((10,), 4), torch.arange(10))
+            writer.commit({})
+    with ShardWriter(tmp_path, HOOKS) as writer:
+        writer.add("train", rows_of(5, 10), torch.full((10,), 5), torch.arange(10))
+        writer.commit({})
+    folder = ShardFolder(tmp_path)
+    assert folder.index["splits"] == {"train": 10, "heldout": 20}
+    assert folder.stats("layers.1").count == 10
+    assert torch.equal(folder.stats("layers.1").sum, rows_of(5, 10)["layers.1"].double().sum(0))
+
+
 def test_disk_full_loses_no_finished_shard(tmp_path, monkeypatch):
     with ShardWriter(tmp_path, HOOKS, rows_per_shard=80) as writer:
         fill(writer, range(12))

@@ -128,8 +128,9 @@ def _nearest(name: str, modules: dict[str, nn.Module], blocks: str) -> list[str]
     names = [path for path in modules if path]
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     ends = [path for path in names if re.fullmatch(re.escape(blocks) + r"\.\d+", path)] if blocks else []
-    if ends and len(near) < 3:
-        near += [f"{ends[0]} ... {ends[-1]}"]
+    if ends and (len(near) < 3 or set(near) & set(ends)):
+        # Of the blocks it is enough to say how far they go.
+        near = [f"{ends[0]} ... {ends[-1]}", *(path for path in near if path not in ends)]
     return near or names[:5]
 
 

@@ -195,9 +195,10 @@ class ShardWriter:
         for hook in self.hooks:
             try:
                 moments[hook] = folder.stats(hook)
+                stale = moments[hook].count != self.index["splits"]["train"]
             except InputError:
-                moments[hook] = Moments.empty(0)
-            if moments[hook].count != self.index["splits"]["train"]:
+                stale = True
+            if stale:
                 moments[hook] = _recount(folder, hook, self.second_moments)
         return moments
 
