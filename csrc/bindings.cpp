@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <stdexcept>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -81,17 +83,19 @@ using BufferSettings = saefast::Buffer::Settings;
 // path, rows, and the byte each column starts at
 using ShardTuple = std::tuple<std::string, int64_t, std::vector<int64_t>>;
 
+std::vector<saefast::Shard> as_shards(const std::vector<ShardTuple>& files) {
+    std::vector<saefast::Shard> shards;
+    for (const auto& [path, rows, offsets] : files) shards.push_back({path, rows, offsets});
+    return shards;
+}
+
 OpenBuffer open_files(const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, Address reservoir,
                       Address ring, const BufferSettings& settings, int64_t epochs, uint64_t seed) {
-    std::vector<saefast::Shard> shards;
     std::vector<int64_t> rows;
-    for (const auto& [path, n, offsets] : files) {
-        shards.push_back({path, n, offsets});
-        rows.push_back(n);
-    }
+    for (const auto& file : files) rows.push_back(std::get<1>(file));
     py::gil_scoped_release release;
     saefast::Planner planner(rows, settings.capacity, settings.batch, settings.lag, epochs, seed);
-    auto source = std::make_shared<saefast::FileSource>(std::move(shards), std::move(column_bytes));
+    auto source = std::make_shared<saefast::FileSource>(as_shards(files), std::move(column_bytes));
     OpenBuffer open;
     open.buffer = std::make_unique<saefast::Buffer>(std::move(source), std::move(planner), at<char>(reservoir),
                                                     at<char>(ring), settings);
@@ -137,12 +141,6 @@ void bind_buffer(py::module_& m) {
                 return std::make_tuple(batch.number, batch.n_rows, batch.place);
             },
             "consumer"_a)
-        .def("try_next",
-             [](OpenBuffer& self, int consumer) -> std::optional<std::tuple<int64_t, int64_t, int64_t>> {
-                 saefast::Batch batch;
-                 if (!self.buffer->next(consumer, 0, batch)) return std::nullopt;
-                 return std::make_tuple(batch.number, batch.n_rows, batch.place);
-             })
         .def("rows", [](OpenBuffer& self, int64_t place) { return self.buffer->rows(place); })
         .def("push",
              [](OpenBuffer& self, Address rows, int64_t n) {
@@ -159,16 +157,6 @@ void bind_buffer(py::module_& m) {
     m.def("open_files", &open_files, "files"_a, "column_bytes"_a, "reservoir"_a, "ring"_a, "settings"_a, "epochs"_a,
           "seed"_a);
     m.def("open_queue", &open_queue, "room"_a, "reservoir"_a, "ring"_a, "settings"_a, "seed"_a);
-    m.def(
-        "plan_epochs",
-        [](std::vector<int64_t> shard_rows, int64_t capacity, int64_t batch, int64_t lag, int64_t epochs,
-           uint64_t seed) {
-            std::vector<std::vector<int64_t>> batches;
-            saefast::Planner planner(std::move(shard_rows), capacity, batch, lag, epochs, seed);
-            for (auto plan = planner.next(); !plan.rows.empty(); plan = planner.next()) batches.push_back(plan.rows);
-            return batches;
-        },
-        "shard_rows"_a, "capacity"_a, "batch"_a, "lag"_a, "epochs"_a, "seed"_a);
 }
 
 void bind_rows(py::module_& m) {
@@ -329,6 +317,54 @@ void bind_spmm(py::module_& m) {
         "code"_a, "x"_a, "out"_a);
 }
 
+// Plans and reads, without threads or a reservoir: for one that lives on a GPU, which Python keeps (data/buffer.py).
+struct RowStream {
+    saefast::Planner planner;
+    std::unique_ptr<saefast::FileSource> source;
+    int64_t row_bytes = 0;
+};
+
+using Int32s = py::array_t<int32_t>;
+using Int64s = py::array_t<int64_t>;
+
+template <class T>
+py::array_t<T> as_array(const std::vector<T>& values) {
+    return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+void bind_row_stream(py::module_& m) {
+    py::class_<RowStream>(m, "RowStream")
+        .def(py::init([](const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, int64_t capacity,
+                         int64_t batch, int64_t lag, uint64_t seed, int64_t first_batch) {
+                 std::vector<int64_t> rows;
+                 for (const auto& file : files) rows.push_back(std::get<1>(file));
+                 py::gil_scoped_release release;
+                 RowStream stream{saefast::Planner(rows, capacity, batch, lag, 0, seed), nullptr, 0};
+                 for (int64_t bytes : column_bytes) stream.row_bytes += bytes;
+                 stream.source = std::make_unique<saefast::FileSource>(as_shards(files), std::move(column_bytes));
+                 stream.planner.skip_to(first_batch);
+                 return stream;
+             }),
+             "files"_a, "column_bytes"_a, "capacity"_a, "batch"_a, "lag"_a, "seed"_a, "first_batch"_a)
+        // What each slot holds at this position, -1 for nothing.
+        .def("resident", [](RowStream& self) { return as_array(self.planner.resident()); })
+        // (slots, rows, refill): what the next batch draws, and the rows that its first slots take next.
+        .def("next",
+             [](RowStream& self) {
+                 const auto plan = self.planner.next();
+                 return py::make_tuple(as_array(plan.slots), as_array(plan.rows), as_array(plan.refill));
+             })
+        // Reads rows, one after another, to `out`. From any thread.
+        .def("read", [](RowStream& self, const Int64s& rows, Address out) {
+            const int64_t* numbers = rows.data();
+            const int64_t n = rows.size();
+            py::gil_scoped_release release;
+            std::vector<int32_t> places(static_cast<size_t>(n));
+            std::iota(places.begin(), places.end(), 0);
+            self.source->fill(0, numbers, places.data(), n, at<char>(out), self.row_bytes);
+        });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -343,4 +379,5 @@ PYBIND11_MODULE(_native, m) {
     bind_spmm(m);
     bind_rows(m);
     bind_buffer(m);
+    bind_row_stream(m);
 }

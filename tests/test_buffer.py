@@ -159,6 +159,42 @@ def test_errors_name_the_file_and_reach_the_next_draw(folder):
         source(folder)
 
 
+@pytest.mark.parametrize("start", [0, 5, 70])
+def test_a_reservoir_on_the_device_draws_the_same_batches(folder, start):
+    host = source(folder)
+    draw(host, max(start, 1))
+    state = host.state_dict() | {"batches": start}
+    expected = draw_from(source(folder), state, 130)
+    on_device = source(folder, on_device=True)
+    assert torch.equal(draw_from(on_device, state, 130), expected)
+    assert on_device.state_dict()["batches"] == start + 130
+    number = int(expected[-B + 3, 0])
+    assert f"row {number % 300} " in on_device.describe_row(3)
+
+
+def draw_from(buffer, state, n):
+    buffer.load_state_dict(state)
+    return draw(buffer, n)
+
+
+def test_a_reservoir_on_the_device_names_a_short_file(folder):
+    batches = source(folder, on_device=True).batches(B)
+    next(batches)
+    shard = sorted((folder / "h").glob("*.safetensors"))[0]
+    with shard.open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(InputError, match=rf"{shard.name}: ends at byte \d+"):
+        list(zip(range(200), batches, strict=False))
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu_are_those_of_the_host(folder):
+    expected = draw(source(folder), 130)
+    for on_device in (False, True):
+        batches = source(folder, on_device=on_device).batches(B, 0, "cuda")
+        assert torch.equal(torch.cat([next(batches) for _ in range(130)]).cpu(), expected)
+
+
 def test_describe_row_names_file_and_row(folder):
     buffer = source(folder)
     batch = next(buffer.batches(B, 3))
