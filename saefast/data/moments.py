@@ -27,8 +27,8 @@ class Moments:
         return cls(0, torch.zeros(d, dtype=f64), torch.zeros((), dtype=f64), torch.zeros((), dtype=f64), matrix)
 
     def add(self, rows: Tensor) -> None:
-        """Takes in rows (n, d). Products are formed in float32 over at most 4096 rows, then summed in float64."""
-        for part in rows.split(4096):
+        """Takes in rows (n, d). Products are formed in float32 over at most 16384 rows, then summed in float64."""
+        for part in rows.split(16384):
             x = part.float()
             self.count += len(x)
             self.sum += x.sum(0, dtype=torch.float64)

@@ -35,8 +35,8 @@ from saefast.data.shards import (
 from saefast.errors import InputError
 from saefast.files import replacing, write_json
 
-# Rows shuffled and hashed at a time: a few megabytes, which stay in the cache between gather, digest and write.
-_PIECE = 2048
+# Bytes shuffled and hashed at a time: much more leaves the cache, much less is all start and stop of threads.
+_PIECE = 8 << 20
 
 
 class ShardWriter:
@@ -292,20 +292,24 @@ class _Spool:
 
 
 def _shuffled(acts: Tensor, scale: Tensor | None, order: Tensor, moments: Moments | None) -> Iterator[Tensor]:
-    for part in order.split(_PIECE):
+    for part in order.split(_piece(acts)):
         rows = acts.index_select(0, part)
         if moments is not None:
             moments.add(rows if scale is None else dequantise(rows, scale[part]))
         yield rows
 
 
+def _piece(acts: Tensor) -> int:
+    return max(_PIECE // (acts.shape[1] * acts.element_size()), 1)
+
+
 def _recount(folder: ShardFolder, hook: str, second: bool | None) -> Moments:
     moments = Moments.empty(folder.d(hook), second)
     for info in folder.shards("train", hook):
         shard = folder.open(info, hook)
-        for start in range(0, info.rows, _PIECE):
-            rows = shard.acts[start : start + _PIECE]
-            moments.add(rows if shard.scale is None else dequantise(rows, shard.scale[start : start + _PIECE]))
+        for part in torch.arange(info.rows).split(_piece(shard.acts)):
+            rows = shard.acts[part]
+            moments.add(rows if shard.scale is None else dequantise(rows, shard.scale[part]))
     return moments
 
 
