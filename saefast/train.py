@@ -184,6 +184,7 @@ class _Run:
     seconds_before: float = 0.0
     waited_before: float = 0.0
     saved_step: int = 0
+    line: Line | None = None
     folder: Path | None = None
     keep: int = 2
     log: MetricsLog | None = None
@@ -252,18 +253,9 @@ def _restore(path: Path, source: Source, sae_config: SAEConfig, config: TrainCon
     feed.scale = state["scale"]
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
-    return _Run(
-        sae,
-        engine,
-        feed,
-        config,
-        total_steps,
-        step,
-        state["tokens"],
-        state["seconds"],
-        state["waited"],
-        saved_step=step,
-    )
+    run = _Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
+    run.seconds_before, run.waited_before = state["seconds"], state["waited"]
+    return run
 
 
 def _open_folder(run: _Run, folder: Path, keep: int) -> None:
@@ -273,7 +265,8 @@ def _open_folder(run: _Run, folder: Path, keep: int) -> None:
         rundir.remove_leftovers(folder)
         checkpoint.prune(folder / rundir.CHECKPOINTS, run.step, keep)
         rundir.write_config(folder, run.sae.config, run.config)
-        run.log = MetricsLog(folder, after=run.step)
+        # The line of the last step is written at the very end, once more if need be.
+        run.log = MetricsLog(folder, after=min(run.step, run.total_steps - 1))
 
 
 def _loop(run: _Run, shown: Bar, stop: threading.Event) -> SAE:
@@ -281,28 +274,22 @@ def _loop(run: _Run, shown: Bar, stop: threading.Event) -> SAE:
     while run.step < run.total_steps and not stop.is_set():
         drawn = run.feed.next(run.step)
         if drawn is None:
-            _end_early(run, shown, x, stats)
+            _end_early(run, x, stats)
             break
         x = drawn
         stats = _step(run, x)
         run.step += 1
         run.tokens += len(x)
         shown.advance(len(x))
-        if _due(run.step, run.config.log_every, run) or _due(run.step, run.config.eval_every, run):
-            _report(run, x, stats, shown)
-        if _due(run.step, run.config.save_every):
-            _save(run)
+        if run.step == run.total_steps:
+            run.line = _line(run, x, stats)
+        else:
+            _report_and_save(run, x, stats, shown)
     if run.step < run.total_steps:
         _save(run)
+        run.engine.finish()
         raise Stopped(run.step, run.folder, fold(run.sae, run.feed.scale))
-    if run.config.save_every:
-        _save(run)
-    return _finish(run)
-
-
-def _due(step: int, every: int, run: _Run | None = None) -> bool:
-    """Every so many steps, 0 being never; with a run, at its last step too."""
-    return (every > 0 and step % every == 0) or (run is not None and step == run.total_steps)
+    return _finish(run, shown)
 
 
 def _step(run: _Run, x: Tensor) -> StepStats:
@@ -313,7 +300,23 @@ def _step(run: _Run, x: Tensor) -> StepStats:
         raise
 
 
-def _end_early(run: _Run, shown: Bar, x: Tensor | None, stats: StepStats | None) -> None:
+def _report_and_save(run: _Run, x: Tensor, stats: StepStats, shown: Bar) -> None:
+    """What is due after a step that is not the last. The line comes first: a checkpoint never lacks lines before it."""
+    config = run.config
+    evaluates = _due(run.step, config.eval_every)
+    if evaluates or _due(run.step, config.log_every):
+        line = _line(run, x, stats)
+        _publish(run, line | evaluate_heldout(run.sae, run.feed) if evaluates else line, shown)
+    if _due(run.step, config.save_every):
+        _save(run)
+
+
+def _due(step: int, every: int) -> bool:
+    """Every so many steps; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def _end_early(run: _Run, x: Tensor | None, stats: StepStats | None) -> None:
     """The data ended before n_tokens: the step done last is the last one."""
     warnings.warn(
         f"{run.feed.source.source_name} ended after {run.tokens} tokens, at step {run.step} of {run.total_steps}, "
@@ -323,17 +326,23 @@ def _end_early(run: _Run, shown: Bar, x: Tensor | None, stats: StepStats | None)
     )
     run.total_steps = run.step
     if x is not None and stats is not None:
-        _report(run, x, stats, shown)
+        run.line = _line(run, x, stats)
 
 
-def _report(run: _Run, x: Tensor, stats: StepStats, shown: Bar) -> None:
-    """One line of metrics: of the batch x, and of the held-out rows where they are due."""
+def _line(run: _Run, x: Tensor, stats: StepStats) -> Line:
+    """The metrics of a step with batch x. Reads the device.
+
+    Raises:
+        InputError: the batch or the loss is not finite.
+    """
     run.feed.confirm()
     line = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds} | _figures(run, x, stats) | run.speeds()
     if not math.isfinite(line["losses/overall_loss"]):
         raise InputError(f"loss is {line['losses/overall_loss']} at step {run.step}: training diverged; lower lr")
-    if _due(run.step, run.config.eval_every, run):
-        line |= evaluate_heldout(run.sae, run.feed)
+    return line
+
+
+def _publish(run: _Run, line: Line, shown: Bar) -> None:
     shown.show(line)
     if run.log is not None:
         with rundir.writing(run.log.path):
@@ -364,7 +373,10 @@ def _figures(run: _Run, x: Tensor, stats: StepStats) -> Line:
 
 @torch.no_grad()
 def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
-    """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none."""
+    """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none.
+
+    In mid-run the SAE is taken as it is: an engine may owe sleeping rows some updates, which only `finish` settles.
+    """
     reconstruction, fired, n_rows = Reconstruction(), 0.0, 0
     for x in feed.heldout():
         x_hat, acts, _ = sae(x)
@@ -392,6 +404,8 @@ def _save(run: _Run) -> None:
         "settings": rundir.settings(run.sae.config, run.config),
         "step": run.step,
         "tokens": run.tokens,
+        # The last step's figures wait here for those of the finished SAE, which are measured after the last checkpoint.
+        "line": run.line,
         "seconds": run.seconds,
         "waited": run.waited_before + run.feed.waited,
         "scale": run.feed.scale,
@@ -412,10 +426,14 @@ def _save(run: _Run) -> None:
     run.mark()
 
 
-def _finish(run: _Run) -> SAE:
-    """The SAE in its final form, for raw inputs; on disk too where there is a folder."""
+def _finish(run: _Run, shown: Bar) -> SAE:
+    """The last checkpoint, the SAE in its final form and its figures; on disk too where there is a folder."""
+    if run.config.save_every:
+        _save(run)
     averaged = getattr(run.engine, "averaged", lambda: None)()
     run.engine.finish()
+    if run.line is not None:
+        _publish(run, run.line | evaluate_heldout(run.sae, run.feed), shown)
     sae = fold(run.sae, run.feed.scale)
     if run.folder is not None:
         with rundir.writing(run.folder):

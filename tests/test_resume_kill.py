@@ -31,11 +31,12 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that nobody interrupted, one for each kind of data."""
+    """Runs that nobody interrupted, by kind of data and engine."""
     folders = {}
-    for kind in ("array", "iterable"):
-        folders[kind] = tmp_path_factory.mktemp("whole") / kind
-        assert server.run(out_dir=folders[kind], data=kind) == 0
+    for kind, engine in (("array", "fused"), ("iterable", "fused"), ("array", "autograd")):
+        folder = tmp_path_factory.mktemp("whole") / kind
+        assert server.run(out_dir=folder, data=kind, config={"engine": engine}) == 0
+        folders[f"{kind} {engine}"] = folder
     return folders
 
 
@@ -67,15 +68,18 @@ def check_clean(folder: Path) -> None:
     assert steps == sorted(set(steps))
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("array", 0), ("array", 1), ("iterable", 2)])
+@pytest.mark.parametrize(
+    ("kind", "engine", "seed"),
+    [("array", "fused", 0), ("array", "fused", 1), ("iterable", "fused", 2), ("array", "autograd", 3)],
+)
 def test_sigkill_at_random_moments(
-    server: Server, whole: dict[str, Path], tmp_path: Path, kind: str, seed: int
+    server: Server, whole: dict[str, Path], tmp_path: Path, kind: str, engine: str, seed: int
 ) -> None:
     moments = random.Random(seed)
     folder, kills, code, patience = tmp_path / "run", 0, None, 0.1
     while code != 0:
         assert kills < 200, "the run makes no headway"
-        server.start(out_dir=folder, data=kind, resume=True)
+        server.start(out_dir=folder, data=kind, resume=True, config={"engine": engine})
         time.sleep(moments.uniform(0, patience))
         # On a machine with much else to do, a step may take longer than any time chosen beforehand.
         patience *= 1.1
@@ -85,7 +89,7 @@ def test_sigkill_at_random_moments(
         assert code in (0, -signal.SIGKILL), folder.with_suffix(".error").read_text()
         kills += code != 0
     assert kills >= 2
-    assert outcome(folder) == outcome(whole[kind])
+    assert outcome(folder) == outcome(whole[f"{kind} {engine}"])
     check_clean(folder)
 
 
@@ -101,7 +105,7 @@ def test_sigkill_before_every_change_on_disk(
     server: Server, whole: dict[str, Path], stopped: Path, tmp_path: Path
 ) -> None:
     """Every fsync, rename, truncation and removal of a run's last steps: one kill each, then resumed to the end."""
-    expected = outcome(whole["array"])
+    expected = outcome(whole["array fused"])
     for call in range(1000):
         folder = tmp_path / f"run{call}"
         shutil.copytree(stopped, folder)
@@ -127,7 +131,7 @@ def test_a_stop_saves_and_says_how_to_go_on(
     assert checkpoint.list_steps(folder / "checkpoints")[-1].name == "step_00000018"
     assert not (folder / "sae.safetensors").exists()
     assert server.run(out_dir=folder, resume=True) == 0
-    assert outcome(folder) == outcome(whole["array"])
+    assert outcome(folder) == outcome(whole["array fused"])
 
 
 def test_a_second_ctrl_c_ends_at_once_without_damage(server: Server, whole: dict[str, Path], tmp_path: Path) -> None:
@@ -136,7 +140,7 @@ def test_a_second_ctrl_c_ends_at_once_without_damage(server: Server, whole: dict
     assert "KeyboardInterrupt()" in folder.with_suffix(".error").read_text()
     assert checkpoint.list_steps(folder / "checkpoints")[-1].name == "step_00000015"
     assert server.run(out_dir=folder, resume=True) == 0
-    assert outcome(folder) == outcome(whole["array"])
+    assert outcome(folder) == outcome(whole["array fused"])
 
 
 def test_two_processes_cannot_share_a_folder(server: Server, stopped: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from saefast.metrics import Reconstruction
 from saefast.progress import METRICS, read_metrics
 from saefast.recipe import TrainConfig, preset
 from saefast.sae import SAE, SAEConfig, load
+from saefast.step import FusedStep
 from saefast.train import Stopped, count_steps, evaluate_heldout, fold, pick_device, train
 
 CONFIG = SAEConfig(d_in=12, n_latents=48, k=4)
@@ -42,6 +43,9 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**(train_job.CONFIG | {"n_tokens": 32 * 12, "save_every": 0} | changes))
 
 
+ENGINES = ["autograd", "fused"]
+
+
 def same(a: SAE, b: SAE) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
@@ -53,7 +57,7 @@ def plain_loop(data: Any, config: TrainConfig, init_batches: int = 1) -> tuple[S
     batches = [next(draws) for _ in range(max(steps, init_batches))]
     scale = input_scale(torch.cat(batches[:init_batches]), config.normalize)
     sae = SAE(CONFIG, seed=config.seed)
-    engine = AutogradStep(sae, config, steps)
+    engine = (AutogradStep if config.engine == "autograd" else FusedStep)(sae, config, steps)
     engine.initialise(torch.cat(batches[:init_batches]) * scale)
     losses = [float(engine.step(x * scale).loss) for x in batches[:steps]]
     engine.finish()
@@ -64,8 +68,9 @@ def plain_loop(data: Any, config: TrainConfig, init_batches: int = 1) -> tuple[S
 
 
 @pytest.mark.parametrize("changes", [{}, {"normalize": "none"}, {"multi_topk_coef": 0.1, "decoder_norm": "pre_step"}])
-def test_equals_a_plain_loop(tmp_path: Path, changes: dict[str, Any]) -> None:
-    config = settings(log_every=1, **changes)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equals_a_plain_loop(tmp_path: Path, changes: dict[str, Any], engine: str) -> None:
+    config = settings(log_every=1, engine=engine, **changes)
     sae, losses = plain_loop(train_job.rows(), config)
     assert same(train(train_job.rows(), CONFIG, config, tmp_path / "run"), sae)
     assert [line["losses/overall_loss"] for line in read_metrics(tmp_path / "run")] == losses
@@ -106,8 +111,9 @@ def test_scales() -> None:
         input_scale(torch.zeros(3, 12), "sqrt_d")
 
 
-def test_it_learns_and_heldout_figures_are_of_unseen_rows(tmp_path: Path) -> None:
-    config = settings(n_tokens=32 * 400, eval_every=100)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_it_learns_and_heldout_figures_are_of_unseen_rows(tmp_path: Path, engine: str) -> None:
+    config = settings(engine=engine, n_tokens=32 * 400, eval_every=100)
     sae = train(train_job.rows(2000), CONFIG, config, tmp_path / "run")
     lines = [line for line in read_metrics(tmp_path / "run") if "heldout/fvu" in line]
     assert [line["step"] for line in lines] == [100, 200, 300, 400]

@@ -22,7 +22,7 @@ from saefast.train import Stopped, train
 
 SAE = SAEConfig(d_in=12, n_latents=48, k=4)
 CONFIG: dict[str, Any] = dict(
-    engine="autograd", device="cpu", n_tokens=32 * 40, batch_size=32, lr=1e-2, lr_warmup_steps=5, dead_after=100,
+    engine="fused", device="cpu", n_tokens=32 * 40, batch_size=32, lr=1e-2, lr_warmup_steps=5, dead_after=100,
     auxk_k=4, log_every=2, save_every=3, eval_every=10, seed=3,
 )  # fmt: skip
 FAILED, STOPPED = 1, 130
@@ -90,7 +90,8 @@ def child(job: dict[str, Any]) -> int:
 def serve() -> None:
     torch.set_num_threads(1)
     # What the first training step imports is then there in every child.
-    train(data("array"), SAE, TrainConfig(**(CONFIG | {"n_tokens": 64})))
+    for engine in ("fused", "autograd"):
+        train(data("array"), SAE, TrainConfig(**(CONFIG | {"n_tokens": 64, "engine": engine})))
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
