@@ -152,7 +152,9 @@ def total_loss(sae: SAE, x: Tensor, dead: DeadLatents, config: TrainConfig, mse_
     squares = sum_squares(e)
     total = reconstruction_weight(x.shape, variance, config, mse_scale) * squares
 
-    since = dead.after(acts.detach(), idx)
+    # sparsify reports MultiTopK's indices as those of the top k, and its counters believe it.
+    fired = (wide_acts, wide_idx) if config.reproduce_bugs else (acts, idx)
+    since = dead.after(fired[0].detach(), fired[1])
     auxk: Tensor | float = 0.0
     if config.auxk_coef:
         dead_ids = dead.ids(since if config.dead_update_first else dead.since)

@@ -62,8 +62,8 @@ class TrainConfig:
         normalize: scale inputs by one number, folded into the saved biases: "none", "sqrt_d" (mean norm √d_in) or
             "unit_mean_square" (mean squared norm 1).
         ema_decay: also keep an exponential moving average of the weights, bias-corrected; None does not.
-        reproduce_bugs: as in sparsify, AuxK and MultiTopK send the encoder no gradient and ReLU's derivative is
-            skipped.
+        reproduce_bugs: as in sparsify 1.3.3, AuxK and MultiTopK send the encoder no gradient, ReLU's derivative is
+            skipped, and with MultiTopK the top 4k latents count as fired rather than the top k.
 
         log_every, save_every, eval_every: steps between lines of metrics.jsonl, checkpoints and values of the
             held-out FVU; 0 is never.

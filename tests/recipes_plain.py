@@ -12,6 +12,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+D, L, K, B, STEPS = 32, 256, 6, 128, 25
+
+
+def batches(dtype: str, mean: float = 1.0) -> list[Tensor]:
+    """STEPS batches of rows with structure to learn and column means of about `mean`."""
+    sources = torch.randn(100, D)
+    code = torch.rand(STEPS, B, 100) * (torch.rand(STEPS, B, 100) < 0.05)
+    x = code @ sources + 0.1 * torch.randn(STEPS, B, D) + mean * torch.randn(D)
+    return list(x.to(getattr(torch, dtype)))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """The largest difference as a share of the largest value."""
+    return float((a.detach() - b.detach()).abs().max() / b.detach().abs().max())
+
 
 class Weights:
     """Four leaf tensors. W_enc, W_dec (L, D); b_enc (L,); b_dec (D,)."""
@@ -119,7 +134,8 @@ def sparsify(
     w: Weights, batches: list[Tensor], *, k: int, dead_tokens: int, auxk_alpha: float, multi_topk: bool,
     lr: float, warmup: int, total: int, buggy: bool = False,
 ) -> list[Record]:  # fmt: skip
-    """`buggy`: as published, AuxK and MultiTopK send the encoder no gradient, and gradients pass its ReLU unhindered."""
+    """`buggy`: as published. AuxK and MultiTopK send the encoder no gradient, gradients pass its ReLU unhindered, and
+    with MultiTopK the top 4k count as fired (the name of the top k's indices is used again for theirs)."""
     adam, tokens, done = Adam(w.all()), torch.zeros(len(w.b_enc), dtype=torch.long), []
     for step, x in enumerate(batches):
         w.unit_decoder()
@@ -145,7 +161,8 @@ def sparsify(
         loss.backward()
         w.project()
         adam.step(lr * (step / warmup if step < warmup else (total - step) / (total - warmup)))
-        tokens = torch.where(chosen.any(dim=0), 0, tokens + len(x))
+        fired = best(pre, 4 * k) if buggy and multi_topk else chosen
+        tokens = torch.where(fired.any(dim=0), 0, tokens + len(x))
         done.append(record(loss, auxk, dead))
     return done
 
@@ -177,9 +194,7 @@ def dictionary_learning(
     return done
 
 
-def saelens(
-    w: Weights, batches: list[Tensor], *, k: int, dead_passes: int, lr: float, warmup: int
-) -> list[Record]:
+def saelens(w: Weights, batches: list[Tensor], *, k: int, dead_passes: int, lr: float, warmup: int) -> list[Record]:
     """Decoder norms stand in the graph here, as they do in the peer; saefast lets them cancel."""
     adam, passes, done = Adam(w.all()), torch.zeros(len(w.b_enc), dtype=torch.long), []
     for step, x in enumerate(batches):

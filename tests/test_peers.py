@@ -1,0 +1,206 @@
+"""Presets against the peers' own packages and training loops: `make peers` runs this where they are installed."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recipes_plain import STEPS, B, D, K, L, batches, distance
+from torch import Tensor, nn
+
+from saefast.autograd_step import AutogradStep
+from saefast.engine import StepStats
+from saefast.recipe import lr_factor, preset
+from saefast.sae import SAE
+
+pytestmark = pytest.mark.peers
+WARMUP, TOLERANCE = 4, 1e-5
+
+
+def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradStep:
+    """An engine whose SAE has some latents that start too low to be chosen, so that they die."""
+    sae_config, config = preset(name, D, L, K, engine="autograd", lr_warmup_steps=WARMUP, **overrides)
+    sae = SAE(sae_config, seed=1)
+    with torch.no_grad():
+        sae.b_enc[::5] -= low * sae.W_enc.norm(dim=1).mean()
+    return AutogradStep(sae, config, STEPS)
+
+
+def train(engine: AutogradStep, data: list[Tensor]) -> list[StepStats]:
+    engine.initialise(data[0])
+    return [engine.step(x) for x in data]
+
+
+def assert_same(sae: SAE, theirs: dict[str, Tensor], stats: list[StepStats], losses: list[float]) -> None:
+    assert len(losses) == STEPS
+    for ours, loss in zip(stats, losses, strict=True):
+        assert float(ours.loss) == pytest.approx(loss, rel=TOLERANCE)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        assert distance(getattr(sae, name), theirs[name]) < TOLERANCE, name
+
+
+def assert_auxk_ran(stats: list[StepStats]) -> None:
+    assert sum(float(s.auxk_loss) > 0 for s in stats) > 15
+
+
+class Lookup(nn.Module):
+    """A "language model" whose module `site` puts out chosen rows, so that sparsify's trainer can hook it."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__()
+        self.rows, self.site = rows, nn.Identity()
+        self.device = rows.device
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.site(self.rows[input_ids])
+
+
+def run_sparsify(sae: SAE, data: list[Tensor], folder: Path, **settings: Any) -> tuple[dict[str, Tensor], list[float]]:
+    """sparsify's own Trainer.fit from this SAE's encoder and decoder; it sets b_dec itself."""
+    sparsify = pytest.importorskip("sparsify")
+    dataset = [{"input_ids": torch.arange(i * B, (i + 1) * B)} for i in range(STEPS)]
+    coder = sparsify.SparseCoderConfig(num_latents=L, k=K, multi_topk=settings.pop("multi_topk"))
+    config = sparsify.TrainConfig(
+        coder, batch_size=1, optimizer="adam", hookpoints=["site"], lr_warmup_steps=WARMUP, log_to_wandb=False,
+        save_dir=str(folder), **settings,
+    )  # fmt: skip
+    trainer = sparsify.Trainer(config, dataset, Lookup(torch.cat(data)))
+    peer = trainer.saes["site"]
+    peer.encoder.weight.data, peer.W_dec.data = sae.W_enc.detach().clone(), sae.W_dec.detach().clone()
+    peer.encoder.bias.data = sae.b_enc.detach().clone()
+    losses: list[float] = []
+
+    def note(_module: nn.Module, _inputs: Any, out: Any) -> None:
+        losses.append(float((out.fvu + config.auxk_alpha * out.auxk_loss + out.multi_topk_fvu / 8).detach()))
+
+    peer.register_forward_hook(note)
+    trainer.fit()
+    weights = {"W_enc": peer.encoder.weight, "W_dec": peer.W_dec, "b_enc": peer.encoder.bias, "b_dec": peer.b_dec}
+    return weights, losses
+
+
+@pytest.fixture
+def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
+    """sparsify lowers the precision of matmuls for the whole process; not in this one."""
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+
+
+@pytest.mark.usefixtures("exact_matmul")
+def test_sparsify(tmp_path: Path) -> None:
+    data, engine = batches("float32"), engine_for("sparsify")
+    theirs, losses = run_sparsify(engine.sae, data, tmp_path, multi_topk=False)
+    assert_same(engine.sae, theirs, train(engine, data), losses)
+
+
+@pytest.mark.usefixtures("exact_matmul")
+def test_sparsify_with_its_bugs_and_without(tmp_path: Path) -> None:
+    """AuxK and MultiTopK on: equal under reproduce_bugs, and nowhere near with the gradients that belong there."""
+    data = batches("float32")
+    # So low that some latents are not even among the top 4k, which sparsify counts as fired.
+    changes: dict[str, Any] = dict(low=2.4, auxk_coef=1 / 32, multi_topk_coef=1 / 8, dead_after=3 * B + 1)
+    buggy, right = engine_for("sparsify", reproduce_bugs=True, **changes), engine_for("sparsify", **changes)
+    theirs, losses = run_sparsify(
+        buggy.sae, data, tmp_path, multi_topk=True, auxk_alpha=1 / 32, dead_feature_threshold=3 * B
+    )
+    stats = train(buggy, data)
+    assert_auxk_ran(stats)
+    assert_same(buggy.sae, theirs, stats, losses)
+    train(right, data)
+    assert distance(right.sae.W_enc, theirs["W_enc"]) > 1e-3
+
+
+def test_dictionary_learning() -> None:
+    top_k = pytest.importorskip("dictionary_learning.trainers.top_k")
+    data, engine = batches("float32"), engine_for("dictionary_learning", dead_after=3 * B, lr_decay_start=15)
+    peer = top_k.TopKTrainer(
+        steps=STEPS, activation_dim=D, dict_size=L, k=K, layer=0, lm_name="none", warmup_steps=WARMUP, decay_start=15,
+        device="cpu",
+    )  # fmt: skip
+    peer.dead_feature_threshold = 3 * B
+    sae, ae = engine.sae, peer.ae
+    ae.encoder.weight.data, ae.decoder.weight.data = sae.W_enc.detach().clone(), sae.W_dec.detach().T.clone()
+    ae.encoder.bias.data = sae.b_enc.detach().clone()
+    losses = [peer.update(step, x) for step, x in enumerate(data)]
+
+    stats = train(engine, data)
+    assert_auxk_ran(stats)
+    assert max(float(s.grad_norm) for s in stats) > 1  # so clipping was at work
+    theirs = {"W_enc": ae.encoder.weight, "W_dec": ae.decoder.weight.T, "b_enc": ae.encoder.bias, "b_dec": ae.b_dec}
+    assert_same(sae, theirs, stats, losses)
+
+
+def test_saelens() -> None:
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    data, engine = batches("float32", mean=0.1), engine_for("saelens", dead_after=4)
+    peer = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=D, d_sae=L, k=K))
+    sae = engine.sae
+    with torch.no_grad():
+        # Unequal decoder norms, so that ranking by pre · norm is not ranking by pre.
+        sae.W_dec *= torch.linspace(0.8, 1.2, L)[:, None]
+        peer.W_enc.copy_(sae.W_enc.T)
+        peer.W_dec.copy_(sae.W_dec)
+        peer.b_enc.copy_(sae.b_enc)
+    config = SAETrainerConfig(
+        total_training_samples=STEPS * B, train_batch_size_samples=B, lr_end=3e-5, lr_warm_up_steps=WARMUP,
+        dead_feature_window=3,
+    )  # fmt: skip
+    trainer = SAETrainer(cfg=config, sae=peer, data_provider=iter(()))
+    losses = [float(trainer.step(x).loss.detach()) for x in data]
+
+    stats = train(engine, data)
+    assert_auxk_ran(stats)
+    theirs = {"W_enc": peer.W_enc.T, "W_dec": peer.W_dec, "b_enc": peer.b_enc, "b_dec": peer.b_dec}
+    assert_same(sae, theirs, stats, losses)
+
+
+def rates(scheduler: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
+    """The rates a torch scheduler gives a peak rate of 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, found = scheduler(optimizer), []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def ours(name: str, steps: int, **overrides: Any) -> list[float]:
+    config = preset(name, D, L, K, engine="autograd", **overrides)[1]
+    return [lr_factor(step, steps, config) for step in range(steps)]
+
+
+@pytest.mark.parametrize("decay_start", [None, 12])
+def test_learning_rates_of_dictionary_learning(decay_start: int | None) -> None:
+    trainer = pytest.importorskip("dictionary_learning.trainers.trainer")
+    factor = trainer.get_lr_schedule(30, 5, decay_start=decay_start)
+    start = -1 if decay_start is None else decay_start
+    assert ours("dictionary_learning", 30, lr_warmup_steps=5, lr_decay_start=start) == pytest.approx(
+        rates(lambda o: torch.optim.lr_scheduler.LambdaLR(o, factor), 30)
+    )
+
+
+def test_learning_rates_of_sparsify() -> None:
+    get = pytest.importorskip("transformers").get_linear_schedule_with_warmup
+    assert ours("sparsify", 30, lr_warmup_steps=7) == pytest.approx(rates(lambda o: get(o, 7, 30), 30))
+
+
+@pytest.mark.parametrize(("warmup", "decay"), [(0, 0), (1, 0), (6, 0), (6, 9)])
+def test_learning_rates_of_saelens(warmup: int, decay: int) -> None:
+    optim = pytest.importorskip("sae_lens.training.optim")
+    theirs = rates(
+        lambda o: optim.get_lr_scheduler(
+            "constant", o, training_steps=30, lr=1.0, warm_up_steps=warmup, decay_steps=decay, lr_end=0.1, num_cycles=1
+        ),
+        30,
+    )
+    start = 30 - decay if decay else -1
+    assert ours("saelens", 30, lr_warmup_steps=warmup, lr_decay_start=start) == pytest.approx(theirs)
