@@ -9,13 +9,12 @@ import threading
 import weakref
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saefast.data.device_reservoir import DeviceReservoir
-from saefast.data.iterable_source import IterableSource
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import dequantise
 from saefast.data.source import Device, Source, check_batch_size, check_state
@@ -317,6 +316,22 @@ class ShardBuffer(Source):
             self._open = None
 
 
+class Stream(Protocol):
+    """What LiveBuffer shuffles: an IterableSource, or the part of one that it needs."""
+
+    source_name: str
+    d_in: int
+    n_rows: int | None
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]: ...
+
+    def heldout(
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]: ...
+
+
 class LiveBuffer(Source):
     """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
 
@@ -325,10 +340,10 @@ class LiveBuffer(Source):
     again and drops what was trained on, so the iterable must give the same rows each time.
     """
 
-    def __init__(self, data: IterableSource, *, reservoir_rows: int = 1 << 16, seed: int = 0) -> None:
+    def __init__(self, data: Stream, *, reservoir_rows: int = 1 << 16) -> None:
         self._data, self._reservoir_rows = data, reservoir_rows
         self.source_name, self.d_in, self.n_rows = data.source_name, data.d_in, data.n_rows
-        self._seed, self._drawn, self._batch_size = seed, 0, 0
+        self._seed, self._drawn, self._batch_size = 0, 0, 0
         self._skip = 0
         self._open: Reservoir | None = None
         self._failure: BaseException | None = None

@@ -1,0 +1,112 @@
+"""Training while harvesting: one pass of a model, a shuffled source of rows for each of its hooks."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.data.buffer import LiveBuffer
+from saefast.data.harvester import HarvestBatch, HarvestConfig, Harvester
+from saefast.data.iterable_source import HELDOUT_ROWS
+from saefast.data.source import Device, Source
+from saefast.errors import InputError
+
+
+def live_sources(
+    config: HarvestConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    reservoir_rows: int = 1 << 16,
+) -> dict[str, Source]:
+    """A source per hook of the config, all fed by one pass of the model over the text, pass after pass.
+
+    Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
+    different hooks hold the same tokens. Draw from the sources in step: what the fastest has taken waits in memory for
+    the slowest. heldout() has the held-out rows met so far, up to HELDOUT_ROWS. Resuming runs the model again from the
+    beginning of the text.
+
+    Arguments are `harvest`'s; raises InputError as it does.
+    """
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    hooks = [hook["name"] for hook in harvester.runner.hooks]
+    shared = Shared(harvester.batches, readers=len(hooks))
+    name = f"{harvester.facts().get('model', 'the model')} on {harvester.text.name}"
+    return {
+        hook: LiveBuffer(HookStream(shared, reader, hook, f"{name}, {hook}"), reservoir_rows=reservoir_rows)
+        for reader, hook in enumerate(hooks)
+    }
+
+
+class Shared:
+    """Batches of endless passes, made once and read by several readers, each in order and at its own pace."""
+
+    def __init__(self, begin: Callable[[], Iterator[HarvestBatch]], readers: int) -> None:
+        self._begin, self._passes = begin, begin()
+        self._lock = threading.Lock()
+        self._first = 0  # number of the oldest batch kept
+        self._kept: deque[HarvestBatch] = deque()
+        self._next = [0] * readers
+
+    def read(self, reader: int, number: int) -> HarvestBatch:
+        """Batch `number`, counted over all passes; a reader asks for each once, in order."""
+        with self._lock:
+            while number >= self._first + len(self._kept):
+                self._kept.append(self._make())
+            batch = self._kept[number - self._first]
+            self._next[reader] = number + 1
+            while self._first < min(self._next):
+                self._kept.popleft()
+                self._first += 1
+            return batch
+
+    def _make(self) -> HarvestBatch:
+        batch = next(self._passes, None)
+        if batch is None:
+            self._passes = self._begin()
+            batch = next(self._passes)
+        return batch
+
+
+class HookStream:
+    """What one hook of a shared pass gives, as LiveBuffer takes it: rows to train on without end, and held-out ones."""
+
+    n_rows: int | None = None
+
+    def __init__(self, shared: Shared, reader: int, hook: str, name: str) -> None:
+        self._shared, self._reader, self._hook, self.source_name = shared, reader, hook, name
+        self._held: list[Tensor] = []
+        self._n_held = 0
+        self._begun = False
+        self._first = shared.read(reader, 0)
+        self.d_in = int(self._first.rows[hook].shape[1])
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        """Rows (n, d_in) as they come; batch_size and seed are the buffer's business. Once: then InputError."""
+        if self._begun:
+            raise InputError(f"{self.source_name} was drawn from already: a live source can be drawn from once")
+        self._begun = True
+        return self._draw(device, dtype)
+
+    def _draw(self, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+        batch, number = self._first, 0
+        while True:
+            rows = batch.rows[self._hook]
+            if batch.split == "train":
+                yield rows.to(device, dtype)
+            elif self._n_held < HELDOUT_ROWS:
+                self._held.append(rows.to("cpu"))
+                self._n_held += len(rows)
+            number += 1
+            batch = self._shared.read(self._reader, number)
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        for rows in list(self._held):
+            for part in rows.split(batch_size):
+                yield part.to(device, dtype)
