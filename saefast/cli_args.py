@@ -1,0 +1,81 @@
+"""What the commands share: arguments out of dataclasses, bad ones as one line, and progress where nobody watches."""
+
+import contextlib
+import io
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
+
+from saefast.errors import InputError
+
+T = TypeVar("T")
+
+
+def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = None) -> T:
+    """An instance of the dataclass `kind` from a command line; its docstrings are the help.
+
+    Raises:
+        InputError: an unknown, missing or impossible argument.
+        SystemExit: after --help.
+    """
+    complaint = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    given["config"] = (tyro.conf.OmitArgPrefixes,)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise InputError(_one_line(complaint.getvalue(), command))
+
+
+def _one_line(complaint: str, command: str) -> str:
+    """tyro explains a bad argument in a box of several parts; the first part, and the name it thinks was meant."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│]", " ", complaint)
+    parts = [" ".join(part.split()) for part in re.split(r"-{8,}|\n\s*\n", plain)]
+    title, *rest = [part for part in parts if part] or ["bad arguments"]
+    message = rest[0] if rest else title
+    message = re.sub(r"^Error parsing (?:sae|train): ", "", message).rstrip(".")
+    meant = next((part for part in rest if part.startswith("Perhaps you meant")), "")
+    near = re.search(r"--[\w-]+", meant)
+    return f"{message}{f' (perhaps {near[0]}?)' if near else ''}; see saefast {command} --help"
+
+
+def peek(argv: Sequence[str], name: str) -> str | None:
+    """The value of --name in a command line, before it is parsed; None where it is not there."""
+    flag = "--" + name
+    for place, word in enumerate(argv):
+        word = word.replace("_", "-") if word.startswith("--") and "=" not in word else word
+        if word == flag and place + 1 < len(argv):
+            return argv[place + 1]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :]
+    return None
+
+
+def watched() -> bool:
+    """Whether a person sees stderr, so that a progress bar makes sense."""
+    return sys.stderr.isatty()
+
+
+class LogLines:
+    """Training progress as plain lines, at most one every `seconds`, for logs and pipes."""
+
+    def __init__(self, total_steps: int, seconds: float = 10.0) -> None:
+        self._total, self._seconds, self._last = total_steps, seconds, time.monotonic()
+
+    def __call__(self, line: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        if now - self._last < self._seconds and line["step"] < self._total:
+            return
+        self._last = now
+        print(
+            f"step {line['step']}/{self._total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "
+            f"L0 {line['metrics/l0']:.1f}  dead {line['dead_share']:.1%}  {line['tokens_per_second']:,.0f} tokens/s",
+            flush=True,
+        )

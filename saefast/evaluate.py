@@ -1,0 +1,217 @@
+"""Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saefast.data.rows_source import RowsSource
+from saefast.data.shards import ShardFolder
+from saefast.data.source import Source, first_bad_row
+from saefast.data.sources import open_source
+from saefast.errors import InputError
+from saefast.files import replacing, write_json
+from saefast.metrics import METRICS, SAEMetrics, density_histogram
+from saefast.sae import SAE, load
+from saefast.splice import LM_METRICS, batch_sequences, lm_scores
+
+EVAL, LATENTS = "eval.json", "latents.safetensors"
+# In SAEConfig.metadata: where a run's rows came from, as open_source's arguments.
+DATA = "data"
+# Text that the spliced language model reads: its loss is then known to about 0.01 nats.
+LM_TOKENS = 1 << 16
+
+
+@dataclass
+class Evaluation:
+    """Figures of an SAE on held-out rows.
+
+    Attributes:
+        metrics: floats named as in `saefast.metrics.METRICS`.
+        lm: floats named as in `saefast.splice.LM_METRICS`, or empty.
+        lm_left_out: why `lm` is empty, in one line.
+        accumulated: the accumulators, with per-latent counts.
+        about: n_rows, data, hook, and what else is known of the rows.
+    """
+
+    metrics: dict[str, float]
+    accumulated: SAEMetrics
+    about: dict[str, Any]
+    lm: dict[str, float] = field(default_factory=dict)
+    lm_left_out: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What eval.json holds. Figures that do not exist (NaN) are null."""
+        sparsity = self.accumulated.sparsity
+        edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
+        formulas = METRICS | (LM_METRICS if self.lm else {})
+        return {
+            "about": self.about,
+            "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
+            "lm": {name: _json_number(value) for name, value in self.lm.items()} or None,
+            "lm_left_out": self.lm_left_out or None,
+            "density_histogram": {"log10_edges": edges, "latents": heights, "never_fired": never},
+            "formulas": {name: metric._asdict() for name, metric in formulas.items()},
+        }
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
+    """Streams rows x (B, d_in) through the SAE.
+
+    Raises:
+        InputError: a batch of another width, or with NaN or inf.
+    """
+    metrics = SAEMetrics(sae.config.n_latents, sae.device)
+    seen = 0
+    for x in batches:
+        x = x.to(sae.device)
+        if (bad := first_bad_row(x)) is not None:
+            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf: drop or repair it")
+        x_hat, acts, idx = sae(x)
+        metrics.update(x, x_hat, acts, idx)
+        seen += len(x)
+    return metrics
+
+
+def evaluate_run(
+    run: str | Path, data: Any = None, *, batch_size: int = 2048, lm_tokens: int = LM_TOKENS, write: bool = True
+) -> Evaluation:
+    """Evaluates the SAE in a run's folder on its held-out rows, and where its model is a language model, spliced in.
+
+    Args:
+        run: a folder with sae.safetensors.
+        data: what to evaluate on, as open_source takes it; None is the data that the run says it was trained on.
+        lm_tokens: about how much held-out text the language model reads; 0 leaves it out.
+        write: leave eval.json and latents.safetensors (per latent: counts, total_act, max_act) in the folder.
+
+    Raises:
+        InputError: no SAE there, its data is gone or of another width, or nothing is held out.
+    """
+    folder = Path(run).expanduser()
+    sae = load(folder).requires_grad_(False)
+    source = run_source(folder, sae, data)
+    metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype))
+    n_rows = metrics.reconstruction.n_rows
+    if n_rows == 0:
+        raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
+    result = Evaluation(metrics.compute(), metrics, _about(folder, source, n_rows))
+    if lm_tokens:
+        _language_model(result, sae, source, lm_tokens)
+    else:
+        result.lm_left_out = "not asked for"
+    if write:
+        write_evaluation(folder, result)
+    return result
+
+
+def write_evaluation(folder: Path, result: Evaluation) -> None:
+    """eval.json and latents.safetensors, each whole or not at all."""
+    sparsity = result.accumulated.sparsity
+    tensors = {
+        "counts": sparsity.counts,
+        "total_act": sparsity.total_act,
+        "max_act": sparsity.max_act,
+        "n_rows": torch.tensor(sparsity.n_rows),
+    }
+    with replacing(folder / LATENTS) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    write_json(folder / EVAL, result.to_dict())
+
+
+def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
+    """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had."""
+    kept = dict(sae.config.metadata.get(DATA) or {})
+    if data is not None:
+        return open_source(data, hook=kept.get("hook"), d_in=sae.config.d_in)
+    if "path" not in kept:
+        raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
+    path = Path(kept.pop("path"))
+    here = folder / path
+    if not here.exists():
+        raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
+    return open_source(here, d_in=sae.config.d_in, **kept)
+
+
+def describe_data(
+    path: Path, folder: Path, source: Source, *, hook: str | None, key: str | None, heldout: float
+) -> dict[str, Any]:
+    """SAEConfig.metadata of a run in `folder` on the data at `path`: where the rows are, and what they are.
+
+    The names are SAELens' (model_name, hook_name, context_size ...). Data inside the run's folder is named relative
+    to it, so that the folder can be moved.
+    """
+    absolute, base = path.expanduser().resolve(), folder.expanduser().resolve()
+    place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
+    metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
+    if isinstance(source, RowsSource) and source.folder is not None:
+        metadata |= _shard_facts(source.folder, hook)
+    return metadata
+
+
+def _shard_facts(folder: ShardFolder, hook: str | None) -> dict[str, Any]:
+    index, name = folder.index, folder.hook(hook)
+    entry = next(entry for entry in index["hooks"] if entry["name"] == name)
+    facts = {
+        "model_name": index.get("model"),
+        "hook_name": name,
+        "hf_hook_name": entry.get("hf_name"),
+        "context_size": index.get("ctx_len"),
+        "dataset_path": index.get("text"),
+        "exclude_special_tokens": not index.get("keep_special_tokens", False),
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
+    about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
+    if isinstance(source, RowsSource) and source.folder is not None:
+        index = source.folder.index
+        about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}
+    return about
+
+
+def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int) -> None:
+    """Fills result.lm, or says in result.lm_left_out why not."""
+    from saefast.data import models
+
+    if not (isinstance(source, RowsSource) and source.folder is not None):
+        result.lm_left_out = "the data is not a harvest, so no model is known"
+        return
+    index = source.folder.index
+    name, revision = str(index.get("model", "")), index.get("revision")
+    hook = str(sae.config.metadata.get("hook_name") or source.folder.hook(None))
+    try:
+        architecture = models.architecture(name, revision=revision)
+        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            result.lm_left_out = f"{name} is a {architecture}, which has no language-model head"
+            return
+        dtype = getattr(torch, str(index.get("forward") or "float32"))
+        model = models.load_model(name, revision=revision, dtype=dtype, device=sae.device, head="AutoModelForCausalLM")
+        tokenizer = models.load_tokenizer(name, revision=revision)
+        module = model.get_submodule(models.find_hook(model, hook).path)
+    except InputError as error:
+        result.lm_left_out = str(error)
+        return
+    special = [] if index.get("keep_special_tokens") else tokenizer.all_special_ids
+    batches = batch_sequences(_heldout_sequences(source, lm_tokens), batch_size=8, pad_id=tokenizer.pad_token_id or 0)
+    result.lm = lm_scores(model, module, lambda x: sae(x).x_hat, batches, special)
+
+
+def _heldout_sequences(source: RowsSource, n_tokens: int) -> Iterator[Tensor]:
+    """Token ids of held-out sequences, in order, until there are n_tokens."""
+    seqs = [part.seq for part in source.held.segments if part.seq is not None]
+    for seq in torch.cat(seqs).unique().tolist() if seqs else []:
+        ids = source.tokens(seq)
+        yield ids
+        n_tokens -= len(ids)
+        if n_tokens <= 0:
+            return
+
+
+def _json_number(value: float) -> float | None:
+    return value if value == value else None
