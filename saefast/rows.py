@@ -95,7 +95,7 @@ def decode_loss(
         relu: acts went through ReLU, so no gradient where they are not positive.
         error: (B, D) -> e of the first prefix.
     """
-    key = idx if by_latent else torch.arange(idx.shape[1], device=idx.device).expand_as(idx)
+    key = idx if by_latent else torch.arange(idx.shape[1], device=idx.device).expand_as(idx).contiguous()
     prefix = torch.bucketize(key, torch.tensor(bounds, device=idx.device), right=True)
     x_hat = torch.zeros_like(x) if b_dec is None else b_dec.expand_as(x).clone()
     squares = []

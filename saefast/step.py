@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import ops, rows
+from saefast import ops, rows, screen
 from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
 from saefast.init import scale_encoder_, start_b_dec_
@@ -77,12 +77,21 @@ class FusedStep:
         config: the recipe.
         total_steps: length of the run, which the learning rate's decay ends at.
         sweep_every: steps between sweeps over W_enc.
+        screened: let bf16 products choose the candidates for the top k (saefast.screen); None is where that is faster.
 
     Raises:
         InputError: the SAE's dtype, or a setting only the autograd engine has.
     """
 
-    def __init__(self, sae: SAE, config: TrainConfig, total_steps: int, *, sweep_every: int = SWEEP_EVERY) -> None:
+    def __init__(
+        self,
+        sae: SAE,
+        config: TrainConfig,
+        total_steps: int,
+        *,
+        sweep_every: int = SWEEP_EVERY,
+        screened: bool | None = None,
+    ) -> None:
         if sae.dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype is {sae.dtype}: engine 'fused' trains float32 weights with optimizer 'adam'")
         if config.reproduce_bugs:
@@ -97,6 +106,8 @@ class FusedStep:
         self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
         self.drift = DriftTable(config.beta1, config.beta2, config.eps)
         self.matrices = {name: Matrix.of(getattr(sae, name).data) for name in PARAMETERS}
+        if screened or (screened is None and screen.pays_off(self.enc.w)):
+            self.enc.shadow = self.enc.w.to(torch.bfloat16)
         if sae.config.rescale_acts_by_decoder_norm:
             self.dec.norms = self.dec.w.norm(dim=1)
         self.ema: dict[str, Tensor] | None = None
@@ -190,8 +201,11 @@ class FusedStep:
     def _encode(
         self, centred: Tensor, k: int, latents: Tensor | None = None, relu: bool = True
     ) -> tuple[Tensor, Tensor]:
-        W_enc, b_enc = self.enc.w, self.matrices["b_enc"].w[0]
-        return ops.encode_topk(centred, W_enc, b_enc, k, latents=latents, scale=self.dec.norms, relu=relu)
+        W_enc, b_enc, low = self.enc.w, self.matrices["b_enc"].w[0], self.enc.shadow
+        options: dict[str, Any] = dict(latents=latents, scale=self.dec.norms, relu=relu)
+        if low is None:
+            return ops.encode_topk(centred, W_enc, b_enc, k, **options)
+        return screen.encode_topk_screened(centred, low, W_enc, b_enc, k, **options)
 
     def _gradient(self, x: Tensor) -> Gradient:
         """The whole forward and backward pass."""
@@ -346,11 +360,13 @@ class FusedStep:
 
     def _commit(self, g: Gradient, jobs: list[Job], lr: float) -> None:
         """From gradients to new weights, counters and average. Nothing here is expected to fail."""
+        backend = rows.backend(self.enc.w)
         if self.ema is not None and self.config.ema_decay is not None:
-            # The average takes the weights of before this step's update, as OpenAI's does.
+            # The average takes the weights of before this step's update, as OpenAI's does, decoder rows at unit norm.
+            if self.config.decoder_norm == "pre_step":
+                backend.normalise_rows(self.dec)
             for name, average in self.ema.items():
                 average.lerp_(getattr(self.sae, name).data, 1 - self.config.ema_decay)
-        backend = rows.backend(self.enc.w)
         backend.adam_rows(jobs)
         self.drift.add(lr)
         self.step_count += 1
