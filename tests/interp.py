@@ -6,6 +6,8 @@ holds one against the other). It looks for functions to patch at every call of a
 tensor onto itself after each launch, which touches all of a large one.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,7 @@ def _patch_once_a_launch(interpreter: Any) -> None:
         patched.clear()
         return launch(self, *args, **kwargs)
 
+    interpreter.patch_always = patch
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
 
 
@@ -70,3 +73,15 @@ def _skip_copies_onto_self() -> None:
         return self if self.data_ptr() == source.data_ptr() else copy(self, source, *args)
 
     torch.UntypedStorage.copy_ = copy_unless_same  # type: ignore[method-assign]
+
+
+@contextmanager
+def language_patched() -> Iterator[None]:
+    """The patches a launch makes to triton.language, for calling a device function outside one."""
+    from triton.runtime import interpreter
+
+    scope = interpreter.patch_always(encode_tiles.nan_max.fn)
+    try:
+        yield
+    finally:
+        scope.restore()

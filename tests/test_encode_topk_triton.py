@@ -1,0 +1,493 @@
+"""encode_topk on Triton kernels: bit-equal to a stable sort on integer-valued data, in every form of the kernel.
+
+Integer values make every sum exact in any order, so a library GEMM, the kernels and float64 must agree to the bit.
+Scratch is poisoned with NaN (conftest.py), which ranks first: a value read before it is written shows.
+On a CPU the kernels run in Triton's interpreter; with a GPU the same tests run compiled.
+"""
+
+import itertools
+import math
+
+import interp
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+from closeness import assert_close_to_reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saefast import ops, reference, triton_encode, triton_ops
+from saefast.errors import InputError
+from saefast.kernels import encode_tiles, tuning
+
+interp.speed_up()
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")
+FORMS = ("pointer", "descriptor", "chunked")
+D, L, K = 24, 600, 12
+
+
+def integers(*shape, low=-3, high=4, dtype=torch.float16):
+    return torch.randint(low, high, shape).to(dtype)
+
+
+def stable_sort(x, W, b, k, relu=True):
+    """The definition: values descend, ties go to the lower index, NaN first; float64 is exact on integers."""
+    pre = x.double() @ W.double().T + (0 if b is None else b.double())
+    values, idx = torch.sort(pre, dim=1, descending=True, stable=True)
+    values = values[:, :k].float()
+    return (values.relu() if relu else values), idx[:, :k].int()
+
+
+def assert_same(found, expected):
+    """To the bit, but for the payloads of NaNs."""
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[1].cpu(), expected[1])
+
+
+@pytest.fixture
+def use_form(monkeypatch, device):
+    """Makes every setting of this device's architecture take a form; returns the method that leads to it."""
+
+    def use(form):
+        arch = triton_encode.architecture(device)
+        if form == "descriptor" and 0 < arch < 90:
+            pytest.skip("no TMA on this device")
+        per_sm = int(form == "descriptor")
+        forced = {
+            key: tuple(config._replace(per_sm=per_sm) for config in pair)
+            for key, pair in tuning.TILES.items()
+            if key[0] == arch and key[1] != "ieee"
+        }
+        monkeypatch.setattr(tuning, "TILES", tuning.TILES | forced)
+        if device.type == "cpu":
+            small = dict.fromkeys(("half", "tf32"), tuning.Tiles(16, 128, 64, 4, 1, 0))
+            monkeypatch.setattr(tuning, "POINTER_TILES", small)
+            monkeypatch.setattr(tuning, "LEAN_TILES", {k: v._replace(per_sm=1) for k, v in small.items()})
+        return "chunked" if form == "chunked" else "fused"
+
+    return use
+
+
+def random_ints():
+    return integers(3, D), integers(L, D, low=-2, high=3), integers(L, dtype=torch.float32)
+
+
+def all_equal():
+    return torch.ones(3, D).half(), torch.ones(L, D).half(), torch.zeros(L)
+
+
+def all_negative():
+    return torch.ones(2, D).half(), -integers(L, D, low=1, high=4), -torch.ones(L)
+
+
+def ascending():
+    return torch.ones(2, D).half(), torch.zeros(L, D).half(), torch.arange(L).float()
+
+
+def descending():
+    return torch.ones(2, D).half(), torch.zeros(L, D).half(), -torch.arange(L).float()
+
+
+def clustered():
+    """All winners in two blocks of neighbours, in the last chunk and in the first."""
+    b = torch.full((L,), -50.0)
+    b[40:56], b[L - 30 : L - 14] = 50.0, 60.0
+    x, W, _ = random_ints()
+    return x, W, b
+
+
+def few_positives():
+    return torch.ones(2, D).half(), torch.zeros(L, D).half(), torch.where(torch.arange(L) % 97 == 7, 1.0, -1.0)
+
+
+def infinities():
+    x, W, b = random_ints()
+    b[[5, 250, L - 1]], b[300:] = math.inf, -math.inf
+    b[580] = 4.0
+    return x, W, b
+
+
+def mostly_minus_infinity():
+    """Fewer than k finite values: -inf are ordinary values and win places, lowest index first."""
+    b = torch.full((L,), -math.inf)
+    b[[3, 400]] = 1.0
+    return torch.ones(2, D).half(), torch.zeros(L, D).half(), b
+
+
+def nan_in_b():
+    x, W, b = random_ints()
+    b[[3, 400, L - 1]] = math.nan
+    return x, W, b
+
+
+def nan_in_W():
+    x, W, b = random_ints()
+    W[[7, 300, 301], 5] = math.nan
+    return x, W, b
+
+
+def nan_in_x():
+    x, W, b = random_ints()
+    x[1, 3] = math.nan
+    return x, W, b
+
+
+def infinity_in_x():
+    x, W, b = random_ints()
+    x[0, 2], x[1, 4] = math.inf, -math.inf
+    return x, W, b
+
+
+CASES = (
+    random_ints, all_equal, all_negative, ascending, descending, clustered, few_positives, infinities,
+    mostly_minus_infinity, nan_in_b, nan_in_W, nan_in_x, infinity_in_x,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_is_the_stable_sort(case, form, use_form, device):
+    x, W, b = case()
+    found = triton_ops.encode_topk(
+        x.to(device), W.to(device), b.to(device), K, chunk=128, method=use_form(form), relu=False
+    )
+    assert_same(found, stable_sort(x, W, b, K, relu=False))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("B", "D", "L", "k"),
+    [(0, 8, 64, 4), (1, 8, 300, 1), (2, 7, 131, 131), (5, 37, 331, 40), (17, 1, 33, 5), (3, 64, 1, 1), (2, 65, 40, 33)],
+)
+def test_shapes_that_divide_nothing(B, D, L, k, form, use_form, device):
+    x, W, b = integers(B, D), integers(L, D), integers(L)
+    method = use_form(form)
+    acts, idx = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=64, method=method)
+    assert acts.dtype == torch.float32
+    assert idx.dtype == torch.int32
+    assert_same((acts, idx), stable_sort(x, W, b, k))
+
+
+@pytest.mark.parametrize("method", ["fused", "chunked"])
+def test_without_a_bias_and_in_fp32(method, device):
+    x, W = integers(3, 20, dtype=torch.float32), integers(200, 20, dtype=torch.float32)
+    found = triton_ops.encode_topk(x.to(device), W.to(device), None, 9, chunk=96, method=method)
+    assert_same(found, stable_sort(x, W, None, 9))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_list_of_latents_competes_alone_and_keeps_its_ids(form, use_form, device):
+    x, W, b = random_ints()
+    latents = torch.randperm(L)[:211].sort().values.to(torch.int32)
+    scale = torch.pow(2.0, integers(L, low=-2, high=3, dtype=torch.float32))
+    method = use_form(form)
+    for scaled in (None, scale):
+        expected = reference.encode_topk(x, W, b, K, latents=latents, scale=scaled)
+        moved = None if scaled is None else scaled.to(device)
+        options = {"latents": latents.to(device), "scale": moved, "chunk": 64, "method": method}
+        found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scale_ranks_and_returns_what_it_did_not_scale(form, use_form, device):
+    # Odd scales, so that dividing them out again would not give the value back.
+    x, W, b = random_ints()
+    scale = torch.rand(L) + 0.1
+    pre = x.double() @ W.double().T + b
+    order = torch.sort(pre.float() * scale, dim=1, descending=True, stable=True).indices[:, :K]
+    options = {"scale": scale.to(device), "chunk": 128, "method": use_form(form), "relu": False}
+    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
+    assert_same(found, (pre.gather(1, order).float(), order.int()))
+
+
+def test_the_methods_agree_to_the_bit_and_so_do_two_runs(device):
+    x, W, b = (t.to(device) for t in random_ints())
+    fused, again, chunked = (
+        triton_ops.encode_topk(x, W, b, K, chunk=128, method=method) for method in ("fused", "fused", "chunked")
+    )
+    for other in (again, chunked):
+        assert torch.equal(fused[0], other[0])
+        assert torch.equal(fused[1], other[1])
+
+
+@pytest.mark.parametrize("method", ["fused", "chunked"])
+@pytest.mark.parametrize("latents", [None, 230])
+def test_a_scratch_cap_splits_rows_and_changes_nothing(method, latents, device, monkeypatch):
+    x, W, b = integers(21, D), integers(300, D), integers(300)
+    chosen = None if latents is None else torch.arange(latents) + 50
+    expected = reference.encode_topk(x, W, b, K, latents=chosen)
+    seen = []
+    watched = spy(triton_encode._topk_rows, lambda args: seen.append(len(args[1])))
+    monkeypatch.setattr(triton_encode, "_topk_rows", watched)
+    chosen = None if chosen is None else chosen.to(device)
+    found = triton_ops.encode_topk(
+        x.to(device), W.to(device), b.to(device), K, latents=chosen, method=method, max_scratch_bytes=40_000, chunk=256
+    )
+    assert_same(found, expected)
+    assert len(seen) > 1
+    assert sum(seen) == 21
+
+
+def spy(function, look):
+    def watched(*args, **kwargs):
+        look(args)
+        return function(*args, **kwargs)
+
+    return watched
+
+
+def test_scratch_stays_under_its_cap_or_the_cap_is_refused(device, monkeypatch):
+    x, W, b = (t.to(device) for t in (integers(9, D), integers(L, D), integers(L)))
+    taken = []
+    empty = torch.Tensor.new_empty
+
+    def counted(self, *args, **kwargs):
+        tensor = empty(self, *args, **kwargs)
+        taken.append(tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", counted)
+    triton_ops.encode_topk(x[:4], W, b, K, max_scratch_bytes=40_000)
+    assert 0 < sum(taken) <= 40_000 + 2 * 4 * K * 4  # one part of rows, and the result
+    with pytest.raises(InputError, match="max_scratch_bytes is 700: expected at least"):
+        triton_ops.encode_topk(x, W, b, K, max_scratch_bytes=700)
+
+
+@given(
+    B=st.integers(1, 100_000), columns=st.integers(1, 1 << 21), k=st.integers(1, 2048), D=st.integers(1, 8192),
+    budget=st.integers(1 << 16, 1 << 33), method=st.sampled_from(["fused", "chunked"]), listed=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_plans_fit_their_budget(B, columns, k, D, budget, method, listed):
+    W = torch.empty((1, D), dtype=torch.bfloat16, device="meta")
+    x = torch.empty((B, D), dtype=torch.bfloat16, device="meta")
+    group = tuning.group(columns)
+    latents = W if listed else None
+    enc = triton_encode._Encoder(W, latents, None, None, columns, group, 0, "half", method, "ieee")
+    try:
+        plan = triton_encode._plan_topk(enc, x, k, None, budget)
+    except InputError:
+        return
+    run = triton_encode._run_width(k)
+    per_row = 4 * plan.widest + 8 * plan.widest // group + 4 + 8 * (run + tuning.merge(run, group).visit * group)
+    copied = plan.widest * D * 2 if listed and method == "chunked" else 0
+    assert plan.rows * per_row + copied <= budget
+    assert 1 <= plan.rows <= B
+    assert group <= plan.first <= plan.widest
+    assert plan.first % group == plan.widest % group == 0
+    chunks = list(triton_encode._chunks(columns, plan))
+    assert chunks[0][0] == 0
+    assert all(start + n == following for (start, n), (following, _) in itertools.pairwise(chunks))
+    assert sum(n for _, n in chunks) == columns
+
+
+@pytest.mark.parametrize("k", [9, 100, L])
+def test_a_k_too_large_for_the_merge_takes_the_library(k, device, monkeypatch):
+    monkeypatch.setattr(tuning, "MERGE_MAX_K", 8)
+    x, W, b = nan_in_b()
+    scale = torch.pow(2.0, integers(L, low=-2, high=3, dtype=torch.float32))
+    expected = reference.encode_topk(x, W, b, k, scale=scale)
+    budget = triton_encode.SORT_BYTES * (k + L) * 2  # two rows at a time
+    arguments = [t.to(device) for t in (x, W, b)]
+    assert_same(triton_ops.encode_topk(*arguments, k, scale=scale.to(device), max_scratch_bytes=budget), expected)
+    with pytest.raises(InputError, match=f"to sort k = {k} for one row"):
+        triton_ops.encode_topk(*arguments, k, max_scratch_bytes=1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["fused", "chunked"])
+def test_real_values_are_as_close_as_torch_gets(dtype, method, device):
+    x, W, b = (t.to(device) for t in (torch.randn(4, 100).to(dtype), torch.randn(300, 100).to(dtype), torch.randn(300)))
+    acts, idx = triton_ops.encode_topk(x, W, b, 10, method=method, chunk=128, relu=False)
+
+    def at_found(x, W, b):
+        """Values at the indices found, from a matmul in fp32 accumulation as the reference has it."""
+        return reference.pre_activations(x, W, b).gather(1, idx.long())
+
+    assert_close_to_reference(acts, at_found, x, W, b, per_row=True)
+    pre = reference.pre_activations(x, W, b)
+    assert torch.equal(idx.sort(1).values, pre.topk(10).indices.sort(1).values.int())
+    assert (acts[:, 1:] <= acts[:, :-1]).all()
+
+
+KINDS = ("ties", "wide", "ascending", "constant", "sparse")
+
+
+@given(
+    B=st.integers(0, 3), D=st.integers(1, 40), L=st.integers(1, 200), share=st.floats(0, 1), chunk=st.integers(1, 200),
+    kind=st.sampled_from(KINDS), method=st.sampled_from(["fused", "chunked"]), seed=st.integers(0, 2**31),
+    bad=st.integers(0, 3),
+)  # fmt: skip
+@settings(max_examples=20, deadline=None)
+def test_any_shape_and_data(B, D, L, share, chunk, kind, method, seed, bad):
+    torch.manual_seed(seed)
+    k = max(1, round(share * L))
+    high = {"ties": 2, "wide": 30}.get(kind, 1)
+    x, W = integers(B, D, low=-high, high=high + 1), integers(L, D, low=-high, high=high + 1)
+    b = torch.arange(L).float() * 100 if kind == "ascending" else torch.zeros(L)
+    if kind == "sparse":
+        b = torch.where(torch.rand(L) < 0.05, 50.0, -50.0)
+    for value in (math.inf, -math.inf, math.nan)[:bad]:
+        b[torch.randint(L, (1,))] = value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=chunk, method=method)
+    assert_same(found, stable_sort(x, W, b, k))
+
+
+def test_tiles_store_only_groups_that_pass(device):
+    """The maxima of all groups, and values of exactly those groups whose maximum is not below the row's threshold."""
+    x, W, b = (t.to(device) for t in random_ints())
+    enc = triton_encode._encoder(x, W, b, None, None, "fused", "ieee")
+    pre = reference.pre_activations(x, W, b)
+    tau = torch.stack([pre[0].topk(8).values[-1], pre.new_tensor(math.nan), pre.new_tensor(math.inf)])
+    stride = triton.cdiv(L, enc.group) * enc.group
+    scratch = torch.full((3 * stride,), -7e7, device=device)
+    groups = torch.full((3 * stride // enc.group,), math.nan, device=device)
+    triton_encode._run_tiles(enc, x, 0, L, tau, groups, scratch)
+    padded = torch.cat([pre, pre[:, -1:].expand(-1, stride - L)], 1).view(3, -1, enc.group)
+    best = padded.amax(2)
+    assert torch.equal(groups.view(3, -1), best)
+    passed = ~(best <= tau[:, None])
+    written = scratch.view(3, -1, enc.group) != -7e7
+    assert 0 < int(passed[0].sum()) < passed.shape[1], "this threshold separates nothing"
+    assert torch.equal(written.any(2), passed)
+    found = scratch.view(3, stride)[:, :L]
+    inside = passed.repeat_interleave(enc.group, 1)[:, :L]
+    assert torch.equal(found[inside], pre[inside])
+
+
+def test_the_first_chunk_is_bounded_by_its_group_maxima(device, monkeypatch):
+    """Of a first chunk with more groups than k, only groups that can hold a winner are visited."""
+    x, W, b = integers(4, D, low=-9, high=10), integers(2048, D, low=-9, high=10), torch.zeros(2048)
+    seen = {}
+    merge = triton_encode.merge_topk.merge_topk
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(groups, scratch, scale, passed, *rest, **options):
+                merge[grid](groups, scratch, scale, passed, *rest, **options)
+                seen["passed"], seen["bound"] = passed.cpu().view(4, -1), options["BOUND"]
+
+            return launch
+
+    monkeypatch.setattr(triton_encode.merge_topk, "merge_topk", Spy())
+    triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), 8, chunk=2048, method="fused")
+    assert seen["bound"] == 64
+    best = (x.float() @ W.float().T).view(4, 64, 32).amax(2)
+    expected = (best >= best.topk(8).values[:, -1:]).sum(1)
+    # Slots past the count keep the poison.
+    assert torch.equal((seen["passed"] >= 0).sum(1), expected)
+
+
+@pytest.mark.skipif(not interp.INTERPRETED, reason="compares two ways to interpret")
+def test_quick_reductions_are_the_interpreters_own():
+    from triton.runtime.interpreter import ReduceOps, TensorHandle
+
+    floats = np.array([[1, 2, np.nan, 4], [4, -np.inf, 3, np.inf]], np.float32)
+    ints = np.array([[1, 7, -3, 2**40], [4, 4, 9, -1]], np.int64)
+    for data, dtype, combine in (
+        (floats, tl.float32, encode_tiles.nan_max),
+        (ints, tl.int64, tl.standard._xor_combine),
+    ):
+        tensor = tl.core.tensor(TensorHandle(data, dtype), tl.block_type(dtype, [2, 4]))
+        reduction = ReduceOps(1, combine, False)
+        quick = reduction.generic_reduce((tensor,))[0].handle.data
+        with interp.language_patched():
+            slow = reduction.slow_reduce((tensor,))[0].handle.data
+        assert np.array_equal(quick, slow, equal_nan=data is floats)
+
+
+def test_rows_beyond_int32_offsets(device):
+    """Rows whose elements lie past 2**31: the matrix is never touched but for them."""
+    rows, width = 2**17 + 64, 2**14
+    W = torch.from_numpy(np.zeros((rows, width), np.float16)).to(device)  # 4.3 GB of untouched pages
+    W[-40:, ::1000] = integers(40, 17)
+    x, latents = integers(2, width), torch.arange(rows - 60, rows)
+    acts, idx = triton_ops.encode_topk(x.to(device), W, None, 5, latents=latents.to(device), method="fused")
+    expected = reference.encode_topk(x, W[-60:].cpu(), None, 5)
+    assert_same((acts, idx), (expected[0], expected[1] + rows - 60))
+    codes = (idx.long() - (rows - 60)).int()
+    small = W[-60:].contiguous()
+    assert torch.equal(triton_ops.spmm(acts, idx, W), triton_ops.spmm(acts, codes, small))
+    assert torch.equal(triton_ops.sddmm(x.to(device), idx, W), triton_ops.sddmm(x.to(device), codes, small))
+
+
+def test_tensors_that_no_kernel_serves_are_refused():
+    x, W = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
+    with pytest.raises(InputError, match=r"float64: expected float32, float16 or bfloat16"):
+        triton_ops.encode_topk(x, W, None, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+def test_gpu_every_case_in_bf16(form, use_form):
+    method = use_form(form)
+    for case in CASES:
+        x, W, b = case()
+        found = triton_ops.encode_topk(
+            x.bfloat16().cuda(), W.bfloat16().cuda(), b.cuda(), K, chunk=128, method=method, relu=False
+        )
+        assert_same(found, stable_sort(x, W, b, K, relu=False))
+
+
+LARGE = [
+    *((torch.bfloat16, *size) for size in ((768, 32768, 32), (1000, 20011, 65), (4096, 8192, 64), (768, 300_000, 256))),
+    (torch.float16, 768, 20011, 32),
+    (torch.float32, 768, 20011, 32),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "D", "L", "k"), LARGE)
+def test_gpu_large_integers_repeat_bit_for_bit(dtype, form, D, L, k, use_form):
+    # Values and sums below 2**8 and 2**24: exact in bf16 operands and fp32 sums.
+    x = torch.randint(-3, 4, (777, D), device="cuda").to(dtype)
+    W = torch.randint(-3, 4, (L, D), device="cuda").to(dtype)
+    b = torch.randint(-3, 4, (L,), device="cuda").float()
+    method = use_form(form)
+    first = triton_ops.encode_topk(x, W, b, k, method=method)
+    # A race shows as a difference between runs sooner or later.
+    for _ in range(10):
+        again = triton_ops.encode_topk(x, W, b, k, method=method)
+        assert torch.equal(first[0], again[0])
+        assert torch.equal(first[1], again[1])
+    pre = (x.float() @ W.float().T + b) if dtype != torch.float32 else (x.double() @ W.double().T + b)
+    values, idx = torch.sort(pre, dim=1, descending=True, stable=True)
+    assert torch.equal(first[0], values[:, :k].float().relu())
+    assert torch.equal(first[1], idx[:, :k].int())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_gpu_precision_of_fp32_products(precision, monkeypatch):
+    x, W = torch.randn(512, 1024, device="cuda"), torch.randn(4096, 1024, device="cuda")
+    acts, idx = triton_ops.encode_topk(x, W, None, 32, method="fused", precision=precision, relu=False)
+    exact = (x.double() @ W.double().T).gather(1, idx.long())
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
+    library = (x @ W.T).gather(1, idx.long())
+    error, allowed = (acts - exact).abs().max(), (library - exact).abs().max()
+    assert error <= 2 * allowed
+    assert (error < 1e-3) == (precision == "ieee")
+
+
+@pytest.mark.gpu
+def test_gpu_a_graph_of_the_encoder_replays():
+    x, W, b = (t.cuda() for t in (integers(256, 64), integers(5000, 64), integers(5000)))
+    expected = triton_ops.encode_topk(x, W, b, 16, method="fused")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        acts, idx = triton_ops.encode_topk(x, W, b, 16, method="fused")
+    graph.replay()
+    assert torch.equal(acts, expected[0])
+    assert torch.equal(idx, expected[1])
+
+
+def test_ops_gives_what_the_kernels_give(device):
+    x, W, b = (t.to(device) for t in random_ints())
+    expected = triton_ops.encode_topk(x, W, b, K)
+    found = ops.encode_topk(x, W, b, K)
+    assert_same(found, (expected[0].cpu(), expected[1].cpu()))
