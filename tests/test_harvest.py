@@ -264,6 +264,35 @@ class Interrupting:
         self.hook.remove()
 
 
+def test_a_kill_right_after_any_commit_repeats_and_loses_no_row(
+    tmp_path, models, tokenizer, small_windows, monkeypatch
+):
+    """Shards fill up in the middle of a batch: the commit's cursor must say how far into it the rows are written."""
+    options = {"model": models["bert"], "tokenizer": tokenizer, "text": tiny_models.documents(60), "progress": False}
+    config = changed(rows_per_shard=70)
+    harvest(tmp_path / "whole", config, **options)
+    whole = both(ShardFolder(tmp_path / "whole"))
+    commit = harvest_module.ShardWriter.commit
+
+    def commit_and_die(self, *args, **kwargs):
+        commit(self, *args, **kwargs)
+        if not self.index["complete"]:
+            raise SystemExit
+
+    monkeypatch.setattr(harvest_module.ShardWriter, "commit", commit_and_die)
+    path, deaths = tmp_path / "acts", 0
+    while deaths < 100:
+        try:
+            report = harvest(path, config, **options)
+            break
+        except SystemExit:
+            deaths += 1
+            assert not ShardFolder(path).verify()
+    assert deaths > 8
+    assert same_rows(both(ShardFolder(path)), whole)
+    assert report.dropped["special"] == 2 * report.sequences
+
+
 class SlowText(list):
     name = "slow"
 
@@ -472,6 +501,16 @@ def test_tuple_outputs_give_the_same_rows_as_tensors(tokenizer):
     (whole,) = harvest_batches(changed(hooks=("layers.1",)), **options)
     (plain,) = harvest_batches(changed(hooks=("layers.1.block",)), **options)
     assert torch.equal(whole.rows["layers.1"], plain.rows["layers.1.block"])
+
+
+def test_experts_and_towers_are_not_taken_for_the_blocks():
+    model = TupleModel()
+    for layer in model.layers:
+        layer.experts = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(16)])
+    model.vision = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(2)])
+    assert find_hook(model, "blocks.2.hook_resid_post").path == "layers.2"
+    with pytest.raises(InputError, match=r"nearest: layers.0 \.\.\. layers.2"):
+        find_hook(model, "layers.3")
 
 
 class Hooked:

@@ -359,6 +359,16 @@ def test_damage_is_named_with_file_and_offset(tmp_path, kind):
     assert [skipped.file for skipped in lenient.skipped] == [file]
 
 
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
+def test_damaged_tokens_are_named(tmp_path, kind):
+    written(tmp_path)
+    file = tmp_path / "tokens" / "00001.safetensors"
+    damage(file, kind)
+    (bad,) = ShardFolder(tmp_path).verify()
+    assert bad.file == file
+    assert str(file) in bad.reason
+
+
 def test_only_a_flipped_bit_needs_the_checksums_to_be_seen(tmp_path):
     written(tmp_path)
     damage(tmp_path / "layers.1" / "00001.safetensors", "flipped")

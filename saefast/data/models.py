@@ -117,11 +117,10 @@ def _candidates(model: nn.Module, modules: dict[str, nn.Module], name: str) -> I
 
 
 def _blocks_path(model: nn.Module) -> str:
-    """Path of the list of transformer blocks: the longest ModuleList, the outermost one of those."""
-    lists = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        return ""
-    return max(lists, key=lambda item: (len(item[1]), -item[0].count(".")))[0]
+    """Path of the list of transformer blocks: the longest ModuleList that is in no other (experts are)."""
+    lists = {path: len(module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [path for path in lists if not any(path.startswith(other + ".") for other in lists)]
+    return max(outer, key=lambda path: lists[path], default="")
 
 
 def _nearest(name: str, modules: dict[str, nn.Module], blocks: str) -> list[str]:

@@ -160,8 +160,8 @@ class ShardFolder:
         return path, self._expected(path, info, hook)
 
     def verify(self) -> list[BadShard]:
-        """Reads every shard of every hook and compares it with the index; the bad ones, with file and byte offset."""
-        found = []
+        """Reads every shard of every hook, and the tokens, and compares them with the index; the bad ones."""
+        found = [bad for bad in map(self._token_problem, self.index["tokens"]) if bad]
         for hook in self.hooks:
             problems = (self._problem(info, hook, checksums=True) for info in _infos(self.index))
             found += [bad for bad in problems if bad]
@@ -254,6 +254,16 @@ class ShardFolder:
                     f" the index says {dtype} {shape}"
                 )
         return {name: entries[name] for name in wanted}
+
+    def _token_problem(self, part: dict[str, Any]) -> BadShard | None:
+        path = self.path / part["file"]
+        try:
+            read_header(path)
+        except InputError as error:
+            return BadShard(path, None, str(error))
+        if digest_file(path).sha256 == part["sha256"]:
+            return None
+        return BadShard(path, None, f"{path} is damaged: it differs from the checksum in the index")
 
     def _problem(self, info: ShardInfo, hook: str, checksums: bool) -> BadShard | None:
         path = self._file(info, hook)
