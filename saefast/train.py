@@ -101,20 +101,16 @@ def train(
     folder = None if out_dir is None else Path(out_dir).expanduser()
     if resume and folder is None:
         raise InputError("resume is True but out_dir is None: give the folder of the run to go on with")
-    with contextlib.ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(rundir.locked(folder))
-            if not resume:
-                rundir.check_new(folder)
-        source = open_source(batches, d_in=sae_config.d_in)
-        run = _begin(source, sae_config, config, folder if resume else None)
-        run.on_log = on_log
-        if folder is not None:
-            _open_folder(run, folder, keep_checkpoints)
-            stack.callback(run.close)
-        shown = stack.enter_context(bar(run.total_steps * config.batch_size, run.tokens, progress))
-        stop = stack.enter_context(stop_signals())
-        return _loop(run, shown, stop)
+    with (
+        opened(batches, sae_config, config, folder, resume, keep_checkpoints, on_log) as run,
+        bar(run.total_steps * config.batch_size, run.tokens, progress) as shown,
+        stop_signals() as stop,
+    ):
+        while not stop.is_set() and advance(run, shown):
+            pass
+        if run.step < run.total_steps:
+            raise stopped(run)
+        return finish(run, shown)
 
 
 def count_steps(source: Source, config: TrainConfig) -> int:
@@ -171,7 +167,7 @@ def fold(sae: SAE, scale: float) -> SAE:
 
 
 @dataclass
-class _Run:
+class Run:
     """Everything the loop holds on to."""
 
     sae: SAE
@@ -185,6 +181,7 @@ class _Run:
     waited_before: float = 0.0
     saved_step: int = 0
     line: Line | None = None
+    last: tuple[Tensor, StepStats] | None = None  # the batch of the step done last, and its figures
     folder: Path | None = None
     keep: int = 2
     log: MetricsLog | None = None
@@ -217,7 +214,32 @@ class _Run:
         }
 
 
-def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_from: Path | None) -> _Run:
+@contextlib.contextmanager
+def opened(
+    batches: Any,
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    keep_checkpoints: int,
+    on_log: Callable[[Line], None] | None,
+) -> Iterator[Run]:
+    """A run ready for its next step, new or resumed; its folder is locked until the block ends. See `train`."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(rundir.locked(folder))
+            if not resume:
+                rundir.check_new(folder)
+        source = open_source(batches, d_in=sae_config.d_in)
+        run = _begin(source, sae_config, config, folder if resume else None)
+        run.on_log = on_log
+        if folder is not None:
+            _open_folder(run, folder, keep_checkpoints)
+            stack.callback(run.close)
+        yield run
+
+
+def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_from: Path | None) -> Run:
     """A new run, or the one whose newest checkpoint lies in the folder `resume_from`."""
     total_steps = count_steps(source, config)
     if resume_from is not None:
@@ -232,12 +254,12 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     rows = feed.look_ahead(config.init_rows or config.batch_size)
     feed.scale = input_scale(rows, config.normalize)
     engine.initialise((rows * feed.scale).to(sae.dtype))
-    return _Run(sae, engine, feed, config, total_steps)
+    return Run(sae, engine, feed, config, total_steps)
 
 
-def _restore(path: Path, source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int) -> _Run:
+def _restore(path: Path, source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int) -> Run:
     """The run as it stood when the checkpoint at `path` was written; torch's global generators too."""
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, verified=True)  # by `latest`, just now
     step = state["step"]
     rundir.check_same(path, state["settings"], sae_config, config, step, total_steps)
     device = pick_device(config.device)
@@ -253,12 +275,12 @@ def _restore(path: Path, source: Source, sae_config: SAEConfig, config: TrainCon
     feed.scale = state["scale"]
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
-    run = _Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
+    run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
     run.seconds_before, run.waited_before = state["seconds"], state["waited"]
     return run
 
 
-def _open_folder(run: _Run, folder: Path, keep: int) -> None:
+def _open_folder(run: Run, folder: Path, keep: int) -> None:
     """Gives the run its folder, rid of what came after the checkpoint that it goes on from."""
     run.folder, run.keep = folder, keep
     with rundir.writing(folder):
@@ -269,30 +291,34 @@ def _open_folder(run: _Run, folder: Path, keep: int) -> None:
         run.log = MetricsLog(folder, after=min(run.step, run.total_steps - 1))
 
 
-def _loop(run: _Run, shown: Bar, stop: threading.Event) -> SAE:
-    x, stats = None, None
-    while run.step < run.total_steps and not stop.is_set():
-        drawn = run.feed.next(run.step)
-        if drawn is None:
-            _end_early(run, x, stats)
-            break
-        x = drawn
-        stats = _step(run, x)
-        run.step += 1
-        run.tokens += len(x)
-        shown.advance(len(x))
-        if run.step == run.total_steps:
-            run.line = _line(run, x, stats)
-        else:
-            _report_and_save(run, x, stats, shown)
-    if run.step < run.total_steps:
-        _save(run)
-        run.engine.finish()
-        raise Stopped(run.step, run.folder, fold(run.sae, run.feed.scale))
-    return _finish(run, shown)
+def advance(run: Run, shown: Bar) -> bool:
+    """One optimiser step, with the log line and the checkpoint due after it; False when none is left to do."""
+    if run.step >= run.total_steps:
+        return False
+    x = run.feed.next(run.step)
+    if x is None:
+        _end_early(run)
+        return False
+    stats = _step(run, x)
+    run.step += 1
+    run.tokens += len(x)
+    run.last = (x, stats)
+    shown.advance(len(x))
+    if run.step == run.total_steps:
+        run.line = _line(run, x, stats)
+    else:
+        _report_and_save(run, x, stats, shown)
+    return True
 
 
-def _step(run: _Run, x: Tensor) -> StepStats:
+def stopped(run: Run) -> Stopped:
+    """Saves a run before its end; the exception to raise."""
+    _save(run)
+    run.engine.finish()
+    return Stopped(run.step, run.folder, fold(run.sae, run.feed.scale))
+
+
+def _step(run: Run, x: Tensor) -> StepStats:
     try:
         return run.engine.step(x)
     except InputError:
@@ -300,7 +326,7 @@ def _step(run: _Run, x: Tensor) -> StepStats:
         raise
 
 
-def _report_and_save(run: _Run, x: Tensor, stats: StepStats, shown: Bar) -> None:
+def _report_and_save(run: Run, x: Tensor, stats: StepStats, shown: Bar) -> None:
     """What is due after a step that is not the last. The line comes first: a checkpoint never lacks lines before it."""
     config = run.config
     evaluates = _due(run.step, config.eval_every)
@@ -316,7 +342,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _end_early(run: _Run, x: Tensor | None, stats: StepStats | None) -> None:
+def _end_early(run: Run) -> None:
     """The data ended before n_tokens: the step done last is the last one."""
     warnings.warn(
         f"{run.feed.source.source_name} ended after {run.tokens} tokens, at step {run.step} of {run.total_steps}, "
@@ -325,11 +351,11 @@ def _end_early(run: _Run, x: Tensor | None, stats: StepStats | None) -> None:
         stacklevel=4,
     )
     run.total_steps = run.step
-    if x is not None and stats is not None:
-        run.line = _line(run, x, stats)
+    if run.last is not None:
+        run.line = _line(run, *run.last)
 
 
-def _line(run: _Run, x: Tensor, stats: StepStats) -> Line:
+def _line(run: Run, x: Tensor, stats: StepStats) -> Line:
     """The metrics of a step with batch x. Reads the device.
 
     Raises:
@@ -342,7 +368,7 @@ def _line(run: _Run, x: Tensor, stats: StepStats) -> Line:
     return line
 
 
-def _publish(run: _Run, line: Line, shown: Bar) -> None:
+def _publish(run: Run, line: Line, shown: Bar) -> None:
     shown.show(line)
     if run.log is not None:
         with rundir.writing(run.log.path):
@@ -352,7 +378,7 @@ def _publish(run: _Run, line: Line, shown: Bar) -> None:
     run.mark()
 
 
-def _figures(run: _Run, x: Tensor, stats: StepStats) -> Line:
+def _figures(run: Run, x: Tensor, stats: StepStats) -> Line:
     """A step's figures under the names of SAELens' panels, and FVU and dead share under their own."""
     fvu, dead = float(stats.fvu), float(stats.dead_share)
     return {
@@ -390,7 +416,7 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
     return {"heldout/fvu": fvu, "heldout/explained_variance": 1 - fvu, "heldout/l0": fired / n_rows}
 
 
-def _save(run: _Run) -> None:
+def _save(run: Run) -> None:
     """A checkpoint of this step, unless there is one or nothing happened yet."""
     if run.folder is None or run.saved_step == run.step:
         return
@@ -426,7 +452,7 @@ def _save(run: _Run) -> None:
     run.mark()
 
 
-def _finish(run: _Run, shown: Bar) -> SAE:
+def finish(run: Run, shown: Bar) -> SAE:
     """The last checkpoint, the SAE in its final form and its figures; on disk too where there is a folder."""
     if run.config.save_every:
         _save(run)
