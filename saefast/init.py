@@ -62,17 +62,17 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
     guess = rows.mean(0)
     for _ in range(max_iterations):
         distance = (rows - guess).norm(dim=1)
-        apart = distance > 0
-        weight = torch.where(apart, 1 / distance, torch.zeros_like(distance))
+        near = tolerance * distance.mean()
+        apart = distance > near
         if not apart.any():
-            return guess
-        target = (weight @ rows) / weight.sum()
-        # The rows on the guess hold it with a force of 1 each, against the pull of all others.
-        pull = weight.sum() * (target - guess).norm()
-        held = ((~apart).sum() / pull).clamp(max=1) if not apart.all() else 0.0
-        step = (1 - held) * (target - guess)
+            break
+        weight = torch.where(apart, 1 / distance, torch.zeros_like(distance))
+        direction = (weight @ rows) / weight.sum() - guess
+        # Rows on the guess hold it with a force of 1 each, against the pull of all others.
+        pull = (weight.sum() * direction.norm()).clamp_min(torch.finfo(rows.dtype).tiny)
+        step = (1 - (~apart).sum() / pull).clamp_min(0) * direction
         guess = guess + step
-        if step.norm() <= tolerance * distance.mean():
+        if step.norm() <= near:
             break
     return guess
 

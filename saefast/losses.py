@@ -120,12 +120,6 @@ class DeadLatents:
         """Dead latents over all latents, 0-d."""
         return (self.since >= self.config.dead_after).float().mean()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"since": self.since}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.since = state["since"].to(self.since, copy=True)
-
 
 class Losses(NamedTuple):
     """The loss with its autograd graph, and what the counters and the log need."""

@@ -5,6 +5,7 @@ dictionary_learning 0.1.0 and SAELens 6.54, in their TopK + Adam form.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -115,12 +116,9 @@ class TrainConfig:
     eval_every: int = 0
 
     def __post_init__(self) -> None:
-        self._check_numbers()
         for field in dataclasses.fields(self):
-            allowed = get_args(field.type)
-            if allowed and all(isinstance(a, str) for a in allowed) and getattr(self, field.name) not in allowed:
-                value = getattr(self, field.name)
-                raise InputError(f"{field.name} is {value!r}: expected one of {', '.join(allowed)}")
+            _check_type(field.name, getattr(self, field.name), field.type)
+        self._check_numbers()
         if self.reproduce_bugs and self.engine == "fused":
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
 
@@ -132,12 +130,14 @@ class TrainConfig:
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"{name} is {value!r}: expected at least {least}")
-        for name in ("beta1", "beta2", "lr_decay_share", "ema_decay"):
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"{name} is {value!r}: expected at least {least}, and finite")
+        if not 0 <= self.lr_decay_share <= 1:
+            raise InputError(f"lr_decay_share is {self.lr_decay_share!r}: expected a number between 0 and 1")
+        for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{name} is {value!r}: expected a number between 0 and 1")
+            if value is not None and not 0 <= value < 1:
+                raise InputError(f"{name} is {value!r}: expected a number from 0 up to, not including, 1")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm is {self.max_grad_norm!r}: expected more than 0, or None to not clip")
 
@@ -153,6 +153,22 @@ class TrainConfig:
         if unknown := sorted(set(values) - known):
             raise InputError(f"train config has unknown keys {unknown}: expected some of {sorted(known)}")
         return cls(**values)
+
+
+def _check_type(name: str, value: Any, declared: Any) -> None:
+    """One field against its annotation: a Literal's values, or a plain type or a union of some."""
+    options = get_args(declared)
+    if options and all(isinstance(option, str) for option in options):
+        if value not in options:
+            raise InputError(f"{name} is {value!r}: expected one of {', '.join(options)}")
+        return
+    options = options or (declared,)
+    # An int will do for a float; True is no number.
+    fits = isinstance(value, bool) and bool in options
+    fits |= not isinstance(value, bool) and isinstance(value, (*options, int) if float in options else options)
+    if not fits:
+        kinds = " or ".join("None" if option is type(None) else option.__name__ for option in options)
+        raise InputError(f"{name} is {value!r}: expected {kinds}")
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
