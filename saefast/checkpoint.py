@@ -6,7 +6,8 @@
                                   state.json           every number of it, and sizes and digests of the other files
 
 The state is any nesting of dicts and lists over tensors, numbers, strings, booleans and None; tensors go to one file,
-the rest to the other, and floats come back as the same bits.
+the rest to the other, and floats come back as the same bits. The SAE in a checkpoint can be used, but it is not the one
+that the run would return there: the engine may still owe sleeping rows some updates, which only its `finish` settles.
 """
 
 import hashlib
@@ -50,8 +51,9 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
         sae.save(temporary)
         tensors: dict[str, Tensor] = {}
         numbers = _pack(state, "", tensors)
-        write_file(temporary / ENGINE, {name: _column(tensor) for name, tensor in tensors.items()})
-        files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, CONFIG, ENGINE)}
+        written = write_file(temporary / ENGINE, {name: _column(tensor) for name, tensor in tensors.items()})
+        files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, CONFIG)}
+        files[ENGINE] = {"bytes": (temporary / ENGINE).stat().st_size, "sha256": written.sha256}
         head = {"format": FORMAT, "version": VERSION, "step": step}
         write_json(temporary / STATE, head | {"files": files, "state": numbers})
         sync(temporary)
@@ -66,13 +68,17 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
     return target
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, verified: bool = False) -> dict[str, Any]:
     """The state given to `save`, tensors on the CPU. The SAE beside it is read by `saefast.load(path)`.
+
+    Args:
+        path: the checkpoint's folder.
+        verified: `verify` or `latest` has just looked at every byte, so the digests are not computed again.
 
     Raises:
         InputError: a file is missing, cut short or damaged; the message names it.
     """
-    head = verify(path)
+    head = _head(path) if verified else verify(path)
     tensors = {}
     try:
         with safe_open(path / ENGINE, framework="pt") as opened:
@@ -112,9 +118,7 @@ def verify(path: Path) -> dict[str, Any]:
     Raises:
         InputError: naming the file that is missing, cut short, damaged or of another format.
     """
-    head = read_json(path / STATE)
-    if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("version") != VERSION:
-        raise InputError(f"{path / STATE} is no checkpoint of this version of saefast: expected {FORMAT} {VERSION}")
+    head = _head(path)
     for name, expected in head["files"].items():
         file = path / name
         if not file.is_file():
@@ -124,6 +128,13 @@ def verify(path: Path) -> dict[str, Any]:
             raise InputError(f"{file} is truncated: {size} bytes of {expected['bytes']}; remove {path}")
         if _fingerprint(file) != expected:
             raise InputError(f"{file} is damaged: its digest is not the one written; remove {path}")
+    return head
+
+
+def _head(path: Path) -> dict[str, Any]:
+    head = read_json(path / STATE)
+    if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("version") != VERSION:
+        raise InputError(f"{path / STATE} is no checkpoint of this version of saefast: expected {FORMAT} {VERSION}")
     return head
 
 

@@ -256,6 +256,24 @@ def test_a_generator_cannot_be_resumed_and_is_told_why(tmp_path: Path) -> None:
         train(generator(), CONFIG, settings(), tmp_path / "run", resume=True)
 
 
+def test_data_that_breaks_when_interrupted_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    """As when Ctrl-C ends the worker processes of a DataLoader that the loop is waiting for."""
+
+    def fragile() -> Iterator[torch.Tensor]:
+        for number, batch in enumerate(train_job.rows().split(32)):
+            if number == 7:
+                os.kill(os.getpid(), 2)
+                raise RuntimeError("DataLoader worker exited unexpectedly")
+            yield batch
+
+    with pytest.raises(Stopped, match="stopped at step 7;"):
+        train(fragile, CONFIG, settings(), tmp_path / "run")
+    batches = train_job.rows().split(32)
+    train(lambda: batches, CONFIG, settings(), tmp_path / "run", resume=True)
+    train(lambda: batches, CONFIG, settings(), tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def test_resume_goes_back_past_a_damaged_checkpoint(tmp_path: Path) -> None:
     train(train_job.rows(), CONFIG, settings(), tmp_path / "run")
     expected = outcome(tmp_path / "run")

@@ -25,7 +25,8 @@ from saefast.progress import METRICS, read_metrics
 from saefast.recipe import TrainConfig, preset
 from saefast.sae import SAE, SAEConfig, load
 from saefast.step import FusedStep
-from saefast.train import Stopped, count_steps, evaluate_heldout, fold, pick_device, train
+from saefast.train import count_steps, pick_device, train
+from saefast.trainer import Stopped, evaluate_heldout, fold
 
 CONFIG = SAEConfig(d_in=12, n_latents=48, k=4)
 
@@ -327,7 +328,7 @@ def test_missing_engine_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_heldout_rows_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["saefast.train"], "HELDOUT_ROWS", 64)
+    monkeypatch.setattr(sys.modules["saefast.trainer"], "HELDOUT_ROWS", 64)
     seen: list[int] = []
     sae = SAE(CONFIG, seed=0)
     forward = sae.forward
