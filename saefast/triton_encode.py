@@ -171,7 +171,7 @@ def _plan_csr(enc: _Encoder, x: Tensor, chunk: int | None, budget: int) -> _Plan
 
 def _plan(enc: _Encoder, x: Tensor, first: int, per_group: int, per_row: int, budget: int) -> _Plan:
     """Fits chunks into `budget` bytes: per value 4, per group of a row `per_group`, per row `per_row`."""
-    B, group = x.shape[0], enc.group
+    B, group = max(1, x.shape[0]), enc.group
     # The library multiplies whole matrices, so rows of a latent list are copied a chunk at a time.
     shared = group * x.shape[1] * x.element_size() if enc.method == "chunked" and enc.latents is not None else 0
     block = enc.tiles()[0].block_b
@@ -181,7 +181,7 @@ def _plan(enc: _Encoder, x: Tensor, first: int, per_group: int, per_row: int, bu
     def afford(rows: int) -> int:
         return (budget - rows * per_row) // (rows * (4 * group + per_group) + shared) * group
 
-    rows = max(1, B)
+    rows = B
     if afford(rows) < first:
         fit = (budget - shared * first // group) // (per_row + first * 4 + first // group * per_group)
         rows = min(B, max(block, fit // block * block))

@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not here and reads the machine code; prints a JSON list of reports.
+"""Compiles the kernels for GPUs that are not here and reads the machine code; prints what it finds as JSON.
 
     python tests/aot.py [80 90 100 120]        # without TRITON_INTERPRET
 
@@ -44,6 +44,8 @@ class Case:
     warps: int
     stages: int
     registers: int | None = None
+    per_sm: int = 0
+    aligned: bool = True
 
 
 @dataclasses.dataclass
@@ -57,6 +59,8 @@ class Report:
     instructions: int
     opcodes: dict[str, int]
     wide_loads: int
+    warps: int
+    per_sm: int
     seconds: float
 
 
@@ -104,7 +108,7 @@ def tile_case(
     kernel = encode_tiles.tiles_descriptor if described else encode_tiles.tiles_pointer
     extra = f"{' latents' * latents}{' scale' * scale}{' count' * count}"
     name = f"{'tiles_descriptor' if described else 'tiles_pointer'} {kind} {tuple(config)} group={group}{extra}"
-    return Case(name, kernel, types, constants, config.warps, config.stages)
+    return Case(name, kernel, types, constants, config.warps, config.stages, per_sm=config.per_sm * described)
 
 
 def vectors(count: bool, scale: bool) -> dict[str, str]:
@@ -159,8 +163,8 @@ def compile_case(case: Case, arch: int) -> Report:
     names = case.kernel.arg_names
     constants = case.constants | {name: None for name in names if name not in case.types | case.constants}
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
-    aligned = [["tt.divisibility", 16]]
-    attributes = {(i,): aligned for i, name in enumerate(names) if signature[name].startswith("*") or name in DIVISIBLE}
+    divisible = [name for name in names if signature[name].startswith("*") or name in DIVISIBLE]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if case.aligned}
     options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
     source = ASTSource(case.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -169,7 +173,7 @@ def compile_case(case: Case, arch: int) -> Report:
     seconds = time.perf_counter() - start
     return Report(
         case.name, arch, usage["REG"], usage["STACK"], spills, compiled.metadata.shared, sum(opcodes.values()),
-        opcodes, wide, round(seconds, 2),
+        opcodes, wide, case.warps, case.per_sm, round(seconds, 2),
     )  # fmt: skip
 
 
@@ -206,10 +210,36 @@ def run_tool(tool: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
 
 
+def broken_cases() -> Iterator[Case]:
+    """Compiled as they should not be, for the tests to see that they would notice."""
+    sparse = next(case for case in sparse_cases() if case.name.startswith("spmm"))
+    yield dataclasses.replace(sparse, name="spmm unaligned", aligned=False)
+    merge = next(case for case in merge_cases() if "run=64" in case.name)
+    yield dataclasses.replace(merge, name="merge_topk with 32 registers", registers=32)
+
+
+def specialised() -> dict[str, list[str]]:
+    """By kernel, the integers whose value (1, or a multiple of 16) the launcher compiles for."""
+    kernels = (
+        encode_tiles.tiles_pointer, encode_tiles.tiles_descriptor, encode_tiles.tiles_library, merge_topk.merge_topk,
+        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm,
+    )  # fmt: skip
+    return {
+        kernel.fn.__name__: [
+            p.name
+            for p in kernel.params
+            if not (p.is_constexpr or p.do_not_specialize or p.name.endswith(("_ptr", "_desc")))
+        ]
+        for kernel in kernels
+    }
+
+
 def main(arguments: list[str]) -> None:
     architectures = [int(argument) for argument in arguments] or list(ARCHITECTURES)
     reports = [compile_case(case, arch) for arch in architectures for case in cases(arch)]
-    json.dump([dataclasses.asdict(report) for report in reports], sys.stdout)
+    broken = [compile_case(case, architectures[0]) for case in broken_cases()]
+    found = {"reports": reports, "broken": broken, "specialised": specialised()}
+    json.dump(found, sys.stdout, default=dataclasses.asdict)
 
 
 if __name__ == "__main__":

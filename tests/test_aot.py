@@ -1,0 +1,119 @@
+"""What the compiler makes of every kernel and every checked-in setting, for GPUs that are not here.
+
+Compiled in a child process, because this one interprets. Compilations are cached where Triton keeps its own, so a
+second run takes a second.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = (80, 90, 100, 120)
+# Shared memory a block may have, and registers of an SM.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+REGISTER_FILE = 65536
+# Registers a thread may hold; one above it costs occupancy that the settings count on. A tile of 128 x 256 holds 128
+# sums a thread, the other tiles 64; in fp32 without tensor cores, the operands of 64 fused multiply-adds as well.
+REGISTERS = {
+    "tiles_descriptor": 255,
+    "tiles_pointer": 168,
+    "tiles_pointer ieee": 255,
+    "tiles_library": 128,
+    "merge_topk": 168,
+    "fill_csr": 96,
+    "spmm": 64,
+    "sddmm": 80,
+}
+TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), *map(str, ARCHITECTURES)]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout)
+
+
+def reports(compiled: dict[str, Any], arch: int, *names: str) -> list[dict[str, Any]]:
+    found = [r for r in compiled["reports"] if r["arch"] == arch and r["name"].startswith(names or "")]
+    assert found, f"nothing named {names} was compiled for sm_{arch}"
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_spills(compiled, arch):
+    assert not {r["name"]: r["spills"] for r in reports(compiled, arch) if r["spills"] or r["stack"]}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_stay_under_their_bound(compiled, arch):
+    for name, bound in REGISTERS.items():
+        held = {r["name"]: r["registers"] for r in reports(compiled, arch, "") if kernel_of(r) == name}
+        assert not {case: n for case, n in held.items() if n > bound}, f"sm_{arch}: {name} may hold {bound}"
+    assert {kernel_of(r) for r in reports(compiled, arch)} <= set(REGISTERS)
+
+
+def kernel_of(report: dict[str, Any]) -> str:
+    words = report["name"].split()
+    return " ".join(words[:2]) if words[:2] == ["tiles_pointer", "ieee"] else words[0]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_blocks_fit_their_multiprocessor(compiled, arch):
+    """A persistent grid counts on per_sm blocks at a time, in registers (given out in eights) and shared memory."""
+    for report in reports(compiled, arch):
+        blocks = max(1, report["per_sm"])
+        registers = -(-report["registers"] // 8) * 8 * 32 * report["warps"]
+        assert blocks * registers <= REGISTER_FILE, report["name"]
+        assert report["shared"] <= SHARED[arch], report["name"]
+        assert blocks * (report["shared"] + 1024) <= SHARED[arch] + 1024, report["name"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_products_run_on_tensor_cores_and_are_pipelined(compiled, arch):
+    for report in reports(compiled, arch, "tiles_pointer", "tiles_descriptor"):
+        opcodes, ieee = report["opcodes"], "ieee" in report["name"]
+        assert bool(opcodes.keys() & TENSOR_CORES[arch]) != ieee, report["name"]
+        assert not ieee or opcodes.get("FFMA", 0) + opcodes.get("FFMA2", 0) > 500
+        copies = "UTMALDG" if report["name"].startswith("tiles_descriptor") else "LDGSTS"
+        # More copies than one step of the loop needs: those of the steps ahead stand before the loop.
+        assert opcodes.get(copies, 0) >= 2 * 2, report["name"]
+    assert any(r["name"].startswith("tiles_descriptor") for r in reports(compiled, arch)) == (arch in (90, 100))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gathers_load_16_bytes_at_a_time(compiled, arch):
+    for report in reports(compiled, arch, *GATHERS):
+        assert report["wide_loads"] > 0, report["name"]
+    # All of spmm's and sddmm's loads of W: as many as rows in flight.
+    assert all(r["wide_loads"] >= 8 for r in reports(compiled, arch, "spmm"))
+    assert all(r["wide_loads"] >= 4 for r in reports(compiled, arch, "sddmm"))
+
+
+def test_the_inspection_sees_scalar_loads_and_spills(compiled):
+    """The same kernels, compiled badly on purpose: what the tests above look for is there to be found."""
+    broken = {r["name"]: r for r in compiled["broken"]}
+    assert broken["spmm unaligned"]["wide_loads"] == 0
+    assert broken["merge_topk with 32 registers"]["spills"] > 0
+
+
+def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
+    assert compiled["specialised"] == {
+        "tiles_pointer": ["D", "stride", "threshold_step"],
+        "tiles_descriptor": ["D", "stride", "threshold_step"],
+        "tiles_library": ["stride", "threshold_step"],
+        "merge_topk": ["stride"],
+        "fill_csr": ["stride", "threshold_step"],
+        "spmm": ["D"],
+        "sddmm": ["D"],
+    }
