@@ -28,6 +28,7 @@ FLOORS = (
     ("recipe", "engine", "features"),
     ("losses", "feed", "progress", "checkpoint", "feature_table", "plots"),
     ("autograd_step", "step", "rundir"),
+    ("trainer",),
     ("train", "evaluate"),
     ("report", "cli_args"),
     ("cli_harvest", "cli_eval"),
