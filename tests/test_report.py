@@ -42,10 +42,11 @@ def code(n: int) -> tuple[Tensor, Tensor]:
     return acts, idx
 
 
-def test_top_examples_are_those_of_the_dense_code() -> None:
+@pytest.mark.parametrize("size", [400, 37])
+def test_top_examples_are_those_of_the_dense_code(size: int) -> None:
     acts, idx = code(400)
     top = TopExamples(L, n=6)
-    for part in torch.arange(400).split(37):
+    for part in torch.arange(400).split(size):
         top.update(acts[part], idx[part], part * 10)
     dense = torch.zeros(400, L).scatter(1, idx.long(), acts)
     best = dense.topk(6, dim=0)
@@ -138,8 +139,8 @@ def test_forms_of_a_word() -> None:
 class Bert:
     """A word-piece tokenizer as far as Texts asks."""
 
-    all_special_ids = [0, 1]
-    names = ["[CLS]", "[SEP]", "don", "'", "t", "max", "_", "len", "##s", "(", "x", ")", ",", "print"]
+    all_special_ids = (0, 1)
+    names = ("[CLS]", "[SEP]", "don", "'", "t", "max", "_", "len", "##s", "(", "x", ")", ",", "print")
 
     def get_vocab(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}
