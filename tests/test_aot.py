@@ -92,6 +92,16 @@ def test_products_run_on_tensor_cores_and_are_pipelined(compiled, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_group_maxima_keep_a_nan(compiled, arch):
+    """The interpreter's maximum always does; the hardware's only when asked."""
+    for report in reports(compiled, arch, "tiles_"):
+        opcodes = report["opcodes"]
+        assert opcodes["FMNMX without NAN"] == 0, report["name"]
+        ranks = "count" not in report["name"] or "count=False" in report["name"]
+        assert bool(opcodes.get("FMNMX", 0) + opcodes.get("FMNMX3", 0)) == ranks, report["name"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gathers_load_16_bytes_at_a_time(compiled, arch):
     for report in reports(compiled, arch, *GATHERS):
         assert report["wide_loads"] > 0, report["name"]

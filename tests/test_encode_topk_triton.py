@@ -118,7 +118,7 @@ def mostly_minus_infinity():
 
 def nan_in_b():
     x, W, b = random_ints()
-    b[[3, 400, L - 1]] = math.nan
+    b[[3, 400, L - 1]] = torch.tensor([math.nan, -math.nan, math.nan])
     return x, W, b
 
 
