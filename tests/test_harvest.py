@@ -630,6 +630,7 @@ def test_batches_cover_every_sequence_within_the_budget():
         for start, stop in ranges:
             part = lengths[start:stop]
             assert max(part) * len(part) <= 200
+            assert max(part) * len(part) <= max(1.05 * sum(part), 25 + 2 * max(part))
             assert not equal or len(set(part)) == 1
     # One sequence longer than the budget still runs.
     assert list(batches_of([500, 3], 200, False)) == [(0, 1), (1, 2)]

@@ -123,15 +123,20 @@ class Sequencer:
 
 
 def batches_of(lengths: list[int], batch_tokens: int, equal: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences to run together: at most batch_tokens with padding, and of one length if `equal`."""
+    """Ranges of sequences to run together, for lengths that fall: at most batch_tokens with padding.
+
+    All of one length if `equal`; else a batch of an eighth of batch_tokens ends before padding exceeds 5 % of it.
+    """
     start = 0
     while start < len(lengths):
-        longest, stop = lengths[start], start + 1
+        longest, tokens, stop = lengths[start], lengths[start], start + 1
         while stop < len(lengths):
-            width = max(longest, lengths[stop])
-            if width * (stop + 1 - start) > batch_tokens or (equal and lengths[stop] != longest):
+            padded = longest * (stop + 1 - start)
+            wasteful = tokens >= batch_tokens / 8 and padded > 1.05 * (tokens + lengths[stop])
+            if padded > batch_tokens or wasteful or (equal and lengths[stop] != longest):
                 break
-            longest, stop = width, stop + 1
+            tokens += lengths[stop]
+            stop += 1
         yield start, stop
         start = stop
 
