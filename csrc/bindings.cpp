@@ -268,10 +268,7 @@ void bind_encode(py::module_& m) {
         },
         "matrices"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "k"_a, "relu"_a, "acts"_a, "idx"_a,
         "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a);
-    m.def(
-        "tile_kernel",
-        [](bool bf16, int64_t n_rows) { return saefast::pick_tile_kernel(bf16, n_rows, nullptr).name; }, "bf16"_a,
-        "n_rows"_a);
+    m.def("tile_kernel_names", &saefast::tile_kernel_names, "bf16"_a);
     py::class_<saefast::ThresholdCode>(m, "ThresholdCode")
         .def(py::init([](const EncoderArguments& matrices, Address bias, Address threshold, int64_t max_scratch_bytes,
                          const std::optional<std::string>& kernel, int n_threads) {

@@ -41,18 +41,30 @@ const uint32_t* unit_row(const Encoder& e, const TileKernel& kernel, const void*
     return spare;
 }
 
-// dst[d * n + i] = rows[i][d] for n rows, n a multiple of four: four units of four rows at a time.
+using Four = uint32_t __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define SAEFAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SAEFAST_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Four{__VA_ARGS__})
+#endif
+
+// Four units of four rows, transposed; the four rows of the result lie `stride` units apart.
+inline void transpose4(const uint32_t* const* rows, int64_t d, uint32_t* dst, int64_t stride) {
+    Four in[4];
+    for (int r = 0; r < 4; ++r) std::memcpy(&in[r], rows[r] + d, sizeof in[r]);
+    const Four low01 = SAEFAST_SHUFFLE(in[0], in[1], 0, 4, 1, 5), high01 = SAEFAST_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+    const Four low23 = SAEFAST_SHUFFLE(in[2], in[3], 0, 4, 1, 5), high23 = SAEFAST_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+    const Four out[4] = {SAEFAST_SHUFFLE(low01, low23, 0, 1, 4, 5), SAEFAST_SHUFFLE(low01, low23, 2, 3, 6, 7),
+                         SAEFAST_SHUFFLE(high01, high23, 0, 1, 4, 5), SAEFAST_SHUFFLE(high01, high23, 2, 3, 6, 7)};
+    for (int c = 0; c < 4; ++c) std::memcpy(dst + c * stride, &out[c], sizeof out[c]);
+}
+
+// dst[d * n + i] = rows[i][d] for n rows, n a multiple of four.
 void interleave(const uint32_t* const* rows, int n, int64_t depth, uint32_t* dst) {
     const int64_t whole = depth / 4 * 4;
-    for (int64_t d = 0; d < whole; d += 4) {
-        for (int i = 0; i < n; i += 4) {
-            uint32_t in[4][4], out[4][4];
-            for (int r = 0; r < 4; ++r) std::memcpy(in[r], rows[i + r] + d, sizeof in[r]);
-            for (int r = 0; r < 4; ++r)
-                for (int c = 0; c < 4; ++c) out[c][r] = in[r][c];
-            for (int c = 0; c < 4; ++c) std::memcpy(dst + (d + c) * n + i, out[c], sizeof out[c]);
-        }
-    }
+    for (int64_t d = 0; d < whole; d += 4)
+        for (int i = 0; i < n; i += 4) transpose4(rows + i, d, dst + d * n + i, n);
     for (int64_t d = whole; d < depth; ++d)
         for (int i = 0; i < n; ++i) dst[d * n + i] = rows[i][d];
 }
@@ -62,12 +74,11 @@ template <class RowOf>
 void pack_group(const Encoder& e, const TileKernel& kernel, const void* base, int64_t n, int width, const RowOf& row_of,
                 uint32_t* dst, std::vector<uint32_t>& spare) {
     const int64_t depth = packed_depth(e.d_in, kernel);
-    spare.assign(static_cast<size_t>(depth * (width + 1)), 0);
+    // One row of zeros, then room for each row that has to be converted.
+    spare.resize(static_cast<size_t>(depth * (width + 1)));
     const uint32_t* rows[kMaxTileRows];
-    for (int i = 0; i < width; ++i) {
-        uint32_t* own = spare.data() + (i + 1) * depth;
-        rows[i] = i < n ? unit_row(e, kernel, base, row_of(i), own) : spare.data();
-    }
+    for (int i = 0; i < width; ++i)
+        rows[i] = i < n ? unit_row(e, kernel, base, row_of(i), spare.data() + (i + 1) * depth) : spare.data();
     interleave(rows, width, depth, dst);
 }
 
@@ -102,9 +113,33 @@ struct Chunk {
     std::vector<uint32_t> spare;
 };
 
+// Asks for the weights of the next chunk, some lines with every tile: packing would otherwise wait for memory.
+class Ahead {
+  public:
+    Ahead(const Encoder& e, int64_t first, int64_t n, int64_t n_tiles)
+        : e_(e),
+          first_(first),
+          row_bytes_(e.d_in * bytes_of(e.type)),
+          lines_per_row_((row_bytes_ + kLine - 1) / kLine),
+          lines_(n * lines_per_row_),
+          per_tile_((lines_ + n_tiles - 1) / std::max<int64_t>(1, n_tiles)) {}
+
+    void tile_done() {
+        for (const int64_t stop = std::min(lines_, line_ + per_tile_); line_ < stop; ++line_) {
+            const int64_t row = e_.id(first_ + line_ / lines_per_row_);
+            __builtin_prefetch(static_cast<const char*>(e_.W) + row * row_bytes_ + line_ % lines_per_row_ * kLine, 0, 2);
+        }
+    }
+
+  private:
+    static constexpr int64_t kLine = 64;
+    const Encoder& e_;
+    int64_t first_, row_bytes_, lines_per_row_, lines_, per_tile_, line_ = 0;
+};
+
 // All latents of a chunk against one block of rows, of which `n_rows` are real.
 void sweep_block(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int64_t block, const Chunk& chunk,
-                 int64_t n, Sink& sink) {
+                 int64_t n, Ahead& ahead, Sink& sink) {
     const int64_t n_rows = std::min<int64_t>(kernel.rows, x.n_rows() - block * kernel.rows);
     const uint32_t real_rows = n_rows == 32 ? ~0u : (1u << n_rows) - 1;
     alignas(64) float pre[kMaxTileRows * kMaxTileLatents];
@@ -113,6 +148,7 @@ void sweep_block(const Encoder& e, const TileKernel& kernel, const PackedRows& x
         const Tile tile{x.block(block),      chunk.units.get() + g * x.depth(), x.depth(),    chunk.bias.data() + g,
                         chunk.scale.data() + g, sink.row_bounds(block),           latent_bound, pre};
         const uint32_t rows = kernel.run(tile) & real_rows;
+        ahead.tile_done();
         if (rows == 0) continue;
         const int width = static_cast<int>(std::min<int64_t>(kernel.latents, n - g));
         sink.take({block, rows, pre, kernel.rows, tile.scale, latent_bound, chunk.ids.data() + g, chunk.first + g, width});
@@ -164,8 +200,10 @@ void sweep(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int6
     for (int64_t at = first; at < last; at += step) {
         const int64_t n = std::min(step, last - at);
         chunk.fill(e, kernel, x.depth(), at, n);
+        const int64_t groups = (n + kernel.latents - 1) / kernel.latents;
+        Ahead ahead(e, at + n, std::min(step, last - at - n), groups * (last_block - first_block));
         for (int64_t block = first_block; block < last_block; ++block)
-            sweep_block(e, kernel, x, block, chunk, n, sink);
+            sweep_block(e, kernel, x, block, chunk, n, ahead, sink);
     }
 }
 

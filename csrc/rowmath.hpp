@@ -18,6 +18,9 @@ namespace saefast::rowmath {
 float dot(const float* a, const float* b, int64_t n);
 // acc += c · x
 void add_scaled(float* acc, const float* x, float c, int64_t n);
+// The same with x in bf16.
+float dot(const float* a, const uint16_t* b, int64_t n);
+void add_scaled(float* acc, const uint16_t* x, float c, int64_t n);
 // acc += x
 void add(float* acc, const float* x, int64_t n);
 // x /= by
@@ -48,5 +51,24 @@ void adam_elements(float* w, float* m, float* v, const float* grad, int64_t n, c
 
 // What n elements owe after a sleep: w -= drift · m / (√v + drift_eps), m *= m_decay, v *= v_decay.
 void drift_elements(float* w, float* m, float* v, int64_t n, float drift, float drift_eps, float m_decay, float v_decay);
+
+// The lean optimiser. Random bits are a hash of key + column.
+void from_bf16(float* dst, const uint16_t* x, int64_t n);
+void to_bf16_stochastic(uint16_t* dst, const float* x, uint32_t key, int64_t n);
+void from_int8(float* dst, const int8_t* q, float scale, int64_t n);
+// dst = x / scale rounded stochastically, for columns first .. first + n of a row; inverse is 1 / scale.
+void to_int8_stochastic(int8_t* dst, const float* x, float inverse, uint32_t key, int64_t first, int64_t n);
+float abs_max(const float* x, int64_t n);
+// m = lerp(m, grad), w += factor · m
+void lean_elements(float* w, float* m, const float* grad, int64_t n, float lerp_weight, float factor);
+
+// An integer hash (Wellons 2018, "lowbias32"): every bit of the result depends on every bit of x.
+inline uint32_t mix(uint32_t x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
 
 }  // namespace saefast::rowmath

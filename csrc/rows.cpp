@@ -47,11 +47,30 @@ std::vector<Entry> kept_entries(const int32_t* idx, const uint8_t* keep, int64_t
     return entries;
 }
 
-void prefetch_row(const float* row, int64_t d) {
-    const char* at = reinterpret_cast<const char*>(row);
-    const int64_t bytes = std::min<int64_t>(d * static_cast<int64_t>(sizeof(float)), kBytesAhead);
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
-}
+// Rows of a matrix in fp32 or bf16.
+struct RowsOf {
+    const void* base;
+    bool bf16;
+    int64_t d;
+
+    const float* wide(int64_t r) const { return static_cast<const float*>(base) + r * d; }
+    const uint16_t* narrow(int64_t r) const { return static_cast<const uint16_t*>(base) + r * d; }
+
+    void add_scaled(float* acc, int64_t r, float c) const {
+        if (bf16)
+            rowmath::add_scaled(acc, narrow(r), c, d);
+        else
+            rowmath::add_scaled(acc, wide(r), c, d);
+    }
+    float dot(const float* x, int64_t r) const {
+        return bf16 ? rowmath::dot(x, narrow(r), d) : rowmath::dot(x, wide(r), d);
+    }
+    void prefetch(int64_t r) const {
+        const int64_t row = d * (bf16 ? 2 : 4), bytes = std::min(row, kBytesAhead);
+        const char* at = static_cast<const char*>(base) + r * row;
+        for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b);
+    }
+};
 
 int64_t prefix_of(const DecodeLoss& a, int64_t entry, int64_t j) {
     const int32_t key = a.by_latent ? a.idx[entry] : static_cast<int32_t>(j);
@@ -60,16 +79,18 @@ int64_t prefix_of(const DecodeLoss& a, int64_t entry, int64_t j) {
 
 // acc += the entries of token b that prefix p adds to those before it.
 void decode_prefix(const DecodeLoss& a, int64_t b, int64_t p, float* acc) {
+    const RowsOf W{a.W_dec, a.bf16, a.d};
     for (int64_t j = 0; j < a.K; ++j) {
         const int64_t entry = b * a.K + j;
-        if (j + 1 < a.K) prefetch_row(a.W_dec + a.idx[entry + 1] * a.d, a.d);
+        if (j + 1 < a.K) W.prefetch(a.idx[entry + 1]);
         if (a.acts[entry] == 0.0f || (a.P > 1 && prefix_of(a, entry, j) != p)) continue;
-        rowmath::add_scaled(acc, a.W_dec + a.idx[entry] * a.d, a.acts[entry], a.d);
+        W.add_scaled(acc, a.idx[entry], a.acts[entry]);
     }
 }
 
 void decode_token(const DecodeLoss& a, int64_t b, float* acc) {
     const int64_t plane = a.B * a.d;
+    const RowsOf W{a.W_dec, a.bf16, a.d};
     float* residual = a.residual + b * a.d;
     if (a.b_dec == nullptr)
         std::fill(acc, acc + a.d, 0.0f);
@@ -87,8 +108,7 @@ void decode_token(const DecodeLoss& a, int64_t b, float* acc) {
     for (int64_t j = 0; j < a.K; ++j) {
         const int64_t entry = b * a.K + j, p = a.P > 1 ? prefix_of(a, entry, j) : 0;
         const bool off = p >= a.P || (a.relu && !(a.acts[entry] > 0.0f));
-        a.grad_acts[entry] =
-            off ? 0.0f : -2.0f * rowmath::dot(residual + p * plane, a.W_dec + a.idx[entry] * a.d, a.d);
+        a.grad_acts[entry] = off ? 0.0f : -2.0f * W.dot(residual + p * plane, a.idx[entry]);
     }
 }
 
@@ -123,16 +143,17 @@ void decode_loss(const DecodeLoss& args, int n_threads) {
     });
 }
 
-void weighted_row_sum(const float* W, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
+void weighted_row_sum(const void* base, bool bf16, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
                       int n_threads) {
     constexpr int64_t kBlock = 256;
+    const RowsOf W{base, bf16, d};
     const int64_t blocks = (n + kBlock - 1) / kBlock;
     std::vector<float> partial(static_cast<size_t>(blocks * d), 0.0f);
     parallel_for(blocks, n_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i) {
-            if (rows != nullptr && i + 1 < n) prefetch_row(W + rows[i + 1] * d, d);
-            rowmath::add_scaled(partial.data() + i / kBlock * d, W + (rows == nullptr ? i : rows[i]) * d,
-                                coef == nullptr ? 1.0f : coef[i], d);
+            if (rows != nullptr && i + 1 < n) W.prefetch(rows[i + 1]);
+            W.add_scaled(partial.data() + i / kBlock * d, rows == nullptr ? i : rows[i],
+                         coef == nullptr ? 1.0f : coef[i]);
         }
     });
     std::fill(out, out + d, 0.0f);

@@ -60,13 +60,14 @@ struct AdamStep {
 // Norm::before_update a row that slept is scaled to unit norm before its drift; with after_update, after.
 void catch_up(const AdamMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
 
-// Scales rows[0 .. n) (null: all) to unit norm.
-void normalise_rows(const AdamMatrix& matrix, const int32_t* rows, int64_t n, int n_threads);
+// Scales rows[0 .. n) (null: all) to unit norm. `step` says when, which only stochastic rounding asks.
+void normalise_rows(const AdamMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
 
 // One Adam step (Kingma & Ba 2015; torch's order of operations) for rows[0 .. n) of a matrix (null: rows 0 .. n), each
 // caught up to step - 1 first. Writes Σ grad² of each row, after projection and before scaling, to `squares` (n) if not
 // null. A vector (a bias) is a matrix of one row.
 struct AdamJob {
+    static constexpr int64_t kBuffers = 1;
     AdamMatrix matrix;
     AdamStep step;
     RowGradient gradient;
@@ -75,11 +76,40 @@ struct AdamJob {
     float* squares = nullptr;
 };
 
-// Does the jobs one after the other. What needs memory is had before the first row is written, so that running out of
-// it leaves every matrix as it was.
-void adam_rows(const std::vector<AdamJob>& jobs, int n_threads);
+// A weight matrix in lean form: bf16 weights, an 8-bit first moment in blocks that never cross rows, one second moment
+// a row. Weights and first moments are rounded stochastically, with bits that seed, step, row and column decide.
+struct LeanMatrix {
+    uint16_t* w = nullptr;      // bf16
+    int8_t* m = nullptr;        // times its block's scale
+    uint16_t* scale = nullptr;  // (n_rows, blocks) bf16
+    float* v = nullptr;         // (n_rows)
+    int32_t* last_step = nullptr;
+    float* norms = nullptr;     // (n_rows) or null
+    int64_t n_rows = 0;
+    int64_t d = 0;
+    int64_t blocks = 1;         // each of ⌈d / blocks⌉ columns
+    uint32_t seed = 0;
+};
 
-// The `squares` that adam_rows would report, nothing else written: the first pass of clipping by the global norm.
+struct LeanJob {
+    static constexpr int64_t kBuffers = 3;
+    LeanMatrix matrix;
+    AdamStep step;
+    RowGradient gradient;
+    const int32_t* rows = nullptr;
+    int64_t n = 0;
+    float* squares = nullptr;
+};
+
+void catch_up(const LeanMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
+void normalise_rows(const LeanMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
+void gradient_squares(const LeanJob& job, int n_threads);
+
+// Does all jobs, one after the other. What needs memory is had before the first row is written, so that running out of
+// it leaves every matrix as it was.
+void update_rows(const std::vector<AdamJob>& jobs, const std::vector<LeanJob>& lean_jobs, int n_threads);
+
+// The `squares` that update_rows would report, nothing else written: the first pass of clipping by the global norm.
 void gradient_squares(const AdamJob& job, int n_threads);
 
 // Decode, residual, loss sums and the gradient to the activations, each decoder row read once from memory.
@@ -89,7 +119,8 @@ struct DecodeLoss {
     const float* x = nullptr;        // (B, d)
     const float* acts = nullptr;     // (B, K)
     const int32_t* idx = nullptr;    // (B, K)
-    const float* W_dec = nullptr;    // (L, d)
+    const void* W_dec = nullptr;     // (L, d) fp32, or bf16 where `bf16` says so
+    bool bf16 = false;
     const float* b_dec = nullptr;    // (d) or null
     const int32_t* bounds = nullptr; // (P) ascending
     const float* weight = nullptr;   // (P) dloss / dΣe² of each prefix
@@ -103,8 +134,9 @@ struct DecodeLoss {
 };
 void decode_loss(const DecodeLoss& args, int n_threads);
 
-// out[d] = Σ coef[i] · W[rows[i]] (null rows: i; null coef: 1), in blocks of fixed size added in order.
-void weighted_row_sum(const float* W, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
+// out[d] = Σ coef[i] · W[rows[i]] (null rows: i; null coef: 1), in blocks of fixed size added in order. W is fp32, or
+// bf16 where `bf16` says so.
+void weighted_row_sum(const void* W, bool bf16, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
                       int n_threads);
 
 // Σ over all elements of (x - column mean)², and of x², in double. x (n, d).

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -159,41 +158,45 @@ uint32_t tile_portable(const Tile& t) {
     return hits;
 }
 
-// Widest first. The narrow form of each instruction set is for batches that would leave most lanes empty.
-const TileKernel kKernels[] = {
+bool always() { return true; }
 #if SAEFAST_X86
-    {"avx512_bf16", 32, 12, true, tile_avx512_bf16<2, 12>},
-    {"avx512_bf16_narrow", 16, 12, true, tile_avx512_bf16<1, 12>},
-    {"avx512", 32, 12, false, tile_avx512<2, 12>},
-    {"avx512_narrow", 16, 12, false, tile_avx512<1, 12>},
-    {"avx2", 24, 4, false, tile_avx2<3, 4>},
-    {"avx2_narrow", 8, 12, false, tile_avx2<1, 12>},
+bool has_avx512_bf16() { return __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512() { return __builtin_cpu_supports("avx512f"); }
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 #endif
-    {"portable", 8, 8, false, tile_portable<2, 8>},
+
+// One instruction set. The narrow tile is for batches that would leave most lanes of the wide one empty.
+struct InstructionSet {
+    const char* name;
+    bool (*runs_here)();
+    TileKernel wide, narrow;
 };
 
-bool runs_here(const TileKernel& kernel) {
+const InstructionSet kSets[] = {  // the best first
 #if SAEFAST_X86
-    const std::string name = kernel.name;
-    if (name.rfind("avx512_bf16", 0) == 0) return __builtin_cpu_supports("avx512bf16");
-    if (name.rfind("avx512", 0) == 0) return __builtin_cpu_supports("avx512f");
-    if (name.rfind("avx2", 0) == 0) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    {"avx512_bf16", has_avx512_bf16, {32, 12, true, tile_avx512_bf16<2, 12>}, {16, 12, true, tile_avx512_bf16<1, 12>}},
+    {"avx512", has_avx512, {32, 12, false, tile_avx512<2, 12>}, {16, 12, false, tile_avx512<1, 12>}},
+    {"avx2", has_avx2, {24, 4, false, tile_avx2<3, 4>}, {8, 12, false, tile_avx2<1, 12>}},
 #endif
-    return kernel.rows > 0;
-}
+    {"portable", always, {8, 8, false, tile_portable<2, 8>}, {4, 8, false, tile_portable<1, 8>}},
+};
 
 }  // namespace
 
+std::vector<std::string> tile_kernel_names(bool bf16) {
+    std::vector<std::string> names;
+    for (const InstructionSet& set : kSets)
+        if (set.runs_here() && (bf16 || !set.wide.pairs)) names.emplace_back(set.name);
+    return names;
+}
+
 const TileKernel& pick_tile_kernel(bool bf16, int64_t n_rows, const char* name) {
-    const TileKernel* best = nullptr;
-    for (const TileKernel& kernel : kKernels) {
-        if (name != nullptr ? std::strcmp(kernel.name, name) != 0 : best != nullptr && n_rows > kernel.rows) continue;
-        if ((kernel.pairs && !bf16) || !runs_here(kernel)) continue;
-        const bool same_set = best == nullptr || std::strncmp(best->name, kernel.name, std::strlen(best->name)) == 0;
-        if (same_set) best = &kernel;
+    for (const InstructionSet& set : kSets) {
+        const bool asked_for = name == nullptr || std::strcmp(name, set.name) == 0;
+        if (asked_for && set.runs_here() && (bf16 || !set.wide.pairs))
+            return n_rows <= set.narrow.rows ? set.narrow : set.wide;
     }
-    if (best == nullptr) throw std::invalid_argument("no tile kernel '" + std::string(name) + "' for this machine and dtype");
-    return *best;
+    throw std::invalid_argument(std::string("no tile kernel '") + name + "' for this machine and dtype");
 }
 
 }  // namespace saefast

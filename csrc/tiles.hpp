@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 namespace saefast {
 
@@ -24,15 +26,17 @@ constexpr int kMaxTileRows = 32;
 constexpr int kMaxTileLatents = 12;
 
 struct TileKernel {
-    const char* name;
     int rows, latents;
     bool pairs;  // multiplies pairs of bf16, adding in fp32
     // Bit r of the result: some latent of row r is not <= its bound (so NaN counts, and a NaN bound lets all through).
     uint32_t (*run)(const Tile& tile);
 };
 
-// The kernel for this machine. bf16: both operands are bf16, so pairs may be used. n_rows: narrower tiles suit few rows.
-// name: a kernel's name to force it (tests, benchmarks), or null; std::invalid_argument where it cannot run here.
+// The kernel for this machine. bf16: both operands are bf16, so pairs may be used. n_rows: few rows get narrower tiles.
+// name: an instruction set to force (tests, benchmarks), or null; std::invalid_argument where it cannot run here.
 const TileKernel& pick_tile_kernel(bool bf16, int64_t n_rows, const char* name);
+
+// The names that can be asked for here, the default first.
+std::vector<std::string> tile_kernel_names(bool bf16);
 
 }  // namespace saefast

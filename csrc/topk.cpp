@@ -17,7 +17,7 @@ namespace {
 // list. Lists that fill up faster than every second latent (ascending rows) may grow longer, so that cuts stay rare.
 constexpr int64_t kCutAt = 4;
 constexpr int64_t kShortestCut = 64;
-constexpr int64_t kLongestCut = 1024;
+constexpr int64_t kLongestCut = 512;
 // A range of latents of one thread: short ones would keep most of what they see.
 constexpr int64_t kRangePerK = 16;
 
@@ -52,6 +52,44 @@ struct Scaled {
 
 constexpr auto better = [](const auto& a, const auto& b) { return a.key > b.key; };
 
+// A pivot with about `k` of the n entries before it, or somewhat more: read off a sorted sample.
+template <class Entry>
+Entry pivot_near(const Entry* list, int64_t n, int64_t k) {
+    constexpr int64_t kSample = 24;
+    Entry sample[kSample];
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = list[i * n / kSample];
+    const int64_t at = std::min(kSample - 1, k * kSample / n + 1);
+    std::nth_element(sample, sample + at, sample + kSample, better);
+    return sample[at];
+}
+
+// Moves the k best of list[0, n) to its front, in no order; 1 <= k <= n. spare has room for n. Quickselect whose passes
+// do not branch on the data, which is what most of the time goes into otherwise; after a few, std::nth_element is safe.
+template <class Entry>
+void keep_best(Entry* list, int64_t n, int64_t k, Entry* spare) {
+    for (int pass = 0; pass < 4 && n > k && n > 64; ++pass) {
+        const uint64_t pivot = pivot_near(list, n, k).key;
+        Entry *front = list, *back = spare;
+        for (const Entry* entry = list; entry != list + n; ++entry) {
+            const Entry copy = *entry;
+            *front = copy;
+            *back = copy;
+            front += copy.key >= pivot;
+            back += copy.key < pivot;
+        }
+        const int64_t found = front - list;
+        if (found >= k) {
+            n = found;
+            continue;
+        }
+        std::copy(spare, back, front);
+        list = front;
+        n -= found;
+        k -= found;
+    }
+    if (k < n) std::nth_element(list, list + k, list + n, better);
+}
+
 int64_t list_capacity(int64_t k, int64_t n_ids) {
     const int64_t longest = std::max(kLongestCut, kCutAt * k);
     return std::min(longest, n_ids) + kMaxTileLatents;
@@ -68,6 +106,7 @@ class Best final : public Sink {
           capacity_(list_capacity(k, n_ids)),
           shortest_cut_(std::min(std::max(kShortestCut, kCutAt * k), capacity_ - kMaxTileLatents)),
           entries_(new Entry[static_cast<size_t>(n_blocks * block_rows * capacity_)]),
+          spare_(new Entry[static_cast<size_t>(capacity_)]),
           rows_(static_cast<size_t>(n_blocks * block_rows), Row{0, shortest_cut_, 0}),
           // Nothing is <= NaN: until k are known, everything passes.
           bounds_(rows_.size(), std::numeric_limits<float>::quiet_NaN()) {}
@@ -93,17 +132,18 @@ class Best final : public Sink {
         int64_t n, cut_at, seen_at_cut;
     };
 
-    // Every entry is written and the end moves only past those that beat the bound: no branch to mispredict.
     void append(const Found& found, int r, int64_t at) {
         Row& row = rows_[static_cast<size_t>(at)];
-        Entry* end = entries_.get() + at * capacity_ + row.n;
         const float bound = bounds_[static_cast<size_t>(at)];
-        for (int i = 0; i < found.n; ++i) {
-            const float pre = found.pre[i * found.stride + r], rank = pre * found.scale[i];
-            *end = Entry::make(pre, rank, found.ids[i]);
-            end += !(rank <= bound);
+        uint32_t beats = 0;
+        for (int i = 0; i < found.n; ++i)
+            beats |= static_cast<uint32_t>(!(found.pre[i * found.stride + r] * found.scale[i] <= bound)) << i;
+        Entry* list = entries_.get() + at * capacity_;
+        for (; beats != 0; beats &= beats - 1) {
+            const int i = __builtin_ctz(beats);
+            const float pre = found.pre[i * found.stride + r];
+            list[row.n++] = Entry::make(pre, pre * found.scale[i], found.ids[i]);
         }
-        row.n = end - (entries_.get() + at * capacity_);
         if (row.n < row.cut_at) return;
         const int64_t seen = found.position + found.n;
         const bool flooded = 2 * (row.n - k_) > seen - row.seen_at_cut;
@@ -115,13 +155,14 @@ class Best final : public Sink {
     void cut(int64_t at) {
         Entry* list = entries_.get() + at * capacity_;
         Row& row = rows_[static_cast<size_t>(at)];
-        std::nth_element(list, list + k_ - 1, list + row.n, better);
+        keep_best(list, row.n, k_, spare_.get());
         row.n = k_;
-        bounds_[static_cast<size_t>(at)] = rank_of(list[k_ - 1].key);
+        const Entry* last = std::max_element(list, list + k_, better);
+        bounds_[static_cast<size_t>(at)] = rank_of(last->key);
     }
 
     int64_t first_row_, block_rows_, k_, capacity_, shortest_cut_;
-    std::unique_ptr<Entry[]> entries_;
+    std::unique_ptr<Entry[]> entries_, spare_;
     std::vector<Row> rows_;
     std::vector<float> bounds_;
 };

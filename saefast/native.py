@@ -44,6 +44,12 @@ def supports(dtype: torch.dtype) -> bool:
     return dtype in FLOAT_CODES and available()
 
 
+def tile_kernels(dtype: torch.dtype) -> list[str]:
+    """The instruction sets that encode_topk can use here for a dtype, its default first."""
+    names: list[str] = _built().tile_kernel_names(dtype == torch.bfloat16)
+    return names
+
+
 def encode_topk(
     x: Tensor,
     W_enc: Tensor,
@@ -62,7 +68,7 @@ def encode_topk(
     The values do not depend on the batch a row comes in, on threads or on scratch.
 
     Args:
-        kernel: a tile kernel of csrc/tiles.cpp by name, for tests and benchmarks; None takes the best for this machine.
+        kernel: an instruction set of csrc/tiles.cpp, for tests and benchmarks; None takes the best this machine has.
     """
     matrices = _matrices(x, W_enc)
     bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
@@ -124,7 +130,7 @@ def threshold_encode(
     max_scratch_bytes: int = 1 << 30,
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.threshold_encode` over the tiles of `encode_topk`; memory grows with the entries found, nothing else."""
+    """`reference.threshold_encode` over the tiles of `encode_topk`; memory grows with the entries found only."""
     theta = torch.as_tensor(threshold, dtype=torch.float32).expand(W_enc.shape[0])
     matrices = _matrices(x, W_enc)
     bias, bound = _vector("b_enc", b_enc, W_enc), _vector("threshold", theta, W_enc)

@@ -7,19 +7,18 @@
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from saefast import native
-from saefast.optim import AdamStep, Job, Matrix, Norm, RowGradient
+from saefast import native, rows_lean
+from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.reference import accumulate_dtype
-from saefast.runs import group_runs
+from saefast.runs import Decoded, group_runs
 
 __all__ = [
     "Decoded",
-    "adam_rows",
+    "update_rows",
     "backend",
     "catch_up",
     "decode_loss",
@@ -34,18 +33,9 @@ __all__ = [
 GATHER = 1 << 24
 
 
-class Decoded(NamedTuple):
-    """What decode_loss finds. P prefixes of the code, B tokens."""
-
-    squares: Tensor
-    """(P, B) Σ e² of each token, e = x - x_hat."""
-    grad_acts: Tensor
-    """(B, K) dloss / dacts for the loss Σ_p weight[p] · Σ e[p]²."""
-
-
 def backend(w: Tensor) -> ModuleType:
     """The module whose row operations serve weights like w."""
-    if w.device.type == "cpu" and w.dtype == torch.float32 and native.available():
+    if w.device.type == "cpu" and w.dtype in (torch.float32, torch.bfloat16) and native.available():
         from saefast import rows_native
 
         return rows_native
@@ -60,11 +50,12 @@ def moments(x: Tensor) -> tuple[float, float]:
 
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
     """Σ coef[i] · W[rows[i]] -> (D,); all rows where `rows` is None, weight 1 where `coef` is."""
-    out = W.new_zeros(W.shape[1])
+    dtype = accumulate_dtype(W.dtype)
+    out = W.new_zeros(W.shape[1], dtype=dtype)
     ids = torch.arange(len(W), device=W.device) if rows is None else rows.long()
-    weights = torch.ones(len(ids), dtype=W.dtype, device=W.device) if coef is None else coef
+    weights = torch.ones(len(ids), dtype=dtype, device=W.device) if coef is None else coef
     for part, weight in _chunks(W.shape[1], ids, weights):
-        out += weight @ W[part]
+        out += weight @ W[part].to(dtype)
     return out
 
 
@@ -101,7 +92,7 @@ def decode_loss(
     squares = []
     for p, w in enumerate(weight):
         for j in range(idx.shape[1]):
-            x_hat += torch.where(prefix[:, j] == p, acts[:, j], 0)[:, None] * W_dec[idx[:, j].long()]
+            x_hat += torch.where(prefix[:, j] == p, acts[:, j], 0)[:, None] * W_dec[idx[:, j].long()].to(x.dtype)
         e = x - x_hat
         squares.append(e.square().sum(1))
         residual[p] = w * e
@@ -112,7 +103,7 @@ def decode_loss(
     tokens = torch.arange(len(x), device=x.device)
     on = (prefix < len(bounds)) & ((acts > 0) | (not relu))
     plane = prefix.clamp(max=len(bounds) - 1)
-    dots = [(residual[plane[:, j], tokens] * W_dec[idx[:, j].long()]).sum(1) for j in range(idx.shape[1])]
+    dots = [(residual[plane[:, j], tokens] * W_dec[idx[:, j].long()].to(x.dtype)).sum(1) for j in range(idx.shape[1])]
     return Decoded(torch.stack(squares), torch.where(on, -2 * torch.stack(dots, 1), 0))
 
 
@@ -130,44 +121,43 @@ def _chunks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     yield from zip(*(t.split(max(GATHER // width, 1)) for t in tensors), strict=True)
 
 
-def catch_up(matrix: Matrix, step: AdamStep, rows: Tensor | None = None) -> None:
+def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     """Brings rows (n,) (None: all) to step.step as if their gradient had been 0 since last_step.
 
     Rows that stand there already are not touched. With Norm.before_update a row that slept is scaled to unit norm
     before its drift, with Norm.after_update after it.
     """
+    if isinstance(matrix, LeanMatrix):
+        return rows_lean.catch_up(matrix, step, rows)
     since = matrix.last_step if rows is None else matrix.last_step[rows.long()]
     late = (since < step.step).nonzero().squeeze(1)
     ids = late if rows is None else rows.long()[late]
     if len(ids) == 0:
-        return
+        return None
     since = since[late].long()
     dtype = accumulate_dtype(matrix.w.dtype)
     w, m, v = matrix.w[ids], matrix.m[ids], matrix.v[ids]
     drift, drift_eps = (t.to(since.device)[since].to(dtype)[:, None] for t in (step.drift, step.drift_eps))
     slept = (step.step - since).double()[:, None]
     if step.norm == Norm.before_update:
-        w = unit(w)
+        w = rows_lean.unit(w)
     w = w - drift * m / (v.sqrt() + drift_eps)
     if step.norm == Norm.after_update:
-        w = unit(w)
+        w = rows_lean.unit(w)
     matrix.w[ids] = w
     matrix.m[ids] = m * (step.beta1**slept).to(dtype)
     matrix.v[ids] = v * (step.beta2**slept).to(dtype)
     matrix.last_step[ids] = step.step
-    _copies(matrix, ids)
+    return _copies(matrix, ids)
 
 
-def unit(w: Tensor) -> Tensor:
-    """Rows at unit norm."""
-    return w / w.norm(dim=1, keepdim=True).clamp_min(torch.finfo(w.dtype).eps)
-
-
-def normalise_rows(matrix: Matrix, rows: Tensor | None = None) -> None:
-    """Scales rows (n,) (None: all) to unit norm."""
+def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
+    """Scales rows (n,) (None: all) to unit norm. `step` says when, which only stochastic rounding asks."""
+    if isinstance(matrix, LeanMatrix):
+        return rows_lean.normalise_rows(matrix, step, rows)
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if rows is None else rows.long()
-    matrix.w[ids] = unit(matrix.w[ids])
-    _copies(matrix, ids)
+    matrix.w[ids] = rows_lean.unit(matrix.w[ids])
+    return _copies(matrix, ids)
 
 
 def _copies(matrix: Matrix, ids: Tensor) -> None:
@@ -183,8 +173,7 @@ def _projected(job: Job) -> Tensor:
     if not job.step.project:
         return grad
     w = job.matrix.w if job.rows is None else job.matrix.w[job.rows.long()]
-    along = (grad * w).sum(1) / w.square().sum(1).clamp_min(torch.finfo(w.dtype).tiny)
-    return grad.addcmul_(along[:, None], w, value=-1)
+    return rows_lean.project_out(grad, w.to(grad.dtype))
 
 
 def gradient_squares(job: Job) -> None:
@@ -192,18 +181,21 @@ def gradient_squares(job: Job) -> None:
     torch.sum(_projected(job).square(), dim=1, out=job.squares)
 
 
-def adam_rows(jobs: list[Job]) -> None:
-    """One Adam step for the rows of every job, each caught up to the step before first. Fills job.squares."""
+def update_rows(jobs: list[Job]) -> None:
+    """One step for the rows of every job, each caught up to the step before first. Fills job.squares."""
     for job in jobs:
-        _adam(job)
+        if isinstance(job.matrix, LeanMatrix):
+            rows_lean.update(job, job.matrix, gradient_rows(job.gradient))
+        else:
+            _adam(job, job.matrix)
 
 
-def _adam(job: Job) -> None:
-    matrix, step = job.matrix, job.step
+def _adam(job: Job, matrix: Matrix) -> None:
+    step = job.step
     catch_up(matrix, step._replace(step=step.step - 1), job.rows)
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if job.rows is None else job.rows.long()
     if step.norm == Norm.before_update:
-        matrix.w[ids] = unit(matrix.w[ids])
+        matrix.w[ids] = rows_lean.unit(matrix.w[ids])
     grad = _projected(job)
     torch.sum(grad.square(), dim=1, out=job.squares)
     grad *= step.grad_scale
@@ -212,7 +204,7 @@ def _adam(job: Job) -> None:
     v.mul_(step.beta2).addcmul_(grad, grad, value=1 - step.beta2)
     correction1, correction2 = 1 - step.beta1**step.step, 1 - step.beta2**step.step
     w.addcdiv_(m, (v.sqrt() / correction2**0.5).add_(step.eps), value=-step.lr / correction1)
-    matrix.w[ids] = unit(w) if step.norm == Norm.after_update else w
+    matrix.w[ids] = rows_lean.unit(w) if step.norm == Norm.after_update else w
     matrix.m[ids], matrix.v[ids] = m, v
     matrix.last_step[ids] = step.step
     _copies(matrix, ids)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from saefast.native import extension
-from saefast.optim import AdamStep, Job, Matrix, RowGradient
-from saefast.rows import Decoded
-from saefast.runs import Runs
+from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix
+from saefast.runs import Decoded, Runs
 
 
 def _ext() -> ModuleType:
@@ -43,7 +42,8 @@ def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None 
     out = torch.empty(W.shape[1])
     n = len(W) if rows is None else len(rows)
     threads = torch.get_num_threads()
-    _ext().weighted_row_sum(W.data_ptr(), W.shape[1], _address(rows), _address(coef), n, out.data_ptr(), threads)
+    bf16 = W.dtype == torch.bfloat16
+    _ext().weighted_row_sum(W.data_ptr(), bf16, W.shape[1], _address(rows), _address(coef), n, out.data_ptr(), threads)
     return out
 
 
@@ -66,47 +66,52 @@ def decode_loss(
     limits = torch.tensor(bounds, dtype=torch.int32)
     squares, grad_acts = torch.empty(P, B), torch.empty(B, K)
     _ext().decode_loss(
-        x=x.data_ptr(), acts=acts.data_ptr(), idx=idx.data_ptr(), W_dec=W_dec.data_ptr(), b_dec=_address(b_dec),
-        bounds=limits.data_ptr(), weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec),
+        x=x.data_ptr(), acts=acts.data_ptr(), idx=idx.data_ptr(), W_dec=W_dec.data_ptr(),
+        bf16=W_dec.dtype == torch.bfloat16, b_dec=_address(b_dec), bounds=limits.data_ptr(), weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec),
         by_latent=by_latent, residual=residual.data_ptr(), squares=squares.data_ptr(),
         grad_acts=grad_acts.data_ptr(), error=_address(error), relu=relu, n_threads=torch.get_num_threads(),
     )  # fmt: skip
     return Decoded(squares, grad_acts)
 
 
-def catch_up(matrix: Matrix, step: AdamStep, rows: Tensor | None = None) -> None:
+def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     n = len(matrix.w) if rows is None else len(rows)
     _ext().catch_up(_matrix(matrix), _step(step), _address(rows), n, torch.get_num_threads())
 
 
-def normalise_rows(matrix: Matrix, rows: Tensor | None = None) -> None:
+def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     n = len(matrix.w) if rows is None else len(rows)
-    _ext().normalise_rows(_matrix(matrix), _address(rows), n, torch.get_num_threads())
+    _ext().normalise_rows(_matrix(matrix), _step(step), _address(rows), n, torch.get_num_threads())
 
 
-def adam_rows(jobs: list[Job]) -> None:
-    _ext().adam_rows([_job(job) for job in jobs], torch.get_num_threads())
+def update_rows(jobs: list[Job]) -> None:
+    lean = [isinstance(job.matrix, LeanMatrix) for job in jobs]
+    parts = [[_job(job) for job, is_lean in zip(jobs, lean, strict=True) if is_lean == kind] for kind in (False, True)]
+    _ext().update_rows(*parts, torch.get_num_threads())
 
 
 def gradient_squares(job: Job) -> None:
     _ext().gradient_squares(_job(job), torch.get_num_threads())
 
 
-def _matrix(m: Matrix) -> Any:
-    rows, d = m.w.shape
-    tensors = (m.w, m.m, m.v, m.last_step, m.shadow, m.norms)
-    return _ext().AdamMatrix(*(_address(t) for t in tensors), rows, d)
+def _matrix(m: AnyMatrix) -> Any:
+    sizes = m.w.shape
+    if isinstance(m, LeanMatrix):
+        tensors = (m.w, m.m, m.scale, m.v, m.last_step, m.norms)
+        return _ext().LeanMatrix(*(_address(t) for t in tensors), *sizes, m.scale.shape[1], m.seed & 0xFFFFFFFF)
+    return _ext().AdamMatrix(*(_address(t) for t in (m.w, m.m, m.v, m.last_step, m.shadow, m.norms)), *sizes)
 
 
 def _step(s: AdamStep) -> Any:
+    table = s.drift.data_ptr(), s.drift_eps.data_ptr()
     return _ext().AdamStep(
-        s.step, s.beta1, s.beta2, s.lr, s.eps, s.drift.data_ptr(), s.drift_eps.data_ptr(), s.grad_scale, s.project,
-        int(s.norm),
-    )  # fmt: skip
+        s.step, s.beta1, s.beta2, s.lr, s.eps, *table, s.grad_scale, s.project, int(s.norm)
+    )
 
 
 def _job(job: Job) -> Any:
-    g: RowGradient = job.gradient
+    g = job.gradient
     gradient = _ext().RowGradient(g.source.data_ptr(), g.offsets.data_ptr(), g.row.data_ptr(), g.coef.data_ptr())
+    kind = _ext().LeanJob if isinstance(job.matrix, LeanMatrix) else _ext().AdamJob
     n = len(g.offsets) - 1
-    return _ext().AdamJob(_matrix(job.matrix), _step(job.step), gradient, _address(job.rows), n, job.squares.data_ptr())
+    return kind(_matrix(job.matrix), _step(job.step), gradient, _address(job.rows), n, job.squares.data_ptr())

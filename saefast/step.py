@@ -5,11 +5,11 @@ those runs: each latent's gradient row is summed, used by its Adam update and fo
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
 from saefast.init import scale_encoder_, start_b_dec_
 from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, inverse_variance, reconstruction_weight
-from saefast.optim import AdamStep, DriftTable, Job, Matrix, Norm, RowGradient
+from saefast.optim import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.recipe import TrainConfig, lr_factor
+from saefast.reference import accumulate_dtype
 from saefast.runs import Runs
 from saefast.sae import SAE
 
@@ -32,7 +33,7 @@ OVERFLOW = 1e30
 SWEEP_EVERY = 16
 
 
-@dataclass
+@dataclasses.dataclass
 class Gradient:
     """A batch's gradient as entries of a sparse code, and what the step reports. Nothing has been updated yet."""
 
@@ -51,7 +52,7 @@ class Gradient:
     l0: float
 
 
-@dataclass
+@dataclasses.dataclass
 class Part:
     """One loss's share of the entries."""
 
@@ -92,8 +93,12 @@ class FusedStep:
         sweep_every: int = SWEEP_EVERY,
         screened: bool | None = None,
     ) -> None:
-        if sae.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"dtype is {sae.dtype}: engine 'fused' trains float32 weights with optimizer 'adam'")
+        self.lean = config.optimizer == "adam-lean"
+        wanted = (torch.float32, torch.bfloat16) if self.lean else (torch.float32, torch.float64)
+        if sae.dtype not in wanted:
+            raise InputError(f"dtype is {sae.dtype}: optimizer {config.optimizer!r} trains float32 weights")
+        if self.lean and config.ema_decay is not None:
+            raise InputError("ema_decay needs optimizer='adam': an average of bfloat16 weights would not move")
         if config.reproduce_bugs:
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
         if config.eps <= 0:
@@ -105,24 +110,45 @@ class FusedStep:
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
         self.drift = DriftTable(config.beta1, config.beta2, config.eps)
-        self.matrices = {name: Matrix.of(getattr(sae, name).data) for name in PARAMETERS}
-        if screened or (screened is None and screen.pays_off(self.enc.w)):
-            self.enc.shadow = self.enc.w.to(torch.bfloat16)
-        if sae.config.rescale_acts_by_decoder_norm:
-            self.dec.norms = self.dec.w.norm(dim=1)
+        self.matrices = self._new_state(screened)
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
         self._versions: tuple[int, ...] = ()
         self._scratch: dict[str, Tensor] = {}
 
+    def _new_state(self, screened: bool | None) -> dict[str, AnyMatrix]:
+        sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
+        if self.lean:
+            sae.to(torch.bfloat16)
+            sae.config = dataclasses.replace(sae.config, dtype="bfloat16")
+            W_enc, W_dec = sae.W_enc.data, sae.W_dec.data
+            seeds = [2 * self.config.seed, 2 * self.config.seed + 1]
+            state: dict[str, AnyMatrix] = {"W_enc": LeanMatrix.of(W_enc, seeds[0])}
+            state["W_dec"] = LeanMatrix.of(W_dec, seeds[1], norms=norms)
+            # Biases are few: they train in float32, and the SAE gets them rounded.
+            return state | {name: Matrix.of(getattr(sae, name).detach().float()) for name in ("b_enc", "b_dec")}
+        if screened is None:
+            screened = screen.pays_off(sae.W_enc.data)
+        return {
+            "W_enc": Matrix.of(sae.W_enc.data, shadow=screened),
+            "W_dec": Matrix.of(sae.W_dec.data, norms=norms),
+            "b_enc": Matrix.of(sae.b_enc.data),
+            "b_dec": Matrix.of(sae.b_dec.data),
+        }
+
     @property
-    def enc(self) -> Matrix:
+    def enc(self) -> AnyMatrix:
         return self.matrices["W_enc"]
 
     @property
-    def dec(self) -> Matrix:
+    def dec(self) -> AnyMatrix:
         return self.matrices["W_dec"]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What sums are kept in."""
+        return accumulate_dtype(self.sae.dtype)
 
     @property
     def dense(self) -> bool:
@@ -146,7 +172,7 @@ class FusedStep:
         """
         check_batch(x, self.sae)
         self._bind()
-        x = x.to(self.sae.dtype).contiguous()
+        x = x.to(self.dtype).contiguous()
         gradient = self._gradient(x)
         lr, jobs = self.lr(), self._jobs(gradient)
         if self.config.max_grad_norm is not None:
@@ -169,7 +195,10 @@ class FusedStep:
         versions = tuple(number for p in parameters for number in (p.data_ptr(), p._version))
         if versions != self._versions:
             for p, matrix in zip(parameters, self.matrices.values(), strict=True):
-                matrix.w = p.data.view(matrix.w.shape)
+                if p.dtype == matrix.w.dtype:
+                    matrix.w = p.data.view(matrix.w.shape)
+                elif not torch.equal(matrix.w[0].to(p.dtype), p.data):
+                    matrix.w[0].copy_(p.data)  # a bias, which the SAE holds rounded
                 matrix.copies_changed()
             self._versions = versions
 
@@ -177,7 +206,7 @@ class FusedStep:
         """Memory kept from step to step: fresh pages cost more than what is written to them."""
         found = self._scratch.get(name)
         if found is None or found.shape != shape:
-            found = self._scratch[name] = torch.empty(shape, dtype=self.sae.dtype, device=self.sae.device)
+            found = self._scratch[name] = torch.empty(shape, dtype=self.dtype, device=self.sae.device)
         return found
 
     def _constants(self, step: int, **changes: Any) -> AdamStep:
@@ -196,7 +225,7 @@ class FusedStep:
             backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()), latents)
         if self.config.decoder_norm == "pre_forward":
             # Where all rows take part in the update, all have to be at unit norm before it.
-            backend.normalise_rows(self.dec, None if self.dense else latents)
+            backend.normalise_rows(self.dec, self._constants(self.step_count), None if self.dense else latents)
 
     def _encode(
         self, centred: Tensor, k: int, latents: Tensor | None = None, relu: bool = True
@@ -364,17 +393,24 @@ class FusedStep:
         if self.ema is not None and self.config.ema_decay is not None:
             # The average takes the weights of before this step's update, as OpenAI's does, decoder rows at unit norm.
             if self.config.decoder_norm == "pre_step":
-                backend.normalise_rows(self.dec)
+                backend.normalise_rows(self.dec, self._constants(self.step_count))
             for name, average in self.ema.items():
                 average.lerp_(getattr(self.sae, name).data, 1 - self.config.ema_decay)
-        backend.adam_rows(jobs)
+        backend.update_rows(jobs)
         self.drift.add(lr)
         self.step_count += 1
         self.dead.since = g.since
+        if self.lean:
+            self._round_biases()
         if not self.dense and self.step_count % self.sweep_every == 0:
             backend.catch_up(self.enc, self._constants(self.step_count))
             if self.dec.norms is not None:
                 backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()))
+
+    def _round_biases(self) -> None:
+        """Hands the SAE its biases, whose float32 masters are here."""
+        for name in ("b_enc", "b_dec"):
+            getattr(self.sae, name).data.copy_(self.matrices[name].w[0])
 
     def averaged(self) -> dict[str, Tensor] | None:
         """The bias-corrected moving average of the weights by name; None without ema_decay or before a step."""
@@ -392,16 +428,21 @@ class FusedStep:
             backend.catch_up(self.enc, self._constants(self.step_count))
             backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()))
             if self.sae.config.unit_norm_decoder and self.config.decoder_norm != "never":
-                backend.normalise_rows(self.dec)
+                backend.normalise_rows(self.dec, self._constants(self.step_count))
 
     def state_dict(self) -> State:
         """Everything a bit-exact continuation needs, except the SAE's own weights, which a checkpoint stores beside."""
-        state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale, "dead.since": self.dead.since}
-        state["drift"] = self.drift.state()
+        state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale}
+        return state | {"drift": self.drift.state()} | self._tensors()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The state's tensors by name, live."""
+        tensors = {"dead.since": self.dead.since}
         for name, matrix in self.matrices.items():
-            state |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
-        state |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
-        return state
+            tensors |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
+        if self.lean:
+            tensors |= {f"master.{name}": self.matrices[name].w for name in ("b_enc", "b_dec")}
+        return tensors | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
@@ -410,10 +451,7 @@ class FusedStep:
         Raises:
             InputError: an entry is missing or of another shape; nothing is changed then.
         """
-        wanted = {"dead.since": self.dead.since}
-        for name, matrix in self.matrices.items():
-            wanted |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
-        wanted |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
+        wanted = self._tensors()
         found = {name: _taken(state, name, like) for name, like in wanted.items()}
         table, drift = DriftTable(self.config.beta1, self.config.beta2, self.config.eps), state.get("drift")
         if not isinstance(drift, Tensor):

@@ -39,7 +39,7 @@ class Rows:
             n = torch.arange(len(ids) + 1, dtype=torch.int32)
             gradient = RowGradient(grad, n, n[:-1], torch.ones(len(ids), dtype=grad.dtype))
             job = Job(self.matrix, self.constants(self.t, lr), gradient, ids.int(), grad.new_empty(len(ids)))
-            self.backend.adam_rows([job])
+            self.backend.update_rows([job])
         self.table.add(lr)
 
     def settle(self) -> None:

@@ -197,14 +197,14 @@ OPTIONS = [
 @needs_cpp
 @pytest.mark.parametrize("D", [1, 19, 64, 130])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_adam_rows(D: int, options: dict[str, object]) -> None:
+def test_update_rows(D: int, options: dict[str, object]) -> None:
     """Sleeping rows, long runs, projection, clipping and norms, against the plain backend in float64."""
     job = random_job(random_matrix(40, D), touched=23, entries=700, **options)
     wide = copied(job, torch.float64)
     narrow = copied(job, torch.float32)
-    cpp().adam_rows([job])
-    rows.adam_rows([wide])
-    rows.adam_rows([narrow])
+    cpp().update_rows([job])
+    rows.update_rows([wide])
+    rows.update_rows([narrow])
     for name in ("w", "m", "v", "norms"):
         ours, plain, exact = (getattr(j.matrix, name) for j in (job, narrow, wide))
         allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
@@ -218,7 +218,7 @@ def test_adam_rows(D: int, options: dict[str, object]) -> None:
 def test_untouched_rows_stay_untouched() -> None:
     job = random_job(random_matrix(40, 16), touched=11, entries=30, norm=Norm.after_update)
     before = copied(job, torch.float32)
-    cpp().adam_rows([job])
+    cpp().update_rows([job])
     others = torch.ones(40, dtype=torch.bool)
     others[job.rows.long()] = False
     for name in ("w", "m", "v", "last_step", "norms"):
@@ -233,7 +233,7 @@ def test_the_norm_pass_says_what_the_update_says() -> None:
     cpp().catch_up(job.matrix, job.step._replace(step=7), job.rows)
     first = job._replace(squares=torch.empty_like(job.squares))
     cpp().gradient_squares(first)
-    cpp().adam_rows([job])
+    cpp().update_rows([job])
     assert torch.equal(first.squares, job.squares)
     rows.catch_up(before.matrix, before.step._replace(step=7), before.rows)
     rows.gradient_squares(before)
@@ -251,8 +251,8 @@ def test_catch_up_and_norms(norm: Norm) -> None:
         plain = copied(Job(ours, step, RowGradient(*[torch.empty(0)] * 4), None, torch.empty(0)), torch.float32).matrix
         cpp().catch_up(ours, step, chosen)
         rows.catch_up(plain, step, chosen)
-        cpp().normalise_rows(ours, torch.tensor([1, 5], dtype=torch.int32))
-        rows.normalise_rows(plain, torch.tensor([1, 5], dtype=torch.int32))
+        cpp().normalise_rows(ours, step, torch.tensor([1, 5], dtype=torch.int32))
+        rows.normalise_rows(plain, step, torch.tensor([1, 5], dtype=torch.int32))
         for name in ("w", "m", "v", "norms"):
             torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-5, atol=1e-6)
         assert torch.equal(ours.last_step, plain.last_step)
@@ -273,7 +273,7 @@ def test_same_bits_on_any_number_of_threads(threads: "itertools.chain[int]") -> 
         residual = torch.empty(1, B, D)
         found = cpp().decode_loss(x, acts, idx, W, b, [0.1], [K], residual)
         mine = copied(job, torch.float32)
-        cpp().adam_rows([mine])
+        cpp().update_rows([mine])
         sums = cpp().weighted_row_sum(x), torch.tensor(cpp().moments(x))
         results.append([*found, residual, mine.matrix.w, mine.matrix.v, mine.squares, *sums])
     for other in results[1:]:

@@ -333,12 +333,12 @@ def test_an_interrupt_half_way_waits_for_the_step(number: int, monkeypatch: pyte
     def interrupted(jobs: Any) -> None:
         for job in jobs:
             os.kill(os.getpid(), number)
-            real.adam_rows([job])
+            real.update_rows([job])
 
     previous = signal.signal(number, handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(rows, "backend", lambda w: Flaky(real, adam_rows=interrupted))
+            patch.setattr(rows, "backend", lambda w: Flaky(real, update_rows=interrupted))
             with pytest.raises(Stop):
                 ours.step(data[0])
         assert signal.getsignal(number) is handler
