@@ -1,4 +1,7 @@
-"""Runs: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares."""
+"""Runs: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares.
+
+Also what the row operations of every backend return, which is why it stands below them.
+"""
 
 from typing import NamedTuple
 
@@ -21,6 +24,15 @@ class Runs(NamedTuple):
         counts = self.offsets.new_zeros(n_latents + 1)
         counts[self.latents.long() + 1] = self.offsets[1:] - self.offsets[:-1]
         return counts.cumsum(0).int()
+
+
+class Decoded(NamedTuple):
+    """What decode_loss finds. P prefixes of the code, B tokens."""
+
+    squares: Tensor
+    """(P, B) Σ e² of each token, e = x - x_hat."""
+    grad_acts: Tensor
+    """(B, K) dloss / dacts for the loss Σ_p weight[p] · Σ e[p]²."""
 
 
 def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:

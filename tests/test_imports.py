@@ -21,7 +21,7 @@ FLOORS = (
     ("triton_launch",),
     ("triton_encode",),
     ("native", "triton_ops", "metrics"),
-    ("ops", "rows_native"),
+    ("ops", "rows_native", "rows_lean"),
     ("autograd", "data", "splice", "rows", "screen"),
     ("init",),
     ("sae",),
@@ -30,9 +30,10 @@ FLOORS = (
     ("autograd_step", "step", "rundir"),
     ("trainer",),
     ("train", "evaluate"),
-    ("report", "cli_args"),
-    ("cli_harvest", "cli_eval"),
+    ("report", "sweep", "cli_args"),
+    ("cli_harvest", "cli_eval", "cli_features"),
     ("cli_train",),
+    ("cli_demo",),
     ("cli",),
     ("__main__",),
 )
@@ -41,7 +42,7 @@ NEVER = {"step": {"autograd"}, "rows": {"autograd"}, "screen": {"autograd"}}
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
 TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops")
 # Each sub-command's module is imported by cli when that sub-command was typed.
-COMMANDS = ("cli_args", "cli_harvest", "cli_eval", "cli_train")
+COMMANDS = [room for floor in FLOORS for room in floor if room.startswith("cli_")]
 MAY_BE_HEAVY = {name: {"triton"} for name in TRITON} | {name: {"tyro"} for name in COMMANDS}
 
 
