@@ -159,6 +159,34 @@ void bind_buffer(py::module_& m) {
     m.def("open_queue", &open_queue, "room"_a, "reservoir"_a, "ring"_a, "settings"_a, "seed"_a);
 }
 
+// What exists for either kind of weight matrix.
+template <class Matrix, class Job>
+void bind_row_ops(py::module_& m) {
+    using namespace saefast;
+    py::class_<Job>(m, Job::kBuffers == 1 ? "AdamJob" : "LeanJob")
+        .def(py::init([](const Matrix& matrix, const AdamStep& step, const RowGradient& gradient, Address rows,
+                         int64_t n, Address squares) {
+                 return Job{matrix, step, gradient, at<const int32_t>(rows), n, at<float>(squares)};
+             }),
+             "matrix"_a, "step"_a, "gradient"_a, "rows"_a, "n"_a, "squares"_a);
+    m.def(
+        "catch_up",
+        [](const Matrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
+            py::gil_scoped_release release;
+            catch_up(matrix, step, at<const int32_t>(rows), n, n_threads);
+        },
+        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
+    m.def(
+        "normalise_rows",
+        [](const Matrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
+            py::gil_scoped_release release;
+            normalise_rows(matrix, step, at<const int32_t>(rows), n, n_threads);
+        },
+        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
+    m.def("gradient_squares", py::overload_cast<const Job&, int>(&gradient_squares), "job"_a, "n_threads"_a,
+          py::call_guard<py::gil_scoped_release>());
+}
+
 void bind_rows(py::module_& m) {
     using namespace saefast;
     py::class_<AdamMatrix>(m, "AdamMatrix")
@@ -168,6 +196,14 @@ void bind_rows(py::module_& m) {
                                    at<uint16_t>(shadow), at<float>(norms), n_rows,       d};
              }),
              "w"_a, "m"_a, "v"_a, "last_step"_a, "shadow"_a, "norms"_a, "n_rows"_a, "d"_a);
+    py::class_<LeanMatrix>(m, "LeanMatrix")
+        .def(py::init([](Address w, Address m, Address scale, Address v, Address last_step, Address norms,
+                         int64_t n_rows, int64_t d, int64_t blocks, uint32_t seed) {
+                 return LeanMatrix{at<uint16_t>(w),        at<int8_t>(m),    at<uint16_t>(scale), at<float>(v),
+                                   at<int32_t>(last_step), at<float>(norms), n_rows,              d,
+                                   blocks,                 seed};
+             }),
+             "w"_a, "m"_a, "scale"_a, "v"_a, "last_step"_a, "norms"_a, "n_rows"_a, "d"_a, "blocks"_a, "seed"_a);
     py::class_<AdamStep>(m, "AdamStep")
         .def(py::init([](int32_t step, double beta1, double beta2, double lr, double eps, Address drift,
                          Address drift_eps, float grad_scale, bool project, int norm) {
@@ -190,50 +226,32 @@ void bind_rows(py::module_& m) {
                               at<int32_t>(latents), at<int32_t>(offsets));
         },
         "idx"_a, "keep"_a, "n"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
-    m.def(
-        "catch_up",
-        [](const AdamMatrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
-            py::gil_scoped_release release;
-            catch_up(matrix, step, at<const int32_t>(rows), n, n_threads);
-        },
-        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
-    m.def(
-        "normalise_rows",
-        [](const AdamMatrix& matrix, Address rows, int64_t n, int n_threads) {
-            py::gil_scoped_release release;
-            normalise_rows(matrix, at<const int32_t>(rows), n, n_threads);
-        },
-        "matrix"_a, "rows"_a, "n"_a, "n_threads"_a);
-    py::class_<AdamJob>(m, "AdamJob")
-        .def(py::init([](const AdamMatrix& matrix, const AdamStep& step, const RowGradient& gradient, Address rows,
-                         int64_t n, Address squares) {
-                 return AdamJob{matrix, step, gradient, at<const int32_t>(rows), n, at<float>(squares)};
-             }),
-             "matrix"_a, "step"_a, "gradient"_a, "rows"_a, "n"_a, "squares"_a);
-    m.def("adam_rows", &adam_rows, "jobs"_a, "n_threads"_a, py::call_guard<py::gil_scoped_release>());
-    m.def("gradient_squares", &gradient_squares, "job"_a, "n_threads"_a, py::call_guard<py::gil_scoped_release>());
+    bind_row_ops<AdamMatrix, AdamJob>(m);
+    bind_row_ops<LeanMatrix, LeanJob>(m);
+    m.def("update_rows", &update_rows, "jobs"_a, "lean_jobs"_a, "n_threads"_a,
+          py::call_guard<py::gil_scoped_release>());
     m.def(
         "decode_loss",
-        [](Address x, Address acts, Address idx, Address W_dec, Address b_dec, Address bounds, Address weight, int64_t B,
-           int64_t K, int64_t P, int64_t d, int64_t n_latents, bool by_latent, Address residual, Address squares,
+        [](Address x, Address acts, Address idx, Address W_dec, bool bf16, Address b_dec, Address bounds, Address weight,
+           int64_t B, int64_t K, int64_t P, int64_t d, int64_t n_latents, bool by_latent, Address residual, Address squares,
            Address grad_acts, Address error, bool relu, int n_threads) {
             py::gil_scoped_release release;
-            decode_loss({at<const float>(x), at<const float>(acts), at<const int32_t>(idx), at<const float>(W_dec),
+            decode_loss({at<const float>(x), at<const float>(acts), at<const int32_t>(idx), at<const void>(W_dec), bf16,
                          at<const float>(b_dec), at<const int32_t>(bounds), at<const float>(weight), B, K, P, d,
                          n_latents, by_latent, at<float>(residual), at<float>(squares), at<float>(grad_acts),
                          at<float>(error), relu},
                         n_threads);
         },
-        "x"_a, "acts"_a, "idx"_a, "W_dec"_a, "b_dec"_a, "bounds"_a, "weight"_a, "B"_a, "K"_a, "P"_a, "d"_a,
+        "x"_a, "acts"_a, "idx"_a, "W_dec"_a, "bf16"_a, "b_dec"_a, "bounds"_a, "weight"_a, "B"_a, "K"_a, "P"_a, "d"_a,
         "n_latents"_a, "by_latent"_a, "residual"_a, "squares"_a, "grad_acts"_a, "error"_a, "relu"_a, "n_threads"_a);
     m.def(
         "weighted_row_sum",
-        [](Address W, int64_t d, Address rows, Address coef, int64_t n, Address out, int n_threads) {
+        [](Address W, bool bf16, int64_t d, Address rows, Address coef, int64_t n, Address out, int n_threads) {
             py::gil_scoped_release release;
-            weighted_row_sum(at<const float>(W), d, at<const int32_t>(rows), at<const float>(coef), n, at<float>(out),
+            weighted_row_sum(at<const void>(W), bf16, d, at<const int32_t>(rows), at<const float>(coef), n, at<float>(out),
                              n_threads);
         },
-        "W"_a, "d"_a, "rows"_a, "coef"_a, "n"_a, "out"_a, "n_threads"_a);
+        "W"_a, "bf16"_a, "d"_a, "rows"_a, "coef"_a, "n"_a, "out"_a, "n_threads"_a);
     m.def(
         "moments",
         [](Address x, int64_t n, int64_t d, int n_threads) {
