@@ -1,0 +1,145 @@
+"""`evaluate_run` on runs of every kind: its figures, what it leaves behind, and when language-model loss is there."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file
+
+from saefast.data.harvest import HarvestConfig, harvest
+from saefast.data.sources import open_source
+from saefast.errors import InputError
+from saefast.evaluate import describe_data, evaluate, evaluate_run
+from saefast.metrics import METRICS
+from saefast.sae import SAE, SAEConfig, SAEOutput
+from saefast.splice import LM_METRICS
+
+CONFIG = dict(hooks=("layers.1",), ctx_len=24, dtype="float32", forward="float32", heldout=0.25, device="cpu")
+
+
+def save_model(folder: Path, kind: str, head: bool) -> Path:
+    tiny_models.model(kind, head=head).save_pretrained(folder)
+    tiny_models.tokenizer(special=kind == "bert").save_pretrained(folder)
+    return folder
+
+
+def make_run(folder: Path, data: Path, d_in: int = 16, seed: int = 0) -> Path:
+    """A run's folder as the command line leaves it, around an SAE that was not trained."""
+    source = open_source(data)
+    metadata = describe_data(data, folder, source, hook=None, key=None, heldout=0.05)
+    SAE(SAEConfig(d_in=d_in, n_latents=48, k=4, metadata=metadata), seed=seed).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    model = save_model(folder / "model", "gpt2", head=True)
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": document}) for document in tiny_models.documents(60)))
+    run = folder / "run"
+    harvest(run / "activations", HarvestConfig(model=str(model), text=str(text), **CONFIG), progress=False)
+    return make_run(run, run / "activations")
+
+
+def test_figures_are_those_of_the_held_out_rows(lm_run: Path) -> None:
+    result = evaluate_run(lm_run, batch_size=50)
+    x = torch.cat(list(open_source(lm_run / "activations").heldout(1000))).double()
+    sae = SAE(SAEConfig(d_in=16, n_latents=48, k=4), seed=0)
+    with torch.no_grad():
+        x_hat, acts, _ = sae(x.float())
+    fvu = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    assert result.metrics["fvu"] == pytest.approx(float(fvu), rel=1e-6)
+    assert result.metrics["l0"] == pytest.approx(float((acts != 0).sum(1).double().mean()))
+    assert list(result.metrics) == list(METRICS)
+    assert result.about["heldout_rows"] == len(x)
+
+
+def test_what_it_leaves_behind(lm_run: Path) -> None:
+    result = evaluate_run(lm_run)
+    written = json.loads((lm_run / "eval.json").read_text())
+    assert written["metrics"] == pytest.approx(result.metrics)
+    assert written["lm"] == pytest.approx(result.lm)
+    assert set(written["formulas"]) == set(METRICS) | set(LM_METRICS)
+    assert written["formulas"]["fvu"]["formula"] == METRICS["fvu"].formula
+    histogram = written["density_histogram"]
+    assert sum(histogram["latents"]) + histogram["never_fired"] == 48
+    latents = load_file(lm_run / "latents.safetensors")
+    assert torch.equal(latents["counts"], result.accumulated.sparsity.counts)
+    assert int(latents["n_rows"]) == result.about["heldout_rows"]
+
+
+def test_language_model_loss_of_the_run(lm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = evaluate_run(lm_run, write=False)
+    assert list(result.lm) == list(LM_METRICS)
+    assert result.lm["delta_loss"] != 0
+    assert result.lm["lm_tokens"] > 50
+    # With x itself in place of x_hat nothing is lost: the hook, the model and the text are the right ones.
+    monkeypatch.setattr(SAE, "forward", lambda self, x: SAEOutput(x, *self.encode_sparse(x)))
+    same = evaluate_run(lm_run, write=False)
+    assert same.lm["delta_loss"] == 0
+    assert same.lm["loss_recovered"] == 1
+    assert same.lm["ce_clean"] == result.lm["ce_clean"]
+
+
+def test_less_text_for_the_language_model(lm_run: Path) -> None:
+    few = evaluate_run(lm_run, lm_tokens=20, write=False)
+    assert few.lm["lm_tokens"] < 60
+    none = evaluate_run(lm_run, lm_tokens=0, write=False)
+    assert none.lm == {}
+    assert none.lm_left_out == "not asked for"
+
+
+def test_a_moved_run_finds_its_data(lm_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(lm_run, tmp_path / "elsewhere")
+    moved = evaluate_run(tmp_path / "elsewhere", write=False, lm_tokens=0)
+    assert moved.metrics == evaluate_run(lm_run, write=False, lm_tokens=0).metrics
+    shutil.rmtree(tmp_path / "elsewhere" / "activations")
+    with pytest.raises(InputError, match="is gone: name where it is with --data"):
+        evaluate_run(tmp_path / "elsewhere")
+
+
+def test_a_model_without_a_head_is_said_to_have_none(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "bert", head=False)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(tiny_models.documents(40)))
+    config = HarvestConfig(model=str(model), text=str(text), **CONFIG)
+    harvest(tmp_path / "acts", config, text=tiny_models.documents(40), progress=False)
+    result = evaluate_run(make_run(tmp_path / "run", tmp_path / "acts"))
+    assert result.lm == {}
+    assert result.lm_left_out == f"{model} is a BertModel, which has no language-model head"
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["lm_left_out"] == result.lm_left_out
+
+
+def test_a_file_of_rows(tmp_path: Path) -> None:
+    rows = torch.randn(400, 16)
+    torch.save(rows, tmp_path / "rows.pt")
+    run = make_run(tmp_path / "run", tmp_path / "rows.pt")
+    result = evaluate_run(run)
+    assert result.about["heldout_rows"] == 20
+    assert "not a harvest" in result.lm_left_out
+    torch.save(torch.randn(100, 16), tmp_path / "other.pt")
+    assert evaluate_run(run, str(tmp_path / "other.pt")).about["heldout_rows"] == 5
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    sae = SAE(SAEConfig(d_in=8, n_latents=20, k=2), seed=0)
+    bad = torch.zeros(10, 8)
+    bad[7, 3] = math.inf
+    with pytest.raises(InputError, match="row 17 of the held-out rows holds NaN or inf"):
+        evaluate(sae, [torch.zeros(10, 8), bad])
+    with pytest.raises(InputError, match=r"x has shape \(10, 9\)"):
+        evaluate(sae, [torch.zeros(10, 9)])
+    sae.save(tmp_path / "bare")
+    with pytest.raises(InputError, match="does not say what data"):
+        evaluate_run(tmp_path / "bare")
+    with pytest.raises(InputError, match="does not exist"):
+        evaluate_run(tmp_path / "nothing")
+    torch.save(torch.randn(50, 9), tmp_path / "wide.pt")
+    with pytest.raises(InputError, match="expected d_in = 8"):
+        evaluate_run(tmp_path / "bare", str(tmp_path / "wide.pt"))
+    assert not (tmp_path / "bare" / "eval.json").exists()
