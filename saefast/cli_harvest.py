@@ -84,10 +84,7 @@ def main(argv: list[str]) -> int:
 
 def run_harvest(args: HarvestArgs) -> HarvestReport:
     """Harvests as the arguments say. Raises InputError; Ctrl-C is raised with what to do next."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    values = {name: value for name, value in values.items() if name not in ("out", "text", "hook")}
-    config = HarvestConfig(hooks=args.hook, text=args.text[0] if len(args.text) == 1 else None, **values)
-    text = Joined([open_text(part, args.text_column, args.seed) for part in args.text]) if len(args.text) > 1 else None
+    config, text = harvest_config(args)
     try:
         report = harvest(args.out, config, text=text, progress=watched())
     except KeyboardInterrupt:
@@ -97,6 +94,15 @@ def run_harvest(args: HarvestArgs) -> HarvestReport:
     if len(report.skipped) > 5:
         print(f"saefast: skipped: {len(report.skipped) - 5} more", file=sys.stderr)
     return report
+
+
+def harvest_config(args: HarvestArgs) -> tuple[HarvestConfig, Text | None]:
+    """The harvest's settings, and its text where that is more than one name."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    values = {name: value for name, value in values.items() if name not in ("out", "text", "hook")}
+    config = HarvestConfig(hooks=args.hook, text=args.text[0] if len(args.text) == 1 else None, **values)
+    text = Joined([open_text(part, args.text_column, args.seed) for part in args.text]) if len(args.text) > 1 else None
+    return config, text
 
 
 def describe(report: HarvestReport) -> str:

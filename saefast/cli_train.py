@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -9,13 +10,18 @@ from typing import Any, Literal
 import tyro
 
 from saefast.cli_args import LogLines, parse, peek, watched
-from saefast.data.sources import open_source
+from saefast.cli_harvest import HarvestArgs, describe, harvest_config, run_harvest
+from saefast.data.buffer import ShardBuffer
+from saefast.data.rows_source import RowsSource
+from saefast.data.source import Source
+from saefast.data.sources import Shuffle, open_source
 from saefast.errors import InputError
 from saefast.evaluate import DATA, describe_data
 from saefast.init import Init
 from saefast.recipe import Preset, TrainConfig, preset
 from saefast.rundir import read_config
 from saefast.sae import SAE, SAEConfig
+from saefast.sweep import Member, train_many
 from saefast.train import Stopped, count_steps, train
 
 ACTIVATIONS = "activations"
@@ -78,6 +84,14 @@ class TrainArgs:
     """go on with the run in --out from its newest checkpoint"""
     hook: str | None = None
     """which hook of DATA to train on; with --model, the module to listen to"""
+    hooks: str | None = None
+    """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side off one pass"""
+    live: bool = False
+    """train while --model reads --text; nothing is written but the run (needs --n-tokens)"""
+    shuffle: Shuffle = "auto"
+    """mapped draws from the whole folder at random; buffer streams it through a reservoir, for folders over memory"""
+    skip_bad_shards: bool = False
+    """leave out shards that are missing or damaged, and say which"""
     model: str | None = None
     """Hugging Face name or folder to harvest from"""
     text: tuple[str, ...] = ()
@@ -94,10 +108,9 @@ class TrainArgs:
 
 def main(argv: list[str]) -> int:
     args = parse(TrainArgs, argv, "train", defaults(argv))
-    sae = run_train(args)
-    out = shlex.quote(str(args.out))
-    print(f"trained {sae.config.n_latents:,} latents, k = {sae.config.k}: {args.out}/sae.safetensors")
-    print(f"next: saefast eval {out}")
+    for folder, sae in run_train(args).items():
+        print(f"trained {sae.config.n_latents:,} latents, k = {sae.config.k}: {folder}/sae.safetensors")
+        print(f"next: saefast eval {shlex.quote(str(folder))}")
     return 0
 
 
@@ -113,58 +126,112 @@ def defaults(argv: list[str]) -> TrainArgs:
     return TrainArgs(sae=SAEFlags.of(sae_config, sized=False), train=train_config)
 
 
-def run_train(args: TrainArgs) -> SAE:
-    """Trains as the arguments say, and records in the SAE's metadata where its data is.
+def run_train(args: TrainArgs) -> dict[Path, SAE]:
+    """Trains as the arguments say, and records in each SAE's metadata where its data is. The SAEs by their folders.
 
     Raises:
         InputError: anything a user can put right.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    path, hook, key, heldout = _data(args)
-    source = open_source(path, heldout=heldout, hook=hook, key=key, d_in=args.sae.d_in)
-    metadata = describe_data(path, args.out, source, hook=hook, key=key, heldout=heldout)
-    sae_config = args.sae.config(source.d_in, metadata)
-    shown = watched()
+    names = [name for name in (args.hooks or "").split(",") if name]
+    members = _live_members(args, names) if args.live else _members(args, names)
     try:
-        return train(
-            source,
-            sae_config,
-            args.train,
-            args.out,
-            resume=args.resume,
-            keep_checkpoints=args.keep_checkpoints,
-            progress=shown,
-            on_log=None if shown else LogLines(count_steps(source, args.train)),
-        )
+        if names:
+            saes = train_many(
+                members, args.out, resume=args.resume, keep_checkpoints=args.keep_checkpoints, progress=watched()
+            )
+            return {args.out / name: sae for name, sae in saes.items()}
+        return {args.out: _train_one(args, next(iter(members.values())))}
     except Stopped as stop:
-        go_on = f"saefast train --out {shlex.quote(str(args.out))} --resume"
+        again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if names else [])]
+        go_on = f"saefast train {' '.join(again)}"
+        if args.live:
+            go_on = "the same command with --resume"
         raise KeyboardInterrupt(f"stopped at step {stop.step} and saved; go on with: {go_on}") from None
 
 
-def _data(args: TrainArgs) -> tuple[Path, str | None, str | None, float]:
+def _train_one(args: TrainArgs, member: Member) -> SAE:
+    shown = watched()
+    return train(
+        *member,
+        args.out,
+        resume=args.resume,
+        keep_checkpoints=args.keep_checkpoints,
+        progress=shown,
+        on_log=None if shown else LogLines(count_steps(member.batches, args.train)),
+    )
+
+
+def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
+    """What to train, by hook, off data on disk."""
+    path, hook, key, heldout = _data(args, names)
+    members = {}
+    wanted: list[str | None] = [*names] or [hook]
+    for name in wanted:
+        source = open_source(
+            path,
+            heldout=heldout,
+            hook=name,
+            key=key,
+            d_in=args.sae.d_in,
+            skip_bad_shards=args.skip_bad_shards,
+            shuffle=args.shuffle,
+        )
+        _report_skipped(source)
+        folder = args.out / name if names and name else args.out
+        metadata = describe_data(path, folder, source, hook=name, key=key, heldout=heldout)
+        members[name or ""] = Member(source, args.sae.config(source.d_in, metadata), args.train)
+    return members
+
+
+def _live_members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
+    """What to train, by hook, off a model that is running."""
+    from saefast.data.live import live_sources
+
+    if args.data is not None:
+        raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
+    asked = _harvest_args(args, names)
+    config, text = harvest_config(asked)
+    sources = live_sources(config, text=text)
+    metadata = {"model_name": asked.model, "dataset_path": ", ".join(asked.text) or "stdlib docstrings"}
+    return {
+        name: Member(source, args.sae.config(source.d_in, metadata | {"hook_name": name}), args.train)
+        for name, source in sources.items()
+    }
+
+
+def _report_skipped(source: Source) -> None:
+    for bad in source.folder.skipped if isinstance(source, RowsSource | ShardBuffer) and source.folder else []:
+        print(f"saefast: skipped: {bad.reason}", file=sys.stderr)
+
+
+def _data(args: TrainArgs, names: list[str]) -> tuple[Path, str | None, str | None, float]:
     """What to train on: a path and open_source's arguments. Harvests first where a model or text is given."""
     if args.model is not None or args.text:
         if args.data is not None:
             raise InputError(f"DATA {args.data!r} and --model or --text are given: expected one or the other")
-        return _harvested(args), args.hook, None, args.heldout
+        return _harvested(args, names), args.hook, None, args.heldout
     if args.data is not None:
         return Path(args.data), args.hook, args.key, args.heldout
     if not args.resume:
         raise InputError("no data: name a folder or file of activations, or --model and --text to harvest from")
-    kept = dict(read_config(args.out)[0].metadata.get(DATA) or {})
+    run = args.out / names[0] if names else args.out
+    kept = dict(read_config(run)[0].metadata.get(DATA) or {})
     if "path" not in kept:
-        raise InputError(f"{args.out} does not say what data it was trained on: name it")
-    return args.out / kept["path"], kept.get("hook"), kept.get("key"), kept.get("heldout", args.heldout)
+        raise InputError(f"{run} does not say what data it was trained on: name it")
+    return run / kept["path"], kept.get("hook"), kept.get("key"), kept.get("heldout", args.heldout)
 
 
-def _harvested(args: TrainArgs) -> Path:
-    from saefast.cli_harvest import HarvestArgs, describe, run_harvest
+def _harvested(args: TrainArgs, names: list[str]) -> Path:
+    asked = _harvest_args(args, names)
+    print(describe(run_harvest(asked)))
+    return asked.out
 
-    folder = args.out / ACTIVATIONS
-    asked = HarvestArgs(out=folder, text=args.text, heldout=args.heldout)
+
+def _harvest_args(args: TrainArgs, names: list[str]) -> HarvestArgs:
+    asked = HarvestArgs(out=args.out / ACTIVATIONS, text=args.text, heldout=args.heldout)
     if args.model is not None:
         asked.model = args.model
-    if args.hook is not None:
-        asked.hook = (args.hook,)
-    print(describe(run_harvest(asked)))
-    return folder
+    if names or args.hook is not None:
+        asked.hook = tuple(names) or (str(args.hook),)
+    return asked

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saefast.data.buffer import ShardBuffer
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
@@ -127,14 +128,14 @@ def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
     """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had."""
     kept = dict(sae.config.metadata.get(DATA) or {})
     if data is not None:
-        return open_source(data, hook=kept.get("hook"), d_in=sae.config.d_in)
+        return open_source(data, hook=kept.get("hook"), d_in=sae.config.d_in, shuffle="mapped")
     if "path" not in kept:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
     path = Path(kept.pop("path"))
     here = folder / path
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
-    return open_source(here, d_in=sae.config.d_in, **kept)
+    return open_source(here, d_in=sae.config.d_in, shuffle="mapped", **kept)
 
 
 def describe_data(
@@ -148,7 +149,7 @@ def describe_data(
     absolute, base = path.expanduser().resolve(), folder.expanduser().resolve()
     place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
-    if isinstance(source, RowsSource) and source.folder is not None:
+    if isinstance(source, RowsSource | ShardBuffer) and source.folder is not None:
         metadata |= _shard_facts(source.folder, hook)
     return metadata
 

@@ -162,7 +162,7 @@ class ShardBuffer(Source):
         if mapped.folder is None or mapped.hook is None:
             raise InputError(f"{mapped.source_name} is no shard folder: only those are buffered from disk")
         self.source_name, self.d_in, self.n_rows = mapped.source_name, mapped.d_in, mapped.n_rows
-        self._mapped, self._folder, self._hook = mapped, mapped.folder, mapped.hook
+        self._mapped, self.folder, self._hook = mapped, mapped.folder, mapped.hook
         self._reservoir_rows, self._threads, self._reuse_memory = reservoir_rows, threads or _threads(), reuse_memory
         self._on_device = on_device
         self._seed, self._drawn, self._batch_size = 0, 0, 0
@@ -240,12 +240,12 @@ class ShardBuffer(Source):
 
     def _files(self) -> tuple[Files, list[int]]:
         """Path, rows and column offsets of each shard, and the bytes a row has in each column (acts [, scale])."""
-        names = ["acts", "scale"] if self._folder.dtype == torch.int8 else ["acts"]
+        names = ["acts", "scale"] if self.folder.dtype == torch.int8 else ["acts"]
         files = []
-        for info in self._folder.shards("train", self._hook):
-            path, entries = self._folder.entries(info, self._hook)
+        for info in self.folder.shards("train", self._hook):
+            path, entries = self.folder.entries(info, self._hook)
             files.append((str(path), info.rows, [entries[name].start for name in names]))
-        return files, [self.d_in * self._folder.dtype.itemsize, 4][: len(names)]
+        return files, [self.d_in * self.folder.dtype.itemsize, 4][: len(names)]
 
     def _draw(self, reservoir: Reservoir, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
         while True:
@@ -268,10 +268,10 @@ class ShardBuffer(Source):
 
     def _decode(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
         """Stored bytes (n, row_bytes) -> rows (n, d_in), a copy unless reuse_memory."""
-        width = self.d_in * self._folder.dtype.itemsize
+        width = self.d_in * self.folder.dtype.itemsize
         # Without a scale beside them the codes fill the row, and this is a view.
-        acts = raw[:, :width].contiguous().view(self._folder.dtype)
-        if self._folder.dtype == torch.int8:
+        acts = raw[:, :width].contiguous().view(self.folder.dtype)
+        if self.folder.dtype == torch.int8:
             return dequantise(acts, raw[:, width:].contiguous().view(torch.float32)[:, 0]).to(dtype)
         return acts.to(dtype, copy=not self._reuse_memory)
 
