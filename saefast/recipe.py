@@ -36,6 +36,8 @@ class TrainConfig:
         lr_decay_start: step the fall begins at, instead of lr_decay_share; -1 is never. It never begins before the
             end of the warm-up.
         lr_end: final rate as a share of lr.
+        sweep_every: fused engine only: steps between sweeps that bring rows of W_enc which have not fired up to date; 1 is
+            dense Adam's arithmetic at every step, at its cost (see `saefast.step.FusedStep`).
         max_grad_norm: clip the global gradient norm to this; None does not clip.
 
         loss: "fvu" Σe² / Σ(x - mean)²; "sum" mean over tokens of Σ_d e²; "scaled_mse" mean of e² over the variance
@@ -86,6 +88,7 @@ class TrainConfig:
     lr_decay_share: float = 0.2
     lr_decay_start: int | None = None
     lr_end: float = 0.0
+    sweep_every: int = 16
     max_grad_norm: float | None = None
 
     loss: Literal["fvu", "sum", "scaled_mse"] = "fvu"
@@ -126,7 +129,7 @@ class TrainConfig:
         limits = {
             "batch_size": 1, "n_tokens": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1, "lr_warmup_steps": 0,
             "auxk_coef": 0, "multi_topk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0, "save_every": 0,
-            "eval_every": 0,
+            "eval_every": 0, "sweep_every": 1,
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)

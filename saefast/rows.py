@@ -18,7 +18,6 @@ from saefast.runs import Decoded, group_runs
 
 __all__ = [
     "Decoded",
-    "update_rows",
     "backend",
     "catch_up",
     "decode_loss",
@@ -26,6 +25,7 @@ __all__ = [
     "group_runs",
     "moments",
     "normalise_rows",
+    "update_rows",
     "weighted_row_sum",
 ]
 

@@ -104,9 +104,7 @@ def _matrix(m: AnyMatrix) -> Any:
 
 def _step(s: AdamStep) -> Any:
     table = s.drift.data_ptr(), s.drift_eps.data_ptr()
-    return _ext().AdamStep(
-        s.step, s.beta1, s.beta2, s.lr, s.eps, *table, s.grad_scale, s.project, int(s.norm)
-    )
+    return _ext().AdamStep(s.step, s.beta1, s.beta2, s.lr, s.eps, *table, s.grad_scale, s.project, int(s.norm))
 
 
 def _job(job: Job) -> Any:

@@ -15,53 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import ops, rows, screen
+from saefast import rows, screen
 from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
+from saefast.gradient import Gradient, Model, Pass, serial_sum
+from saefast.hot import HotLatents, threshold
 from saefast.init import scale_encoder_, start_b_dec_
-from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, inverse_variance, reconstruction_weight
+from saefast.losses import DeadLatents, inverse_variance
 from saefast.optim import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.recipe import TrainConfig, lr_factor
 from saefast.reference import accumulate_dtype
-from saefast.runs import Runs
 from saefast.sae import SAE
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
-# Sums of squares that fp32 holds with room to spare. Beyond them a step is refused before it looks further.
-OVERFLOW = 1e30
-# Steps between sweeps over all rows of W_enc; see FusedStep.
-SWEEP_EVERY = 16
-
-
-@dataclasses.dataclass
-class Gradient:
-    """A batch's gradient as entries of a sparse code, and what the step reports. Nothing has been updated yet."""
-
-    idx: Tensor
-    """(n,) int32 latent of each entry."""
-    runs: Runs
-    for_dec: RowGradient
-    for_enc: RowGradient
-    b_enc: Tensor
-    b_dec: Tensor
-    since: Tensor
-    """The dead-latent counters after the batch."""
-    loss: float
-    fvu: float
-    auxk: float
-    l0: float
-
-
-@dataclasses.dataclass
-class Part:
-    """One loss's share of the entries."""
-
-    acts: Tensor
-    """(B, K)."""
-    idx: Tensor
-    grad_acts: Tensor
-    plane: Tensor
-    """(B, K) int64: which plane of residuals the entry's decoder row hears."""
 
 
 class FusedStep:
@@ -77,8 +43,10 @@ class FusedStep:
         sae: trained in place; float32 (float64 in plain torch).
         config: the recipe.
         total_steps: length of the run, which the learning rate's decay ends at.
-        sweep_every: steps between sweeps over W_enc.
+        sweep_every: instead of the config's.
         screened: let bf16 products choose the candidates for the top k (saefast.screen); None is where that is faster.
+        hot_share: share of tokens above which a latent is computed densely (saefast.hot); None is what the device's
+            figures say, and never on a CPU.
 
     Raises:
         InputError: the SAE's dtype, or a setting only the autograd engine has.
@@ -90,8 +58,9 @@ class FusedStep:
         config: TrainConfig,
         total_steps: int,
         *,
-        sweep_every: int = SWEEP_EVERY,
+        sweep_every: int | None = None,
         screened: bool | None = None,
+        hot_share: float | None = None,
     ) -> None:
         self.lean = config.optimizer == "adam-lean"
         wanted = (torch.float32, torch.bfloat16) if self.lean else (torch.float32, torch.float64)
@@ -103,14 +72,16 @@ class FusedStep:
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
         if config.eps <= 0:
             raise InputError(f"eps is {config.eps}: engine 'fused' needs more than 0")
-        if sweep_every < 1:
+        if sweep_every is not None and sweep_every < 1:
             raise InputError(f"sweep_every is {sweep_every}: expected at least 1")
-        self.sae, self.config, self.total_steps, self.sweep_every = sae, config, total_steps, sweep_every
+        self.sae, self.config, self.total_steps = sae, config, total_steps
+        self.sweep_every = sweep_every if sweep_every is not None else config.sweep_every
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
         self.drift = DriftTable(config.beta1, config.beta2, config.eps)
         self.matrices = self._new_state(screened)
+        self.hot = self._new_hot(hot_share)
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
@@ -136,6 +107,14 @@ class FusedStep:
             "b_enc": Matrix.of(sae.b_enc.data),
             "b_dec": Matrix.of(sae.b_dec.data),
         }
+
+    def _new_hot(self, share: float | None) -> HotLatents | None:
+        """Hot latents need one residual per token and an update of single rows."""
+        if share is None:
+            share = threshold(self.sae.device, self.sae.dtype)
+        if share is None or self.dense or self.config.multi_topk_coef:
+            return None
+        return HotLatents(self.sae.config.n_latents, share, self.sae.device)
 
     @property
     def enc(self) -> AnyMatrix:
@@ -227,138 +206,12 @@ class FusedStep:
             # Where all rows take part in the update, all have to be at unit norm before it.
             backend.normalise_rows(self.dec, self._constants(self.step_count), None if self.dense else latents)
 
-    def _encode(
-        self, centred: Tensor, k: int, latents: Tensor | None = None, relu: bool = True
-    ) -> tuple[Tensor, Tensor]:
-        W_enc, b_enc, low = self.enc.w, self.matrices["b_enc"].w[0], self.enc.shadow
-        options: dict[str, Any] = dict(latents=latents, scale=self.dec.norms, relu=relu)
-        if low is None:
-            return ops.encode_topk(centred, W_enc, b_enc, k, **options)
-        return screen.encode_topk_screened(centred, low, W_enc, b_enc, k, **options)
-
     def _gradient(self, x: Tensor) -> Gradient:
-        """The whole forward and backward pass."""
-        backend = rows.backend(x)
-        variance, squares = backend.moments(x)
-        b_dec = self.matrices["b_dec"].w[0]
-        centred = x - b_dec if self.sae.config.apply_b_dec_to_input else x
-        if not 0 < variance <= squares * (1 + 1e-6) < OVERFLOW:
-            raise not_finite(self.step_count, math.nan, x)
-        wide = self._bounds()[-1]
-        acts, idx = self._encode(centred, wide)
-        self._refuse_overflow(acts, x)
-
-        k = self.sae.config.k
-        since = self.dead.after(acts[:, :k], idx[:, :k])
-        n_latents = self.sae.config.n_latents
-        runs = backend.group_runs(idx.flatten(), (acts != 0).flatten(), n_latents)
-        self._wake_decoder(runs.latents)
-        dead_ids = self._dead_ids(since)
-        main, losses, planes = self._reconstruct(x, acts, idx, variance, with_error=dead_ids is not None)
-        parts, auxk = [main], 0.0
-        if dead_ids is not None:
-            part, auxk = self._auxk(centred, dead_ids, variance, planes[-1])
-            if part is not None:
-                parts.append(part)
-        loss = losses[0] + self.config.auxk_coef * auxk
-        if not math.isfinite(loss):
-            raise not_finite(self.step_count, loss, x)
-        l0 = float((acts[:, :k] > 0).sum()) / len(x)
-        return self._entries(x, centred, parts, planes, runs, since, loss, losses[1], auxk, l0)
-
-    def _bounds(self) -> list[int]:
-        """Nested prefixes of the code, best latents first: k, and 4k where MultiTopK asks for it."""
-        k = self.sae.config.k
-        return [k, min(4 * k, self.sae.config.n_latents)] if self.config.multi_topk_coef else [k]
-
-    def _refuse_overflow(self, acts: Tensor, x: Tensor) -> None:
-        """Raises for a code that is not finite, or so large that the loss could not be, before any row is caught up."""
-        longest = 1.0 if self.dec.norms is None else float(self.dec.norms.max())
-        reach = float(acts[:, 0].max()) * longest * acts.shape[1]
-        if not reach * reach * len(x) < OVERFLOW:
-            raise not_finite(self.step_count, math.nan if math.isnan(reach) else math.inf, x)
-
-    def _dead_ids(self, since: Tensor) -> Tensor | None:
-        """(n_dead,) ids for AuxK to revive, or None where it has nothing to say."""
-        if not self.config.auxk_coef:
-            return None
-        ids = self.dead.ids(since if self.config.dead_update_first else self.dead.since)
-        return ids if auxk_runs(len(ids), self.config) else None
-
-    def _reconstruct(
-        self, x: Tensor, acts: Tensor, idx: Tensor, variance: float, *, with_error: bool
-    ) -> tuple[Part, tuple[float, float], Tensor]:
-        """Decode, losses and their gradients: the main part, (loss, fvu), and the residual planes (P or P + 1, B, D).
-
-        The last plane, if asked for, is x - x_hat itself, for AuxK to read and then overwrite.
-        """
-        (B, D), bounds = x.shape, self._bounds()
-        P = len(bounds)
-        weight = [float(reconstruction_weight(x.shape, variance, self.config, self.mse_scale))]  # type: ignore[arg-type]
-        if self.config.multi_topk_coef:
-            weight.append(self.config.multi_topk_coef / variance)
-        planes = self._buffer("planes", P + with_error, B, D)
-        error = self._buffer("error", B, D) if with_error else None
-        backend, b_dec = rows.backend(x), self.matrices["b_dec"].w[0]
-        decoded = backend.decode_loss(x, acts, idx, self.dec.w, b_dec, weight, bounds, planes[:P], error=error)
-        squares = [serial_sum(row) for row in decoded.squares]
-        prefix = torch.bucketize(torch.arange(idx.shape[1]), torch.tensor(bounds), right=True).to(x.device)
-        main = Part(acts, idx, decoded.grad_acts, prefix.expand_as(idx))
-        loss = sum(w * s for w, s in zip(weight, squares, strict=True))
-        return main, (loss, squares[0] / variance), planes
-
-    def _auxk(self, centred: Tensor, dead_ids: Tensor, variance: float, plane: Tensor) -> tuple[Part | None, float]:
-        """AuxK: dead latents reconstruct the residual. Fills `plane`; its entries, and the loss without coefficient."""
-        error, config = self._scratch["error"], self.config
-        D = error.shape[1]
-        n_dead, backend = len(dead_ids), rows.backend(error)
-        weight = self._auxk_weight(error, n_dead, variance)
-        k = min(auxk_wanted(D, config), n_dead)
-        if k == 0:
-            torch.mul(error, config.auxk_coef * weight, out=plane)
-            return None, weight * backend.moments(error)[1]
-        acts, idx = self._encode(centred, k, dead_ids, config.auxk_relu)
-        runs = backend.group_runs(idx.flatten(), (acts != 0).flatten(), self.sae.config.n_latents)
-        self._wake_decoder(runs.latents)
-        decoded = backend.decode_loss(
-            error, acts, idx, self.dec.w, None, [config.auxk_coef * weight], [k], plane[None], relu=config.auxk_relu
-        )
-        part = Part(acts, idx, decoded.grad_acts, torch.full_like(idx, len(self._bounds())))
-        return part, weight * serial_sum(decoded.squares[0])
-
-    def _auxk_weight(self, error: Tensor, n_dead: int, variance: float) -> float:
-        """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
-        B, D = error.shape
-        few = min(n_dead / auxk_wanted(D, self.config), 1.0) if self.config.auxk_scale_few_dead else 1.0
-        if self.config.auxk_denominator == "none":
-            return few / B
-        if self.config.auxk_denominator == "inputs":
-            return few / variance
-        unexplained = rows.backend(error).moments(error)[0]
-        return few / unexplained if unexplained > 0 else 0.0
-
-    def _entries(
-        self, x: Tensor, centred: Tensor, parts: list[Part], planes: Tensor, runs: Runs, since: Tensor, loss: float,
-        fvu: float, auxk: float, l0: float,
-    ) -> Gradient:  # fmt: skip
-        """Turns the parts into entries grouped by latent, and sums the biases' gradients."""
-        (B, D), backend, n_latents = x.shape, rows.backend(x), self.sae.config.n_latents
-        idx, acts, grad = (torch.cat([getattr(p, n).flatten() for p in parts]) for n in ("idx", "acts", "grad_acts"))
-        token = torch.cat([torch.arange(B, device=x.device).repeat_interleave(p.idx.shape[1]) for p in parts])
-        plane = torch.cat([p.plane.flatten() for p in parts])
-        if len(parts) > 1:
-            runs = backend.group_runs(idx, acts != 0, n_latents)
-        order = runs.order.long()
-        offsets = runs.over_all(n_latents) if self.dense else runs.offsets
-        for_dec = RowGradient(planes.view(-1, D), offsets, (plane * B + token)[order].int(), -2 * acts[order])
-        for_enc = RowGradient(centred, offsets, token[order].int(), grad[order])
-        b_enc = ops.sum_by_latent(grad, idx, n_latents)
-        b_dec = -2 * backend.weighted_row_sum(planes[0])
-        if self.config.auxk_b_dec_grad and len(planes) > len(self._bounds()):
-            b_dec -= 2 * backend.weighted_row_sum(planes[-1])
-        if self.sae.config.apply_b_dec_to_input:
-            b_dec -= backend.weighted_row_sum(self.enc.w, runs.latents, b_enc[runs.latents.long()])
-        return Gradient(idx, runs, for_dec, for_enc, b_enc, b_dec, since, loss, fvu, auxk, l0)
+        model = Model(
+            self.sae.config, self.config, self.matrices, self.dead, self.hot, self.mse_scale, self.step_count,
+            self.dense, self._wake_decoder, self._buffer,
+        )  # fmt: skip
+        return Pass(model, x).gradient()
 
     def _jobs(self, g: Gradient) -> list[Job]:
         """The update of the four parameters, to be done in one go."""
@@ -368,13 +221,15 @@ class FusedStep:
             project=self.config.project_decoder_grad,
             norm=norms.get(self.config.decoder_norm, Norm.never),
         )
-        plain = self._constants(self.step_count + 1)
+        plain, none = self._constants(self.step_count + 1), g.b_dec.new_zeros(0)
         touched = None if self.dense else g.runs.latents
-        jobs = [
-            Job(self.dec, for_dec, g.for_dec, touched, torch.empty(0)),
-            Job(self.enc, plain, g.for_enc, touched, torch.empty(0)),
-            Job(self.matrices["b_enc"], plain, one_row(g.b_enc), None, torch.empty(0)),
-            Job(self.matrices["b_dec"], plain, one_row(g.b_dec), None, torch.empty(0)),
+        jobs = [Job(self.dec, for_dec, g.for_dec, touched, none), Job(self.enc, plain, g.for_enc, touched, none)]
+        if g.hot is not None:
+            jobs.append(Job(self.dec, for_dec, given_rows(g.hot.for_dec), g.hot.ids, none))
+            jobs.append(Job(self.enc, plain, given_rows(g.hot.for_enc), g.hot.ids, none))
+        jobs += [
+            Job(self.matrices["b_enc"], plain, given_rows(g.b_enc[None]), None, none),
+            Job(self.matrices["b_dec"], plain, given_rows(g.b_dec[None]), None, none),
         ]
         return [j._replace(squares=g.b_dec.new_zeros(len(j.gradient.offsets) - 1)) for j in jobs]
 
@@ -400,6 +255,8 @@ class FusedStep:
         self.drift.add(lr)
         self.step_count += 1
         self.dead.since = g.since
+        if self.hot is not None:
+            self.hot.count(g.idx, g.on, self.step_count - 1)
         if self.lean:
             self._round_biases()
         if not self.dense and self.step_count % self.sweep_every == 0:
@@ -437,7 +294,7 @@ class FusedStep:
 
     def _tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, live."""
-        tensors = {"dead.since": self.dead.since}
+        tensors = {"dead.since": self.dead.since} | (self.hot.state() if self.hot is not None else {})
         for name, matrix in self.matrices.items():
             tensors |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
         if self.lean:
@@ -463,17 +320,10 @@ class FusedStep:
         self._versions = ()
 
 
-def one_row(grad: Tensor) -> RowGradient:
-    """A dense vector's gradient as the one entry of one run."""
-    zero, ends = (torch.tensor(v, dtype=torch.int32, device=grad.device) for v in ([0], [0, 1]))
-    return RowGradient(grad.view(1, -1), ends, zero, torch.ones_like(grad[:1]))
-
-
-def serial_sum(values: Tensor) -> float:
-    """Σ values in float64 and in an order that does not depend on the number of threads."""
-    if values.device.type != "cpu":
-        return float(values.double().sum())
-    return float(values.double().numpy().sum())
+def given_rows(grad: Tensor) -> RowGradient:
+    """Gradient rows (n, D) that exist already, as runs of one entry."""
+    n = torch.arange(len(grad) + 1, dtype=torch.int32, device=grad.device)
+    return RowGradient(grad, n, n[:-1], torch.ones_like(grad[:, 0]))
 
 
 def total_norm(jobs: list[Job]) -> float:

@@ -26,8 +26,9 @@ FLOORS = (
     ("init",),
     ("sae",),
     ("recipe", "engine", "features"),
-    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots"),
-    ("autograd_step", "step", "rundir"),
+    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot"),
+    ("autograd_step", "gradient", "rundir"),
+    ("step",),
     ("trainer",),
     ("train", "evaluate"),
     ("report", "sweep", "cli_args"),
@@ -38,7 +39,7 @@ FLOORS = (
     ("__main__",),
 )
 # The fused step exists to do without autograd: it stands above it and still does not use it.
-NEVER = {"step": {"autograd"}, "rows": {"autograd"}, "screen": {"autograd"}}
+NEVER = {"step": {"autograd"}, "gradient": {"autograd"}, "rows": {"autograd"}, "screen": {"autograd"}}
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
 TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops")
 # Each sub-command's module is imported by cli when that sub-command was typed.

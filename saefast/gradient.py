@@ -1,0 +1,276 @@
+"""A batch's forward and backward pass on the entries that fired. Nothing of the step is written here.
+
+The one thing that changes is decoder rows that slept: they are settled when they are about to be read, which leaves
+them what dense training would have made of them by now.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast import ops, rows, screen
+from saefast.engine import not_finite
+from saefast.hot import Block, HotLatents
+from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
+from saefast.optim import AnyMatrix, RowGradient
+from saefast.recipe import TrainConfig
+from saefast.runs import Runs
+from saefast.sae import SAEConfig
+
+# Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything is looked at.
+OVERFLOW = 1e30
+
+
+@dataclasses.dataclass
+class Model:
+    """What a pass reads."""
+
+    sae: SAEConfig
+    config: TrainConfig
+    matrices: dict[str, AnyMatrix]
+    """W_enc, W_dec, b_enc, b_dec."""
+    dead: DeadLatents
+    hot: HotLatents | None
+    mse_scale: float
+    step: int
+    dense: bool
+    """Every row takes part in the update, so runs are wanted for all latents."""
+    wake: Callable[[Tensor], None]
+    """Settles the decoder rows of latents (n,) int32."""
+    buffer: Callable[..., Tensor]
+    """Memory by name and shape."""
+
+
+@dataclasses.dataclass
+class Part:
+    """One loss's share of the entries, and of the gradient."""
+
+    acts: Tensor
+    """(B, K)."""
+    idx: Tensor
+    """(B, K) int32."""
+    grad_acts: Tensor
+    """(B, K)."""
+    plane: Tensor
+    """(B, K) int64: which plane of residuals each entry's decoder row hears."""
+
+
+@dataclasses.dataclass
+class HotGradient:
+    """Dense gradient rows of the hot latents."""
+
+    ids: Tensor
+    """(H,) int32."""
+    for_dec: Tensor
+    """(H, D)."""
+    for_enc: Tensor
+
+
+@dataclasses.dataclass
+class Gradient:
+    """A batch's gradient, and what its step reports."""
+
+    runs: Runs
+    for_dec: RowGradient
+    for_enc: RowGradient
+    hot: HotGradient | None
+    b_enc: Tensor
+    """(L,)."""
+    b_dec: Tensor
+    """(D,)."""
+    since: Tensor
+    """(L,) the dead-latent counters after the batch."""
+    idx: Tensor
+    on: Tensor
+    """(B, K) the code, and where it fired."""
+    loss: float
+    fvu: float
+    auxk: float
+    l0: float
+
+
+class Pass:
+    """One batch x (B, D) going through a model. Call `gradient`."""
+
+    def __init__(self, model: Model, x: Tensor) -> None:
+        self.model, self.x, self.config = model, x, model.config
+        self.backend = rows.backend(x)
+        k = model.sae.k
+        # Nested prefixes of the code, best latents first: k, and 4k where MultiTopK asks for it.
+        self.bounds = [k, min(4 * k, model.sae.n_latents)] if self.config.multi_topk_coef else [k]
+        self.b_dec = model.matrices["b_dec"].w[0]
+        self.centred = x - self.b_dec if model.sae.apply_b_dec_to_input else x
+
+    def gradient(self) -> Gradient:
+        """The whole pass.
+
+        Raises:
+            InputError: x, the code or the loss is not finite.
+        """
+        self.variance, squares = self.backend.moments(self.x)
+        if not 0 < self.variance <= squares * (1 + 1e-6) < OVERFLOW:
+            raise not_finite(self.model.step, math.nan, self.x)
+        self.acts, self.idx = self._encode(self.bounds[-1])
+        self._refuse_overflow()
+        k = self.model.sae.k
+        since = self.model.dead.after(self.acts[:, :k], self.idx[:, :k])
+        dead_ids = self._dead_ids(since)
+        if self.model.hot is not None and dead_ids is not None and self.model.hot.has(dead_ids):
+            self.model.hot = None  # a latent's gradient has to come from one place
+        self.runs = self._runs(self.idx, self.acts != 0)
+        self.model.wake(self.runs.latents)
+
+        main, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
+        parts, auxk = [main], 0.0
+        if dead_ids is not None:
+            part, auxk = self._auxk(dead_ids)
+            parts += [part] if part is not None else []
+        loss += self.config.auxk_coef * auxk
+        if not math.isfinite(loss):
+            raise not_finite(self.model.step, loss, self.x)
+        l0 = float((self.acts[:, :k] > 0).sum()) / len(self.x)
+        return Gradient(
+            *self._entries(parts), *self._biases(parts), since, self.idx, self.acts > 0, loss, fvu, auxk, l0
+        )
+
+    def _encode(self, k: int, latents: Tensor | None = None, relu: bool = True) -> tuple[Tensor, Tensor]:
+        enc, b_enc = self.model.matrices["W_enc"], self.model.matrices["b_enc"].w[0]
+        options: dict[str, Any] = dict(latents=latents, scale=self.model.matrices["W_dec"].norms, relu=relu)
+        if enc.shadow is None:
+            return ops.encode_topk(self.centred, enc.w, b_enc, k, **options)
+        return screen.encode_topk_screened(self.centred, enc.shadow, enc.w, b_enc, k, **options)
+
+    def _refuse_overflow(self) -> None:
+        """Raises for a code that is not finite, or so large that the loss could not be, before any row is settled."""
+        norms = self.model.matrices["W_dec"].norms
+        longest = 1.0 if norms is None else float(norms.max())
+        reach = float(self.acts[:, 0].max()) * longest * self.acts.shape[1]
+        if not reach * reach * len(self.x) < OVERFLOW:
+            raise not_finite(self.model.step, math.nan if math.isnan(reach) else math.inf, self.x)
+
+    def _dead_ids(self, since: Tensor) -> Tensor | None:
+        """(n_dead,) ids for AuxK to revive, or None where it has nothing to say."""
+        if not self.config.auxk_coef:
+            return None
+        dead = self.model.dead
+        ids = dead.ids(since if self.config.dead_update_first else dead.since)
+        return ids if auxk_runs(len(ids), self.config) else None
+
+    def _runs(self, idx: Tensor, keep: Tensor) -> Runs:
+        found: Runs = self.backend.group_runs(idx.flatten(), keep.flatten(), self.model.sae.n_latents)
+        return found
+
+    def _reconstruct(self, *, with_error: bool) -> tuple[Part, float, float]:
+        """Decode and the reconstruction losses: their part of the entries, their value, and the FVU.
+
+        Makes `planes` (P or P + 1, B, D), the weighted residuals; the last one is AuxK's to fill.
+        """
+        (B, D), P, shape = self.x.shape, len(self.bounds), self.x.shape
+        variance = torch.tensor(self.variance, dtype=torch.float64)
+        weight = [float(reconstruction_weight(shape, variance, self.config, self.model.mse_scale))]
+        if self.config.multi_topk_coef:
+            weight.append(self.config.multi_topk_coef / self.variance)
+        self.planes = self.model.buffer("planes", P + with_error, B, D)
+        self.error = self.model.buffer("error", B, D) if with_error else None
+        grad, squares = self._decode(weight)
+        sums = [serial_sum(row) for row in squares]
+        prefix = torch.bucketize(torch.arange(self.bounds[-1]), torch.tensor(self.bounds), right=True)
+        main = Part(self.acts, self.idx, grad, prefix.to(self.x.device).expand_as(self.idx))
+        return main, sum(w * s for w, s in zip(weight, sums, strict=True)), sums[0] / self.variance
+
+    def _decode(self, weight: list[float]) -> tuple[Tensor, Tensor]:
+        """decode_loss, with the hot latents taken out and done as matrix products."""
+        W_dec, planes = self.model.matrices["W_dec"].w, self.planes[: len(self.bounds)]
+        hot = self.hot = None if self.model.hot is None else self.model.hot.block(self.acts, self.idx)
+        x, acts = self.x, self.acts
+        if hot is not None:
+            W_hot = W_dec[hot.ids].to(x.dtype)
+            x, acts = x - hot.acts @ W_hot, torch.where(hot.is_hot, 0, acts)
+        decoded = self.backend.decode_loss(
+            x, acts, self.idx, W_dec, self.b_dec, weight, self.bounds, planes, error=self.error
+        )
+        if hot is None:
+            return decoded.grad_acts, decoded.squares
+        self.grad_hot = (-2 * planes[0] @ W_hot.T) * (hot.acts > 0)
+        there = self.grad_hot.gather(1, hot.slot)
+        return torch.where(hot.is_hot, there, decoded.grad_acts), decoded.squares
+
+    def _auxk(self, dead_ids: Tensor) -> tuple[Part | None, float]:
+        """AuxK: dead latents reconstruct the residual. Its part, if any latent is dead, and its value without coef."""
+        assert self.error is not None
+        config, plane, k = self.config, self.planes[-1], min(auxk_wanted(self.x.shape[1], self.config), len(dead_ids))
+        weight = self._auxk_weight(self.error, len(dead_ids))
+        if k == 0:
+            torch.mul(self.error, config.auxk_coef * weight, out=plane)
+            return None, weight * self.backend.moments(self.error)[1]
+        acts, idx = self._encode(k, dead_ids, config.auxk_relu)
+        self.model.wake(self._runs(idx, acts != 0).latents)
+        decoded = self.backend.decode_loss(
+            *(self.error, acts, idx, self.model.matrices["W_dec"].w, None),
+            *([config.auxk_coef * weight], [k], plane[None]),
+            relu=config.auxk_relu,
+        )
+        part = Part(acts, idx, decoded.grad_acts, torch.full_like(idx, len(self.bounds), dtype=torch.int64))
+        return part, weight * serial_sum(decoded.squares[0])
+
+    def _auxk_weight(self, error: Tensor, n_dead: int) -> float:
+        """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
+        B, D = error.shape
+        few = min(n_dead / auxk_wanted(D, self.config), 1.0) if self.config.auxk_scale_few_dead else 1.0
+        if self.config.auxk_denominator == "none":
+            return few / B
+        if self.config.auxk_denominator == "inputs":
+            return few / self.variance
+        unexplained = self.backend.moments(error)[0]
+        return few / unexplained if unexplained > 0 else 0.0
+
+    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, HotGradient | None]:
+        """The parts as entries grouped by latent, and the hot latents' rows beside them."""
+        (B, D), device = self.x.shape, self.x.device
+        acts, idx, grad, plane = (_joined(parts, name) for name in ("acts", "idx", "grad_acts", "plane"))
+        token = torch.cat([torch.arange(B, device=device).repeat_interleave(p.idx.shape[1]) for p in parts])
+        keep = acts != 0
+        if self.hot is not None:
+            keep[: self.idx.numel()] &= ~self.hot.is_hot.flatten()
+        runs = self.runs if len(parts) == 1 and self.hot is None else self._runs(idx, keep)
+        order = runs.order.long()
+        offsets = runs.over_all(self.model.sae.n_latents) if self.model.dense else runs.offsets
+        for_dec = RowGradient(self.planes.view(-1, D), offsets, (plane * B + token)[order].int(), -2 * acts[order])
+        for_enc = RowGradient(self.centred, offsets, token[order].int(), grad[order])
+        return runs, for_dec, for_enc, self._hot_rows(self.hot)
+
+    def _hot_rows(self, hot: Block | None) -> HotGradient | None:
+        if hot is None:
+            return None
+        return HotGradient(hot.ids.int(), -2 * hot.acts.T @ self.planes[0], self.grad_hot.T @ self.centred)
+
+    def _biases(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
+        """The gradients of b_enc (L,) and b_dec (D,)."""
+        idx, grad = _joined(parts, "idx"), _joined(parts, "grad_acts")
+        b_enc = ops.sum_by_latent(grad, idx, self.model.sae.n_latents)
+        b_dec = -2 * self.backend.weighted_row_sum(self.planes[0])
+        if self.config.auxk_b_dec_grad and len(self.planes) > len(self.bounds):
+            b_dec -= 2 * self.backend.weighted_row_sum(self.planes[-1])
+        if self.model.sae.apply_b_dec_to_input:
+            # b_dec is subtracted from what the encoder sees: -Σ over entries of grad · W_enc row, latent by latent.
+            fired = self.runs.latents if len(parts) == 1 else self._runs(idx, grad != 0).latents
+            b_dec -= self.backend.weighted_row_sum(
+                self.model.matrices["W_enc"].w, fired, b_enc[fired.long()].to(self.x.dtype)
+            )
+        return b_enc, b_dec
+
+
+def _joined(parts: list[Part], name: str) -> Tensor:
+    tensors = [getattr(p, name).flatten() for p in parts]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def serial_sum(values: Tensor) -> float:
+    """Σ values in float64 and in an order that does not depend on the number of threads."""
+    if values.device.type != "cpu":
+        return float(values.double().sum())
+    return float(values.double().numpy().sum())
