@@ -55,7 +55,7 @@ def train_many(
         stop = stack.enter_context(stop_signals())
         # Whoever lags behind goes first: after a kill, checkpoints of different members may be of different steps.
         while not stop.is_set() and (behind := _furthest_behind(runs)):
-            advance(runs[behind], shown)
+            advance(runs[behind], shown, stop)
         if stop.is_set() and _furthest_behind(runs):
             raise _all_stopped(runs)
         return {name: finish(run, shown) for name, run in runs.items()}

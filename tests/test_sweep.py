@@ -42,9 +42,9 @@ def test_each_member_is_the_run_it_would_be_alone(tmp_path):
 def test_members_step_in_turn(monkeypatch):
     steps = []
 
-    def noting(run, shown):
+    def noting(run, *rest):
         steps.append(run.step)
-        return advance(run, shown)
+        return advance(run, *rest)
 
     monkeypatch.setattr("saefast.sweep.advance", noting)
     train_many(members())
@@ -54,12 +54,12 @@ def test_members_step_in_turn(monkeypatch):
 def test_ctrl_c_saves_all_and_resume_ends_as_if_nothing_had_happened(tmp_path, monkeypatch):
     count = 0
 
-    def interrupted(run, shown):
+    def interrupted(run, *rest):
         nonlocal count
         count += 1
         if count == 13:
             os.kill(os.getpid(), signal.SIGINT)
-        return advance(run, shown)
+        return advance(run, *rest)
 
     monkeypatch.setattr("saefast.sweep.advance", interrupted)
     with pytest.raises(Stopped, match="stopped at step 7"):

@@ -1,0 +1,196 @@
+"""Shuffled batches: rows per second out of the buffer against what people use instead, all in one run.
+
+    python -m bench.buffer [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
+
+bf16 shards in the page cache, d = 768 and 2304, batches of 4096 rows, drawn in turn from:
+    buffer         ShardBuffer: reservoir in C++, two copies per row, bounded memory
+    mapped         the shard source that draws from the whole folder at random (`shuffle="mapped"`)
+    index_select   torch.index_select on a tensor that lies in memory already
+    dataloader     torch DataLoader, shuffle=True, over a numpy memmap of the same rows
+Then what shuffling is worth: the loss of an SAE on data sorted by direction, against the reservoir's size.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench import common
+from saefast.data.buffer import LAG, PREFETCH, ShardBuffer
+from saefast.data.rows_source import RowsSource
+from saefast.data.shard_writer import ShardWriter
+from saefast.data.sources import open_source
+from saefast.recipe import TrainConfig
+from saefast.sae import SAEConfig
+from saefast.train import train
+
+BATCH = 4096
+STORED = torch.bfloat16
+
+
+def write_shards(folder: Path, rows: Iterator[Tensor]) -> None:
+    """A shard folder of the pieces of rows (n, d) given, one shard each, in their order."""
+    hooks = [{"name": "x", "hf_name": "x"}]
+    with ShardWriter(folder, hooks, "bfloat16", shuffle_seed=None, second_moments=False) as writer:
+        for number, part in enumerate(rows):
+            n = len(part)
+            writer.add_sequences(number, [number], [[0]])
+            writer.add("train", {"x": part}, torch.full((n,), number), torch.zeros(n, dtype=torch.int16))
+            writer.commit({}, complete=True)
+
+
+class MemmapRows(torch.utils.data.Dataset[Tensor]):
+    """What people write for activations on disk: a row per index, out of a numpy memmap."""
+
+    def __init__(self, file: Path, d: int) -> None:
+        self.rows = np.memmap(file, np.int16, mode="r").reshape(-1, d)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(self.rows[i].copy()).view(STORED)
+
+
+def contenders(folder: Path, d: int, n: int, device: str) -> dict[str, Callable[[], Iterator[Tensor]]]:
+    """Endless batches of each kind, by name."""
+    mapped = open_source(folder, shuffle="mapped")
+    assert isinstance(mapped, RowsSource)
+    in_memory = torch.cat([segment.rows for segment in mapped.train.segments])
+    flat = folder / "flat.bin"
+    in_memory.view(torch.int16).numpy().tofile(flat)
+
+    def selected() -> Iterator[Tensor]:
+        while True:
+            for index in torch.randperm(n).split(BATCH)[: n // BATCH]:
+                yield in_memory.index_select(0, index)
+
+    def loaded() -> Iterator[Tensor]:
+        loader = torch.utils.data.DataLoader(MemmapRows(flat, d), BATCH, shuffle=True, drop_last=True)
+        while True:
+            yield from loader
+
+    buffer = ShardBuffer(mapped, reservoir_rows=1 << 16, reuse_memory=True)
+    return {
+        "buffer": lambda: buffer.batches(BATCH, 0, device, STORED),
+        "mapped": lambda: open_source(folder, shuffle="mapped").batches(BATCH, 0, device, STORED),
+        "index_select": selected,
+        "dataloader": loaded,
+    }
+
+
+def speed(d: int, device: str, quick: bool) -> list[dict[str, object]]:
+    """GB/s of rows of each contender, rounds interleaved."""
+    n = (1 << (27 if quick else 29)) // (2 * d) // BATCH * BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "acts"
+        write_shards(path, (torch.randn(part, d) for part in split(n, 1 << 16)))
+        streams = {name: make() for name, make in contenders(path, d, n, device).items()}
+        # A DataLoader takes a second for what the others do in milliseconds; fewer batches measure it as well.
+        batches = {name: (2 if name == "dataloader" else 50) for name in streams}
+        bytes_per_batch = BATCH * d * STORED.itemsize
+        timed = {name: (lambda name=name: drain(streams[name], batches[name], device)) for name in streams}
+        seconds = common.interleaved(timed, rounds=3 if quick else 7)
+        rows = []
+        for name, spread in seconds.items():
+            rate = batches[name] * bytes_per_batch / 1e9
+            rows.append(
+                {
+                    "d": d,
+                    "what": name,
+                    "GB/s": rate / spread.median,
+                    "low": rate / spread.p80,
+                    "high": rate / spread.p20,
+                }
+            )
+        return rows
+
+
+def drain(batches: Iterator[Tensor], n: int, device: str) -> None:
+    for _ in islice(batches, n):
+        pass
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def split(n: int, size: int) -> Iterator[int]:
+    yield from [size] * (n // size)
+    if n % size:
+        yield n % size
+
+
+def sorted_rows(n: int, d: int) -> Tensor:
+    """Rows made of a few directions at a time, sorted by which: neighbours share their features, as in real text."""
+    generator = torch.Generator().manual_seed(0)
+    atoms = torch.nn.functional.normalize(torch.randn(4 * d, d, generator=generator), dim=1)
+    topics = torch.arange(n) * (len(atoms) - 16) // n
+    picks = topics[:, None] + torch.randint(0, 16, (n, 8), generator=generator)
+    weights = torch.rand(n, 8, generator=generator) + 0.5
+    return torch.einsum("nk,nkd->nd", weights, atoms[picks])
+
+
+def loss_by_reservoir(quick: bool) -> list[dict[str, object]]:
+    """Held-out FVU of a small SAE on sorted data, trained through reservoirs of several sizes."""
+    n, d, batch = (1 << 15 if quick else 1 << 17), 64, 256
+    rows = sorted_rows(n + n // 16, d)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
+    held = rows[order[: n // 16]]
+    kept = rows[order[n // 16 :].sort().values]
+    out: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "acts"
+        write_shards(path, iter(kept.split(1 << 13)))
+        mapped = open_source(path, shuffle="mapped")
+        assert isinstance(mapped, RowsSource)
+        sizes = [(LAG + 2) * batch * 4**i for i in range(4)]
+        for size in [*sizes, None]:
+            source = mapped if size is None else ShardBuffer(mapped, reservoir_rows=size)
+            config = TrainConfig(batch_size=batch, n_tokens=2 * len(kept), lr=2e-3, save_every=0, device="cpu")
+            sae = train(source, SAEConfig(d_in=d, n_latents=4 * d, k=8), config)
+            with torch.no_grad():
+                error = (held - sae(held).x_hat).square().sum() / (held - held.mean(0)).square().sum()
+            out.append({"reservoir_rows": size or len(kept), "of": len(kept), "heldout_fvu": float(error)})
+    return out
+
+
+def memory(d: int) -> dict[str, object]:
+    """Memory that drawing adds in a fresh process, against reservoir + ring."""
+    draw = (
+        "import sys; from bench import common; from bench.buffer import *\n"
+        "buffer = ShardBuffer(open_source(sys.argv[1], shuffle='mapped'), reservoir_rows=1 << 17, reuse_memory=True)\n"
+        "print(common.peak_bytes(lambda: drain(buffer.batches(BATCH, 0, 'cpu', STORED), 200, 'cpu'), 'cpu'))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "acts"
+        write_shards(path, (torch.randn(part, d) for part in split(1 << 18, 1 << 14)))
+        child = subprocess.run([sys.executable, "-c", draw, str(path)], cwd=common.ROOT, capture_output=True, text=True)
+    if child.returncode:
+        raise SystemExit(child.stderr)
+    promised = ((1 << 17) + PREFETCH * BATCH) * d * STORED.itemsize
+    return {"d": d, "grown_bytes": int(child.stdout), "reservoir_and_ring_bytes": promised}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = common.arguments("bench.buffer", __doc__, argv)
+    if not args.no_check:
+        common.check(args.device, "test_buffer.py")
+    results: dict[str, object] = {
+        "speed": [row for d in (768, 2304) for row in speed(d, args.device, args.quick)],
+        "memory": [memory(d) for d in (768, 2304)],
+        "loss_by_reservoir": loss_by_reservoir(args.quick),
+    }
+    for name, rows in results.items():
+        print(f"\n{name}")
+        common.print_table(rows)
+    common.write_results(args.out, args.device, "buffer", results)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
