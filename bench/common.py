@@ -1,0 +1,281 @@
+"""One timing core for all benchmarks: interleaved rounds, medians with their spread, roofline shares, peak memory.
+
+Contenders take turns (A B C A B C …), so that a machine that slows down does so for all of them. On a GPU each call is
+timed by events, after L2 was flushed, and where it can be captured as a CUDA graph, so that the host's launches are not
+what is measured. No GPU has run this yet: the CUDA half is unproven.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+Call = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """Seconds of one call: the median, and what a fifth of the calls stayed under and over."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @property
+    def ms(self) -> str:
+        return f"{self.median * 1e3:.3f} [{self.p20 * 1e3:.3f}, {self.p80 * 1e3:.3f}]"
+
+
+class Roof(NamedTuple):
+    """What a device reaches at best: FLOP/s by kind of operand, bytes/s of its memory."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+
+# By a part of the device's name. H200: a large library GEMM and a large copy, measured; the others from data sheets.
+ROOFS = {
+    "H200": Roof({"half": 790e12}, 4.3e12),
+    "H100": Roof({"half": 989e12, "tf32": 494e12, "ieee": 67e12}, 3.35e12),
+    "A100": Roof({"half": 312e12, "tf32": 156e12, "ieee": 19.5e12}, 2.0e12),
+    "RTX 4090": Roof({"half": 165e12, "tf32": 82e12, "ieee": 82e12}, 1.0e12),
+}
+
+
+def spread(seconds: Sequence[float]) -> Spread:
+    if len(seconds) < 2:
+        return Spread(seconds[0], seconds[0], seconds[0])
+    fifths = quantiles(seconds, n=5, method="inclusive")
+    return Spread(median(seconds), fifths[0], fifths[3])
+
+
+def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, Spread]:
+    """Seconds by the host's clock, in turn, after one call of each to warm up. Calls wait for what they start."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: spread(times) for name, times in seconds.items()}
+
+
+def measure(calls: Mapping[str, Call], device: str, budget: float = 10.0) -> dict[str, Spread]:
+    """Spreads of all calls, in turn, with as many rounds (3 to 100) as take about `budget` seconds."""
+    start = time.perf_counter()
+    for call in calls.values():
+        call()  # compiles, fills caches
+        call()
+    synchronize(device)
+    rounds = int(min(100, max(3, budget / max(1e-9, (time.perf_counter() - start) / 2))))
+    if device != "cuda":
+        return interleaved(calls, rounds)
+    return _events({name: graphed(call) for name, call in calls.items()}, rounds)
+
+
+def _events(calls: Mapping[str, Call], rounds: int) -> dict[str, Spread]:
+    cache = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            cache.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: spread([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in events.items()}
+
+
+def graphed(call: Call) -> Call:
+    """The call as a CUDA graph, or as it is where it cannot be captured (it waits for the device, say)."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    # The graph writes into what the capture returned, so that has to stay.
+    return lambda: (graph.replay(), kept)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Memory that a call needs at its worst beyond what was there before it, its result included.
+
+    On a CPU this is growth of resident memory: only a first call in a fresh process shows all of it, because later
+    ones find pages that earlier ones left (see `peak_in_child`).
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _resident()
+    with _Sampler() as sampler:
+        call()
+    return max(0, sampler.peak - before)
+
+
+class _Sampler:
+    """The highest resident memory while it runs, looked at every millisecond."""
+
+    def __enter__(self) -> "_Sampler":
+        self.peak, self._done = _resident(), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def _run(self) -> None:
+        while not self._done.wait(1e-3):
+            self.peak = max(self.peak, _resident())
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.peak = max(self.peak, _resident())
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def peak_in_child(module: str, *arguments: str) -> int:
+    """peak_bytes as printed last by a fresh `python -m module arguments`."""
+    found = subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{found.stderr[-2000:]}")
+    return int(found.stdout.split()[-1])
+
+
+def kind(dtype: torch.dtype, precision: str = "ieee") -> str:
+    return "half" if dtype.itemsize == 2 else precision
+
+
+def share(device: str, operands: str, flops: float, moved: float, seconds: float) -> float | None:
+    """Least time that the device's roofline allows, over the time taken; None for a device that is not in the table."""
+    roof = next((roof for name, roof in ROOFS.items() if name in device_name(device)), None)
+    if roof is None or (flops and operands not in roof.flops):
+        return None
+    return max(flops / roof.flops[operands] if flops else 0.0, moved / roof.bandwidth) / seconds
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    return f"{model.group(1).strip() if model else platform.processor() or 'CPU'} x{torch.get_num_threads()}"
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    return found | {"cuda": torch.version.cuda}
+
+
+def write_results(out: Path, device: str, what: str, results: object) -> Path:
+    """Writes <out>/<device>-<what>.json: the machine, the versions and the results."""
+    name = device_name(device)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{what}.json"
+    text = json.dumps({"device": name, "what": what, "versions": versions(), "results": results}, indent=1)
+    path.write_text(text + "\n")
+    print(f"written: {path}")
+    return path
+
+
+def print_table(rows: object) -> None:
+    """Rows (dicts) under their column names; columns that no row has a value for are left out."""
+    table = rows if isinstance(rows, list) else [rows]
+    every = dict.fromkeys(name for row in table for name in row)
+    names = [name for name in every if any(row.get(name) is not None for row in table)]
+    cells = [names, *([_cell(row.get(name)) for name in names] for row in table)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10_000 else str(value)
+
+
+def timed_row(
+    what: str,
+    taken: Spread,
+    device: str,
+    *,
+    operands: str,
+    flops: float = 0.0,
+    moved: float = 0.0,
+    peak: int | None = None,
+) -> dict[str, Any]:
+    """One contender's line: ms, its rate (TFLOP/s where products dominate, else GB/s), share of the roofline, peak."""
+    rate = {"TFLOP/s": flops / taken.median / 1e12} if flops else {"GB/s": moved / taken.median / 1e9}
+    of_roof = share(device, operands, flops, moved, taken.median)
+    return {
+        "what": what,
+        "ms [p20, p80]": taken.ms,
+        **rate,
+        "of roofline": None if of_roof is None else round(of_roof, 3),
+        "peak MB": None if peak is None else round(peak / 1e6, 1),
+        "seconds": list(taken),
+    }
+
+
+def print_timed(rows: Sequence[Mapping[str, Any]]) -> None:
+    print_table([{name: value for name, value in row.items() if name != "seconds"} for row in rows])
+
+
+def check(device: str, *files: str) -> None:
+    """Runs an op's tests, those for the device at hand, and ends the program if one fails."""
+    marker = "gpu" if device == "cuda" else "not gpu and not peers"
+    tests = [str(ROOT / "tests" / file) for file in files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, *tests]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit("the op's own tests fail: its timing means nothing (--no-check skips them)")
+
+
+def arguments(module: str, description: str | None, argv: Sequence[str] | None, **extra: Any) -> argparse.Namespace:
+    """The options all benchmarks share; `extra` maps an option's name to its argparse settings."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(description or "").splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter timings")
+    parser.add_argument("--no-check", action="store_true", help="do not run the op's tests first")
+    for name, settings in extra.items():
+        parser.add_argument(f"--{name}", **settings)
+    return parser.parse_args(argv)

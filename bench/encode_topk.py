@@ -1,0 +1,199 @@
+"""encode_topk against F.linear + torch.topk, against the product alone, and its two methods against each other.
+
+    python -m bench.encode_topk [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
+
+On a GPU: bf16, the four shapes of the design's table. On a CPU: fp32 and bf16 at (B, D, L, k) = (1024, 768, 32768, 32),
+then the memory that L = 262144 at B = 4096 takes. Also pytest-benchmark cases: `pytest bench/encode_topk.py`.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench import common
+from saefast import ops, reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# The product alone is never given more than this to write: 1M latents at B = 8192 would be 17 GB of bf16.
+PRODUCT_COLUMNS = 1 << 17
+
+
+class Shape(NamedTuple):
+    B: int
+    D: int
+    L: int
+    k: int
+
+
+GPU_SHAPES = (
+    Shape(8192, 768, 32768, 32),
+    Shape(8192, 4096, 131072, 64),
+    Shape(8192, 4096, 1 << 20, 64),
+    Shape(8192, 768, 1 << 24, 32),
+)
+CPU_SHAPES = (Shape(1024, 768, 32768, 32),)
+CPU_MEMORY = Shape(4096, 768, 262144, 32)
+# Designed to be reached, relative to the product alone, at the four shapes above on an H200.
+TARGETS = (1.40, 1.15, 1.10, 1.15)
+
+
+class Problem:
+    """Inputs of one shape, and what competes on them. Values are those of a fresh SAE on normal activations."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.shape = shape
+        self.x = torch.empty((shape.B, shape.D), dtype=dtype, device=device).normal_()
+        self.W = torch.empty((shape.L, shape.D), dtype=dtype, device=device).normal_(std=shape.D**-0.5)
+        self.b = torch.zeros(shape.L, device=device)
+        self.bias = self.b.to(dtype)
+        self.out = torch.empty((shape.B, min(shape.L, PRODUCT_COLUMNS)), dtype=dtype, device=device)
+
+    def product(self) -> Tensor:
+        """x Wᵀ + b, into the same memory chunk by chunk where L is large."""
+        for start in range(0, self.shape.L, PRODUCT_COLUMNS):
+            part = slice(start, start + PRODUCT_COLUMNS)
+            torch.addmm(self.bias[part], self.x, self.W[part].T, out=self.out[:, : len(self.bias[part])])
+        return self.out
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """What SAE libraries do."""
+        pre = F.linear(self.x, self.W, self.bias)
+        values, idx = pre.topk(self.shape.k, dim=1)
+        return values.relu_(), idx
+
+    def ours(self, method: Any = "auto") -> tuple[Tensor, Tensor]:
+        return ops.encode_topk(self.x, self.W, self.b, self.shape.k, method=method)
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """The same without a compiler: chunked torch."""
+        return reference.encode_topk(self.x, self.W, self.b, self.shape.k)
+
+    def dense_fits(self) -> bool:
+        """Whether the (B, L) matrix fits beside its top-k's workspace, which holds as much again."""
+        if self.x.device.type == "cpu":
+            return True
+        free, _ = torch.cuda.mem_get_info()
+        return 3 * self.shape.B * self.shape.L * self.x.element_size() < free
+
+
+def contenders(problem: Problem) -> dict[str, common.Call]:
+    calls: dict[str, common.Call] = {"product alone": problem.product, "saefast": problem.ours}
+    if problem.x.is_cuda:
+        calls |= {f"saefast {method}": lambda method=method: problem.ours(method) for method in ("fused", "chunked")}
+    else:
+        calls["saefast reference"] = problem.plain
+    if problem.dense_fits():
+        calls["F.linear + topk"] = problem.dense
+    return calls
+
+
+def compare(shape: Shape, dtype: str, device: str, budget: float) -> dict[str, Any]:
+    problem = Problem(shape, DTYPES[dtype], device)
+    calls = contenders(problem)
+    taken = common.measure(calls, device, budget)
+    size = problem.x.element_size()
+    flops = 2.0 * shape.B * shape.D * shape.L
+    moved = float(size * shape.D * (shape.B + shape.L) + 8 * shape.B * shape.k)
+    rows = []
+    for name, spread in taken.items():
+        peak = common.peak_bytes(calls[name], device) if device == "cuda" else None
+        operands = common.kind(DTYPES[dtype])
+        rows.append(common.timed_row(name, spread, device, operands=operands, flops=flops, moved=moved, peak=peak))
+    ours = taken["saefast"].median
+    others = [name for name in taken if name != "saefast"]
+    ratios = {f"saefast / {name}": ours / taken[name].median for name in others}
+    return {"shape": shape._asdict(), "dtype": dtype, "rows": rows, "ratios": ratios}
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['shape']} {result['dtype']}")
+    common.print_timed(result["rows"])
+    for name, ratio in result["ratios"].items():
+        print(f"    {name} = {ratio:.3f}")
+    if "target" in result:
+        print(f"    target on an H200: saefast / product alone <= {result['target']}")
+
+
+def memory(shape: Shape, dtype: str) -> dict[str, Any]:
+    """Peak memory beyond the inputs on a CPU, each contender in a process of its own."""
+    sizes = [str(size) for size in shape]
+    peaks = {
+        what: common.peak_in_child("bench.encode_topk", "--peak", what, dtype, *sizes)
+        for what in ("dense", "ours", "plain")
+    }
+    return {"shape": shape._asdict(), "dtype": dtype, **{f"{what} MB": peak / 1e6 for what, peak in peaks.items()}}
+
+
+def peak(what: str, dtype: str, *sizes: str) -> None:
+    """The child's part of `memory`: prints the bytes one call took."""
+    problem = Problem(Shape(*map(int, sizes)), DTYPES[dtype], "cpu")
+    call = {"dense": problem.dense, "ours": problem.ours, "plain": problem.plain}[what]
+    # A small call first, so that thread pools and libraries do not count.
+    small = Problem(Shape(8, 64, 512, 4), DTYPES[dtype], "cpu")
+    {"dense": small.dense, "ours": small.ours, "plain": small.plain}[what]()
+    print(common.peak_bytes(call, "cpu"))
+
+
+def on_cpu(options: argparse.Namespace) -> list[dict[str, Any]]:
+    budget = 4.0 if options.quick else 30.0
+    results = [compare(shape, dtype, "cpu", budget) for shape in CPU_SHAPES for dtype in DTYPES]
+    for result in results:
+        show(result)
+    if not options.quick:
+        results.append(memory(CPU_MEMORY, "fp32"))
+        print()
+        common.print_table([{**results[-1].pop("shape"), **results[-1]}])
+    return results
+
+
+def on_gpu(options: argparse.Namespace) -> list[dict[str, Any]]:
+    shapes = GPU_SHAPES[:2] if options.quick else GPU_SHAPES
+    results = []
+    for shape, target in zip(shapes, TARGETS, strict=False):
+        results.append({**compare(shape, "bf16", "cuda", 3.0 if options.quick else 8.0), "target": target})
+        show(results[-1])
+        torch.cuda.empty_cache()
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    child = {"peak": {"nargs": "+", "help": argparse.SUPPRESS}}
+    options = common.arguments("bench.encode_topk", __doc__, argv, **child)
+    if options.peak:
+        peak(*options.peak)
+        return 0
+    if not options.no_check:
+        files = (
+            ("test_encode_topk_triton.py", "test_merge_topk.py")
+            if options.device == "cuda"
+            else ("test_encode_topk.py",)
+        )
+        common.check(options.device, *files)
+    results = on_cpu(options) if options.device == "cpu" else on_gpu(options)
+    common.write_results(options.out, options.device, "encode_topk", results)
+    return 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["product", "dense", "ours", "plain"])
+def test_bench_encode_topk(benchmark: Any, what: str, dtype: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem((GPU_SHAPES if device == "cuda" else CPU_SHAPES)[0], DTYPES[dtype], device)
+    call = getattr(problem, what)
+
+    def run() -> None:
+        call()
+        common.synchronize(device)
+
+    run()
+    benchmark.pedantic(run, rounds=3)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

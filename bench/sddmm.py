@@ -1,0 +1,93 @@
+"""sddmm against what torch offers: gather the rows of W, then a batched product.
+
+    python -m bench.sddmm [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
+
+Rows of W are gathered by uniformly random latents, the least cached there can be. GB/s counts what must be read and
+written once. Also pytest-benchmark cases: `pytest bench/sddmm.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import common
+from saefast import ops, reference
+
+# (B, D, L, k)
+GPU_SHAPES = ((8192, 768, 32768, 32), (8192, 4096, 131072, 64), (8192, 4096, 1 << 20, 64))
+CPU_SHAPES = ((1024, 768, 32768, 32), (1024, 2304, 16384, 64))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Problem:
+    def __init__(self, B: int, D: int, L: int, k: int, dtype: torch.dtype, device: str) -> None:
+        torch.manual_seed(0)
+        self.x = torch.empty((B, D), dtype=dtype, device=device).normal_()
+        self.idx = torch.randint(L, (B, k), dtype=torch.int32, device=device)
+        self.W = torch.empty((L, D), dtype=dtype, device=device).normal_()
+        # Read once: x, the indices, and a row of W an entry. Written once: the result.
+        self.moved = float(8 * B * k + self.W.element_size() * (B * k * D + B * D))
+
+    def ours(self) -> Tensor:
+        return ops.sddmm(self.x, self.idx, self.W)
+
+    def plain(self) -> Tensor:
+        return reference.sddmm(self.x, self.idx, self.W)
+
+    def gather_bmm(self) -> Tensor:
+        """Writes the gathered rows, (B, k, D), and reads them back."""
+        return torch.bmm(self.W[self.idx.long()], self.x[:, :, None])[:, :, 0]
+
+
+def compare(shape: tuple[int, int, int, int], dtype: str, device: str, budget: float) -> dict[str, Any]:
+    problem = Problem(*shape, DTYPES[dtype], device)
+    calls: dict[str, common.Call] = {
+        "saefast": problem.ours,
+        "saefast reference": problem.plain,
+        "gather + bmm": problem.gather_bmm,
+    }
+    taken = common.measure(calls, device, budget)
+    rows = []
+    for name, spread in taken.items():
+        peak = common.peak_bytes(calls[name], device) if device == "cuda" else None
+        operands = common.kind(DTYPES[dtype])
+        rows.append(common.timed_row(name, spread, device, operands=operands, moved=problem.moved, peak=peak))
+    ratio = taken["saefast"].median / taken["gather + bmm"].median
+    return {"shape": dict(zip("BDLk", shape, strict=True)), "dtype": dtype, "rows": rows, "ratio": ratio}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = common.arguments("bench.sddmm", __doc__, argv)
+    if not options.no_check:
+        common.check(options.device, "test_triton_sddmm.py")
+    shapes = GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
+    results = []
+    for shape in shapes[: 1 if options.quick else None]:
+        for dtype in DTYPES:
+            results.append(compare(shape, dtype, options.device, 2.0 if options.quick else 10.0))
+            print(f"\n{results[-1]['shape']} {dtype}: saefast / gather + bmm = {results[-1]['ratio']:.3f}")
+            common.print_timed(results[-1]["rows"])
+    common.write_results(options.out, options.device, "sddmm", results)
+    return 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", ["ours", "plain", "gather_bmm"])
+def test_bench_sddmm(benchmark: Any, what: str, dtype: str) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    problem = Problem(*(GPU_SHAPES if device == "cuda" else CPU_SHAPES)[0], DTYPES[dtype], device)
+    call = getattr(problem, what)
+
+    def run() -> None:
+        call()
+        common.synchronize(device)
+
+    run()
+    benchmark.pedantic(run, rounds=3)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
