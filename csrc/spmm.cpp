@@ -9,9 +9,10 @@
 namespace saefast {
 namespace {
 
-// Rows lie far apart and the hardware sees each one's start too late.
-constexpr int64_t kRowsAhead = 4;
-constexpr int64_t kBytesAhead = 512;
+// Rows lie far apart, where the hardware sees each one's start too late: while one is summed, a later one is asked for,
+// line by line. Four rows of fp32 ahead, or eight of 16 bits.
+template <class Type>
+constexpr int64_t kRowsAhead = 16 / static_cast<int64_t>(sizeof(typename Type::Stored));
 constexpr int64_t kLine = 64;
 // Starting a thread costs as much as about this many products.
 constexpr int64_t kWorkPerThread = 64 * 1024;
@@ -40,27 +41,30 @@ const char* row_at(const Gathered& code, int64_t entry) {
     return static_cast<const char*>(code.W) + index_at(code, entry) * code.d * bytes_of(code.type);
 }
 
-void prefetch_row(const Gathered& code, int64_t entry, int64_t end) {
-    if (entry >= end) return;
-    const char* row = row_at(code, entry);
-    const int64_t head = std::min(kBytesAhead, code.d * bytes_of(code.type));
-    for (int64_t at = 0; at < head; at += kLine) __builtin_prefetch(row + at);
+// The row to ask for while entry `e` is worked on; near the end one that is there already.
+template <class Type>
+const typename Type::Stored* row_ahead(const Gathered& code, int64_t e, int64_t end) {
+    const int64_t later = e + kRowsAhead<Type>;
+    return reinterpret_cast<const typename Type::Stored*>(row_at(code, later < end ? later : e));
 }
 
-// sum += Σ a[j] · w[j] over four rows, or one: out is loaded and stored once per four.
-template <class Type>
-inline __attribute__((always_inline)) void add_four(const typename Type::Stored* const* w, const float* a, int64_t d,
-                                                    float* __restrict sum) {
-    const auto *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-    const float a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3];
-    for (int64_t i = 0; i < d; ++i)
-        sum[i] = sum[i] + a0 * Type::read(w0[i]) + a1 * Type::read(w1[i]) + a2 * Type::read(w2[i]) + a3 * Type::read(w3[i]);
-}
-
-template <class Type>
-inline __attribute__((always_inline)) void add_one(const typename Type::Stored* w, float a, int64_t d,
-                                                   float* __restrict sum) {
-    for (int64_t i = 0; i < d; ++i) sum[i] = sum[i] + a * Type::read(w[i]);
+// sum += Σ a[j] · w[j] over N rows, so that sum is loaded and stored once for all of them.
+template <class Type, int N>
+inline __attribute__((always_inline)) void add_rows(const typename Type::Stored* const* w,
+                                                    const typename Type::Stored* const* ahead, const float* a,
+                                                    int64_t d, float* __restrict sum) {
+    constexpr int64_t step = kLine / static_cast<int64_t>(sizeof(typename Type::Stored));
+    int64_t i = 0;
+    for (; i + step <= d; i += step) {
+        for (int j = 0; j < N; ++j) __builtin_prefetch(ahead[j] + i);
+        for (int64_t lane = i; lane < i + step; ++lane) {
+            float s = sum[lane];
+            for (int j = 0; j < N; ++j) s += a[j] * Type::read(w[j][lane]);
+            sum[lane] = s;
+        }
+    }
+    for (; i < d; ++i)
+        for (int j = 0; j < N; ++j) sum[i] += a[j] * Type::read(w[j][i]);
 }
 
 template <class Type>
@@ -70,26 +74,32 @@ inline __attribute__((always_inline)) void spmm_rows(const Gathered& code, const
     for (int64_t b = begin; b < end; ++b) {
         float* sum = out + b * code.d;
         std::fill(sum, sum + code.d, 0.0f);
-        const int64_t first = b * code.k, last = first + code.k;
-        int64_t e = first;
-        for (; e + 4 <= last; e += 4) {
-            const Stored* rows[4];
-            for (int64_t j = 0; j < 4; ++j) {
+        const int64_t last = (b + 1) * code.k;
+        for (int64_t e = b * code.k; e < last; e += 4) {
+            const Stored *rows[4], *ahead[4];
+            const int64_t n = std::min<int64_t>(4, last - e);
+            for (int64_t j = 0; j < n; ++j) {
                 rows[j] = reinterpret_cast<const Stored*>(row_at(code, e + j));
-                prefetch_row(code, e + j + kRowsAhead, end * code.k);
+                ahead[j] = row_ahead<Type>(code, e + j, end * code.k);
             }
-            add_four<Type>(rows, acts + e, code.d, sum);
+            if (n == 4)
+                add_rows<Type, 4>(rows, ahead, acts + e, code.d, sum);
+            else
+                for (int64_t j = 0; j < n; ++j) add_rows<Type, 1>(rows + j, ahead + j, acts + e + j, code.d, sum);
         }
-        for (; e < last; ++e) add_one<Type>(reinterpret_cast<const Stored*>(row_at(code, e)), acts[e], code.d, sum);
     }
 }
 
 template <class Type>
-inline __attribute__((always_inline)) float dot(const typename Type::Stored* w, const float* x, int64_t d) {
+inline __attribute__((always_inline)) float dot(const typename Type::Stored* w, const typename Type::Stored* ahead,
+                                                const float* x, int64_t d) {
+    constexpr int64_t per_line = kLine / static_cast<int64_t>(sizeof(typename Type::Stored));
     float part[kLanes] = {};
     int64_t i = 0;
-    for (; i + kLanes <= d; i += kLanes)
+    for (; i + kLanes <= d; i += kLanes) {
+        for (int64_t line = 0; line < kLanes; line += per_line) __builtin_prefetch(ahead + i + line);
         for (int64_t lane = 0; lane < kLanes; ++lane) part[lane] += Type::read(w[i + lane]) * x[i + lane];
+    }
     for (int64_t lane = 0; i < d; ++i, ++lane) part[lane] += Type::read(w[i]) * x[i];
     for (int64_t half = kLanes / 2; half > 0; half /= 2)
         for (int64_t lane = 0; lane < half; ++lane) part[lane] += part[lane + half];
@@ -101,8 +111,8 @@ inline __attribute__((always_inline)) void sddmm_rows(const Gathered& code, cons
                                                       int64_t end) {
     for (int64_t b = begin; b < end; ++b)
         for (int64_t e = b * code.k; e < (b + 1) * code.k; ++e) {
-            prefetch_row(code, e + kRowsAhead, end * code.k);
-            out[e] = dot<Type>(reinterpret_cast<const typename Type::Stored*>(row_at(code, e)), x + b * code.d, code.d);
+            const auto* row = reinterpret_cast<const typename Type::Stored*>(row_at(code, e));
+            out[e] = dot<Type>(row, row_ahead<Type>(code, e, end * code.k), x + b * code.d, code.d);
         }
 }
 
