@@ -25,7 +25,8 @@ SCORE = (
     "fires (precision in activation, recall in occurrences); the cosine how alike these tokens are in the model's own "
     "input embedding; words how many different words they are. A token counts as a latent's own from "
     f"{OWN_TOKEN:.0%} of its activation on. Passed over are latents that fire on more than {MOST_DENSE:.0%} of the "
-    f"tokens or less than {LEAST_FIRED} times, and those that share a token with a better one."
+    f"tokens or less than {LEAST_FIRED} times, unless too few others are left, and those that share a token with a "
+    "better one."
 )
 
 
@@ -151,7 +152,7 @@ def same_word(a: str, b: str) -> bool:
 def choose(stats: LatentStats, texts: "Texts", n: int = 10, embedding: Tensor | None = None) -> list[tuple[int, float]]:
     """The n most telling latents and their scores, best first; see SCORE. Without an embedding the cosine counts as 1.
 
-    Where too few latents have three tokens of their own, those with fewer follow, by F1.
+    Where too few latents have three tokens of their own and are neither rare nor dense, the others follow, by F1.
     """
     tokens = own_tokens(stats)
     fired, density = stats.sparsity.counts, stats.sparsity.density()
@@ -165,7 +166,9 @@ def choose(stats: LatentStats, texts: "Texts", n: int = 10, embedding: Tensor | 
         words[latent] = texts.n_words(tokens.ids[latent][tokens.own[latent]].tolist())
     score = score * (1 + words).log2()
     ranked = [i for i in score.argsort(descending=True).tolist() if many[i]]
-    ranked += [i for i in tokens.f1.argsort(descending=True).tolist() if candidate[i] and not many[i]]
+    by_f1 = tokens.f1.argsort(descending=True).tolist()
+    ranked += [i for i in by_f1 if candidate[i] and not many[i]]
+    ranked += [i for i in by_f1 if not candidate[i] and fired[i] and tokens.own[i].any()]
     chosen: list[tuple[int, float]] = []
     taken: set[int] = set()
     for latent in ranked:
