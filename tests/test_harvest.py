@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -32,6 +33,15 @@ def models():
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_models.tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are so small that threads only wait for one another; and a fork must not inherit a pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -167,6 +177,51 @@ def test_the_model_stops_after_its_last_hook_and_is_left_clean(models, tokenizer
         remover.remove()
     assert ran == [0, 1]
     assert len(model.encoder.layer[1]._forward_hooks) == before - 1
+
+
+def harvest_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("saefast-harvest")]
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_lanes_change_nothing_but_the_time(models, tokenizer, small_windows, threads):
+    options = {"model": models["bert"], "tokenizer": tokenizer, "text": tiny_models.documents(80)}
+    alone = list(harvest_batches(CONFIG, **options))
+    torch.set_num_threads(threads)
+    together = harvest_batches(CONFIG, **options)
+    batches = [next(together)]
+    assert len(harvest_threads()) == min(threads, 4)
+    # While the harvest pauses, the model is anybody's: all its blocks run, and nobody listens.
+    ran = models["bert"](input_ids=torch.tensor([[2, 7, 3]]), output_hidden_states=True)
+    assert len(ran.hidden_states) == 4
+    batches += together
+    assert not harvest_threads()
+    assert torch.get_num_threads() == threads
+    seen = []
+    other = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert seen == [threads]
+    for one, two in zip(alone, batches, strict=True):
+        assert torch.equal(one.seq, two.seq)
+        assert torch.equal(one.pos, two.pos)
+        assert (one.split, one.done) == (two.split, two.done)
+        assert torch.allclose(one.rows["layers.1"], two.rows["layers.1"], atol=1e-6)
+
+
+def test_an_exception_in_a_lane_arrives_and_no_lane_is_left(models, tokenizer, small_windows):
+    torch.set_num_threads(3)
+    model = models["bert"]
+    options = {"model": model, "tokenizer": tokenizer, "text": tiny_models.documents(80)}
+    hooks_before = len(model.encoder.layer[1]._forward_hooks)
+    with pytest.raises(KeyboardInterrupt), Interrupting(model, 5):
+        list(harvest_batches(CONFIG, **options))
+    assert not harvest_threads()
+    abandoned = harvest_batches(CONFIG, **options)
+    next(abandoned)
+    abandoned.close()
+    assert not harvest_threads()
+    assert len(model.encoder.layer[1]._forward_hooks) == hooks_before
 
 
 @pytest.mark.parametrize("multiple", [0.98, 1.02])
@@ -307,7 +362,6 @@ def harvest_in_child(path, options):
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)
             harvest(path, changed(rows_per_shard=60), progress=False, **options)
         finally:
             os._exit(0)
@@ -315,7 +369,6 @@ def harvest_in_child(path, options):
 
 
 def test_a_killed_harvest_leaves_a_valid_folder_that_goes_on(tmp_path, models, tokenizer, small_windows):
-    torch.set_num_threads(1)
     texts = SlowText(tiny_models.documents(150))
     options = {"model": models["llama"], "tokenizer": tokenizer, "text": texts}
     path, kills = tmp_path / "killed", 0

@@ -2,21 +2,31 @@
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from saefast.data.lanes import lanes_for
 from saefast.data.models import find_hook, hidden_states
 from saefast.errors import InputError
 
 
 class Runner(Protocol):
-    """A model ready to be harvested. equal_lengths: it must be given sequences of one length at a time."""
+    """A model ready to be harvested.
+
+    equal_lengths: it must be given sequences of one length at a time. lanes: threads that may call run at a time.
+    """
 
     hooks: list[dict[str, str]]
     equal_lengths: bool
+    lanes: int
+
+    def attached(self) -> contextlib.AbstractContextManager[object]:
+        """Within it, run may be called."""
+        ...
 
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Activations (batch, length, d) per hook for token ids and mask (batch, length)."""
@@ -48,22 +58,44 @@ class ModuleRunner:
         # Keys and values for generating more text are of no use here.
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if takes_cache else {}
+        self.lanes = lanes_for(self._device())
+        # What the forward pass of this very thread has found; on threads that are not in run(), hooks do nothing.
+        self._running = threading.local()
         paths = {hook.path for hook in found}
         if len(paths) < len(found):
             raise InputError(f"hooks {', '.join(hooks)}: two of them are the same module")
 
-    def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        device = next(self._model.parameters()).device
-        seen = _Seen([hook["name"] for hook in self.hooks])
-        with torch.inference_mode(), contextlib.ExitStack() as stack:
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
             for hook in self.hooks:
                 module = self._model.get_submodule(hook["hf_name"])
-                stack.callback(module.register_forward_hook(seen.module_hook(hook["name"])).remove)
-            with seen.stopping():
+                stack.callback(module.register_forward_hook(self._listener(hook["name"])).remove)
+            yield
+
+    def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        device = self._device()
+        seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks])
+        try:
+            with torch.inference_mode(), contextlib.suppress(_Stop):
                 # Without a mask attention takes its fastest path.
                 mask_argument = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
                 self._model(input_ids=ids.to(device), **mask_argument, **self._extra)
+        finally:
+            self._running.seen = None
         return seen.all()
+
+    def _device(self) -> torch.device:
+        parameter = next(self._model.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def _listener(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
+            seen = getattr(self._running, "seen", None)
+            if seen is not None:
+                seen.take(name, output)
+
+        return listen
 
 
 class HookedRunner:
@@ -71,6 +103,8 @@ class HookedRunner:
 
     # Sequences of one length need no padding, and so no agreement about masks.
     equal_lengths = True
+    # run_with_hooks changes the model while it runs.
+    lanes = 1
 
     def __init__(self, model: Any, hooks: Sequence[str]) -> None:
         self._model = model
@@ -85,10 +119,13 @@ class HookedRunner:
         # Asks TransformerLens not to compute logits, should no hook end the pass.
         self._extra = {"return_type": None} if takes_any or "return_type" in {p.name for p in parameters} else {}
 
+    def attached(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         seen = _Seen([hook["name"] for hook in self.hooks])
         fwd_hooks = [(hook["name"], seen.named_hook(hook["name"])) for hook in self.hooks]
-        with torch.inference_mode(), seen.stopping():
+        with torch.inference_mode(), contextlib.suppress(_Stop):
             self._model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **self._extra)
         return seen.all()
 
@@ -102,21 +139,13 @@ class _Seen:
         self._names = names
         self._found: dict[str, Tensor] = {}
 
-    def module_hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda module, args, output: self._take(name, output)
-
     def named_hook(self, name: str) -> Callable[..., None]:
-        return lambda activation, hook=None: self._take(name, activation)
+        return lambda activation, hook=None: self.take(name, activation)
 
-    def _take(self, name: str, output: Any) -> None:
+    def take(self, name: str, output: Any) -> None:
         self._found[name] = hidden_states(output, name)
         if len(self._found) == len(self._names):
             raise _Stop
-
-    @contextlib.contextmanager
-    def stopping(self) -> Iterator[None]:
-        with contextlib.suppress(_Stop):
-            yield
 
     def all(self) -> dict[str, Tensor]:
         missing = [name for name in self._names if name not in self._found]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saefast.data.capture import Runner, runner_for
+from saefast.data.lanes import in_order
 from saefast.data.models import DEFAULT_MODEL, context_limit, load_model, load_tokenizer
 from saefast.data.sequences import Sequencer, Window, batches_of, pad
 from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD
@@ -82,6 +83,15 @@ class HarvestBatch(NamedTuple):
     tokens: int
 
 
+class _Job(NamedTuple):
+    """Sequences of a window to run together, their split, and how many of window.order() are run with them."""
+
+    window: Window
+    numbers: list[int]
+    split: str
+    done: int
+
+
 class Harvester:
     """A model, its tokenizer and a text, ready to be run. `model`, `tokenizer` and `text` override the names in config.
 
@@ -141,11 +151,15 @@ class Harvester:
             cursor.get("window_docs") if done else None,
             None if limit is None else limit - cursor["tokens"],
         )
+        with self.runner.attached():
+            yield from in_order(self._run, self._jobs(windows, done), self.runner.lanes)
+
+    def _jobs(self, windows: Iterator[Window], done: int) -> Iterator[_Job]:
         for window in windows:
-            yield from self._window_batches(window, done)
+            yield from self._window_jobs(window, done)
             done = 0
 
-    def _window_batches(self, window: Window, done: int) -> Iterator[HarvestBatch]:
+    def _window_jobs(self, window: Window, done: int) -> Iterator[_Job]:
         order = window.order()
         held = sum(window.held)
         # A batch is of one share only.
@@ -154,9 +168,10 @@ class Harvester:
             lengths = [len(window.ids[i]) for i in todo]
             for start, stop in batches_of(lengths, self.config.batch_tokens, self.runner.equal_lengths):
                 split = "heldout" if first < held else "train"
-                yield self._run(window, todo[start:stop], split, max(first, done) + stop)
+                yield _Job(window, todo[start:stop], split, max(first, done) + stop)
 
-    def _run(self, window: Window, numbers: list[int], split: str, done: int) -> HarvestBatch:
+    def _run(self, job: _Job) -> HarvestBatch:
+        window, numbers, split, done = job
         pad_id = self.tokenizer.pad_token_id
         ids, mask = pad([window.ids[i] for i in numbers], 0 if pad_id is None else pad_id)
         hidden = self.runner.run(torch.from_numpy(ids), torch.from_numpy(mask))
