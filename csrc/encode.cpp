@@ -66,7 +66,7 @@ void interleave(const uint32_t* const* rows, int n, int64_t depth, uint32_t* dst
     for (int64_t d = 0; d < whole; d += 4)
         for (int i = 0; i < n; i += 4) transpose4(rows + i, d, dst + d * n + i, n);
     for (int64_t d = whole; d < depth; ++d)
-        for (int i = 0; i < n; ++i) dst[d * n + i] = rows[i][d];
+        for (int i = 0; i < n; ++i) std::memcpy(dst + d * n + i, rows[i] + d, sizeof *dst);
 }
 
 // Packs up to `width` rows of a matrix, asked for by `row_of(i)`; zeros stand in for the rest.

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "floats.hpp"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define SAEFAST_X86 1
 #include <immintrin.h>
@@ -21,9 +23,11 @@ constexpr int64_t kBlock = 256;
 
 #if SAEFAST_X86
 
+#if !defined(__clang__)
 // GCC's own AVX-512 headers set off these warnings.
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 template <int NV, int NL>
 __attribute__((target("avx512f"))) uint32_t finish_avx512(const Tile& t, __m512 (&sum)[NL][NV]) {
@@ -47,16 +51,16 @@ __attribute__((target("avx512f"))) uint32_t finish_avx512(const Tile& t, __m512 
 template <int NV, int NL>
 __attribute__((target("avx512f"))) uint32_t tile_avx512(const Tile& t) {
     __m512 sum[NL][NV] = {};
-    const float *x = reinterpret_cast<const float*>(t.x), *w = reinterpret_cast<const float*>(t.w);
+    const uint32_t *x = t.x, *w = t.w;
     for (int64_t done = 0; done < t.depth; done += kBlock) {
         __m512 part[NL][NV] = {};
         for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 16 * NV, w += NL) {
             __m512 xs[NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) xs[v] = _mm512_loadu_ps(x + 16 * v);
+            for (int v = 0; v < NV; ++v) xs[v] = _mm512_castsi512_ps(_mm512_loadu_si512(x + 16 * v));
 #pragma GCC unroll 16
             for (int i = 0; i < NL; ++i) {
-                const __m512 weight = _mm512_set1_ps(w[i]);
+                const __m512 weight = _mm512_set1_ps(from_bits(w[i]));
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) part[i][v] = _mm512_fmadd_ps(weight, xs[v], part[i][v]);
             }
@@ -93,16 +97,16 @@ __attribute__((target("avx512f,avx512bf16"))) uint32_t tile_avx512_bf16(const Ti
 template <int NV, int NL>
 __attribute__((target("avx2,fma"))) uint32_t tile_avx2(const Tile& t) {
     __m256 sum[NL][NV] = {};
-    const float *x = reinterpret_cast<const float*>(t.x), *w = reinterpret_cast<const float*>(t.w);
+    const uint32_t *x = t.x, *w = t.w;
     for (int64_t done = 0; done < t.depth; done += kBlock) {
         __m256 part[NL][NV] = {};
         for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 8 * NV, w += NL) {
             __m256 xs[NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) xs[v] = _mm256_loadu_ps(x + 8 * v);
+            for (int v = 0; v < NV; ++v) xs[v] = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * v)));
 #pragma GCC unroll 16
             for (int i = 0; i < NL; ++i) {
-                const __m256 weight = _mm256_broadcast_ss(w + i);
+                const __m256 weight = _mm256_set1_ps(from_bits(w[i]));
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) part[i][v] = _mm256_fmadd_ps(weight, xs[v], part[i][v]);
             }
@@ -133,10 +137,10 @@ using Lanes = float __attribute__((vector_size(16)));
 template <int NV, int NL>
 uint32_t tile_portable(const Tile& t) {
     Lanes sum[NL][NV] = {};
-    const char *x = reinterpret_cast<const char*>(t.x), *w = reinterpret_cast<const char*>(t.w);
+    const uint32_t *x = t.x, *w = t.w;
     for (int64_t done = 0; done < t.depth; done += kBlock) {
         Lanes part[NL][NV] = {};
-        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 16 * NV, w += 4 * NL) {
+        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 4 * NV, w += NL) {
             Lanes xs[NV];
             float ws[NL];
             std::memcpy(xs, x, sizeof xs);
