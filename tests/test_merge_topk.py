@@ -9,9 +9,12 @@ import torch
 from saefast.kernels import merge_topk, tuning
 
 interp.speed_up()
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
-GROUP = 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")]
+if DEVICE == "cuda":
+    # Lists written and read back within a program are what the interpreter cannot get wrong and a GPU can.
+    pytestmark.append(pytest.mark.gpu)
+GROUP = 32
 
 
 class Rows:
@@ -134,3 +137,14 @@ def test_groups_that_do_not_pass_are_not_read():
     passing = (pre[:, 160:].view(2, -1, GROUP).amax(2) > tau[:, None]).sum(1)
     assert torch.equal(visited, passing)
     assert (visited < 5).any(), "these data separate nothing"
+
+
+def test_more_groups_than_are_compacted_at_once():
+    k = 6
+    pre = torch.full((1, 40 + 3 * tuning.merge(32, GROUP).block_g * GROUP), -1.0)
+    winners = torch.tensor([3, 70, 8000, 9000, 17_000, 24_000, pre.shape[1] - 1])
+    pre[0, winners] = torch.tensor([5.0, 9.0, 4.0, 9.0, 7.0, 8.0, 6.0])
+    rows = Rows(1, k)
+    rows.merge(pre[:, :40], 0)
+    rows.merge(pre[:, 40:], 40)
+    assert_holds(rows, pre)

@@ -59,6 +59,16 @@ def test_repeated_and_last_latents_count_as_often_as_they_stand(device):
     assert torch.equal(triton_ops.spmm(acts, idx, W), 3 * W[3:] + 4 * W[:1])
 
 
+@pytest.mark.parametrize("K", [1, 3, 8, 13])
+def test_what_a_row_does_not_name_stays_out_of_it(K, device):
+    # Loops over entries run past a row's end: neither its neighbour's values nor latent 0 may come in.
+    acts, idx, W = sparse_problem(2, 20, 9, K, torch.float32, device)
+    idx = idx.clamp(min=1)
+    W[0] = float("nan")
+    acts[1] = float("inf")
+    assert torch.isfinite(triton_ops.spmm(acts, idx, W)[0]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("B", "D", "L", "K"), [(1, 1, 1, 1), (9, 37, 25, 7), (0, 5, 4, 3), (40, 33, 3, 2)])
 def test_transpose_close_to_reference_and_in_a_fixed_order(B, D, L, K, dtype, device):
