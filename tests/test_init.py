@@ -96,6 +96,12 @@ def test_geometric_median_is_the_optimum(case: str) -> None:
         assert summed_distance(rows, rows.mean(0)) > summed_distance(rows, best) * 1.01
 
 
+def test_a_row_that_is_the_median_is_found_exactly() -> None:
+    """The others pull on it, off balance, but with less than its own force of 1."""
+    rows = torch.tensor([[0.0, 0.0], [1.25, 0.0], [-0.625, 0.5], [-0.625, -0.5]])
+    assert geometric_median(rows).tolist() == [0.0, 0.0]
+
+
 def test_geometric_median_of_equal_rows_and_of_one() -> None:
     assert geometric_median(torch.full((5, 3), 2.5)).tolist() == [2.5] * 3
     assert geometric_median(torch.tensor([[1.0, -4.0]])).tolist() == [1.0, -4.0]
