@@ -155,9 +155,22 @@ def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     return backend(x).sddmm(x.contiguous(), idx.contiguous(), W.contiguous())
 
 
-# The dense transposed products serve the autograd engine only; the fused step works on runs (step.py).
-spmm_t = reference.spmm_t
-sum_by_latent = reference.sum_by_latent
+def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
+    """Transposed product: out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j] · x[b]. -> dense (n_latents, D).
+
+    The gradient of a weight matrix, for the autograd engine; the fused step works on runs. Repeats bit for bit.
+    """
+    # torch adds by atomics on a GPU, in whatever order they come.
+    return _transposed(x).spmm_t(acts.contiguous(), idx.contiguous(), x.contiguous(), n_latents)
+
+
+def sum_by_latent(acts: Tensor, idx: Tensor, n_latents: int) -> Tensor:
+    """out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j]: the gradient of b_enc. Repeats bit for bit."""
+    return _transposed(acts).sum_by_latent(acts.contiguous(), idx.contiguous(), n_latents)
+
+
+def _transposed(x: Tensor) -> ModuleType:
+    return backend(x) if x.is_cuda else reference
 
 
 def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
