@@ -17,6 +17,7 @@
 
 #include "buffer.hpp"
 #include "gather.hpp"
+#include "mixed.hpp"
 #include "spmm.hpp"
 #include "threshold.hpp"
 #include "topk.hpp"
@@ -226,6 +227,31 @@ void bind_rows(py::module_& m) {
                               at<int32_t>(latents), at<int32_t>(offsets));
         },
         "idx"_a, "keep"_a, "n"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
+    m.def(
+        "fill_entries",
+        [](Address acts, Address grad, const std::vector<int64_t>& columns, const std::vector<int32_t>& bounds,
+           int64_t n_tokens, Address order, Address latents, Address offsets, int64_t n_runs, int64_t n_latents,
+           Address dec_row, Address dec_coef, Address enc_row, Address enc_coef, Address grad_by_latent) {
+            py::gil_scoped_release release;
+            fill_entries({at<const float>(acts), at<const float>(grad), columns.data(),
+                          static_cast<int64_t>(columns.size()), bounds.data(), static_cast<int64_t>(bounds.size()),
+                          n_tokens},
+                         at<const int32_t>(order), at<const int32_t>(latents), at<const int32_t>(offsets), n_runs,
+                         n_latents, at<int32_t>(dec_row), at<float>(dec_coef), at<int32_t>(enc_row),
+                         at<float>(enc_coef), at<float>(grad_by_latent));
+        },
+        "acts"_a, "grad"_a, "columns"_a, "bounds"_a, "n_tokens"_a, "order"_a, "latents"_a, "offsets"_a, "n_runs"_a,
+        "n_latents"_a, "dec_row"_a, "dec_coef"_a, "enc_row"_a, "enc_coef"_a, "grad_by_latent"_a);
+    m.def(
+        "pick_best",
+        [](Address dots, Address idx, Address bias, Address scale, int64_t n_rows, int64_t m, int64_t k, bool relu,
+           Address acts, Address best, int n_threads) {
+            py::gil_scoped_release release;
+            pick_best({at<const float>(dots), at<const int32_t>(idx), at<const float>(bias), at<const float>(scale),
+                       n_rows, m, k, relu},
+                      at<float>(acts), at<int32_t>(best), n_threads);
+        },
+        "dots"_a, "idx"_a, "bias"_a, "scale"_a, "n_rows"_a, "m"_a, "k"_a, "relu"_a, "acts"_a, "best"_a, "n_threads"_a);
     bind_row_ops<AdamMatrix, AdamJob>(m);
     bind_row_ops<LeanMatrix, LeanJob>(m);
     m.def("update_rows", &update_rows, "jobs"_a, "lean_jobs"_a, "n_threads"_a,
@@ -286,6 +312,18 @@ void bind_encode(py::module_& m) {
         },
         "matrices"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "k"_a, "relu"_a, "acts"_a, "idx"_a,
         "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a);
+    m.def(
+        "encode_topk_mixed",
+        [](const EncoderArguments& low, Address x, Address W, Address bias, Address scale, Address ids, int64_t n_ids,
+           int64_t n_candidates, int64_t k, bool relu, Address acts, Address idx, int64_t max_scratch_bytes,
+           int n_threads) {
+            py::gil_scoped_release release;
+            saefast::encode_topk_mixed(make_encoder(low, bias, scale, 0, ids, n_ids),
+                                       {n_candidates, relu, max_scratch_bytes, nullptr, n_threads}, at<const float>(x),
+                                       at<const float>(W), k, at<float>(acts), at<int32_t>(idx));
+        },
+        "low"_a, "x"_a, "W"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "n_candidates"_a, "k"_a, "relu"_a, "acts"_a,
+        "idx"_a, "max_scratch_bytes"_a, "n_threads"_a);
     m.def("tile_kernel_names", &saefast::tile_kernel_names, "bf16"_a);
     py::class_<saefast::ThresholdCode>(m, "ThresholdCode")
         .def(py::init([](const EncoderArguments& matrices, Address bias, Address threshold, int64_t max_scratch_bytes,

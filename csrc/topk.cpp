@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "keys.hpp"
 #include "threads.hpp"
 
 namespace saefast {
@@ -20,21 +21,6 @@ constexpr int64_t kShortestCut = 64;
 constexpr int64_t kLongestCut = 512;
 // A range of latents of one thread: short ones would keep most of what they see.
 constexpr int64_t kRangePerK = 16;
-
-// Orders as the results are ordered: by value, NaN first and -0 equal to 0, then by the lower latent. All differ.
-uint64_t key_of(float rank, int64_t id) {
-    uint32_t bits = to_bits(rank + 0.0f);
-    bits = rank != rank ? 0xffffffffu : bits ^ (bits & 0x80000000u ? 0xffffffffu : 0x80000000u);
-    return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
-}
-
-float rank_of(uint64_t key) {
-    const auto bits = static_cast<uint32_t>(key >> 32);
-    if (bits == 0xffffffffu) return std::numeric_limits<float>::quiet_NaN();
-    return from_bits(bits ^ (bits & 0x80000000u ? 0x80000000u : 0xffffffffu));
-}
-
-int32_t id_of(uint64_t key) { return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(key)); }
 
 // A candidate. Unscaled, its value can be read off the key.
 struct Plain {

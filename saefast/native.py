@@ -93,32 +93,45 @@ def encode_topk_mixed(
     b_enc: Tensor | None,
     k: int,
     *,
+    candidates: int | None = None,
     latents: Tensor | None = None,
     scale: Tensor | None = None,
     relu: bool = True,
     max_scratch_bytes: int = 1 << 30,
 ) -> reference.Code:
-    """Top-k chosen by the products of a low-precision copy of the weights, with the values of the full ones.
+    """Top-k by way of a low-precision copy of the weights: its products choose candidates, fp32 products the k best.
 
-    The choice is exact over x and W_low rounded to W_low's dtype and summed in fp32; each value is then recomputed
-    from x and W_enc. Entries stay in the order of the choice, so values descend only up to W_low's rounding.
+    The candidates are exactly the best over x and W_enc rounded to W_low's dtype, summed in fp32. Values, order and
+    ties of the result are those of x and W_enc; a latent is missed only where rounding put it behind all candidates.
 
     Args:
         x: (B, D) fp32.
-        W_low: (L, D) bf16 (or fp16), the rounded copy of W_enc.
+        W_low: (L, D) bf16 or fp16, the rounded copy of W_enc.
         W_enc: (L, D) fp32.
+        candidates: how many to decide among, at least k; None: k, so that the set is the low-precision product's.
         The rest as `encode_topk`.
     """
-    _, idx = encode_topk(
-        *(x.to(W_low.dtype), W_low, b_enc, k),
-        latents=latents,
-        scale=scale,
-        max_scratch_bytes=max_scratch_bytes,
-    )
-    acts = sddmm(x, idx, W_enc)
-    if b_enc is not None:
-        acts += b_enc.float()[idx.long()]
-    return (acts.relu_() if relu else acts), idx
+    low = x.to(W_low.dtype)
+    matrices, (_, x_address, W_address, B, *_) = _matrices(low, W_low), _matrices(x, W_enc)
+    if x.dtype != torch.float32 or W_enc.shape != W_low.shape:
+        raise InputError(
+            f"x is {x.dtype}, W_enc {tuple(W_enc.shape)} and W_low {tuple(W_low.shape)}: expected fp32 x and W_enc, "
+            "and W_low a rounded copy of W_enc"
+        )
+    bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
+    ids = None if latents is None else latents.long().contiguous()
+    n = W_enc.shape[0] if ids is None else ids.shape[0]
+    acts = torch.empty((B, k), dtype=torch.float32)
+    idx = torch.empty((B, k), dtype=torch.int32)
+    try:
+        _built().encode_topk_mixed(
+            *(matrices, x_address, W_address, _address(bias), _address(weight), _address(ids), n),
+            *(k if candidates is None else min(candidates, n), k, relu, acts.data_ptr(), idx.data_ptr()),
+            *(max_scratch_bytes, torch.get_num_threads()),
+        )
+    except (IndexError, ValueError) as error:
+        raise InputError(f"encode_topk_mixed: {error}") from None
+    return acts, idx
 
 
 def threshold_encode(

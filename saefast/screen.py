@@ -53,6 +53,10 @@ def encode_topk_screened(
         The rest as `ops.encode_topk`.
     """
     n = len(W_enc) if latents is None else len(latents)
+    if x.device.type == "cpu" and native.supports(W_low.dtype):
+        return native.encode_topk_mixed(
+            *(x, W_low, W_enc, b_enc, k), candidates=candidates(k), latents=latents, scale=scale, relu=relu
+        )
     _, idx = ops.encode_topk(x.to(W_low.dtype), W_low, b_enc, min(candidates(k), n), latents=latents, scale=scale)
     idx = idx.sort(dim=1).values  # ascending, so that a stable choice gives ties to the lower latent
     pre = ops.sddmm(x, idx, W_enc) + b_enc[idx.long()]

@@ -248,27 +248,51 @@ def test_real_values_are_as_close_as_torch(dtype: torch.dtype, kernel: str) -> N
         torch.testing.assert_close(acts.double(), pre, rtol=1e-4, atol=1e-4)
 
 
+def exact_values(x: Tensor, W: Tensor, b: Tensor, idx: Tensor) -> Tensor:
+    return reference.pre_activations(x, W, b).gather(1, idx.long()).relu()
+
+
 def test_mixed_takes_the_choice_from_one_matrix_and_the_values_from_the_other() -> None:
     x, W, b = torch.randn(50, 96), torch.randn(3000, 96), torch.randn(3000)
     low = W.bfloat16()
-    acts, idx = native.encode_topk_mixed(x, low, W, b, K)
-    assert torch.equal(idx, native.encode_topk(x.bfloat16(), low, b, K)[1])
-    assert_close_to_reference(
-        acts, lambda x, W, b: reference.pre_activations(x, W, b).gather(1, idx.long()).relu(), x, W, b
-    )
-    # Its rows are the fp32 winners but for a few at the edge.
-    exact = stable_sort(x, W, b, K)[1]
-    shared = sum(len(set(a) & set(e)) for a, e in zip(idx.tolist(), exact.tolist(), strict=True))
-    assert shared > 0.9 * idx.numel()
     assert not torch.equal(W, low.float())
+    acts, idx = native.encode_topk_mixed(x, low, W, b, K)
+    chosen = native.encode_topk(x.bfloat16(), low, b, K)[1]
+    assert torch.equal(idx.sort(1).values, chosen.sort(1).values)
+    assert_close_to_reference(acts, exact_values, x, W, b, idx)
+    assert (acts.diff(dim=1) <= 0).all()
 
 
-def test_mixed_on_integers_is_exact_with_every_option() -> None:
+def test_mixed_with_candidates_to_spare_is_the_fp32_choice() -> None:
+    x, W, b = torch.randn(200, 96), torch.randn(3000, 96), torch.randn(3000)
+    exact = stable_sort(x, W, b, K)[1]
+    assert torch.equal(native.encode_topk_mixed(x, W.bfloat16(), W, b, K, candidates=3 * K)[1], exact)
+    assert not torch.equal(native.encode_topk_mixed(x, W.bfloat16(), W, b, K)[1], exact)
+
+
+@pytest.mark.parametrize("candidates", [None, K + 4, 10 * L])
+def test_mixed_on_integers_is_exact_with_every_option(candidates: int | None) -> None:
     x, W, b = random_ints()
+    b[7], b[200] = math.nan, -math.inf
     some, scale = torch.arange(1, L, 3), 2.0 ** torch.randint(-3, 4, (L,))
     for options in ({}, {"relu": False}, {"latents": some}, {"scale": scale}):
-        found = native.encode_topk_mixed(x, W.bfloat16(), W, b, K, **options)  # type: ignore[arg-type]
+        found = native.encode_topk_mixed(x, W.bfloat16(), W, b, K, candidates=candidates, **options)  # type: ignore[arg-type]
         assert_same(found, reference.encode_topk(x, W, b, K, **options))  # type: ignore[arg-type]
+
+
+def test_mixed_refuses_what_would_read_past_memory() -> None:
+    x, W, b = random_ints()
+    for change in (
+        {"candidates": K - 1},
+        {"W_enc": W[:-1]},
+        {"W_low": W[:-1].bfloat16()},
+        {"x": x.bfloat16()},
+        {"latents": torch.tensor([0, L])},
+        {"b_enc": b[1:]},
+    ):
+        arguments: dict[str, Any] = {"x": x, "W_low": W.bfloat16(), "W_enc": W, "b_enc": b, "k": K}
+        with pytest.raises(InputError):
+            native.encode_topk_mixed(**(arguments | change))
 
 
 def test_ops_reaches_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
