@@ -5,7 +5,9 @@ Where the extension was not built (no compiler at install), torch does the same 
 
 import importlib
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 from types import ModuleType
 
 import torch
@@ -249,6 +251,39 @@ def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     gather = _gather_cuda if src.is_cuda else _gather_cpu
     gather(ext, src, index, out)
     return out
+
+
+def gather_rows_from(sources: Sequence[Tensor], index: Tensor) -> Tensor:
+    """gather_rows out of several CPU tensors that count as one: source s holds the rows after those of s - 1.
+
+    Args:
+        sources: each (n_s, ...) contiguous, alike in dtype and row shape.
+        index: (n,) contiguous int64, each below the sum of n_s.
+
+    Raises:
+        InputError: as gather_rows, or sources that differ.
+    """
+    first = sources[0]
+    for source in sources:
+        _check_gather(source, index)
+        if source.dtype != first.dtype or source.shape[1:] != first.shape[1:] or source.device.type != "cpu":
+            raise InputError(f"sources: {_about(first)} and {_about(source)}, expected CPU tensors alike but for rows")
+    ext = extension()
+    if ext is None or len(sources) == 1:
+        return gather_rows(first if len(sources) == 1 else torch.cat(list(sources)), index)
+    out = torch.empty((index.shape[0], *first.shape[1:]), dtype=first.dtype)
+    starts = list(accumulate((len(source) for source in sources), initial=0))
+    addresses = [source.data_ptr() for source in sources]
+    sizes = (_row_bytes(first), index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
+    try:
+        ext.gather_rows_from(addresses, starts, *sizes)
+    except IndexError as error:
+        raise InputError(f"index: {error}; the sources hold {starts[-1]} rows") from None
+    return out
+
+
+def _about(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
 def _row_bytes(src: Tensor) -> int:

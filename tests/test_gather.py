@@ -191,3 +191,15 @@ def test_gpu_names_the_first_index_out_of_range() -> None:
     index[4000], index[77] = 50, -1
     with pytest.raises(InputError, match=r"index\[77\] is -1, outside \[0, 50\)"):
         native.gather_rows(src, index)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
+def test_several_sources_count_as_one(dtype):
+    sources = [torch.randint(-100, 100, (n, 7)).to(dtype) for n in (5, 0, 1, 40)]
+    index = torch.randint(0, 46, (100,))
+    assert torch.equal(native.gather_rows_from(sources, index), torch.cat(sources)[index])
+    assert torch.equal(native.gather_rows_from(sources[:1], index % 5), sources[0][index % 5])
+    with pytest.raises(InputError, match="the sources hold 46 rows"):
+        native.gather_rows_from(sources, torch.tensor([46]))
+    with pytest.raises(InputError, match="alike but for rows"):
+        native.gather_rows_from([sources[0], sources[1].double()], index)

@@ -12,7 +12,7 @@ from saefast.data.order import Order
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
-from saefast.native import gather_rows
+from saefast.native import gather_rows, gather_rows_from
 
 
 class Located(NamedTuple):
@@ -29,19 +29,27 @@ class Rows:
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         self.starts = np.cumsum([0] + [len(s.rows) for s in segments])
+        kinds = {(s.rows.dtype, s.rows.device.type, s.scale is None) for s in segments}
+        self._together = len(kinds) == 1 and all(s.rows.device.type == "cpu" for s in segments)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def gather(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
         """Rows (n, d) by number (n,) int64, on the device the rows lie on."""
-        owner = np.searchsorted(self.starts, numbers, side="right") - 1
-        present = np.unique(owner)
-        if len(present) == 1:
-            return _gather(self.segments[present[0]], numbers - self.starts[present[0]], dtype)
+        if not self._together:
+            return self._gather_by_segment(numbers, dtype)
+        index = torch.from_numpy(numbers)
+        rows = gather_rows_from([segment.rows for segment in self.segments], index).to(dtype)
+        scales = [segment.scale for segment in self.segments if segment.scale is not None]
+        return rows * gather_rows_from(scales, index)[:, None].to(dtype) if scales else rows
+
+    def _gather_by_segment(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """For segments that differ in dtype, as files of one folder may, or that lie on a GPU."""
         first = self.segments[0].rows
+        owner = np.searchsorted(self.starts, numbers, side="right") - 1
         out = torch.empty(len(numbers), first.shape[1], dtype=dtype, device=first.device)
-        for number in present:
+        for number in np.unique(owner):
             places = np.flatnonzero(owner == number)
             rows = _gather(self.segments[number], numbers[places] - self.starts[number], dtype)
             out[torch.from_numpy(places).to(out.device)] = rows
