@@ -122,22 +122,18 @@ def show(result: dict[str, Any]) -> None:
 
 def memory(shape: Shape, dtype: str) -> dict[str, Any]:
     """Peak memory beyond the inputs on a CPU, each contender in a process of its own."""
-    sizes = [str(size) for size in shape]
-    peaks = {
-        what: common.peak_in_child("bench.encode_topk", "--peak", what, dtype, *sizes)
-        for what in ("dense", "ours", "plain")
-    }
-    return {"shape": shape._asdict(), "dtype": dtype, **{f"{what} MB": peak / 1e6 for what, peak in peaks.items()}}
+    child, sizes = ("bench.encode_topk", "--peak"), [str(size) for size in shape]
+    peaks = {what: common.peak_in_child(*child, what, dtype, *sizes) for what in ("dense", "ours")}
+    return {"shape": shape._asdict(), "dtype": dtype, "peak_bytes": peaks}
 
 
 def peak(what: str, dtype: str, *sizes: str) -> None:
     """The child's part of `memory`: prints the bytes one call took."""
-    problem = Problem(Shape(*map(int, sizes)), DTYPES[dtype], "cpu")
-    call = {"dense": problem.dense, "ours": problem.ours, "plain": problem.plain}[what]
     # A small call first, so that thread pools and libraries do not count.
-    small = Problem(Shape(8, 64, 512, 4), DTYPES[dtype], "cpu")
-    {"dense": small.dense, "ours": small.ours, "plain": small.plain}[what]()
-    print(common.peak_bytes(call, "cpu"))
+    for shape in (Shape(8, 64, 512, 4), Shape(*map(int, sizes))):
+        problem = Problem(shape, DTYPES[dtype], "cpu")
+        taken = common.peak_bytes({"dense": problem.dense, "ours": problem.ours}[what], "cpu")
+    print(taken)
 
 
 def on_cpu(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -147,8 +143,9 @@ def on_cpu(options: argparse.Namespace) -> list[dict[str, Any]]:
         show(result)
     if not options.quick:
         results.append(memory(CPU_MEMORY, "fp32"))
-        print()
-        common.print_table([{**results[-1].pop("shape"), **results[-1]}])
+        print(f"\npeak memory beyond the inputs at {results[-1]['shape']} fp32")
+        for what, taken in results[-1]["peak_bytes"].items():
+            print(f"    {what}: {taken / 1e6:,.0f} MB")
     return results
 
 
