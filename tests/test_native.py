@@ -98,9 +98,12 @@ def test_threads_do_not_change_a_bit() -> None:
     assert all(torch.equal(a, b) for pair in results for a, b in zip(pair, results[0], strict=True))
 
 
-@pytest.mark.parametrize("bad", [-1, 50, 2**31 + 3])
-def test_an_index_out_of_range_is_named(bad: int, threads: int) -> None:
-    idx = torch.randint(0, 50, (20, 6))
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [(-1, torch.int32), (50, torch.int32), (-1, torch.int64), (50, torch.int64), (2**31 + 3, torch.int64)],
+)
+def test_an_index_out_of_range_is_named(bad: int, dtype: torch.dtype, threads: int) -> None:
+    idx = torch.randint(0, 50, (20, 6), dtype=dtype)
     idx[13, 4] = bad
     for op, first in ((native.spmm, torch.randn(20, 6)), (native.sddmm, torch.randn(20, 8))):
         with pytest.raises(InputError, match=rf"idx\[13, 4\] is {bad}, outside \[0, 50\)"):
