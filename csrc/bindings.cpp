@@ -242,16 +242,6 @@ void bind_rows(py::module_& m) {
         },
         "acts"_a, "grad"_a, "columns"_a, "bounds"_a, "n_tokens"_a, "order"_a, "latents"_a, "offsets"_a, "n_runs"_a,
         "n_latents"_a, "dec_row"_a, "dec_coef"_a, "enc_row"_a, "enc_coef"_a, "grad_by_latent"_a);
-    m.def(
-        "pick_best",
-        [](Address dots, Address idx, Address bias, Address scale, int64_t n_rows, int64_t m, int64_t k, bool relu,
-           Address acts, Address best, int n_threads) {
-            py::gil_scoped_release release;
-            pick_best({at<const float>(dots), at<const int32_t>(idx), at<const float>(bias), at<const float>(scale),
-                       n_rows, m, k, relu},
-                      at<float>(acts), at<int32_t>(best), n_threads);
-        },
-        "dots"_a, "idx"_a, "bias"_a, "scale"_a, "n_rows"_a, "m"_a, "k"_a, "relu"_a, "acts"_a, "best"_a, "n_threads"_a);
     bind_row_ops<AdamMatrix, AdamJob>(m);
     bind_row_ops<LeanMatrix, LeanJob>(m);
     m.def("update_rows", &update_rows, "jobs"_a, "lean_jobs"_a, "n_threads"_a,

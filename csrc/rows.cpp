@@ -1,7 +1,6 @@
 #include "rows.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
@@ -12,40 +11,9 @@
 namespace saefast {
 namespace {
 
-constexpr int kDigitBits = 11;
-constexpr int64_t kBuckets = int64_t{1} << kDigitBits;
 constexpr int64_t kBytesAhead = 512;
-
-struct Entry {
-    int32_t latent;
-    int32_t position;
-};
-
-// One stable pass of a radix sort by the digit at `shift`.
-void radix_pass(const std::vector<Entry>& from, std::vector<Entry>& to, int shift) {
-    std::array<int64_t, kBuckets> start{};
-    const auto digit = [shift](const Entry& e) { return (e.latent >> shift) & (kBuckets - 1); };
-    for (const Entry& e : from) ++start[static_cast<size_t>(digit(e))];
-    int64_t sum = 0;
-    for (int64_t& s : start) {
-        const int64_t count = s;
-        s = sum;
-        sum += count;
-    }
-    for (const Entry& e : from) to[static_cast<size_t>(start[static_cast<size_t>(digit(e))]++)] = e;
-}
-
-std::vector<Entry> kept_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents) {
-    std::vector<Entry> entries;
-    entries.reserve(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) {
-        if (idx[i] < 0 || idx[i] >= n_latents)
-            throw std::out_of_range("idx[" + std::to_string(i) + "] is " + std::to_string(idx[i]) + ", outside [0, " +
-                                    std::to_string(n_latents) + ")");
-        if (keep == nullptr || keep[i] != 0) entries.push_back({idx[i], static_cast<int32_t>(i)});
-    }
-    return entries;
-}
+// Multiplications that are worth a thread.
+constexpr int64_t kWorkPerThread = 1 << 20;
 
 // Rows of a matrix in fp32 or bf16.
 struct RowsOf {
@@ -114,24 +82,6 @@ void decode_token(const DecodeLoss& a, int64_t b, float* acc) {
 
 }  // namespace
 
-int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
-                   int32_t* latents, int32_t* offsets) {
-    std::vector<Entry> entries = kept_entries(idx, keep, n, n_latents), other(entries.size());
-    for (int shift = 0; shift < 31 && (n_latents - 1) >> shift > 0; shift += kDigitBits) {
-        radix_pass(entries, other, shift);
-        entries.swap(other);
-    }
-    int64_t runs = 0;
-    for (size_t i = 0; i < entries.size(); ++i) {
-        order[i] = entries[i].position;
-        if (i > 0 && entries[i].latent == entries[i - 1].latent) continue;
-        latents[runs] = entries[i].latent;
-        offsets[runs++] = static_cast<int32_t>(i);
-    }
-    offsets[runs] = static_cast<int32_t>(entries.size());
-    return runs;
-}
-
 void decode_loss(const DecodeLoss& args, int n_threads) {
     for (int64_t i = 0; i < args.B * args.K; ++i)
         if (args.idx[i] < 0 || args.idx[i] >= args.n_latents)
@@ -140,7 +90,7 @@ void decode_loss(const DecodeLoss& args, int n_threads) {
     parallel_for(args.B, n_threads, [&](int64_t begin, int64_t end) {
         std::vector<float> acc(static_cast<size_t>(args.d));
         for (int64_t b = begin; b < end; ++b) decode_token(args, b, acc.data());
-    });
+    }, kWorkPerThread / std::max<int64_t>(1, args.K * args.d));
 }
 
 void weighted_row_sum(const void* base, bool bf16, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,
@@ -155,7 +105,7 @@ void weighted_row_sum(const void* base, bool bf16, int64_t d, const int32_t* row
             W.add_scaled(partial.data() + i / kBlock * d, rows == nullptr ? i : rows[i],
                          coef == nullptr ? 1.0f : coef[i]);
         }
-    });
+    }, kWorkPerThread / std::max<int64_t>(1, kBlock * d));
     std::fill(out, out + d, 0.0f);
     for (int64_t block = 0; block < blocks; ++block) rowmath::add(out, partial.data() + block * d, d);
 }
@@ -167,7 +117,7 @@ void moments(const float* x, int64_t n, int64_t d, double* variance, double* squ
     parallel_for(blocks, n_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i)
             rowmath::add_to_double(sums.data() + i / kBlock * d, x + i * d, d);
-    });
+    }, kWorkPerThread / std::max<int64_t>(1, kBlock * d));
     for (int64_t block = 0; block < blocks; ++block)
         for (int64_t c = 0; c < d; ++c) mean[static_cast<size_t>(c)] += sums[static_cast<size_t>(block * d + c)];
     for (double& m : mean) m /= static_cast<double>(std::max<int64_t>(n, 1));
@@ -176,7 +126,7 @@ void moments(const float* x, int64_t n, int64_t d, double* variance, double* squ
         for (int64_t i = begin * kBlock; i < std::min(n, end * kBlock); ++i)
             rowmath::add_moments(x + i * d, mean.data(), d, &parts[static_cast<size_t>(i / kBlock * 2)],
                                  &parts[static_cast<size_t>(i / kBlock * 2 + 1)]);
-    });
+    }, kWorkPerThread / std::max<int64_t>(1, kBlock * d));
     *variance = *squares = 0;
     for (int64_t block = 0; block < blocks; ++block) {
         *variance += parts[static_cast<size_t>(2 * block)];

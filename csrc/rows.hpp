@@ -17,6 +17,25 @@ namespace saefast {
 int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
                    int32_t* latents, int32_t* offsets);
 
+// Entries of a code made of parts, each (n_tokens, columns), one after the other. Part 0's column j hears the first
+// residual plane p with j < bounds[p]; a further part hears the plane after those.
+struct EntryParts {
+    const float* acts = nullptr;
+    const float* grad = nullptr;  // dloss / dacts
+    const int64_t* columns = nullptr;
+    int64_t n_parts = 0;
+    const int32_t* bounds = nullptr;
+    int64_t n_bounds = 0;
+    int64_t n_tokens = 0;
+};
+
+// For each of n grouped entries: its rows in the residual planes and in the encoder's input, and its weights there
+// (-2 · act, as residuals are minus half the gradient, and grad). grad_by_latent (n_latents) gets Σ grad of each run, 0
+// elsewhere.
+void fill_entries(const EntryParts& parts, const int32_t* order, const int32_t* latents, const int32_t* offsets,
+                  int64_t n_runs, int64_t n_latents, int32_t* dec_row, float* dec_coef, int32_t* enc_row,
+                  float* enc_coef, float* grad_by_latent);
+
 // Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]. A null
 // `offsets` means that all of them are zero. Runs longer than kPiece entries are summed piece by piece and the pieces
 // added in order, so that one latent which fires everywhere keeps no thread waiting.

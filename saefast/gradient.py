@@ -18,7 +18,7 @@ from saefast.hot import Block, HotLatents
 from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
 from saefast.optim import AnyMatrix, RowGradient
 from saefast.recipe import TrainConfig
-from saefast.runs import Runs
+from saefast.runs import Entries, Runs
 from saefast.sae import SAEConfig
 
 # Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything is looked at.
@@ -55,8 +55,6 @@ class Part:
     """(B, K) int32."""
     grad_acts: Tensor
     """(B, K)."""
-    plane: Tensor
-    """(B, K) int64: which plane of residuals each entry's decoder row hears."""
 
 
 @dataclasses.dataclass
@@ -75,6 +73,7 @@ class Gradient:
     """A batch's gradient, and what its step reports."""
 
     runs: Runs
+    """Of the entries below; hot latents have none."""
     for_dec: RowGradient
     for_enc: RowGradient
     hot: HotGradient | None
@@ -84,9 +83,8 @@ class Gradient:
     """(D,)."""
     since: Tensor
     """(L,) the dead-latent counters after the batch."""
-    idx: Tensor
-    on: Tensor
-    """(B, K) the code, and where it fired."""
+    code: Runs
+    """Of the batch's whole code, AuxK's entries left out."""
     loss: float
     fvu: float
     auxk: float
@@ -116,12 +114,11 @@ class Pass:
             raise not_finite(self.model.step, math.nan, self.x)
         self.acts, self.idx = self._encode(self.bounds[-1])
         self._refuse_overflow()
-        k = self.model.sae.k
-        since = self.model.dead.after(self.acts[:, :k], self.idx[:, :k])
+        self.runs = self._runs(self.idx, self.acts != 0)
+        since = self._counters()
         dead_ids = self._dead_ids(since)
         if self.model.hot is not None and dead_ids is not None and self.model.hot.has(dead_ids):
             self.model.hot = None  # a latent's gradient has to come from one place
-        self.runs = self._runs(self.idx, self.acts != 0)
         self.model.wake(self.runs.latents)
 
         main, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
@@ -132,10 +129,20 @@ class Pass:
         loss += self.config.auxk_coef * auxk
         if not math.isfinite(loss):
             raise not_finite(self.model.step, loss, self.x)
-        l0 = float((self.acts[:, :k] > 0).sum()) / len(self.x)
-        return Gradient(
-            *self._entries(parts), *self._biases(parts), since, self.idx, self.acts > 0, loss, fvu, auxk, l0
-        )
+        return Gradient(*self._entries(parts), since, self.runs, loss, fvu, auxk, self._l0())
+
+    def _counters(self) -> Tensor:
+        """The dead-latent counters after this batch."""
+        dead, k = self.model.dead, self.model.sae.k
+        if self.config.fired_above != 0 or len(self.bounds) > 1:
+            return dead.after(self.acts[:, :k], self.idx[:, :k])
+        # What fired is what has a run: no need to look for it again.
+        since = dead.since + (len(self.x) if self.config.dead_unit == "tokens" else 1)
+        return since.index_fill_(0, self.runs.latents.long(), 0)
+
+    def _l0(self) -> float:
+        n = len(self.runs.order) if len(self.bounds) == 1 else int((self.acts[:, : self.model.sae.k] > 0).sum())
+        return n / len(self.x)
 
     def _encode(self, k: int, latents: Tensor | None = None, relu: bool = True) -> tuple[Tensor, Tensor]:
         enc, b_enc = self.model.matrices["W_enc"], self.model.matrices["b_enc"].w[0]
@@ -178,9 +185,11 @@ class Pass:
         self.error = self.model.buffer("error", B, D) if with_error else None
         grad, squares = self._decode(weight)
         sums = [serial_sum(row) for row in squares]
-        prefix = torch.bucketize(torch.arange(self.bounds[-1]), torch.tensor(self.bounds), right=True)
-        main = Part(self.acts, self.idx, grad, prefix.to(self.x.device).expand_as(self.idx))
-        return main, sum(w * s for w, s in zip(weight, sums, strict=True)), sums[0] / self.variance
+        return (
+            Part(self.acts, self.idx, grad),
+            sum(w * s for w, s in zip(weight, sums, strict=True)),
+            sums[0] / self.variance,
+        )
 
     def _decode(self, weight: list[float]) -> tuple[Tensor, Tensor]:
         """decode_loss, with the hot latents taken out and done as matrix products."""
@@ -214,8 +223,7 @@ class Pass:
             *([config.auxk_coef * weight], [k], plane[None]),
             relu=config.auxk_relu,
         )
-        part = Part(acts, idx, decoded.grad_acts, torch.full_like(idx, len(self.bounds), dtype=torch.int64))
-        return part, weight * serial_sum(decoded.squares[0])
+        return Part(acts, idx, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
 
     def _auxk_weight(self, error: Tensor, n_dead: int) -> float:
         """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
@@ -228,40 +236,44 @@ class Pass:
         unexplained = self.backend.moments(error)[0]
         return few / unexplained if unexplained > 0 else 0.0
 
-    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, HotGradient | None]:
-        """The parts as entries grouped by latent, and the hot latents' rows beside them."""
-        (B, D), device = self.x.shape, self.x.device
-        acts, idx, grad, plane = (_joined(parts, name) for name in ("acts", "idx", "grad_acts", "plane"))
-        token = torch.cat([torch.arange(B, device=device).repeat_interleave(p.idx.shape[1]) for p in parts])
-        keep = acts != 0
-        if self.hot is not None:
-            keep[: self.idx.numel()] &= ~self.hot.is_hot.flatten()
-        runs = self.runs if len(parts) == 1 and self.hot is None else self._runs(idx, keep)
-        order = runs.order.long()
-        offsets = runs.over_all(self.model.sae.n_latents) if self.model.dense else runs.offsets
-        for_dec = RowGradient(self.planes.view(-1, D), offsets, (plane * B + token)[order].int(), -2 * acts[order])
-        for_enc = RowGradient(self.centred, offsets, token[order].int(), grad[order])
-        return runs, for_dec, for_enc, self._hot_rows(self.hot)
+    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, HotGradient | None, Tensor, Tensor]:
+        """The parts as entries grouped by latent, the hot latents' rows beside them, and the biases' gradients."""
+        (B, D), n_latents, hot = self.x.shape, self.model.sae.n_latents, self.hot
+        acts, idx, grad = (_joined(parts, name) for name in ("acts", "idx", "grad_acts"))
+        runs = self.runs
+        if hot is not None or len(parts) > 1:
+            keep = acts != 0
+            if hot is not None:
+                keep[: self.idx.numel()] &= ~hot.is_hot.flatten()
+            runs = self._runs(idx, keep)
+        columns = [part.idx.shape[1] for part in parts]
+        entries: Entries = self.backend.fill_entries(runs, acts, grad, columns, self.bounds, B, n_latents)
+        offsets = runs.over_all(n_latents) if self.model.dense else runs.offsets
+        for_dec = RowGradient(self.planes.view(-1, D), offsets, entries.dec_row, entries.dec_coef)
+        for_enc = RowGradient(self.centred, offsets, entries.enc_row, entries.enc_coef)
+        b_enc = entries.grad_by_latent
+        if hot is not None:
+            b_enc[hot.ids] = self.grad_hot.sum(0)
+        return runs, for_dec, for_enc, self._hot_rows(hot), b_enc, self._b_dec(b_enc, runs)
 
     def _hot_rows(self, hot: Block | None) -> HotGradient | None:
         if hot is None:
             return None
         return HotGradient(hot.ids.int(), -2 * hot.acts.T @ self.planes[0], self.grad_hot.T @ self.centred)
 
-    def _biases(self, parts: list[Part]) -> tuple[Tensor, Tensor]:
-        """The gradients of b_enc (L,) and b_dec (D,)."""
-        idx, grad = _joined(parts, "idx"), _joined(parts, "grad_acts")
-        b_enc = ops.sum_by_latent(grad, idx, self.model.sae.n_latents)
-        b_dec = -2 * self.backend.weighted_row_sum(self.planes[0])
+    def _b_dec(self, b_enc: Tensor, runs: Runs) -> Tensor:
+        """The gradient of b_dec (D,), from that of b_enc."""
+        grad: Tensor = -2 * self.backend.weighted_row_sum(self.planes[0])
         if self.config.auxk_b_dec_grad and len(self.planes) > len(self.bounds):
-            b_dec -= 2 * self.backend.weighted_row_sum(self.planes[-1])
-        if self.model.sae.apply_b_dec_to_input:
-            # b_dec is subtracted from what the encoder sees: -Σ over entries of grad · W_enc row, latent by latent.
-            fired = self.runs.latents if len(parts) == 1 else self._runs(idx, grad != 0).latents
-            b_dec -= self.backend.weighted_row_sum(
-                self.model.matrices["W_enc"].w, fired, b_enc[fired.long()].to(self.x.dtype)
-            )
-        return b_enc, b_dec
+            grad -= 2 * self.backend.weighted_row_sum(self.planes[-1])
+        if not self.model.sae.apply_b_dec_to_input:
+            return grad
+        # b_dec is subtracted from what the encoder sees: -Σ over entries of grad · W_enc row, latent by latent.
+        W_enc = self.model.matrices["W_enc"].w
+        groups = [runs.latents] if self.hot is None else [runs.latents, self.hot.ids.int()]
+        for latents in groups:
+            grad -= self.backend.weighted_row_sum(W_enc, latents, b_enc[latents.long()])
+        return grad
 
 
 def _joined(parts: list[Part], name: str) -> Tensor:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saefast.runs import Runs
+
 # Arithmetic a second (bf16, and fp32 as torch multiplies it by default) and bytes a second that large operations reach;
 # H200 measured, the others from their data sheets at the same efficiency. A CPU is not here: its gathers run from the
 # caches, where a row costs little more than its arithmetic.
@@ -75,13 +77,11 @@ class HotLatents:
         """Whether one of ids (n,) is hot."""
         return bool((self.slot[ids] >= 0).any())
 
-    def count(self, idx: Tensor, on: Tensor, step: int) -> None:
-        """Takes note of a batch's entries idx (B, K) where on (B, K), and picks anew every REFRESH_EVERY steps."""
-        fired = torch.zeros_like(self.rate).index_add_(
-            0, idx[on].long(), torch.ones_like(self.rate[:1]).expand(int(on.sum()))
-        )
-        weight = 1 / min(step + 1, REFRESH_EVERY)
-        self.rate.lerp_(fired / len(idx), weight)
+    def count(self, runs: Runs, n_tokens: int, step: int) -> None:
+        """Takes note of the runs of a batch's code, and picks anew every REFRESH_EVERY steps."""
+        fired = torch.zeros_like(self.rate)
+        fired[runs.latents.long()] = (runs.offsets[1:] - runs.offsets[:-1]).to(fired.dtype)
+        self.rate.lerp_(fired / n_tokens, 1 / min(step + 1, REFRESH_EVERY))
         if (step + 1) % REFRESH_EVERY == 0:
             self._pick()
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from saefast import native, rows_lean
 from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.reference import accumulate_dtype
-from saefast.runs import Decoded, group_runs
+from saefast.runs import Decoded, Entries, Runs, group_runs
 
 __all__ = [
     "Decoded",
     "backend",
     "catch_up",
     "decode_loss",
+    "fill_entries",
     "gradient_squares",
     "group_runs",
     "moments",
@@ -40,6 +41,33 @@ def backend(w: Tensor) -> ModuleType:
 
         return rows_native
     return importlib.import_module("saefast.rows")
+
+
+def fill_entries(
+    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+) -> Entries:
+    """Weighs the entries of a code made of parts, each (n_tokens, columns), flattened one after the other.
+
+    Part 0's column j hears the first residual plane p with j < bounds[p]; a further part the plane after those.
+
+    Args:
+        acts, grad: (entries,) activations and dloss / dact.
+    """
+    order, planes, tokens = runs.order.long(), [], []
+    for part, width in enumerate(columns):
+        column = torch.arange(width, device=acts.device)
+        heard = torch.bucketize(column, torch.tensor(bounds, device=acts.device), right=True)
+        planes.append((heard if part == 0 else torch.full_like(column, len(bounds) - 1 + part)).repeat(n_tokens))
+        tokens.append(torch.arange(n_tokens, device=acts.device).repeat_interleave(width))
+    token, grouped = torch.cat(tokens)[order], grad[order]
+    run = torch.repeat_interleave(runs.latents.long(), (runs.offsets[1:] - runs.offsets[:-1]).long())
+    return Entries(
+        (torch.cat(planes)[order] * n_tokens + token).int(),
+        -2 * acts[order],
+        token.int(),
+        grouped,
+        acts.new_zeros(n_latents).index_add_(0, run, grouped),
+    )
 
 
 def moments(x: Tensor) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saefast.native import extension
 from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix
-from saefast.runs import Decoded, Runs
+from saefast.runs import Decoded, Entries, Runs
 
 
 def _ext() -> ModuleType:
@@ -32,6 +32,19 @@ def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
     )
     offsets = offsets[: runs + 1]
     return Runs(order[: int(offsets[-1])], latents[:runs], offsets)
+
+
+def fill_entries(
+    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+) -> Entries:
+    n = len(runs.order)
+    dec_row, enc_row = torch.empty(n, dtype=torch.int32), torch.empty(n, dtype=torch.int32)
+    found = Entries(dec_row, torch.empty(n), enc_row, torch.empty(n), torch.empty(n_latents))
+    _ext().fill_entries(
+        acts.data_ptr(), grad.data_ptr(), columns, bounds, n_tokens, runs.order.data_ptr(), runs.latents.data_ptr(),
+        runs.offsets.data_ptr(), len(runs.latents), n_latents, *(t.data_ptr() for t in found),
+    )  # fmt: skip
+    return found
 
 
 def moments(x: Tensor) -> tuple[float, float]:
@@ -67,8 +80,8 @@ def decode_loss(
     squares, grad_acts = torch.empty(P, B), torch.empty(B, K)
     _ext().decode_loss(
         x=x.data_ptr(), acts=acts.data_ptr(), idx=idx.data_ptr(), W_dec=W_dec.data_ptr(),
-        bf16=W_dec.dtype == torch.bfloat16, b_dec=_address(b_dec), bounds=limits.data_ptr(), weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec),
-        by_latent=by_latent, residual=residual.data_ptr(), squares=squares.data_ptr(),
+        bf16=W_dec.dtype == torch.bfloat16, b_dec=_address(b_dec), bounds=limits.data_ptr(),
+        weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec), by_latent=by_latent, residual=residual.data_ptr(), squares=squares.data_ptr(),
         grad_acts=grad_acts.data_ptr(), error=_address(error), relu=relu, n_threads=torch.get_num_threads(),
     )  # fmt: skip
     return Decoded(squares, grad_acts)

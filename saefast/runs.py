@@ -26,6 +26,21 @@ class Runs(NamedTuple):
         return counts.cumsum(0).int()
 
 
+class Entries(NamedTuple):
+    """The n grouped entries of a code as both weight matrices' updates want them."""
+
+    dec_row: Tensor
+    """(n,) int32 row of the residual planes, taken as one (planes · B, D) matrix."""
+    dec_coef: Tensor
+    """(n,) -2 · act: residuals are minus half the gradient."""
+    enc_row: Tensor
+    """(n,) int32 token."""
+    enc_coef: Tensor
+    """(n,) dloss / dact."""
+    grad_by_latent: Tensor
+    """(L,) Σ dloss / dact of each run, 0 for latents without one: the gradient of b_enc."""
+
+
 class Decoded(NamedTuple):
     """What decode_loss finds. P prefixes of the code, B tokens."""
 

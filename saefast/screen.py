@@ -53,7 +53,7 @@ def encode_topk_screened(
         The rest as `ops.encode_topk`.
     """
     n = len(W_enc) if latents is None else len(latents)
-    if x.device.type == "cpu" and native.supports(W_low.dtype):
+    if x.device.type == "cpu" and W_enc.dtype == torch.float32 and native.supports(W_low.dtype):
         return native.encode_topk_mixed(
             *(x, W_low, W_enc, b_enc, k), candidates=candidates(k), latents=latents, scale=scale, relu=relu
         )

@@ -159,7 +159,7 @@ class FusedStep:
             scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
             jobs = [job._replace(step=job.step._replace(grad_scale=scale)) for job in jobs]
         with uninterrupted():
-            self._commit(gradient, jobs, lr)
+            self._commit(gradient, jobs, lr, len(x))
         norm = total_norm(jobs)
         return StepStats(gradient.loss, gradient.fvu, gradient.l0, self.dead.share(), gradient.auxk, norm, lr)
 
@@ -242,7 +242,7 @@ class FusedStep:
             raise not_finite(self.step_count, g.loss, x)
         return norm
 
-    def _commit(self, g: Gradient, jobs: list[Job], lr: float) -> None:
+    def _commit(self, g: Gradient, jobs: list[Job], lr: float, n_tokens: int) -> None:
         """From gradients to new weights, counters and average. Nothing here is expected to fail."""
         backend = rows.backend(self.enc.w)
         if self.ema is not None and self.config.ema_decay is not None:
@@ -256,7 +256,7 @@ class FusedStep:
         self.step_count += 1
         self.dead.since = g.since
         if self.hot is not None:
-            self.hot.count(g.idx, g.on, self.step_count - 1)
+            self.hot.count(g.code, n_tokens, self.step_count - 1)
         if self.lean:
             self._round_biases()
         if not self.dense and self.step_count % self.sweep_every == 0:

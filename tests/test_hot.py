@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saefast import hot
 from saefast.recipe import preset
+from saefast.runs import group_runs
 from saefast.sae import SAE
 from saefast.step import PARAMETERS, FusedStep
 
@@ -103,9 +104,9 @@ def test_a_cpu_has_no_hot_latents() -> None:
 def test_picks_the_hottest_in_whole_columns() -> None:
     found = hot.HotLatents(20, 0.2, torch.device("cpu"))
     idx = torch.arange(20, dtype=torch.int32).expand(20, 20)
-    on = torch.arange(20)[:, None] < torch.arange(20)  # latent l fires on l tokens of 20
+    on = (torch.arange(20)[:, None] < torch.arange(20)).contiguous()  # latent l fires on l tokens of 20
     for step in range(5):
-        found.count(idx, on, step)
+        found.count(group_runs(idx.flatten(), on.flatten(), 20), 20, step)
     assert found.ids.tolist() == list(range(8, 20))  # 15 fire on more than 0.2 of the tokens: 12 fill whole columns
     block = found.block(torch.ones(20, 20), idx)
     assert block is not None

@@ -285,3 +285,28 @@ def test_gradient_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rows.gradient_rows(job.gradient)
     monkeypatch.setattr(rows, "GATHER", 24)
     torch.testing.assert_close(rows.gradient_rows(job.gradient), whole)
+
+
+@needs_cpp
+@pytest.mark.parametrize("bounds", [[5], [2, 5]])
+@pytest.mark.parametrize("aux", [0, 3])
+def test_entries(bounds: list[int], aux: int) -> None:
+    """Rows, weights and sums of every entry, for a code with nested prefixes and one with AuxK's entries behind it."""
+    B, K, L = 11, 5, 30
+    acts, idx = code(B, K, L)
+    extra_acts, extra_idx = torch.randn(B, aux), torch.rand(B, L).topk(aux, dim=1).indices.int()
+    flat = torch.cat([acts.flatten(), extra_acts.flatten()])
+    ids = torch.cat([idx.flatten(), extra_idx.flatten()])
+    grad = torch.randn(len(flat)) * (flat != 0)
+    grouped = cpp().group_runs(ids, flat != 0, L)
+    columns = [K, aux] if aux else [K]
+    ours = cpp().fill_entries(grouped, flat, grad, columns, bounds, B, L)
+    plain = rows.fill_entries(grouped, flat, grad, columns, bounds, B, L)
+    for name, a, b in zip(ours._fields, ours, plain, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    for i, e in enumerate(grouped.order.tolist()):
+        token, plane = (e // K, int(e % K >= bounds[0])) if e < B * K else ((e - B * K) // aux, len(bounds))
+        assert int(ours.enc_row[i]) == token
+        assert int(ours.dec_row[i]) == plane * B + token
+        assert float(ours.dec_coef[i]) == -2 * float(flat[e])
+    torch.testing.assert_close(ours.grad_by_latent, torch.zeros(L).index_add(0, ids.long(), grad))

@@ -1,0 +1,215 @@
+"""One contender of bench/step.py in a process of its own: takes a training step for every line it reads.
+
+    python bench/step_child.py CONTENDER '{"B": 1024, "D": 768, "L": 32768, "k": 32, "device": "cpu"}'
+
+Prints one JSON object a line: first {"ready": true}, then for each "step" {"seconds", "loss"}, and for "memory" {"peak"},
+the resident memory it grew by at its worst since before the model was made. Imports only what its contender needs, since
+the peers live in another environment.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Step = Callable[[Tensor], Any]
+N_BATCHES = 8
+
+
+def batches(B: int, D: int, device: str, **_: Any) -> list[Tensor]:
+    """Rows made of sparse sources of very different frequency, with noise and a mean: what activations are like."""
+    generator = torch.Generator().manual_seed(0)
+    n = 4 * D
+    sources = torch.randn(n, D, generator=generator) / D**0.5
+    share = 0.2 * torch.arange(1, n + 1) ** -0.6
+    rows = []
+    for _ in range(N_BATCHES):
+        code = torch.rand(B, n, generator=generator) * (torch.rand(B, n, generator=generator) < share)
+        rows.append(code @ sources * 10 + 0.1 * torch.randn(B, D, generator=generator) + 1.0)
+    return [x.to(device) for x in rows]
+
+
+def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **_: Any) -> Step:
+    from saefast.recipe import preset
+    from saefast.sae import SAE
+    from saefast.step import FusedStep
+
+    sae_config, config = preset("saefast", D, L, k, optimizer=optimizer)
+    return FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000).step
+
+
+class Dense(torch.nn.Module):
+    """A TopK SAE as one writes it in PyTorch, with every part of the step that the others have too."""
+
+    def __init__(self, D: int, L: int, k: int, device: str, autocast: bool, compiled: bool) -> None:
+        super().__init__()
+        self.k, self.autocast = k, autocast
+        W = torch.randn(L, D, device=device)
+        W /= W.norm(dim=1, keepdim=True)
+        self.W_enc, self.W_dec = torch.nn.Parameter(W.clone()), torch.nn.Parameter(W)
+        self.b_enc = torch.nn.Parameter(torch.zeros(L, device=device))
+        self.b_dec = torch.nn.Parameter(torch.zeros(D, device=device))
+        self.since_fired = torch.zeros(L, dtype=torch.int64, device=device)
+        self.adam = torch.optim.Adam(self.parameters(), lr=2e-4, fused=True)
+        self.run = torch.compile(self.loss) if compiled else self.loss
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        acts, idx = pre.topk(self.k, dim=1, sorted=False)
+        acts = acts.relu()
+        code = torch.zeros_like(pre).scatter(1, idx, acts)
+        e = x - (code @ self.W_dec + self.b_dec)
+        return e.float().square().sum() / (x - x.mean(0)).square().sum(), idx[acts > 0]
+
+    def step(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            loss, fired = self.run(x)
+        loss.backward()
+        with torch.no_grad():
+            grad, W = self.W_dec.grad, self.W_dec
+            assert grad is not None
+            grad -= (grad * W).sum(1, keepdim=True) * W
+            self.adam.step()
+            self.adam.zero_grad()
+            W /= W.norm(dim=1, keepdim=True)
+            self.since_fired += len(x)
+            self.since_fired[fired] = 0
+        return loss.detach()
+
+
+def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Step:
+    """sparsify 1.3.3 as its Trainer drives it (trainer.py, the forward hook and what follows the backward pass)."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(D, SparseCoderConfig(num_latents=L, k=k), device=device, dtype=torch.float32)
+    adam = torch.optim.Adam(sae.parameters(), lr=2e-4)
+    since_fired = torch.zeros(L, dtype=torch.int64, device=device)
+
+    def step(x: Tensor) -> Tensor:
+        sae.set_decoder_norm_to_unit_norm()
+        out = sae(x, dead_mask=None)
+        out.fvu.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        adam.step()
+        adam.zero_grad()
+        fired = torch.zeros(L, dtype=torch.bool, device=device)
+        fired[out.latent_indices.flatten()] = True
+        since_fired.add_(len(x))
+        since_fired[fired] = 0
+        return out.fvu.detach()
+
+    return step
+
+
+def dictionary_learning(D: int, L: int, k: int, device: str, **_: Any) -> Step:
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
+
+    trainer = TopKTrainer(
+        steps=100_000, activation_dim=D, dict_size=L, k=k, layer=0, lm_name="none", dict_class=AutoEncoderTopK,
+        device=device, warmup_steps=5, seed=0,
+    )  # fmt: skip
+    count = iter(range(1 << 30))
+    return lambda x: trainer.update(next(count), x)
+
+
+def saelens(D: int, L: int, k: int, device: str, **_: Any) -> Step:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = SAETrainerConfig(
+        total_training_samples=1 << 30, train_batch_size_samples=1024, device=device, lr=3e-4, lr_end=3e-5,
+        logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=L, k=k))
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+
+    def step(x: Tensor) -> Tensor:
+        trainer.n_training_steps += 1
+        return trainer.step(x).loss.detach()
+
+    return step
+
+
+def dense(autocast: bool, compiled: bool = False) -> Callable[..., Step]:
+    return lambda D, L, k, device, **_: Dense(D, L, k, device, autocast, compiled).step
+
+
+CONTENDERS: dict[str, Callable[..., Step]] = {
+    "saefast": saefast,
+    "saefast lean": lambda **sizes: saefast(optimizer="adam-lean", **sizes),
+    "torch fp32": dense(autocast=False),
+    "torch bf16 autocast": dense(autocast=True),
+    "torch.compile bf16": dense(autocast=True, compiled=True),
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "SAELens": saelens,
+}
+
+
+def import_for(name: str) -> None:
+    """Imports a contender's packages before memory is counted."""
+    modules = {"saefast": "saefast.step", "SAELens": "sae_lens"}
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    if not name.startswith("torch"):
+        __import__(modules.get(name.split()[0], name))
+
+
+def resident(field: str) -> int:
+    """Bytes: VmRSS now, or VmHWM at its highest."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+class Memory:
+    """What has been used at the worst moment since this object was made."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.before = resident("VmRSS")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM") - self.before
+
+
+def main() -> None:
+    name, sizes = sys.argv[1], json.loads(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what packages print must not get among the replies
+    device = sizes["device"]
+    import_for(name)
+    torch.manual_seed(0)
+    rows = batches(**sizes)
+    memory = Memory(device)
+    step = CONTENDERS[name](**sizes)
+    replies.write(json.dumps({"ready": True}) + "\n")
+    replies.flush()
+    for count, line in enumerate(sys.stdin):
+        if line.strip() == "step":
+            begin = time.perf_counter()
+            loss = step(rows[count % N_BATCHES])
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begin
+            value = getattr(loss, "loss", loss)
+            reply = {"seconds": seconds, "loss": float(value)}
+        else:
+            reply = {"peak": memory.peak()}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()
