@@ -189,6 +189,8 @@ def _plan(enc: _Encoder, x: Tensor, first: int, per_group: int, per_row: int, bu
     while rows > 1 and afford(rows) < min(first, 8 * group):
         rows = (rows + 1) // 2
     widest = min(afford(rows), every)
+    if widest > 1024:
+        widest -= widest % 256 * (widest < every)  # whole tiles
     if widest < group:
         least = per_row + 4 * group + per_group + shared
         raise InputError(f"max_scratch_bytes is {budget}: expected at least {least} for one row and {group} latents")
@@ -270,7 +272,7 @@ def _run_tiles(
     step = int(enc.theta is not None and len(enc.theta) > 1)
     B, D, stride = x.shape[0], x.shape[1], triton.cdiv(n, enc.group) * enc.group
     config, described = enc.tiles()
-    span = max(1, tuning.SPAN_BYTES // (config.block_b * D * x.element_size() + 1))
+    span = min(triton.cdiv(B, config.block_b), max(1, tuning.SPAN_BYTES // (config.block_b * D * x.element_size() + 1)))
     if enc.method == "chunked":
         _library_product(enc, x, start, n, scratch[: B * stride].view(B, stride)[:, :n])
         encode_tiles.tiles_library[(triton.cdiv(B, 64) * triton.cdiv(n, 128),)](
