@@ -36,7 +36,7 @@ COMMANDS = {
     "train": Command("saefast.cli_train", "train a sparse autoencoder on activations"),
     "eval": Command("saefast.cli_eval", "evaluate a run on its held-out rows"),
     "features": Command("saefast.cli_features", "show what a run's most telling latents respond to"),
-    "plan": Command("saefast.plan", "say what a training run will need before it starts"),
+    "plan": Command("saefast.cli_plan", "say what a training run will need before it starts"),
     "bench": Command("saefast.bench", "measure speed and memory on this machine"),
 }
 # What pip calls the packages that saefast does not install by itself.

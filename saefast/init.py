@@ -12,21 +12,32 @@ Init = Literal["tied", "tied_0.1", "kaiming"]
 BiasInit = Literal["zeros", "mean", "geometric_median"]
 
 
+# Rows made at a time, so that a huge dictionary needs no more memory to begin than to train.
+_ROWS = 1 << 14
+
+
 def init_weights(
-    n_latents: int, d_in: int, init: Init, generator: torch.Generator | None = None
+    n_latents: int,
+    d_in: int,
+    init: Init,
+    generator: torch.Generator | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec, both (n_latents, d_in) fp32.
+    """W_enc and W_dec, both (n_latents, d_in), drawn in fp32 on the CPU so that every device begins alike.
 
     "tied": unit rows, encoder = decoder (dictionary_learning). "tied_0.1": rows of norm 0.1, encoder = decoder
     (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its rows at unit norm (sparsify, OpenAI).
     """
     bound = d_in**-0.5  # kaiming-uniform with a = √5, which is nn.Linear's default
-    W = torch.empty(n_latents, d_in).uniform_(-bound, bound, generator=generator)
-    unit = W / W.norm(dim=1, keepdim=True)
-    if init == "kaiming":
-        return W, unit
-    norm = {"tied": 1.0, "tied_0.1": 0.1}[init]
-    return unit * norm, unit * norm
+    W_enc, W_dec = (torch.empty(n_latents, d_in, dtype=dtype, device=device) for _ in range(2))
+    for enc, dec in zip(W_enc.split(_ROWS), W_dec.split(_ROWS), strict=True):
+        drawn = torch.empty(dec.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        unit = drawn / drawn.norm(dim=1, keepdim=True)
+        dec.copy_(unit * 0.1 if init == "tied_0.1" else unit)
+        enc.copy_(drawn if init == "kaiming" else dec)
+    return W_enc, W_dec
 
 
 def start_b_dec_(sae: "SAE", rows: Tensor, kind: BiasInit) -> None:

@@ -113,12 +113,13 @@ class SAE(nn.Module):
         self.config = config
         dtype = DTYPES[config.dtype]
         if torch.device(device).type == "meta":  # a shape to load weights into
-            W_enc = W_dec = torch.empty(config.n_latents, config.d_in, device="meta")
+            W_enc, W_dec = (torch.empty(config.n_latents, config.d_in, dtype=dtype, device="meta") for _ in range(2))
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            W_enc, W_dec = init_weights(config.n_latents, config.d_in, config.init, generator)
-        self.W_enc = nn.Parameter(W_enc.to(device, dtype))
-        self.W_dec = nn.Parameter(W_dec.to(device, dtype, copy=True))
+            W_enc, W_dec = init_weights(
+                config.n_latents, config.d_in, config.init, generator, dtype=dtype, device=device
+            )
+        self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
 
