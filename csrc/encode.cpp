@@ -127,7 +127,8 @@ class Ahead {
     void tile_done() {
         for (const int64_t stop = std::min(lines_, line_ + per_tile_); line_ < stop; ++line_) {
             const int64_t row = e_.id(first_ + line_ / lines_per_row_);
-            __builtin_prefetch(static_cast<const char*>(e_.W) + row * row_bytes_ + line_ % lines_per_row_ * kLine, 0, 2);
+            const char* at = static_cast<const char*>(e_.W) + row * row_bytes_;
+            __builtin_prefetch(at + line_ % lines_per_row_ * kLine, 0, 2);
         }
     }
 
@@ -151,7 +152,8 @@ void sweep_block(const Encoder& e, const TileKernel& kernel, const PackedRows& x
         ahead.tile_done();
         if (rows == 0) continue;
         const int width = static_cast<int>(std::min<int64_t>(kernel.latents, n - g));
-        sink.take({block, rows, pre, kernel.rows, tile.scale, latent_bound, chunk.ids.data() + g, chunk.first + g, width});
+        const int64_t* ids = chunk.ids.data() + g;
+        sink.take({block, rows, pre, kernel.rows, tile.scale, latent_bound, ids, chunk.first + g, width});
     }
 }
 

@@ -49,7 +49,7 @@ int64_t packed_depth(int64_t d_in, const TileKernel& kernel);
 int64_t chunk_latents(int64_t depth, const TileKernel& kernel);
 int64_t chunk_bytes(int64_t depth, const TileKernel& kernel);
 
-// What a tile found: pre (and its compared value scale * pre) of `n` latents, positions ascending, for kernel.rows rows.
+// What a tile found: pre of `n` latents, positions ascending, for kernel.rows rows. Compared is scale * pre.
 struct Found {
     int64_t block;        // which block of rows
     uint32_t rows;        // bit r: some latent of row r beats its bound

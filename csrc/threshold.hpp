@@ -27,7 +27,8 @@ class ThresholdCode {
     };
     using List = std::vector<Entry>;
 
-    void encode_rows(const Encoder& encoder, const TileKernel& kernel, int64_t first_row, int64_t n_rows, int n_threads);
+    void encode_rows(const Encoder& encoder, const TileKernel& kernel, int64_t first_row, int64_t n_rows,
+                     int n_threads);
 
     // [row][range of latents]: appended in ascending order by one thread each.
     std::vector<std::vector<List>> rows_;

@@ -103,7 +103,8 @@ __attribute__((target("avx2,fma"))) uint32_t tile_avx2(const Tile& t) {
         for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 8 * NV, w += NL) {
             __m256 xs[NV];
 #pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) xs[v] = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * v)));
+            for (int v = 0; v < NV; ++v)
+                xs[v] = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * v)));
 #pragma GCC unroll 16
             for (int i = 0; i < NL; ++i) {
                 const __m256 weight = _mm256_set1_ps(from_bits(w[i]));

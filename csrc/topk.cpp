@@ -209,13 +209,14 @@ template <class Entry>
 int64_t rows_at_once(const Encoder& e, const TileKernel& kernel, const TopK& options) {
     const int64_t depth = packed_depth(e.d_in, kernel), threads = resolve_threads(options.n_threads);
     const int64_t list = list_capacity(options.k, e.n_ids) * static_cast<int64_t>(sizeof(Entry));
-    const int64_t per_block = kernel.rows * (4 * depth + 64 + list);
     const int64_t room = options.max_scratch_bytes - threads * chunk_bytes(depth, kernel);
-    // Where blocks are few, the threads share rows and each keeps lists of its own.
-    int64_t blocks = std::max<int64_t>(1, room / per_block);
-    while (blocks > 1 && blocks * (per_block + kernel.rows * list *
-                                  (split_work(blocks, e.n_ids, kRangePerK * options.k, options.n_threads).ranges - 1)) > room)
-        blocks = blocks * 3 / 4;
+    // Where blocks are few, threads share rows and each keeps lists of its own.
+    auto bytes = [&](int64_t blocks) {
+        const Split split = split_work(blocks, e.n_ids, kRangePerK * options.k, options.n_threads);
+        return blocks * kernel.rows * (4 * depth + split.ranges * (list + 32));
+    };
+    int64_t blocks = std::max<int64_t>(1, (e.n_rows + kernel.rows - 1) / kernel.rows);
+    while (blocks > 1 && bytes(blocks) > room) blocks = blocks * 3 / 4;
     return blocks * kernel.rows;
 }
 
@@ -233,7 +234,8 @@ void encode_all(const Encoder& e, const TopK& options, float* acts, int32_t* idx
 void encode_topk(const Encoder& e, const TopK& options, float* acts, int32_t* idx) {
     check_ids(e);
     if (options.k < 1 || options.k > e.n_ids)
-        throw std::invalid_argument("k is " + std::to_string(options.k) + ", outside [1, " + std::to_string(e.n_ids) + "]");
+        throw std::invalid_argument("k is " + std::to_string(options.k) + ", outside [1, " +
+                                    std::to_string(e.n_ids) + "]");
     if (e.scale == nullptr)
         encode_all<Plain>(e, options, acts, idx);
     else

@@ -1,5 +1,5 @@
-// The encoders and the gathered products under the sanitizers, on every tile kernel this machine runs: integer values, so
-// that results are exact, and operands in allocations of their own, so that one byte too many is seen.
+// The encoders and the gathered products under the sanitizers, on every tile kernel this machine runs: integer values,
+// so that results are exact, and operands in allocations of their own, so that one byte too many is seen.
 
 #include <algorithm>
 #include <cstdint>
@@ -44,7 +44,8 @@ struct Problem {
         : x_bytes(integers(type, rows * d, x)), W_bytes(integers(type, latents * d, W)), bias(latents, 0.0f) {
         for (auto& b : bias) b = static_cast<float>(rng() % 5);
         for (int64_t i = 0; i < latents; i += 3) ids.push_back(i);
-        encoder = {type, x_bytes.data(), W_bytes.data(), rows, d, latents, bias.data(), nullptr, nullptr, nullptr, latents};
+        encoder = {type,        x_bytes.data(), W_bytes.data(), rows,    d,      latents,
+                   bias.data(), nullptr,        nullptr,        nullptr, latents};
     }
 
     float pre(int64_t row, int64_t latent) const {
