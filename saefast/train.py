@@ -105,6 +105,9 @@ def opened(
             stack.enter_context(rundir.locked(folder))
             if not resume:
                 rundir.check_new(folder)
+        if config.optimizer == "adam-lean":
+            # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
+            sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
         source = open_source(batches, d_in=sae_config.d_in)
         run = _begin(source, sae_config, config, folder if resume else None)
         run.on_log = on_log
@@ -164,9 +167,6 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
             return _restore(path, source, sae_config, config, total_steps)
         warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
     device = pick_device(config.device)
-    if config.optimizer == "adam-lean":
-        # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
-        sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
     sae = SAE(sae_config, seed=config.seed, device=device)
     engine = make_engine(sae, config, total_steps)
     feed = Feed(source, config, device, sae.dtype)

@@ -194,6 +194,14 @@ def test_resume_of_every_recipe(tmp_path: Path, name: str, engine: str) -> None:
         )
 
 
+def test_resume_of_the_lean_optimiser(tmp_path: Path) -> None:
+    config = settings(optimizer="adam-lean", engine="fused")
+    train(train_job.rows(), CONFIG, config, tmp_path / "whole")
+    train_in_two(train_job.rows, tmp_path / "parts", 5, CONFIG, config)
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    assert load(tmp_path / "parts").dtype == torch.bfloat16
+
+
 def test_resume_from_files_and_lists(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", train_job.rows().numpy())
     for number, batches in enumerate([lambda: tmp_path / "x.npy", lambda: list(train_job.rows().split(64))]):
