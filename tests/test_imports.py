@@ -23,16 +23,16 @@ FLOORS = (
     ("native", "triton_ops", "metrics"),
     ("ops", "rows_native", "rows_lean"),
     ("autograd", "data", "splice", "rows", "screen"),
-    ("init",),
+    ("init", "rows_triton"),
     ("sae",),
     ("recipe", "engine", "features"),
-    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot"),
+    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot", "plan"),
     ("autograd_step", "gradient", "rundir"),
     ("step",),
     ("trainer",),
     ("train", "evaluate"),
     ("report", "sweep", "cli_args"),
-    ("cli_harvest", "cli_eval", "cli_features"),
+    ("cli_harvest", "cli_eval", "cli_features", "cli_plan"),
     ("cli_train",),
     ("cli_demo",),
     ("cli",),
@@ -41,7 +41,7 @@ FLOORS = (
 # The fused step exists to do without autograd: it stands above it and still does not use it.
 NEVER = {"step": {"autograd"}, "gradient": {"autograd"}, "rows": {"autograd"}, "screen": {"autograd"}}
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
-TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops")
+TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops", "rows_triton")
 # Each sub-command's module is imported by cli when that sub-command was typed.
 COMMANDS = [room for floor in FLOORS for room in floor if room.startswith("cli_")]
 MAY_BE_HEAVY = {name: {"triton"} for name in TRITON} | {name: {"tyro"} for name in COMMANDS}
