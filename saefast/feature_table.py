@@ -18,15 +18,17 @@ OWN_TOKEN = 0.04
 MOST_TOKENS = 8
 # A latent is a candidate when it fires at least so often, on at most this share of the rows.
 LEAST_FIRED, MOST_DENSE = 50, 0.01
+# Two latents say the same when the means of their tokens in the model's input embedding are as alike as this.
+ALIKE = 0.4
 BEFORE, AFTER = 14, 8
 
 SCORE = (
     "The score is F1 · √cosine · log₂(1 + words). F1 says how well 'the token is one of these' predicts that a latent "
     "fires (precision in activation, recall in occurrences); the cosine how alike these tokens are in the model's own "
-    "input embedding; words how many different words they are. A token counts as a latent's own from "
+    "input embedding; words how many different words of three letters or more they are. A token counts as a latent's own from "
     f"{OWN_TOKEN:.0%} of its activation on. Passed over are latents that fire on more than {MOST_DENSE:.0%} of the "
     f"tokens or less than {LEAST_FIRED} times, unless too few others are left, and those that share a token with a "
-    "better one."
+    f"better one or whose mean token is like its (cosine above {ALIKE:.1f})."
 )
 
 
@@ -131,15 +133,26 @@ def own_tokens(stats: LatentStats) -> OwnTokens:
 def cohesion(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
     """(L,) mean cosine between a latent's own tokens in the model's input embedding (V, d), weighted by activation.
 
-    The embedding is centred on the mean token of the text first; 0 where a latent has one token or none.
+    The mean token of the text is taken off first; 0 where a latent has one token or none.
     """
-    centre = (counts.double()[:, None] * embedding[: len(counts)].double()).sum(0) / counts.sum().clamp_min(1)
-    vectors = embedding[tokens.ids].double() - centre
-    vectors = vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-12)
-    weight = tokens.share * tokens.own
+    vectors, weight = _vectors(tokens, embedding, counts), tokens.share * tokens.own
     both = weight[:, :, None] * weight[:, None, :] * (1 - torch.eye(MOST_TOKENS, dtype=torch.float64))
     cosine = (vectors @ vectors.transpose(1, 2) * both).sum((1, 2)) / both.sum((1, 2)).clamp_min(1e-30)
     return cosine.clamp(0, 1)
+
+
+def _vectors(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
+    """(L, n, d) unit vectors of each latent's tokens, after the mean token of the text was taken off."""
+    centre = (counts.double()[:, None] * embedding[: len(counts)].double()).sum(0) / counts.sum().clamp_min(1)
+    vectors = embedding[tokens.ids].double() - centre
+    return vectors / vectors.norm(dim=2, keepdim=True).clamp_min(1e-12)
+
+
+def _centroids(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
+    """(L, d) direction of the mean of each latent's own tokens, weighted by activation."""
+    weight = tokens.share * tokens.own
+    means = (weight[:, :, None] * _vectors(tokens, embedding, counts)).sum(1)
+    return means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def same_word(a: str, b: str) -> bool:
@@ -163,19 +176,26 @@ def choose(stats: LatentStats, texts: "Texts", n: int = 10, embedding: Tensor | 
     score = tokens.f1 if embedding is None else tokens.f1 * cohesion(tokens, embedding, stats.token_counts).sqrt()
     words = torch.ones_like(score)
     for latent in many.nonzero()[:, 0].tolist():
-        words[latent] = texts.n_words(tokens.ids[latent][tokens.own[latent]].tolist())
-    score = score * (1 + words).log2()
+        words[latent] = 1 + texts.n_words(tokens.ids[latent][tokens.own[latent]].tolist())
+    score = score * words.log2()
     ranked = [i for i in score.argsort(descending=True).tolist() if many[i]]
     by_f1 = tokens.f1.argsort(descending=True).tolist()
     ranked += [i for i in by_f1 if candidate[i] and not many[i]]
     ranked += [i for i in by_f1 if not candidate[i] and fired[i] and tokens.own[i].any()]
-    chosen: list[tuple[int, float]] = []
+    centroids = None if embedding is None else _centroids(tokens, embedding, stats.token_counts)
+    return [(latent, float(score[latent])) for latent in _different(ranked, tokens, centroids, n)]
+
+
+def _different(ranked: list[int], tokens: OwnTokens, centroids: Tensor | None, n: int) -> list[int]:
+    """The first n that neither share a token with one before nor, where centroids (L, d) are known, mean the same."""
+    chosen: list[int] = []
     taken: set[int] = set()
     for latent in ranked:
         own = set(tokens.ids[latent][tokens.own[latent]].tolist())
-        if not own & taken:
+        alike = centroids is not None and bool((centroids[chosen] @ centroids[latent] > ALIKE).any())
+        if not alike and not own & taken:
             taken |= own
-            chosen.append((latent, float(score[latent])))
+            chosen.append(latent)
         if len(chosen) == n:
             break
     return chosen
@@ -198,10 +218,11 @@ class Texts:
         return self._tokenizer.decode([token]).strip() or repr(self._tokenizer.decode([token]))
 
     def n_words(self, tokens: list[int]) -> int:
+        """Different words of three letters or more among the tokens; forms of one word are one."""
         words: list[str] = []
         for token in tokens:
             text = self.token(token)
-            if not any(same_word(text, word) for word in words):
+            if sum(map(str.isalpha, text)) >= 3 and not any(same_word(text, word) for word in words):
                 words.append(text)
         return len(words)
 
