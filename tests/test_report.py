@@ -202,7 +202,7 @@ def test_table_from_a_harvest(harvested: Path, monkeypatch: pytest.MonkeyPatch) 
         assert max(max(s.acts) for s in feature.snippets) == pytest.approx(act, rel=1e-4)
         assert strongest.acts[strongest.peak] == pytest.approx(max(strongest.acts[strongest.peak], 1e-9))
         assert strongest.texts[strongest.peak].strip() in [*tiny_models.WORDS, "a"]
-        assert all(feature.max_act >= a for s in feature.snippets for a in s.acts)
+        assert all(a <= feature.max_act * (1 + 1e-5) for s in feature.snippets for a in s.acts)
 
 
 def table() -> FeatureTable:
