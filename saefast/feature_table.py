@@ -26,7 +26,7 @@ SCORE = (
     "The score is F1 · √cosine · log₂(1 + words). F1 says how well 'the token is one of these' predicts that a latent "
     "fires (precision in activation, recall in occurrences); the cosine how alike these tokens are in the model's own "
     "input embedding; words how many different words of three letters or more they are. A token counts as a latent's "
-    f"own from {OWN_TOKEN:.0%} of its activation on. Passed over are latents that fire on more than {MOST_DENSE:.0%} of "
+    f"own from {OWN_TOKEN:.0%} of its activation on. Passed over are latents firing on more than {MOST_DENSE:.0%} of "
     f"the tokens or less than {LEAST_FIRED} times, unless too few others are left, and those that share a token with a "
     f"better one or whose mean token is like its (cosine above {ALIKE:.1f})."
 )
