@@ -22,26 +22,40 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
         InputError: an unknown, missing or impossible argument.
         SystemExit: after --help.
     """
-    complaint = io.StringIO()
+    complaint, said = io.StringIO(), io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     given["config"] = (tyro.conf.OmitArgPrefixes,)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(said):
             return tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
     except SystemExit as stop:
         if not stop.code:
+            print(_readable(said.getvalue()), end="")
             raise
     raise InputError(_one_line(complaint.getvalue(), command))
 
 
+def _readable(page: str) -> str:
+    """tyro's help without the {None}| that it puts before every value that may be left out."""
+    lines = []
+    for line in page.splitlines(keepends=True):
+        short = line.replace("{None}|", "")
+        if short.endswith("│\n"):
+            short = short[:-2] + " " * (len(line) - len(short)) + "│\n"
+        lines.append(short)
+    return "".join(lines)
+
+
 def _one_line(complaint: str, command: str) -> str:
-    """tyro explains a bad argument in a box of several parts; the first part, and the name it thinks was meant."""
-    plain = re.sub(r"\x1b\[[0-9;]*m|[─━╭╮╰╯│]", " ", complaint)
-    parts = [" ".join(part.split()) for part in re.split(r"-{8,}|\n\s*\n", plain)]
-    title, *rest = [part for part in parts if part] or ["bad arguments"]
-    message = rest[0] if rest else title
-    message = re.sub(r"^Error parsing (?:sae|train): ", "", message).rstrip(".")
-    meant = next((part for part in rest if part.startswith("Perhaps you meant")), "")
+    """tyro explains a bad argument in a box, or with dashes for its lines where the terminal has only ASCII: a title,
+    then parts between rules. The first part is the message; a later one may name what was meant."""
+    plain = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│]", " ", complaint)
+    body = plain.partition("\n")[2]
+    parts = [text for part in re.split(r"[─━-]{8,}", body) if (text := " ".join(part.split()))] or ["bad arguments"]
+    message = parts[0].rstrip(".")
+    message = re.sub(r"^Error parsing (?:sae|train): ", "", message)
+    message = re.sub(r"^Missing from .*?: ", "missing: ", message)
+    meant = next((part for part in parts if part.startswith("Perhaps you meant")), "")
     near = re.search(r"--[\w-]+", meant)
     return f"{message}{f' (perhaps {near[0]}?)' if near else ''}; see saefast {command} --help"
 
