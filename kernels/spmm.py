@@ -25,7 +25,6 @@ def spmm(
     blocks = tl.cdiv(D, BLOCK_D)
     b = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
     if row_ptr is None:
         first, end = b * K, b * K + K
     else:
@@ -34,9 +33,10 @@ def spmm(
     for j in range(first, end, UNROLL):
         # Unrolled so that several rows of W are on their way at once.
         for u in tl.static_range(UNROLL):
-            live = j + u < end
+            live = end - j > u
             latent = tl.load(idx_ptr + j + u, mask=live, other=0).to(tl.int64)
             act = tl.load(acts_ptr + j + u, mask=live, other=0.0).to(tl.float32)
-            w = tl.load(W_ptr + latent * D + offs_d, mask=mask_d & live, other=0.0)
+            width = tl.where(live, D, 0)
+            w = tl.load(W_ptr + latent * D + offs_d, mask=offs_d < width, other=0.0)
             acc += act * w.to(tl.float32)
-    tl.store(out_ptr + b * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+    tl.store(out_ptr + b * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=offs_d < D)

@@ -27,8 +27,10 @@ def speed_up() -> None:
     from triton.runtime import interpreter
 
     if not hasattr(interpreter.ReduceOps, "slow_reduce"):
+        interpreter.patch_always = interpreter._patch_lang
         _reduce_by_ufunc(interpreter)
-        _patch_once_a_launch(interpreter)
+        if hasattr(interpreter, "_LangPatchScope"):  # Triton 3.5 and later
+            _patch_once_a_launch(interpreter)
         _skip_copies_onto_self()
 
 
@@ -62,7 +64,6 @@ def _patch_once_a_launch(interpreter: Any) -> None:
         patched.clear()
         return launch(self, *args, **kwargs)
 
-    interpreter.patch_always = patch
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_afresh
 
 
@@ -84,4 +85,5 @@ def language_patched() -> Iterator[None]:
     try:
         yield
     finally:
-        scope.restore()
+        if scope is not None:
+            scope.restore()

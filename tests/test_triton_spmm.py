@@ -8,7 +8,7 @@ from closeness import assert_close_to_reference
 from saefast import reference, triton_ops
 
 interp.speed_up()
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")
 
 SHAPES = [(1, 1, 1, 1), (3, 37, 50, 7), (5, 64, 20, 32), (2, 1100, 9, 3), (4, 130, 300, 65)]
 LARGE = [(8192, 768, 32768, 32), (1000, 4096, 131072, 64), (3001, 1001, 999, 65)]
