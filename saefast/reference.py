@@ -128,11 +128,17 @@ def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
 
     The dense gradient of a weight matrix. The fused step never forms it; autograd needs it.
     """
-    dtype = accumulate_dtype(x.dtype)
-    out = x.new_zeros((n_latents, x.shape[1]), dtype=dtype)
-    for a, i in zip(acts.to(dtype).unbind(1), idx.long().unbind(1), strict=True):
-        out = out.index_add(0, i, a[:, None] * x.to(dtype))
-    return out
+    dtype, latents = accumulate_dtype(x.dtype), idx.long().flatten()
+    # Entries sorted by latent are bags of rows of x: one pass that adds each bag in order of the batch.
+    order = latents.argsort(stable=True)
+    counts = torch.bincount(latents, minlength=n_latents)
+    return torch.nn.functional.embedding_bag(
+        order // max(idx.shape[1], 1),
+        x.to(dtype),
+        counts.cumsum(0) - counts,
+        mode="sum",
+        per_sample_weights=acts.to(dtype).flatten()[order],
+    )
 
 
 def sum_by_latent(acts: Tensor, idx: Tensor, n_latents: int) -> Tensor:

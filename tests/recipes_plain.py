@@ -6,8 +6,8 @@ dictionary_learning 0.1.0 (trainers/top_k.py) and SAELens 6.54 (saes/topk_sae.py
 """
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +15,58 @@ from torch import Tensor
 D, L, K, B, STEPS = 32, 256, 6, 128, 25
 
 
-def batches(dtype: str, mean: float = 1.0) -> list[Tensor]:
-    """STEPS batches of rows with structure to learn and column means of about `mean`."""
-    sources = torch.randn(100, D)
-    code = torch.rand(STEPS, B, 100) * (torch.rand(STEPS, B, 100) < 0.05)
-    x = code @ sources + 0.1 * torch.randn(STEPS, B, D) + mean * torch.randn(D)
-    return list(x.to(getattr(torch, dtype)))
+# Two correct fp32 runs differ by some 1e-7 of the largest pre-activation. Where the last latent chosen leads the first
+# one not chosen by less than this share of it, they may choose differently, and then everything after differs.
+CLEAR = 2e-6
+
+
+class Gaps:
+    """By how much every choice of latents was clear, noted by `best` as the statements below run."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+        self.now: Tensor | None = None
+
+    def see(self, values: Tensor, k: int) -> None:
+        if k < values.shape[1]:
+            top, scale = values.topk(k + 1, dim=1).values, values[values.isfinite()].abs().max()
+            gap = (top[:, k - 1] - top[:, k]) / scale
+            self.now = gap if self.now is None else torch.minimum(self.now, gap)
+
+    def end_step(self) -> None:
+        assert self.now is not None
+        self.steps.append(self.now)
+        self.now = None
+
+
+GAPS = Gaps()
+
+
+def batches(seed: int, mean: float = 1.0, n: int = STEPS) -> list[Tensor]:
+    """n float64 batches of rows with structure to learn and column means of about `mean`."""
+    g = torch.Generator().manual_seed(seed)
+    sources, means = (torch.randn(rows, D, generator=g, dtype=torch.float64) for rows in (100, 1))
+    on = torch.rand(n, B, 100, generator=g, dtype=torch.float64) < 0.05
+    code = torch.rand(n, B, 100, generator=g, dtype=torch.float64) * on
+    return list(code @ sources + 0.1 * torch.randn(n, B, D, generator=g, dtype=torch.float64) + mean * means)
+
+
+def clear_batches(train: Callable[[list[Tensor]], Any], mean: float = 1.0) -> list[Tensor]:
+    """Batches on which `train`, a float64 run of a statement below, meets no near tie in any choice.
+
+    Rows that meet one are exchanged, first step first, until a run meets none.
+    """
+    data = batches(0, mean, STEPS + 10)
+    data, spare = data[:STEPS], iter(torch.cat(data[STEPS:]))
+    for _ in range(10 * STEPS):
+        GAPS.steps.clear()
+        train(data)
+        close = next(((step, gap < CLEAR) for step, gap in enumerate(GAPS.steps) if gap.min() < CLEAR), None)
+        if close is None:
+            return data
+        for row in close[1].nonzero():
+            data[close[0]][row] = next(spare)
+    raise AssertionError(f"near ties in {10 * STEPS} runs")
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -35,6 +81,7 @@ class Weights:
         self.W_enc, self.W_dec, self.b_enc, self.b_dec = (
             t.detach().clone().requires_grad_(True) for t in (W_enc, W_dec, b_enc, b_dec)
         )
+        self.averages = [torch.zeros_like(t, requires_grad=False) for t in self.all()]
 
     def all(self) -> list[Tensor]:
         return [self.W_enc, self.W_dec, self.b_enc, self.b_dec]
@@ -82,6 +129,7 @@ class Record(NamedTuple):
 
 def best(values: Tensor, k: int) -> Tensor:
     """(B, L) bool: the k largest of each row."""
+    GAPS.see(values.detach(), k)
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(k, dim=1).indices, True)
 
 
@@ -96,14 +144,14 @@ def variance(x: Tensor) -> Tensor:
 
 
 def record(loss: Tensor, auxk: Tensor | float, dead: Tensor) -> Record:
+    GAPS.end_step()
     return Record(loss.item(), float(torch.as_tensor(auxk).detach()), int(dead.sum()))
 
 
 def openai(
-    w: Weights, batches: Iterable[Tensor], *, k: int, k_aux: int, dead_steps: int, lr: float, mse_scale: float,
-    averages: list[Tensor],
-) -> list[Record]:  # fmt: skip
-    """`averages`: four zeros like the weights; afterwards the bias-corrected moving average (0.999)."""
+    w: Weights, batches: list[Tensor], *, k: int, k_aux: int, dead_steps: int, lr: float, mse_scale: float
+) -> list[Record]:
+    """Also leaves the bias-corrected moving average (0.999) in w.averages."""
     adam, last, done = Adam(w.all(), eps=6.25e-10), torch.zeros(len(w.b_enc), dtype=torch.long), []
     for x in batches:
         pre = (x - w.b_dec) @ w.W_enc.T + w.b_enc
@@ -121,11 +169,11 @@ def openai(
         loss.backward()
         w.unit_decoder()
         w.project()
-        for average, tensor in zip(averages, w.all(), strict=True):
+        for average, tensor in zip(w.averages, w.all(), strict=True):
             average.mul_(0.999).add_(tensor.detach(), alpha=0.001)
         adam.step(lr)
         done.append(record(loss, auxk, dead))
-    for average in averages:
+    for average in w.averages:
         average /= 1 - 0.999 ** len(done)
     return done
 

@@ -48,7 +48,7 @@ def assert_equal(a: State, b: State) -> None:
 @presets
 @pytest.mark.parametrize("stop", [0, 7])
 def test_continuing_from_a_state_is_bit_exact(name: str, stop: int) -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     straight = make(name, data[0])
     for x in data[:stop]:
         straight.step(x)
@@ -77,7 +77,7 @@ REFUSED += [(name, "constant") for name in ("saefast", "sparsify")]
 @pytest.mark.parametrize(("name", "bad"), REFUSED)
 def test_a_loss_that_is_not_finite_changes_nothing(name: str, bad: str) -> None:
     """The step is refused by name, and training goes on as if the batch had never been seen."""
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     engine, undisturbed = make(name, data[0]), make(name, data[0])
     for x in data[:6]:
         engine.step(x)
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(name: str, bad: str) -> None:
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     for name in PRESETS:
         engine = make(name, data[0])
         engine.step(data[0])
@@ -117,7 +117,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.Monke
 
 @presets
 def test_finish_leaves_the_decoder_as_promised(name: str) -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     engine = make(name, data[0], lr=1e-2)
     for x in data[:5]:
         engine.step(x)
@@ -152,7 +152,7 @@ def test_projection_leaves_nothing_along_a_row() -> None:
 
 
 def test_clipping_scales_all_gradients_by_their_common_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     seen: list[float] = []
 
     def note(engine: AutogradStep) -> None:
@@ -169,7 +169,7 @@ def test_clipping_scales_all_gradients_by_their_common_norm(monkeypatch: pytest.
 
 
 def test_training_learns_and_auxk_revives_dead_latents() -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     shares = {}
     for coef in (0.0, 1.0):
         engine = make("saefast", data[0], auxk_coef=coef, dead_after=10 * B, lr=3e-3, lr_decay_start=-1)
@@ -182,7 +182,7 @@ def test_training_learns_and_auxk_revives_dead_latents() -> None:
 
 
 def test_stats_describe_the_step() -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     engine = make("dictionary_learning", data[0], lr=1e-3)
     found = [engine.step(x) for x in data[:6]]
     assert [s.lr for s in found] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
@@ -197,7 +197,7 @@ def test_stats_describe_the_step() -> None:
 
 
 def test_bad_input() -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     engine = make("saefast", data[0])
     for x in (data[0][:, :5], data[0][0], data[0][:0], data[0].int()):
         with pytest.raises(InputError, match="x is"):
@@ -209,7 +209,7 @@ def test_bad_input() -> None:
 
 
 def test_a_state_of_another_shape_is_named() -> None:
-    data = batches("float32")
+    data = [x.float() for x in batches(0)]
     engine = make("openai", data[0])
     engine.step(data[0])
     for name in ("dead.since", "adam.W_dec.exp_avg_sq", "ema.b_enc"):

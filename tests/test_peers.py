@@ -5,17 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipes_plain as plain
 import torch
-from recipes_plain import STEPS, B, D, K, L, batches, distance
+from recipes_plain import STEPS, B, D, K, L, clear_batches, distance
 from torch import Tensor, nn
 
-from saefast.autograd_step import AutogradStep
+from saefast.autograd_step import PARAMETERS, AutogradStep
 from saefast.engine import StepStats
 from saefast.recipe import lr_factor, preset
 from saefast.sae import SAE
 
 pytestmark = pytest.mark.peers
 WARMUP, TOLERANCE = 4, 1e-5
+LR = 2e-4 / (L / 2**14) ** 0.5
 
 
 def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradStep:
@@ -24,7 +26,24 @@ def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradStep:
     sae = SAE(sae_config, seed=1)
     with torch.no_grad():
         sae.b_enc[::5] -= low * sae.W_enc.norm(dim=1).mean()
+        if name == "saelens":
+            # Unequal decoder norms, so that ranking by pre · norm is not ranking by pre.
+            sae.W_dec *= torch.linspace(0.8, 1.2, L)[:, None]
     return AutogradStep(sae, config, STEPS)
+
+
+def data_for(
+    make: Callable[[], AutogradStep], state: Callable[..., Any], mean: float = 1.0, **settings: Any
+) -> list[Tensor]:
+    """fp32 batches on which no two correct runs choose differently, found by the recipe's statement."""
+
+    def run_statement(data: list[Tensor]) -> None:
+        engine = make()
+        engine.initialise(data[0])
+        w = plain.Weights(*(getattr(engine.sae, name).detach().double() for name in PARAMETERS))
+        state(w, data, k=K, warmup=WARMUP, **settings)
+
+    return [x.float() for x in clear_batches(run_statement, mean)]
 
 
 def train(engine: AutogradStep, data: list[Tensor]) -> list[StepStats]:
@@ -36,7 +55,7 @@ def assert_same(sae: SAE, theirs: dict[str, Tensor], stats: list[StepStats], los
     assert len(losses) == STEPS
     for ours, loss in zip(stats, losses, strict=True):
         assert float(ours.loss) == pytest.approx(loss, rel=TOLERANCE)
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+    for name in PARAMETERS:
         assert distance(getattr(sae, name), theirs[name]) < TOLERANCE, name
 
 
@@ -93,7 +112,11 @@ def exact_matmul(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("exact_matmul")
 def test_sparsify(tmp_path: Path) -> None:
-    data, engine = batches("float32"), engine_for("sparsify")
+    engine = engine_for("sparsify")
+    data = data_for(
+        lambda: engine_for("sparsify"), plain.sparsify, dead_tokens=3 * B, auxk_alpha=0.0, multi_topk=False, lr=LR,
+        total=STEPS,
+    )  # fmt: skip
     theirs, losses = run_sparsify(engine.sae, data, tmp_path, multi_topk=False)
     assert_same(engine.sae, theirs, train(engine, data), losses)
 
@@ -101,10 +124,13 @@ def test_sparsify(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("exact_matmul")
 def test_sparsify_with_its_bugs_and_without(tmp_path: Path) -> None:
     """AuxK and MultiTopK on: equal under reproduce_bugs, and nowhere near with the gradients that belong there."""
-    data = batches("float32")
     # So low that some latents are not even among the top 4k, which sparsify counts as fired.
     changes: dict[str, Any] = dict(low=2.4, auxk_coef=1 / 32, multi_topk_coef=1 / 8, dead_after=3 * B + 1)
     buggy, right = engine_for("sparsify", reproduce_bugs=True, **changes), engine_for("sparsify", **changes)
+    data = data_for(
+        lambda: engine_for("sparsify", reproduce_bugs=True, **changes), plain.sparsify, dead_tokens=3 * B,
+        auxk_alpha=1 / 32, multi_topk=True, lr=LR, total=STEPS, buggy=True,
+    )  # fmt: skip
     theirs, losses = run_sparsify(
         buggy.sae, data, tmp_path, multi_topk=True, auxk_alpha=1 / 32, dead_feature_threshold=3 * B
     )
@@ -117,7 +143,12 @@ def test_sparsify_with_its_bugs_and_without(tmp_path: Path) -> None:
 
 def test_dictionary_learning() -> None:
     top_k = pytest.importorskip("dictionary_learning.trainers.top_k")
-    data, engine = batches("float32"), engine_for("dictionary_learning", dead_after=3 * B, lr_decay_start=15)
+    changes: dict[str, Any] = dict(dead_after=3 * B, lr_decay_start=15)
+    engine = engine_for("dictionary_learning", **changes)
+    data = data_for(
+        lambda: engine_for("dictionary_learning", **changes), plain.dictionary_learning, dead_tokens=3 * B, lr=LR,
+        decay_start=15, total=STEPS,
+    )  # fmt: skip
     peer = top_k.TopKTrainer(
         steps=STEPS, activation_dim=D, dict_size=L, k=K, layer=0, lm_name="none", warmup_steps=WARMUP, decay_start=15,
         device="cpu",
@@ -140,12 +171,12 @@ def test_saelens() -> None:
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    data, engine = batches("float32", mean=0.1), engine_for("saelens", dead_after=4)
+    engine = engine_for("saelens", dead_after=4)
+    # b_dec starts at 0 here, and off-centre data would leave most latents dead.
+    data = data_for(lambda: engine_for("saelens", dead_after=4), plain.saelens, mean=0.1, dead_passes=3, lr=3e-4)
     peer = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(d_in=D, d_sae=L, k=K))
     sae = engine.sae
     with torch.no_grad():
-        # Unequal decoder norms, so that ranking by pre · norm is not ranking by pre.
-        sae.W_dec *= torch.linspace(0.8, 1.2, L)[:, None]
         peer.W_enc.copy_(sae.W_enc.T)
         peer.W_dec.copy_(sae.W_dec)
         peer.b_enc.copy_(sae.b_enc)
