@@ -37,13 +37,9 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
 
 def _readable(page: str) -> str:
     """tyro's help without the {None}| that it puts before every value that may be left out."""
-    lines = []
-    for line in page.splitlines(keepends=True):
-        short = line.replace("{None}|", "")
-        if short.endswith("│\n"):
-            short = short[:-2] + " " * (len(line) - len(short)) + "│\n"
-        lines.append(short)
-    return "".join(lines)
+    usage, _, rest = page.partition("\n")
+    rest = re.sub(r"\{None\}\|(\S+)", lambda value: value[1] + " " * len("{None}|"), rest)
+    return "\n".join(line.rstrip() for line in [usage.replace("{None}|", ""), *rest.split("\n")])
 
 
 def _one_line(complaint: str, command: str) -> str:
@@ -55,6 +51,10 @@ def _one_line(complaint: str, command: str) -> str:
     message = parts[0].rstrip(".")
     message = re.sub(r"^Error parsing (?:sae|train): ", "", message)
     message = re.sub(r"^Missing from .*?: ", "missing: ", message)
+    # A value that may be left out is a union to tyro, and it reports on each of the types.
+    message = re.sub(
+        r"no type matching (?:{None}\|)?(\S+) could be .*? from \[(.*?)\]\. Got.*", r"\2 is no \1", message
+    )
     meant = next((part for part in parts if part.startswith("Perhaps you meant")), "")
     near = re.search(r"--[\w-]+", meant)
     return f"{message}{f' (perhaps {near[0]}?)' if near else ''}; see saefast {command} --help"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -76,7 +76,7 @@ class TrainArgs:
     run's own.
     """
 
-    data: tyro.conf.Positional[str | None] = None
+    data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """folder or file of activations"""
     out: Path = Path("runs/first")
     """the run's folder"""

@@ -29,15 +29,17 @@ class TrainConfig:
 
         optimizer: "adam", or "adam-lean" (bf16 weights, 8-bit first moment; fused engine only).
         lr: peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14), the rule of dictionary_learning and sparsify.
-        beta1, beta2, eps: Adam's.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        eps: Adam's, added to the root of the second moment.
         lr_warmup_steps: steps of linear warm-up.
         lr_warmup_from_zero: step 0 has rate 0 (a torch LambdaLR); False starts at lr / lr_warmup_steps.
         lr_decay_share: last share of the steps over which the rate falls linearly to lr_end · lr.
         lr_decay_start: step the fall begins at, instead of lr_decay_share; -1 is never. It never begins before the
             end of the warm-up.
         lr_end: final rate as a share of lr.
-        sweep_every: fused engine only: steps between sweeps that bring rows of W_enc which have not fired up to date; 1 is
-            dense Adam's arithmetic at every step, at its cost (see `saefast.step.FusedStep`).
+        sweep_every: fused engine only: steps between sweeps that bring rows of W_enc which have not fired up to date; 1
+            is dense Adam's arithmetic at every step, at its cost (see `saefast.step.FusedStep`).
         max_grad_norm: clip the global gradient norm to this; None does not clip.
 
         loss: "fvu" Σe² / Σ(x - mean)²; "sum" mean over tokens of Σ_d e²; "scaled_mse" mean of e² over the variance
@@ -68,8 +70,9 @@ class TrainConfig:
         reproduce_bugs: as in sparsify 1.3.3, AuxK and MultiTopK send the encoder no gradient, ReLU's derivative is
             skipped, and with MultiTopK the top 4k latents count as fired rather than the top k.
 
-        log_every, save_every, eval_every: steps between lines of metrics.jsonl, checkpoints and values of the
-            held-out FVU; 0 is never.
+        log_every: steps between lines of metrics.jsonl; 0 is never.
+        save_every: steps between checkpoints; 0 is never.
+        eval_every: steps between values of the held-out FVU; 0 is never.
     """
 
     n_tokens: int | None = None

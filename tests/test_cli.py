@@ -203,7 +203,7 @@ BAD = {
     "blank text": ("blank.txt", "no text"),
     "two sources": ("--model",),
     "unknown flag": ("--n-latent", "perhaps --n-latents?"),
-    "bad value": ("--lr", "fast"),
+    "bad value": ("--lr: 'fast' is no FLOAT; see saefast train --help",),
     "bad choice": ("mse", "--loss", "fvu"),
     "bad number": ("batch_size is 0",),
     "bad preset": ("opneai",),
