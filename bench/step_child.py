@@ -2,9 +2,9 @@
 
     python bench/step_child.py CONTENDER '{"B": 1024, "D": 768, "L": 32768, "k": 32, "device": "cpu"}'
 
-Prints one JSON object a line: first {"ready": true}, then for each "step" {"seconds", "loss"}, and for "memory" {"peak"},
-the resident memory it grew by at its worst since before the model was made. Imports only what its contender needs, since
-the peers live in another environment.
+Prints one JSON object a line: first {"ready": true}, then for each "step" {"seconds", "loss"}, and for "memory"
+{"peak"}, the resident memory it grew by at its worst since before the model was made. Imports only what its contender
+needs, since the peers live in another environment.
 """
 
 import json

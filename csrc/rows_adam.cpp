@@ -56,6 +56,7 @@ void catch_up(const AdamMatrix& matrix, const AdamStep& step, const int32_t* row
     for_shares(equal_shares(n, nullptr, n_threads), [&](int64_t, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t r = row_at(rows, i);
+            if (i + 1 < end) prefetch_state(matrix, row_at(rows, i + 1));
             if (matrix.last_step[r] >= step.step) continue;
             wake_row(matrix, step, r, step.step);
             write_copies(matrix, r);

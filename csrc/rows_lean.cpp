@@ -125,7 +125,10 @@ void catch_up(const LeanMatrix& matrix, const AdamStep& step, const int32_t* row
     for_shares(equal_shares(n, nullptr, n_threads), [&](int64_t, int64_t begin, int64_t end) {
         std::vector<float> buffer(static_cast<size_t>(2 * matrix.d));
         const Wide wide{buffer.data(), buffer.data() + matrix.d};
-        for (int64_t i = begin; i < end; ++i) catch_up_row(matrix, step, row_at(rows, i), wide);
+        for (int64_t i = begin; i < end; ++i) {
+            if (i + 1 < end) prefetch_state(matrix, row_at(rows, i + 1));
+            catch_up_row(matrix, step, row_at(rows, i), wide);
+        }
     });
 }
 

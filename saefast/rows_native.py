@@ -78,12 +78,13 @@ def decode_loss(
     weights = torch.tensor(weight, dtype=torch.float32)
     limits = torch.tensor(bounds, dtype=torch.int32)
     squares, grad_acts = torch.empty(P, B), torch.empty(B, K)
-    _ext().decode_loss(
-        x=x.data_ptr(), acts=acts.data_ptr(), idx=idx.data_ptr(), W_dec=W_dec.data_ptr(),
-        bf16=W_dec.dtype == torch.bfloat16, b_dec=_address(b_dec), bounds=limits.data_ptr(),
-        weight=weights.data_ptr(), B=B, K=K, P=P, d=x.shape[1], n_latents=len(W_dec), by_latent=by_latent, residual=residual.data_ptr(), squares=squares.data_ptr(),
-        grad_acts=grad_acts.data_ptr(), error=_address(error), relu=relu, n_threads=torch.get_num_threads(),
-    )  # fmt: skip
+    tensors = {
+        "x": x, "acts": acts, "idx": idx, "W_dec": W_dec, "b_dec": b_dec, "bounds": limits, "weight": weights,
+        "residual": residual, "squares": squares, "grad_acts": grad_acts, "error": error,
+    }  # fmt: skip
+    sizes = {"B": B, "K": K, "P": P, "d": x.shape[1], "n_latents": len(W_dec), "n_threads": torch.get_num_threads()}
+    flags = {"bf16": W_dec.dtype == torch.bfloat16, "by_latent": by_latent, "relu": relu}
+    _ext().decode_loss(**{name: _address(t) for name, t in tensors.items()}, **sizes, **flags)
     return Decoded(squares, grad_acts)
 
 
