@@ -49,7 +49,7 @@ def _one_line(complaint: str, command: str) -> str:
     body = plain.partition("\n")[2]
     parts = [text for part in re.split(r"[─━-]{8,}", body) if (text := " ".join(part.split()))] or ["bad arguments"]
     message = parts[0].rstrip(".")
-    message = re.sub(r"^Error parsing (?:sae|train): ", "", message)
+    message = re.sub(r"^Error parsing (?:sae: |train: )?", "", message)
     message = re.sub(r"^Missing from .*?: ", "missing: ", message)
     # A value that may be left out is a union to tyro, and it reports on each of the types.
     message = re.sub(
