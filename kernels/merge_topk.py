@@ -114,6 +114,53 @@ def _compact_groups(groups_ptr, list_ptr, count, floor, BLOCK_G: tl.constexpr):
     return found
 
 
+@triton.jit
+def _append_survivors(
+    list_ptr,
+    i,
+    found,
+    scratch_ptr,
+    scale_ptr,
+    keys_ptr,
+    held,
+    floor,
+    n,
+    start,
+    GROUP: tl.constexpr,
+    VISIT: tl.constexpr,
+):
+    """Filters the values of listed groups i .. i + VISIT and appends keys above the floor; returns how many are held."""
+    offs_v = i + tl.arange(0, VISIT)
+    group = tl.load(list_ptr + offs_v, mask=offs_v < found, other=0)
+    cols = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    live = (offs_v < found)[:, None] & (cols < n)
+    # Whole groups, so that loads are wide; what stands past column n is dropped by `live`.
+    rank = tl.load(scratch_ptr + cols, mask=(offs_v < found)[:, None], other=0.0)
+    if scale_ptr is not None:
+        rank *= tl.load(scale_ptr + start + cols, mask=live, other=0.0)
+    order = _order(rank)
+    # Columns ascend, so an equal value seen later loses the tie: strictly above.
+    live = live & (order > floor)
+    each = tl.sum(live.to(tl.int32), 1)
+    before = held + tl.cumsum(each, 0) - each
+    nth = before[:, None] + tl.cumsum(live.to(tl.int32), 1) - 1
+    tl.store(keys_ptr + nth, _key(order, start + cols), mask=live)
+    return held + tl.sum(each, 0)
+
+
+@triton.jit
+def _merge_list(run, keys_ptr, held, offs_k, LOG: tl.constexpr):
+    """The best of the run and of the keys held. Barriers on both sides: other threads wrote them, and will again."""
+    KP: tl.constexpr = 2**LOG
+    tl.debug_barrier()
+    for j in range(0, held, KP):
+        block = tl.load(keys_ptr + j + offs_k, mask=j + offs_k < held, other=EMPTY)
+        # A descending run against an ascending one: the elementwise maximum is the best KP of both.
+        run = _sort_bitonic(tl.maximum(run, tl.sort(block)), LOG)
+    tl.debug_barrier()
+    return run
+
+
 @triton.jit(do_not_specialize=["n", "start", "K"])
 def merge_topk(
     groups_ptr,  # (B, stride // GROUP) fp32: maximum of each group of this chunk
@@ -156,29 +203,11 @@ def merge_topk(
 
     held = 0
     for i in range(0, found, VISIT):
-        offs_v = i + tl.arange(0, VISIT)
-        group = tl.load(list_ptr + offs_v, mask=offs_v < found, other=0)
-        cols = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-        live = (offs_v < found)[:, None] & (cols < n)
-        # Whole groups, so that loads are wide; what stands past column n is dropped by `live`.
-        rank = tl.load(scratch_ptr + cols, mask=(offs_v < found)[:, None], other=0.0)
-        if scale_ptr is not None:
-            rank *= tl.load(scale_ptr + start + cols, mask=live, other=0.0)
-        order = _order(rank)
-        # Columns ascend, so an equal value seen later loses the tie: strictly above.
-        live = live & (order > floor)
-        each = tl.sum(live.to(tl.int32), 1)
-        before = held + tl.cumsum(each, 0) - each
-        nth = before[:, None] + tl.cumsum(live.to(tl.int32), 1) - 1
-        tl.store(keys_ptr + nth, _key(order, start + cols), mask=live)
-        held += tl.sum(each, 0)
+        held = _append_survivors(
+            list_ptr, i, found, scratch_ptr, scale_ptr, keys_ptr, held, floor, n, start, GROUP, VISIT
+        )
         if (held >= KP) | (i + VISIT >= found):
-            tl.debug_barrier()
-            for j in range(0, held, KP):
-                block = tl.load(keys_ptr + j + offs_k, mask=j + offs_k < held, other=EMPTY)
-                # A descending run against an ascending one: the elementwise maximum is the best KP of both.
-                run = _sort_bitonic(tl.maximum(run, tl.sort(block)), LOG)
-            tl.debug_barrier()
+            run = _merge_list(run, keys_ptr, held, offs_k, LOG)
             floor = tl.maximum(floor, _kth_order(run, offs_k, K))
             held = 0
 
