@@ -45,6 +45,20 @@ class Sddmm(NamedTuple):
     warps: int
 
 
+class DecodeLoss(NamedTuple):
+    block_k: int
+    block_d: int
+    warps: int
+
+
+class Rows(NamedTuple):
+    """row_update and its kin."""
+
+    block_d: int
+    unroll: int
+    warps: int
+
+
 # Widest D served by the first setting of a pair; beyond it the second. At D = 768 two CTAs per SM overlap one's
 # epilogue with the other's products, at D = 4096 the larger tile reads its operands less often.
 NARROW = 1024
@@ -148,6 +162,32 @@ def spmm(D: int) -> Spmm:
 def sddmm(D: int, k: int) -> Sddmm:
     block_d = min(512, max(32, _power_of_2(D)))
     return Sddmm(min(8, _power_of_2(k)), block_d, max(1, min(4, block_d // 128)))
+
+
+def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
+    """All k rows of a block of columns in registers: 32 fp32 a thread, more only where k leaves no choice.
+
+    Half of that where there are several residual planes, whose sums want registers too.
+    """
+    block_k = _power_of_2(k)
+    warps = 4 if block_k < 64 else 8 if block_k < 256 else 16
+    block_d = max(16, min(512, warps * (1024 if planes == 1 else 512) // block_k))
+    return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
+
+
+# Entries of a run that one program adds up; part of the order of additions, so of the bits.
+CUT = 256
+# Widest row that one program of row_update holds whole.
+MAX_ROW = 8192
+# Given, because the compiler left alone spills a few in settle_rows to reach an occupancy it aims at (as for Merge).
+ROW_REGISTERS = 128
+
+
+def rows(D: int, whole: bool) -> Rows:
+    """Up to 8 columns a thread, two loads of 16 bytes; 16 where a wide row must be held whole, and fewer at a time."""
+    block = max(32, _power_of_2(D)) if whole else min(1024, max(32, _power_of_2(D)))
+    wide = block > 2048
+    return Rows(block, 2 if wide else 4, max(1, block // (512 if wide else 256)))
 
 
 def method(arch: int, D: int) -> str:

@@ -40,6 +40,9 @@ def backend(w: Tensor) -> ModuleType:
         from saefast import rows_native
 
         return rows_native
+    if w.is_cuda and w.dtype in (torch.float32, torch.bfloat16) and importlib.util.find_spec("triton"):
+        # By name: it stands above this module, whose plain functions it falls back to.
+        return importlib.import_module("saefast.rows_triton")
     return importlib.import_module("saefast.rows")
 
 

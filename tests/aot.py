@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saefast.kernels import encode_tiles, fill_csr, merge_topk, sddmm, spmm, tuning
+from saefast.kernels import decode_loss, encode_tiles, fill_csr, merge_topk, row_update, sddmm, spmm, tuning
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,6 +69,8 @@ def cases(arch: int) -> Iterator[Case]:
     yield from tile_cases(arch)
     yield from merge_cases()
     yield from sparse_cases()
+    yield from decode_cases()
+    yield from row_cases()
 
 
 def tile_cases(arch: int) -> Iterator[Case]:
@@ -158,6 +160,48 @@ def sparse_cases() -> Iterator[Case]:
     yield Case("fill_csr", fill_csr.fill_csr, types, {"GROUP": 32, "VISIT": 64}, 4, 3)
 
 
+def decode_cases() -> Iterator[Case]:
+    floats = ("x_ptr", "acts_ptr", "b_ptr", "weight_ptr", "residual_ptr", "squares_ptr", "grad_ptr")
+    for element, D, k, planes, extra in (
+        ("fp32", 768, 32, 1, {}),
+        ("bf16", 4096, 64, 1, {"error_ptr": "*fp32"}),
+        ("fp32", 768, 128, 2, {"error_ptr": "*fp32"}),
+        ("fp32", 4096, 512, 1, {}),
+        ("fp32", 768, 64, 4, {}),
+    ):
+        config = tuning.decode_loss(D, k, planes)
+        types = dict.fromkeys(floats, "*fp32") | {"idx_ptr": "*i32", "bounds_ptr": "*i32", "W_ptr": f"*{element}"}
+        types |= extra | dict.fromkeys(("B", "D", "K"), "i32")
+        constants = {"P": planes, "BY_LATENT": planes > 1, "RELU": True, "BLOCK_P": planes}
+        constants |= {"BLOCK_K": config.block_k, "BLOCK_D": config.block_d}
+        name = f"decode_loss {element} D={D} k={k} planes={planes}"
+        yield Case(name, decode_loss.decode_loss, types, constants, config.warps, 1)
+
+
+def row_cases() -> Iterator[Case]:
+    gradient = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
+    cut = {"pieces_ptr": "*fp32", "first_ptr": "*i32"}
+    matrix = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32") | {"rows_ptr": "*i32", "D": "i32", "n": "i32"}
+    copies = {"shadow_ptr": "*bf16", "norms_ptr": "*fp32"}
+    numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
+    updates = gradient | cut | matrix | dict.fromkeys(numbers, "fp32") | {"owed_ptr": "*fp32", "squares_ptr": "*fp32"}
+    squares = gradient | cut | {"w_ptr": "*fp32", "rows_ptr": "*i32", "squares_ptr": "*fp32", "D": "i32"}
+    pieces = gradient | {"first_ptr": "*i32", "run_ptr": "*i32", "out_ptr": "*fp32", "n": "i32", "D": "i32"}
+    for D, whole in ((768, True), (4096, False), (2304, True), (tuning.MAX_ROW, True)):
+        config = tuning.rows(D, whole)
+        options, settled = (config.warps, 1, tuning.ROW_REGISTERS), {"BLOCK_D": config.block_d}
+        summed = settled | {"UNROLL": config.unroll}
+        kind, extra = f"D={D} whole={whole}", copies if whole else {"shadow_ptr": "*bf16"}
+        how = {"PROJECT": whole, "NORM": 2 * whole}
+        yield Case(f"row_update {kind}", row_update.row_update, updates | extra, summed | how, *options)
+        how = {"PROJECT": whole}
+        yield Case(f"gradient_squares {kind}", row_update.gradient_squares, squares, summed | how, *options)
+        types, how = matrix | extra | {"owed_ptr": "*fp32"}, {"NORM": 2 * whole}
+        yield Case(f"settle_rows {kind}", row_update.settle_rows, types, settled | how, *options)
+        if not whole:
+            yield Case(f"piece_sums {kind}", row_update.piece_sums, pieces, summed | {"CUT": tuning.CUT}, *options)
+
+
 def compile_case(case: Case, arch: int) -> Report:
     start = time.perf_counter()
     names = case.kernel.arg_names
@@ -227,7 +271,8 @@ def specialised() -> dict[str, list[str]]:
     """By kernel, the integers whose value (1, or a multiple of 16) the launcher compiles for."""
     kernels = (
         encode_tiles.tiles_pointer, encode_tiles.tiles_descriptor, encode_tiles.tiles_library, merge_topk.merge_topk,
-        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm,
+        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm, decode_loss.decode_loss, row_update.piece_sums,
+        row_update.gradient_squares, row_update.settle_rows, row_update.row_update,
     )  # fmt: skip
     return {
         kernel.fn.__name__: [

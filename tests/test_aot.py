@@ -29,9 +29,15 @@ REGISTERS = {
     "fill_csr": 96,
     "spmm": 64,
     "sddmm": 80,
+    "decode_loss": 128,
+    "row_update": 128,
+    "gradient_squares": 112,
+    "settle_rows": 112,
+    "piece_sums": 80,
 }
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
-GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library")
+ROWS = ("row_update", "gradient_squares", "piece_sums")
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "settle_rows", *ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +113,8 @@ def test_gathers_load_16_bytes_at_a_time(compiled, arch):
         assert report["wide_loads"] > 0, report["name"]
     # All of spmm's and sddmm's loads of W: as many as rows in flight.
     assert all(r["wide_loads"] >= 8 for r in reports(compiled, arch, "spmm"))
-    assert all(r["wide_loads"] >= 4 for r in reports(compiled, arch, "sddmm"))
+    assert all(r["wide_loads"] >= 4 for r in reports(compiled, arch, "sddmm", "decode_loss", "settle_rows"))
+    assert all(r["wide_loads"] >= 8 for r in reports(compiled, arch, *ROWS))
 
 
 def test_the_inspection_sees_scalar_loads_and_spills(compiled):
@@ -126,4 +133,9 @@ def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
         "fill_csr": ["stride", "threshold_step"],
         "spmm": ["D"],
         "sddmm": ["D"],
+        "decode_loss": ["D"],
+        "piece_sums": ["D"],
+        "gradient_squares": ["D"],
+        "settle_rows": ["D"],
+        "row_update": ["D"],
     }

@@ -1,0 +1,240 @@
+"""Gradient rows summed over runs and used by Adam on the spot.  Reference: saefast.rows.update_rows and its kin.
+
+One program per row and block of columns; what needs a whole row (projection, norms) is asked for with one block only.
+A run longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
+walks a long run, and the order of additions is fixed, so results repeat bit for bit.
+What a row still owes for the steps it slept (moments' decay, drift: saefast.optim) comes as five numbers a row.
+Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
+"""
+
+import triton
+import triton.language as tl
+
+# saefast.optim.Norm.
+BEFORE, AFTER = tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def sum_entries(
+    source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr
+):
+    """Σ coef[e] · source[row[e]] over e in begin .. end; row e itself and weight 1 where those are None."""
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(begin, end, UNROLL):
+        # Unrolled so that several rows are on their way at once.
+        for u in tl.static_range(UNROLL):
+            e = first + u
+            live = e < end
+            row = e if row_ptr is None else tl.load(row_ptr + e, mask=live, other=0)
+            value = tl.load(source_ptr + row.to(tl.int64) * D + offs_d, mask=mask_d & live, other=0.0).to(tl.float32)
+            acc += value if coef_ptr is None else tl.load(coef_ptr + e, mask=live, other=0.0) * value
+    return acc
+
+
+@triton.jit
+def run_gradient(
+    source_ptr,
+    offsets_ptr,
+    row_ptr,
+    coef_ptr,
+    pieces_ptr,
+    first_ptr,
+    r,
+    D,
+    offs_d,
+    mask_d,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The gradient row of run r: its entries, or its pieces where it was cut."""
+    begin, end = tl.load(offsets_ptr + r), tl.load(offsets_ptr + r + 1)
+    if pieces_ptr is None:
+        return sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+    piece, last = tl.load(first_ptr + r), tl.load(first_ptr + r + 1)
+    end = tl.where(last > piece, begin, end)
+    acc = sum_entries(pieces_ptr, None, None, piece, last, D, offs_d, mask_d, BLOCK_D, UNROLL)
+    return acc + sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+
+
+@triton.jit(do_not_specialize=["n"])
+def piece_sums(
+    source_ptr,  # (rows, D)
+    offsets_ptr,  # (n + 1,) int32
+    row_ptr,  # (entries,) int32, or None
+    coef_ptr,  # (entries,), or None
+    first_ptr,  # (n + 1,) int32: run r has pieces first[r] .. first[r + 1]
+    run_ptr,  # (pieces,) int32: the run of each piece
+    out_ptr,  # (pieces, D) fp32
+    n,
+    D,
+    CUT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK_D)
+    piece = pid // blocks
+    # There is room for more pieces than there may be.
+    if piece < tl.load(first_ptr + n):
+        r = tl.load(run_ptr + piece).to(tl.int64)
+        offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        begin = tl.load(offsets_ptr + r) + (piece.to(tl.int32) - tl.load(first_ptr + r)) * CUT
+        end = tl.minimum(begin + CUT, tl.load(offsets_ptr + r + 1))
+        acc = sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+        tl.store(out_ptr + piece * D + offs_d, acc, mask=mask_d)
+
+
+@triton.jit
+def unit(w):
+    """w at unit norm, as saefast.rows_lean.unit."""
+    return tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1.1920928955078125e-07))
+
+
+@triton.jit
+def project_out(g, w):
+    """g without its part along w, as saefast.rows_lean.project_out."""
+    along = tl.sum(g * w, 0) / tl.maximum(tl.sum(w * w, 0), 1.1754943508222875e-38)
+    return g - along * w
+
+
+@triton.jit
+def settle(w, m, v, owed_ptr, r, n, NORM: tl.constexpr):
+    """What the row owes, paid: see saefast.rows.catch_up. owed (5, n): steps slept, drift, drift_eps, two decays."""
+    slept = tl.load(owed_ptr + r) > 0
+    drift, eps = tl.load(owed_ptr + n + r), tl.load(owed_ptr + 2 * n + r)
+    moved = unit(w) if NORM == BEFORE else w
+    moved = moved - drift * tl.div_rn(m, tl.sqrt_rn(v) + eps)
+    moved = unit(moved) if NORM == AFTER else moved
+    return tl.where(slept, moved, w), m * tl.load(owed_ptr + 3 * n + r), v * tl.load(owed_ptr + 4 * n + r)
+
+
+@triton.jit
+def store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d):
+    tl.store(w_ptr + at, w, mask=mask_d)
+    if shadow_ptr is not None:
+        tl.store(shadow_ptr + at, w.to(tl.bfloat16), mask=mask_d)
+    if norms_ptr is not None:
+        tl.store(norms_ptr + i, tl.sqrt_rn(tl.sum(w * w, 0)))
+
+
+@triton.jit
+def gradient_squares(
+    source_ptr,
+    offsets_ptr,
+    row_ptr,
+    coef_ptr,
+    pieces_ptr,
+    first_ptr,
+    rows_ptr,  # (n,) int32, or None
+    w_ptr,  # (R, D)
+    squares_ptr,  # (n, blocks) out
+    D,
+    PROJECT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """Σ grad² of every row and block, after projection."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK_D)
+    r = pid // blocks
+    offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    g = run_gradient(
+        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+    )
+    if PROJECT:
+        i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+        g = project_out(g, tl.load(w_ptr + i * D + offs_d, mask=mask_d, other=0.0))
+    tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def settle_rows(
+    rows_ptr,  # (n,) int32, or None
+    owed_ptr,  # (5, n) fp32, or None: nothing is owed, rows are scaled to unit norm only
+    w_ptr,
+    m_ptr,
+    v_ptr,
+    shadow_ptr,  # (R, D) bf16, or None
+    norms_ptr,  # (R,) fp32, or None
+    n,
+    D,
+    NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """catch_up and normalise_rows."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK_D)
+    r = pid // blocks
+    offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    at = i * D + offs_d
+    if owed_ptr is None:
+        w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0))
+        store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+    elif tl.load(owed_ptr + r) > 0:
+        # A column beyond the row has drift_eps below its v of 0: no 0 / 0 there, for rows that slept.
+        w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+        w, m, v = settle(w, m, v, owed_ptr, r, n, NORM)
+        store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+        tl.store(m_ptr + at, m, mask=mask_d)
+        tl.store(v_ptr + at, v, mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["n", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"])
+def row_update(
+    source_ptr,
+    offsets_ptr,
+    row_ptr,
+    coef_ptr,
+    pieces_ptr,  # (pieces, D) of `piece_sums`, or None: no run was cut
+    first_ptr,
+    rows_ptr,
+    owed_ptr,  # (5, n) fp32 up to the step before
+    w_ptr,
+    m_ptr,
+    v_ptr,
+    shadow_ptr,
+    norms_ptr,
+    squares_ptr,  # (n, blocks) out
+    n,
+    D,
+    grad_scale,
+    lerp1,  # 1 - β1
+    beta2,
+    lerp2,  # 1 - β2
+    rate,  # lr / (1 - β1^step)
+    root2,  # √(1 - β2^step)
+    eps,
+    PROJECT: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK_D)
+    r = pid // blocks
+    offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    g = run_gradient(
+        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+    )
+    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    at = i * D + offs_d
+    w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
+    v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+    w, m, v = settle(w, m, v, owed_ptr, r, n, NORM)
+    w = unit(w) if NORM == BEFORE else w
+    g = project_out(g, w) if PROJECT else g
+    tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+    g *= grad_scale
+    m += (g - m) * lerp1
+    v = v * beta2 + lerp2 * g * g
+    w -= rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+    w = unit(w) if NORM == AFTER else w
+    store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+    tl.store(m_ptr + at, m, mask=mask_d)
+    tl.store(v_ptr + at, v, mask=mask_d)
