@@ -194,7 +194,7 @@ def test_gpu_names_the_first_index_out_of_range() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8])
-def test_several_sources_count_as_one(dtype):
+def test_tensors_that_count_as_one(dtype):
     sources = [torch.randint(-100, 100, (n, 7)).to(dtype) for n in (5, 0, 1, 40)]
     index = torch.randint(0, 46, (100,))
     assert torch.equal(native.gather_rows_from(sources, index), torch.cat(sources)[index])
