@@ -65,6 +65,11 @@ def test_bfloat16_decoder(device):
     assert_close_to_plain(*problem(3, 5, 20, 48, "multi", device, torch.bfloat16))
 
 
+def test_a_negative_activation_counts_but_hears_nothing_behind_relu(device):
+    args, options = problem(3, 7, 20, 40, "aux", device)
+    assert_close_to_plain(args, options | dict(relu=True))
+
+
 def test_nothing_to_decode(device):
     args, options = problem(0, 3, 9, 17, "top-k", device)
     found = found_by(rows_triton, args, options, torch.float32)
