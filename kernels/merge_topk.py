@@ -129,7 +129,7 @@ def _append_survivors(
     GROUP: tl.constexpr,
     VISIT: tl.constexpr,
 ):
-    """Filters the values of listed groups i .. i + VISIT and appends keys above the floor; returns how many are held."""
+    """Filters the values of listed groups i .. i + VISIT, appends keys above the floor; returns how many are held."""
     offs_v = i + tl.arange(0, VISIT)
     group = tl.load(list_ptr + offs_v, mask=offs_v < found, other=0)
     cols = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
