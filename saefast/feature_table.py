@@ -156,10 +156,9 @@ def _centroids(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
 
 
 def same_word(a: str, b: str) -> bool:
-    """Forms of one word, roughly: they begin alike for four letters, or one begins with the other."""
+    """Forms of one word, roughly: they begin with the same three letters."""
     a, b = a.strip().lower().lstrip("-"), b.strip().lower().lstrip("-")
-    shared = min(len(a), len(b), 4)
-    return a == b or (shared >= 3 and a[:shared] == b[:shared])
+    return a == b or (min(len(a), len(b)) >= 3 and a[:3] == b[:3])
 
 
 def choose(stats: LatentStats, texts: "Texts", n: int = 10, embedding: Tensor | None = None) -> list[tuple[int, float]]:

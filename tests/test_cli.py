@@ -319,6 +319,20 @@ def test_help_costs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_benchmarks_are_listed_and_run_from_anywhere(run: Run, tmp_path: Path) -> None:
+    code, out, _ = run("bench")
+    assert code == 0
+    assert {"encode_topk", "spmm", "sddmm", "step", "buffer"} <= {
+        line.split()[0] for line in out.splitlines() if line[:2] == "  "
+    }
+    assert "step_child" not in out
+    code, _, err = run("bench", "stp")
+    assert (code, err) == (2, "saefast: error: there is no benchmark 'stp': perhaps step\n")
+    command = [sys.executable, "-m", "saefast", "bench", "sddmm", "--help"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "bench.sddmm" in ran.stdout
+
+
 def test_peek() -> None:
     argv = ["d", "--preset", "a", "--config=b.json", "--n_latents", "3"]
     found = [cli_args.peek(argv, name) for name in ("preset", "config", "n-latents", "out")]

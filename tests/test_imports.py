@@ -32,7 +32,7 @@ FLOORS = (
     ("trainer",),
     ("train", "evaluate"),
     ("report", "sweep", "cli_args"),
-    ("cli_harvest", "cli_eval", "cli_features", "cli_plan"),
+    ("cli_harvest", "cli_eval", "cli_features", "cli_plan", "cli_bench"),
     ("cli_train",),
     ("cli_demo",),
     ("cli",),
