@@ -1,4 +1,4 @@
-"""Row-wise Adam against torch's dense Adam: bit for bit where every row fires, and within the stated bound where rows sleep."""
+"""Row-wise Adam against dense Adam: to the bit where every row fires, within the stated bound where rows sleep."""
 
 import math
 from types import ModuleType
@@ -47,7 +47,7 @@ class Rows:
 
 
 class RoundedSqrt(TorchFunctionMode):
-    """Square roots rounded correctly. torch's own fp32 ones, from MKL, are a bit off in the last place for 20 % of inputs."""
+    """Square roots rounded correctly. torch's own fp32 ones, from MKL, are off in the last bit for 20 % of inputs."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.sqrt:

@@ -1,4 +1,4 @@
-"""The row operations: C++ against plain torch, plain torch against autograd, and the same bits on any number of threads."""
+"""The row operations: C++ against plain torch, plain torch against autograd, the same bits on any number of threads."""
 
 import itertools
 from types import ModuleType

@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -272,7 +271,7 @@ def test_state_of_another_shape_is_refused_whole(name: str, damage: str) -> None
 def test_settings_it_cannot_serve() -> None:
     data = batches(1)
     sae_config, config = preset("saefast", D, L, K, dtype="float16")
-    with pytest.raises(InputError, match="dtype is torch.float16"):
+    with pytest.raises(InputError, match=r"dtype is torch\.float16"):
         FusedStep(SAE(sae_config, seed=0), config, TOTAL)
     with pytest.raises(InputError, match="sweep_every is 0"):
         engine("saefast", data, sweep_every=0)
@@ -382,7 +381,6 @@ def test_screened_ties_go_to_the_lower_latent() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _native_is_there() -> Iterator[None]:
+def _native_is_there() -> None:
     """The fp32 tests are about the C++ path where it exists; without a compiler they run in plain torch."""
     assert rows.backend(torch.empty(0)).__name__.endswith("native") == native.available()
-    yield
