@@ -33,8 +33,9 @@ $(ENV): constraints.txt $(SOURCES)
 demo: $(ENV)
 	$(VENV)/bin/saefast demo
 
+# One process a core, one thread each: tests of several threads ask for them.
 test: $(ENV)
-	$(VENV)/bin/python -m pytest -m "not gpu and not peers" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not gpu and not peers" $(ARGS)
 
 lint: $(ENV)
 	$(VENV)/bin/ruff check .
