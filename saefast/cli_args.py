@@ -5,7 +5,8 @@ import io
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
@@ -70,6 +71,14 @@ def peek(argv: Sequence[str], name: str) -> str | None:
         if word.startswith(flag + "="):
             return word[len(flag) + 1 :]
     return None
+
+
+def named(files: list[Path], draw: Callable[[], list[Path]]) -> str:
+    """The files and the pictures that `draw` makes, in words; without matplotlib, why there are no pictures."""
+    try:
+        return ", ".join(map(str, files + draw()))
+    except InputError as missing:
+        return f"{', '.join(map(str, files))} (no pictures: {missing})"
 
 
 def watched() -> bool:

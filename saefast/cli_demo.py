@@ -1,6 +1,7 @@
 """`saefast demo`: harvest, train, evaluate and look inside, on a real model and text that need no download."""
 
 import importlib.util
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
     started = time.monotonic()
     if missing := [pip for module, pip in NEEDS.items() if importlib.util.find_spec(module) is None]:
         raise InputError(f"the demo needs {', '.join(missing)}: pip install 'saefast[demo]'")
-    again = "the same command goes on: saefast demo" + ("" if args.out == DemoArgs.out else f" --out {args.out}")
+    again = f"the same command goes on: saefast {shlex.join(['demo', *argv])}"
     try:
         result = _all(args)
     except KeyboardInterrupt as stop:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from saefast.cli_args import parse
+from saefast.cli_args import named, parse
 from saefast.errors import InputError
 from saefast.evaluate import EVAL, LM_TOKENS, Evaluation, evaluate_run
 from saefast.metrics import METRICS, Metric
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         raise InputError(f"batch_size is {args.batch_size}, lm_tokens {args.lm_tokens}: expected >= 1 and >= 0")
     result = evaluate_run(args.run, args.data, batch_size=args.batch_size, lm_tokens=args.lm_tokens)
     print(table(result))
-    print(f"\nwritten: {args.run / EVAL}, {', '.join(path.name for path in draw_run(args.run, result))}")
+    print(f"\nwritten: {named([args.run / EVAL], lambda: draw_run(args.run, result))}")
     print(f"next: saefast features {shlex.quote(str(args.run))}")
     return 0
 

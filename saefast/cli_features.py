@@ -8,15 +8,15 @@ from typing import Any
 
 import tyro
 
-from saefast.cli_args import parse, watched
+from saefast.cli_args import named, parse, watched
 from saefast.data import models
 from saefast.data.rows_source import Located, RowsSource
 from saefast.errors import InputError
-from saefast.evaluate import run_source
+from saefast.evaluate import load_finished, run_source
 from saefast.feature_table import FeatureTable, make_table
 from saefast.features import collect
+from saefast.plots import draw_features
 from saefast.report import summary, write_features
-from saefast.sae import load
 
 ROWS = 1 << 18
 
@@ -45,16 +45,20 @@ def main(argv: list[str]) -> int:
     args = parse(FeaturesArgs, argv, "features")
     table, written = run_features(args)
     print(summary(table.features))
-    print(f"\nwritten: {', '.join(str(path) for path in written)}")
+    print(f"\nwritten: {written}")
     return 0
 
 
-def run_features(args: FeaturesArgs) -> tuple[FeatureTable, list[Path]]:
-    """Makes the table and writes it. Raises InputError where the run's data has no tokens, or without matplotlib."""
+def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
+    """Makes the table and writes it. -> the table, and the files written, in words.
+
+    Raises:
+        InputError: the run's data has no tokens, or its model does not load.
+    """
     for name in ("n", "contexts", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} is {getattr(args, name)}: expected at least 1")
-    sae = load(args.run).requires_grad_(False)
+    sae = load_finished(args.run)
     source = run_source(args.run, sae, args.data)
     if not isinstance(source, RowsSource) or source.folder is None:
         raise InputError(f"{source.source_name} holds no tokens: features need a run trained on a harvest")
@@ -68,7 +72,8 @@ def run_features(args: FeaturesArgs) -> tuple[FeatureTable, list[Path]]:
     table = make_table(sae, source, stats, tokenizer, embedding, args.n, args.contexts)
     hook = sae.config.metadata.get("hook_name", "")
     title = f"{name} {hook}: what {len(table.features)} of {sae.config.n_latents:,} latents respond to"
-    return table, write_features(args.run, table, title)
+    pages, picture = write_features(args.run, table, title), args.run / "features.png"
+    return table, named(pages, lambda: draw_features(table, picture, title))
 
 
 def _rows(source: RowsSource, limit: int) -> Iterator[Located]:

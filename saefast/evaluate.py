@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast.data.buffer import ShardBuffer
+from saefast.checkpoint import list_steps
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
@@ -17,7 +18,8 @@ from saefast.data.sources import open_source
 from saefast.errors import InputError
 from saefast.files import replacing, write_json
 from saefast.metrics import METRICS, SAEMetrics, density_histogram
-from saefast.sae import SAE, load
+from saefast.rundir import CHECKPOINTS
+from saefast.sae import SAE, WEIGHTS, load
 from saefast.splice import LM_METRICS, batch_sequences, lm_scores
 
 EVAL, LATENTS = "eval.json", "latents.safetensors"
@@ -94,7 +96,7 @@ def evaluate_run(
         InputError: no SAE there, its data is gone or of another width, or nothing is held out.
     """
     folder = Path(run).expanduser()
-    sae = load(folder).requires_grad_(False)
+    sae = load_finished(folder)
     source = run_source(folder, sae, data)
     metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype))
     n_rows = metrics.reconstruction.n_rows
@@ -108,6 +110,13 @@ def evaluate_run(
     if write:
         write_evaluation(folder, result)
     return result
+
+
+def load_finished(run: Path) -> SAE:
+    """The SAE of a run, without gradients. Raises InputError where there is none, or none yet."""
+    if not (run / WEIGHTS).exists() and list_steps(run / CHECKPOINTS):
+        raise InputError(f"{run} is not trained to its end: go on with saefast train --out {run} --resume")
+    return load(run).requires_grad_(False)
 
 
 def write_evaluation(folder: Path, result: Evaluation) -> None:

@@ -46,7 +46,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
     try:
         matplotlib = importlib.import_module("matplotlib")
     except ImportError:
-        raise InputError("pictures need the package matplotlib: pip install 'saefast[demo]'") from None
+        raise InputError("matplotlib is not installed: pip install 'saefast[demo]'") from None
     figure_class = importlib.import_module("matplotlib.figure").Figure
     with matplotlib.rc_context(_STYLE):
         # A bare Figure draws with Agg and touches no global state, so no window system is asked for.
@@ -170,8 +170,8 @@ def _log10(value: float) -> float:
 _COLUMNS, _CONTEXTS, _CELL = 124, 3, (0.0715, 0.175)
 
 
-def draw_features(table: Any, path: Path, title: str) -> None:
-    """The feature table (a `saefast.feature_table.FeatureTable`) as a picture: tokens shaded by activation."""
+def draw_features(table: Any, path: Path, title: str) -> list[Path]:
+    """The feature table (a `saefast.feature_table.FeatureTable`) as a picture, tokens shaded. -> [path]"""
     per_latent = _CONTEXTS + 2.3
     height = _CELL[1] * (3.2 + per_latent * max(len(table.features), 1))
     with figure(path, _CELL[0] * (_COLUMNS + 4), height) as fig:
@@ -182,6 +182,7 @@ def draw_features(table: Any, path: Path, title: str) -> None:
         axis.text(0, 1.2, title, fontsize=12, fontweight="bold", va="center")
         for number, feature in enumerate(table.features):
             _draw_feature(axis, feature, 3.2 + number * per_latent)
+    return [path]
 
 
 def _draw_feature(axis: Any, feature: Any, top: float) -> None:

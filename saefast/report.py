@@ -8,7 +8,7 @@ from saefast.errors import InputError
 from saefast.evaluate import Evaluation
 from saefast.feature_table import Feature, FeatureTable, Snippet
 from saefast.files import replacing
-from saefast.plots import draw_curves, draw_density, draw_features
+from saefast.plots import draw_curves, draw_density
 from saefast.progress import read_metrics
 from saefast.sae import load
 
@@ -38,13 +38,12 @@ def draw_run(folder: Path, result: Evaluation) -> list[Path]:
 
 
 def write_features(folder: Path, table: FeatureTable, title: str) -> list[Path]:
-    """features.html (self-contained), features.md and features.png. -> the files written."""
+    """features.html (self-contained) and features.md. -> the files written."""
     texts = {".html": to_html(table, title), ".md": to_markdown(table, title)}
     for ending, text in texts.items():
         with replacing(folder / f"{FEATURES}{ending}") as temporary:
             temporary.write_text(text, encoding="utf-8")
-    draw_features(table, folder / f"{FEATURES}.png", title)
-    return [folder / f"{FEATURES}{ending}" for ending in (*texts, ".png")]
+    return [folder / f"{FEATURES}{ending}" for ending in texts]
 
 
 def to_markdown(table: FeatureTable, title: str) -> str:

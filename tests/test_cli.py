@@ -286,9 +286,14 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(
 def test_missing_packages_say_what_to_install(run: Run, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("train", rows, "--out", "run", *SMALL)[0] == 0
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = run("eval", "run")
+    code, out, err = run("eval", "run")
+    assert (code, err) == (0, "")
+    assert "no pictures: matplotlib is not installed: pip install 'saefast[demo]'" in out
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    code, _, err = run("harvest", "--out", "acts")
     assert code == 2
-    assert "pip install 'saefast[demo]'" in err
+    assert "pip install transformers" in err
+    assert err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "tyro", None)
     for name in ("saefast.cli_train", "saefast.cli_args"):
         monkeypatch.delitem(sys.modules, name)

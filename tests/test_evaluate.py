@@ -139,6 +139,9 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         evaluate_run(tmp_path / "bare")
     with pytest.raises(InputError, match="does not exist"):
         evaluate_run(tmp_path / "nothing")
+    (tmp_path / "begun" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"not trained to its end: go on with saefast train --out .*begun --resume"):
+        evaluate_run(tmp_path / "begun")
     torch.save(torch.randn(50, 9), tmp_path / "wide.pt")
     with pytest.raises(InputError, match="expected d_in = 8"):
         evaluate_run(tmp_path / "bare", str(tmp_path / "wide.pt"))

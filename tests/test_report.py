@@ -301,9 +301,9 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path: Path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_three_files_of_features(tmp_path: Path) -> None:
+def test_two_pages_of_features(tmp_path: Path) -> None:
     written = write_features(tmp_path, table(), "Title")
-    assert [path.name for path in written] == ["features.html", "features.md", "features.png"]
+    assert [path.name for path in written] == ["features.html", "features.md"]
     assert all(path.is_file() for path in written)
 
 
