@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from saefast.data.buffer import ShardBuffer
 from saefast.checkpoint import list_steps
+from saefast.data.buffer import ShardBuffer
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
