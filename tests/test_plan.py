@@ -15,8 +15,9 @@ from saefast.plan import DEVICES, PlanArgs, largest, make_plan, memory_of
 H200 = DEVICES["h200"]
 
 # What training needs beyond what stood in memory before the SAE was made: the most that ever was, from the kernel.
+# (Not ru_maxrss, which a process inherits from the one that started it.)
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig
 from saefast.train import make_engine
@@ -25,13 +26,15 @@ dtype = "bfloat16" if optimizer == "adam-lean" else "float32"
 config = TrainConfig(optimizer=optimizer, batch_size=B, auxk_coef=0.0)
 x = torch.randn(B, D)
 make_engine(SAE(SAEConfig(d_in=D, n_latents=64, k=k)), TrainConfig(batch_size=B), 10).step(x)  # libraries' own memory
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+before = status("VmRSS")
 sae = SAE(SAEConfig(d_in=D, n_latents=L, k=k, dtype=dtype))
 engine = make_engine(sae, config, 10)
 engine.initialise(x)
 for _ in range(3):
     engine.step(x)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(status("VmHWM") - before)
 """
 
 
