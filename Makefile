@@ -33,9 +33,9 @@ $(ENV): constraints.txt $(SOURCES)
 demo: $(ENV)
 	$(VENV)/bin/saefast demo
 
-# One process a core, one thread each: tests of several threads ask for them.
+# One process a core, one thread each: tests of several threads ask for them. What a file's tests share is made once.
 test: $(ENV)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 -m "not gpu and not peers" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not peers" $(ARGS)
 
 lint: $(ENV)
 	$(VENV)/bin/ruff check .

@@ -15,6 +15,8 @@ SOURCES = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if path.name != 
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-pthread", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
 
+pytestmark = pytest.mark.slow
+
 
 def compile_with(sanitizer: str, *arguments: str | Path) -> None:
     built = subprocess.run([*CXX, *FLAGS, f"-fsanitize={sanitizer}", *arguments], capture_output=True, text=True)
@@ -47,7 +49,6 @@ def sanitized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return sanitizer, objects
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("test", TESTS, ids=lambda path: path.stem)
 def test_runs_clean(test: Path, sanitized: tuple[str, list[Path]], tmp_path: Path) -> None:
     sanitizer, objects = sanitized
