@@ -19,6 +19,8 @@ from saefast.plots import draw_features
 from saefast.report import summary, write_features
 
 ROWS = 1 << 18
+# Large, because merging a batch into the table of strongest activations costs the same for any size.
+BATCH = 8192
 
 
 @dataclass
@@ -78,7 +80,7 @@ def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
 
 def _rows(source: RowsSource, limit: int) -> Iterator[Located]:
     """Held-out rows, then the others, until there are `limit`."""
-    for batch in chain(source.located("heldout", 2048), source.located("train", 2048)):
+    for batch in chain(source.located("heldout", BATCH), source.located("train", BATCH)):
         yield Located(*(None if column is None else column[:limit] for column in batch))  # type: ignore[arg-type]
         limit -= len(batch.x)
         if limit <= 0:
