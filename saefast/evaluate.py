@@ -113,10 +113,10 @@ def evaluate_run(
 
 
 def load_finished(run: Path) -> SAE:
-    """The SAE of a run, without gradients. Raises InputError where there is none, or none yet."""
+    """The SAE of a run, without gradients, on the GPU if there is one. Raises InputError where there is none (yet)."""
     if not (run / WEIGHTS).exists() and list_steps(run / CHECKPOINTS):
         raise InputError(f"{run} is not trained to its end: go on with saefast train --out {run} --resume")
-    return load(run).requires_grad_(False)
+    return load(run, "cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
 
 
 def write_evaluation(folder: Path, result: Evaluation) -> None:
