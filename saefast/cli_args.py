@@ -99,6 +99,7 @@ class LogLines:
         self._last = now
         print(
             f"step {line['step']}/{self._total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "
-            f"L0 {line['metrics/l0']:.1f}  dead {line['dead_share']:.1%}  {line['tokens_per_second']:,.0f} tokens/s",
+            f"L0 {line['metrics/l0']:.1f}  dead {line['dead_share']:.1%}  {line['tokens_per_second']:,.0f} tokens/s  "
+            f"idle {line['idle_share']:.1%}",
             flush=True,
         )

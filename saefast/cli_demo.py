@@ -117,7 +117,7 @@ done in {seconds:.0f} s; in {out}/
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
 
-held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {speed:,.0f} tokens/s
+held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {speed:,.0f} tokens/s   idle {last["idle_share"]:.1%}
 (dead: silent for the last {DEAD_AFTER:,} training tokens; {metrics["dead_share"]:.1%} did not fire on the \
 {result.about["heldout_rows"]:,} held-out ones)
 
