@@ -111,13 +111,14 @@ def _train(args: DemoArgs) -> None:
 def _last_lines(out: Path, result: Evaluation, seconds: float) -> None:
     last = read_metrics(out)[-1]
     metrics, speed = result.metrics, last["tokens"] / last["seconds"]
+    training = f"{speed:,.0f} tokens/s, {last['idle_share']:.1%} of the time waiting for data"
     print(f"""
 done in {seconds:.0f} s; in {out}/
   sae.safetensors, config.json, metrics.jsonl      the SAE, its settings, how training went
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
 
-held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {speed:,.0f} tokens/s   idle {last["idle_share"]:.1%}
+held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {training}
 (dead: silent for the last {DEAD_AFTER:,} training tokens; {metrics["dead_share"]:.1%} did not fire on the \
 {result.about["heldout_rows"]:,} held-out ones)
 
