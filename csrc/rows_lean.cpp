@@ -53,7 +53,8 @@ void store_moment(const LeanMatrix& a, int64_t r, const float* m, uint32_t key) 
         const int64_t first = std::min(b * width, a.d), n = std::min(width, a.d - first);
         const uint16_t scale = bf16_above(rowmath::abs_max(m + first, n) / 127.0f);
         a.scale[r * a.blocks + b] = scale;
-        const float inverse = scale == 0 ? 0.0f : 1.0f / widen(scale);
+        // A block of zeros, or of values too small for a normal scale, is stored as zeros.
+        const float inverse = widen(scale) < 1.17549435e-38f ? 0.0f : 1.0f / widen(scale);
         rowmath::to_int8_stochastic(a.m + r * a.d + first, m + first, inverse, key, first, n);
     }
 }

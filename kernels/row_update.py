@@ -127,7 +127,7 @@ def gradient_squares(
     pieces_ptr,
     first_ptr,
     rows_ptr,  # (n,) int32, or None
-    w_ptr,  # (R, D)
+    w_ptr,  # (R, D), fp32 or bf16
     squares_ptr,  # (n, blocks) out
     D,
     PROJECT: tl.constexpr,
@@ -145,7 +145,7 @@ def gradient_squares(
     )
     if PROJECT:
         i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
-        g = project_out(g, tl.load(w_ptr + i * D + offs_d, mask=mask_d, other=0.0))
+        g = project_out(g, tl.load(w_ptr + i * D + offs_d, mask=mask_d, other=0.0).to(tl.float32))
     tl.store(squares_ptr + pid, tl.sum(g * g, 0))
 
 
@@ -238,3 +238,175 @@ def row_update(
     store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
     tl.store(m_ptr + at, m, mask=mask_d)
     tl.store(v_ptr + at, v, mask=mask_d)
+
+
+# saefast.rows_lean: the hash of a row and of a column.
+ROW, COLUMN = tl.constexpr(0x85EBCA6B), tl.constexpr(0x9E3779B9)
+
+
+@triton.jit
+def mix(x):
+    """saefast.rows_lean.mix, of uint32."""
+    x = x ^ (x >> 16)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15)
+    x = x * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random_bits(when, i, offs_d):
+    """saefast.rows_lean.random_bits for row i, `when` being the hash of seed and step."""
+    key = mix(when.to(tl.uint32) ^ (i.to(tl.uint32) * ROW))
+    return mix(key + offs_d.to(tl.uint32) * COLUMN)
+
+
+@triton.jit
+def as_float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """The first moment in fp32."""
+    m = tl.load(m_ptr + at, mask=mask_d, other=0).to(tl.float32)
+    scale = tl.load(scale_ptr + i * BLOCKS + offs_d // WIDTH, mask=mask_d, other=0.0).to(tl.float32)
+    return m * scale
+
+
+@triton.jit
+def lean_store_weights(w, bits, w_ptr, norms_ptr, i, at, mask_d):
+    """w rounded stochastically to bf16: up with the probability of its distance from below."""
+    words = w.to(tl.uint32, bitcast=True)
+    # What is cast holds its value exactly, so that no other rounding follows.
+    rounded = as_float(((words + (bits & 0xFFFF)) >> 16) << 16)
+    tl.store(w_ptr + at, rounded.to(tl.bfloat16), mask=mask_d)
+    if norms_ptr is not None:
+        tl.store(norms_ptr + i, tl.sqrt_rn(tl.sum(w * w, 0)))
+
+
+@triton.jit
+def lean_store_moment(m, bits, m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH: tl.constexpr, BLOCKS: tl.constexpr):
+    """m as 8-bit integers times a scale a block, rounded stochastically."""
+    inverse = tl.zeros_like(m)
+    for b in tl.static_range(BLOCKS):
+        here = offs_d // WIDTH == b
+        most = tl.div_rn(tl.max(tl.where(here, tl.abs(m), 0.0), 0), 127.0)
+        # Rounded up to bf16, so that no value exceeds 127 scales.
+        scale = as_float(((most.to(tl.uint32, bitcast=True) + 0xFFFF) >> 16) << 16)
+        tl.store(scale_ptr + i * BLOCKS + b, scale.to(tl.bfloat16))
+        # A block of zeros, or of values too small for a normal scale, is stored as zeros.
+        normal = scale >= 1.1754943508222875e-38
+        inverse = tl.where(here, tl.where(normal, tl.div_rn(1.0, tl.where(normal, scale, 1.0)), 0.0), inverse)
+    q = tl.floor(m * inverse + (bits >> 16).to(tl.float32) * 0.0000152587890625)
+    tl.store(m_ptr + at, tl.minimum(tl.maximum(q, -127.0), 127.0).to(tl.int8), mask=mask_d)
+
+
+@triton.jit
+def lean_settle(w, m, v, owed_ptr, r, n, NORM: tl.constexpr):
+    """settle, with one second moment for the whole row."""
+    slept = tl.load(owed_ptr + r) > 0
+    drift, eps = tl.load(owed_ptr + n + r), tl.load(owed_ptr + 2 * n + r)
+    moved = unit(w) if NORM == BEFORE else w
+    moved = moved - tl.div_rn(drift, tl.sqrt_rn(v) + eps) * m
+    moved = unit(moved) if NORM == AFTER else moved
+    return tl.where(slept, moved, w), m * tl.load(owed_ptr + 3 * n + r), v * tl.load(owed_ptr + 4 * n + r)
+
+
+@triton.jit(do_not_specialize=["n", "when"])
+def lean_settle_rows(
+    rows_ptr,  # (n,) int32, or None
+    owed_ptr,  # (5, n) fp32, or None: rows are scaled to unit norm only
+    w_ptr,  # (R, D) bf16
+    m_ptr,  # (R, D) int8
+    scale_ptr,  # (R, BLOCKS) bf16
+    v_ptr,  # (R,) fp32
+    norms_ptr,
+    n,
+    D,
+    when,  # the hash of seed and step
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """catch_up and normalise_rows of a lean matrix, a row a program."""
+    r = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    at = i * D + offs_d
+    if owed_ptr is None:
+        w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32))
+        lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
+    elif tl.load(owed_ptr + r) > 0:
+        w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
+        m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+        w, _, v = lean_settle(w, m, tl.load(v_ptr + i), owed_ptr, r, n, NORM)
+        lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
+        tl.store(v_ptr + i, v)
+        # Only the scales shrink: the 8-bit values stay. Rounded to nearest bf16, ties to even, bit by bit.
+        for b in tl.static_range(BLOCKS):
+            scale = tl.load(scale_ptr + i * BLOCKS + b).to(tl.float32) * tl.load(owed_ptr + 3 * n + r)
+            words = scale.to(tl.uint32, bitcast=True)
+            words = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16
+            tl.store(scale_ptr + i * BLOCKS + b, as_float(words).to(tl.bfloat16))
+
+
+@triton.jit(do_not_specialize=["n", "when", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"])
+def lean_row_update(
+    source_ptr,
+    offsets_ptr,
+    row_ptr,
+    coef_ptr,
+    pieces_ptr,
+    first_ptr,
+    rows_ptr,
+    owed_ptr,
+    w_ptr,
+    m_ptr,
+    scale_ptr,
+    v_ptr,
+    norms_ptr,
+    squares_ptr,  # (n,) out
+    n,
+    D,
+    when,
+    grad_scale,
+    lerp1,
+    beta2,
+    lerp2,
+    rate,
+    root2,
+    eps,
+    PROJECT: tl.constexpr,
+    NORM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """row_update of a lean matrix, a row a program."""
+    r = tl.program_id(0).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    g = run_gradient(
+        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+    )
+    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    at = i * D + offs_d
+    w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
+    m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+    w, m, v = lean_settle(w, m, tl.load(v_ptr + i), owed_ptr, r, n, NORM)
+    w = unit(w) if NORM == BEFORE else w
+    g = project_out(g, w) if PROJECT else g
+    tl.store(squares_ptr + r, tl.sum(g * g, 0))
+    g *= grad_scale
+    m += (g - m) * lerp1
+    v = v * beta2 + lerp2 * (tl.sum(g * g, 0) / D)
+    w -= tl.div_rn(rate, tl.div_rn(tl.sqrt_rn(v), root2) + eps) * m
+    w = unit(w) if NORM == AFTER else w
+    bits = random_bits(when, i, offs_d)
+    lean_store_weights(w, bits, w_ptr, norms_ptr, i, at, mask_d)
+    lean_store_moment(m, bits, m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+    tl.store(v_ptr + i, v)

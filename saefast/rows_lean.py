@@ -66,7 +66,9 @@ def _store_moments(matrix: LeanMatrix, ids: Tensor, m: Tensor, bits: Tensor) -> 
     most = padded.abs().amax(2) / 127
     # Rounded up, so that no value exceeds 127 scales.
     above = ((most.contiguous().view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
-    inverse = torch.where(above > 0, 1 / above.float(), 0).repeat_interleave(width, dim=1)[:, :D]
+    # A block of zeros, or of values too small for a normal scale, is stored as zeros.
+    normal = above.float() >= torch.finfo(torch.float32).tiny
+    inverse = torch.where(normal, 1 / above.float(), 0).repeat_interleave(width, dim=1)[:, :D]
     uniform = (bits >> 16).float() * 2**-16
     matrix.m[ids] = (m * inverse + uniform).floor().clamp(-127, 127).to(torch.int8)
     matrix.scale[ids] = above

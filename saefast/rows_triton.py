@@ -1,8 +1,8 @@
 """The row operations on a GPU: `saefast.rows`' functions over kernels/decode_loss.py and kernels/row_update.py.
 
-On plain torch, because no kernel of theirs exists yet: `moments`, `group_runs` (one stable sort), every operation on a
-`LeanMatrix`, and matrices that are not float32 or whose rows are wider than one program holds where an operation needs
-whole rows (`tuning.MAX_ROW`). Everything repeats bit for bit: no float atomics, sums in fixed order.
+On plain torch, because no kernel of theirs exists: `moments`, `group_runs` (one stable sort), and matrices whose rows
+are wider than one program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does) or
+whose weights are neither float32 nor lean. Everything repeats bit for bit: no float atomics, sums in fixed order.
 What sleeping rows owe is read from the drift table, which is copied to the device at every call: 8 bytes a step taken.
 No GPU has run this module yet: it is unproven on a GPU.
 """
@@ -17,8 +17,9 @@ from saefast import rows as plain
 from saefast.kernels import decode_loss as decode_kernels
 from saefast.kernels import row_update as row_kernels
 from saefast.kernels import tuning
-from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
+from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Norm, RowGradient
 from saefast.rows import group_runs, moments
+from saefast.rows_lean import COLUMN, NORMALISED, WORD, mix
 from saefast.runs import Decoded, Entries, Runs
 from saefast.triton_launch import on_device, readable
 
@@ -100,7 +101,7 @@ def decode_loss(
 
 
 def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
-    if isinstance(matrix, LeanMatrix) or not _served(matrix, step):
+    if not _served(matrix, step):
         return plain.catch_up(matrix, step, rows)
     owed = _owed(matrix, step, step.step, rows)
     _settle(matrix, step, rows, owed)
@@ -113,14 +114,14 @@ def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> N
 
 
 def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
-    if isinstance(matrix, LeanMatrix) or not _served(matrix, step._replace(norm=Norm.after_update)):
+    if not _served(matrix, step._replace(norm=Norm.after_update)):
         return plain.normalise_rows(matrix, step, rows)
     return _settle(matrix, step._replace(norm=Norm.after_update), rows, None)
 
 
 def gradient_squares(job: Job) -> None:
     matrix, gradient = job.matrix, job.gradient
-    if isinstance(matrix, LeanMatrix) or not _served(matrix, job.step):
+    if not _served(matrix, job.step):
         return plain.gradient_squares(job)
     n, D = len(gradient.offsets) - 1, matrix.w.shape[1]
     if n == 0:
@@ -135,28 +136,49 @@ def gradient_squares(job: Job) -> None:
     return _add_squares(job, squares)
 
 
+class Prepared(NamedTuple):
+    """A job with all the memory it takes, so that running out of it comes before the first row is written."""
+
+    job: Job
+    owed: Tensor
+    pieces: Pieces | None
+    squares: Tensor
+
+
 def update_rows(jobs: list[Job]) -> None:
-    for job in jobs:
-        if isinstance(job.matrix, LeanMatrix) or not _served(job.matrix, job.step):
-            plain.update_rows([job])
-        elif len(job.gradient.offsets) > 1:
-            _update(job, job.matrix)
+    served = [_served(job.matrix, job.step) for job in jobs]
+    prepared = [_prepare(job) for job, by_kernel in zip(jobs, served, strict=True) if by_kernel]
+    for part in prepared:
+        _update(part)
+    plain.update_rows([job for job, by_kernel in zip(jobs, served, strict=True) if not by_kernel])
 
 
-def _update(job: Job, matrix: Matrix) -> None:
-    step, gradient = job.step, job.gradient
-    n, D = len(gradient.offsets) - 1, matrix.w.shape[1]
-    config, blocks, squares = _launch(matrix, step, n)
-    owed = _owed(matrix, step, step.step - 1, job.rows)
-    pieces = _cut(gradient.source, gradient.offsets, gradient.row, gradient.coef, len(gradient.row))
+def _prepare(job: Job) -> Prepared:
+    gradient, n = job.gradient, len(job.gradient.offsets) - 1
+    squares = _launch(job.matrix, job.step, n)[2]
+    pieces = _cut(gradient.source, gradient.offsets, gradient.row, gradient.coef, len(gradient.row)) if n else None
+    return Prepared(job, _owed(job.matrix, job.step, job.step.step - 1, job.rows), pieces, squares)
+
+
+def _update(prepared: Prepared) -> None:
+    job, owed, pieces, squares = prepared
+    matrix, step, n = job.matrix, job.step, len(job.gradient.offsets) - 1
+    if n == 0:
+        return
+    config, blocks, _ = _launch(matrix, step, 0)
     rate, root2 = step.lr / (1 - step.beta1**step.step), (1 - step.beta2**step.step) ** 0.5
+    numbers = (float(step.grad_scale), 1 - step.beta1, step.beta2, 1 - step.beta2, rate, root2, step.eps)
+    options = dict(PROJECT=step.project, NORM=int(step.norm), UNROLL=config.unroll, **_options(config))
+    given, D = (*_gradient(job.gradient, pieces), job.rows, owed), matrix.w.shape[1]
     with on_device(matrix.w):
-        row_kernels.row_update[(n * blocks,)](
-            *_gradient(gradient, pieces), job.rows, owed, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms,
-            squares, n, D, float(step.grad_scale), 1 - step.beta1, step.beta2, 1 - step.beta2, rate, root2, step.eps,
-            PROJECT=step.project, NORM=int(step.norm),
-            UNROLL=config.unroll, **_options(config),
-        )  # fmt: skip
+        if isinstance(matrix, LeanMatrix):
+            row_kernels.lean_row_update[(n,)](
+                *given, *_lean(matrix), squares, n, D, _when(matrix, step), *numbers, **_blocks(matrix), **options
+            )
+        else:
+            row_kernels.row_update[(n * blocks,)](
+                *given, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, squares, n, D, *numbers, **options
+            )
     if job.rows is None:
         matrix.last_step.fill_(step.step)
     else:
@@ -164,34 +186,58 @@ def _update(job: Job, matrix: Matrix) -> None:
     _add_squares(job, squares)
 
 
-def _settle(matrix: Matrix, step: AdamStep, rows: Tensor | None, owed: Tensor | None) -> None:
+def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, owed: Tensor | None) -> None:
     n, D = len(matrix.w) if rows is None else len(rows), matrix.w.shape[1]
     if n == 0:
         return
-    config, blocks, _ = _launch(matrix, step, n)
+    config, blocks, _ = _launch(matrix, step, 0)
+    options = dict(NORM=int(step.norm), **_options(config))
     with on_device(matrix.w):
-        row_kernels.settle_rows[(n * blocks,)](
-            rows, owed, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, n, D, NORM=int(step.norm),
-            **_options(config),
-        )  # fmt: skip
+        if isinstance(matrix, LeanMatrix):
+            salt = 0 if owed is not None else NORMALISED
+            row_kernels.lean_settle_rows[(n,)](
+                rows, owed, *_lean(matrix), n, D, _when(matrix, step, salt), **_blocks(matrix), **options
+            )
+        else:
+            row_kernels.settle_rows[(n * blocks,)](
+                rows, owed, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, n, D, **options
+            )
 
 
-def _whole_rows(matrix: Matrix, step: AdamStep) -> bool:
+def _lean(matrix: LeanMatrix) -> tuple[Tensor | None, ...]:
+    return matrix.w, matrix.m, matrix.scale, matrix.v, matrix.norms
+
+
+def _blocks(matrix: LeanMatrix) -> dict[str, int]:
+    blocks = matrix.scale.shape[1]
+    return dict(WIDTH=-(-matrix.w.shape[1] // blocks), BLOCKS=blocks)
+
+
+def _when(matrix: LeanMatrix, step: AdamStep, salt: int = 0) -> int:
+    """The hash of seed and step, as the int32 of the same bits."""
+    word = int(mix(torch.tensor(matrix.seed + step.step * COLUMN + salt & WORD)))
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def _whole_rows(matrix: AnyMatrix, step: AdamStep) -> bool:
     """Whether a program has to see its whole row."""
+    if isinstance(matrix, LeanMatrix):
+        return True
     return step.project or step.norm != Norm.never or matrix.norms is not None
 
 
-def _served(matrix: Matrix, step: AdamStep) -> bool:
+def _served(matrix: AnyMatrix, step: AdamStep) -> bool:
     """Whether the kernels take this operation."""
-    return matrix.w.dtype == torch.float32 and (matrix.w.shape[1] <= tuning.MAX_ROW or not _whole_rows(matrix, step))
+    known = isinstance(matrix, LeanMatrix) or matrix.w.dtype == torch.float32
+    return known and (matrix.w.shape[1] <= tuning.MAX_ROW or not _whole_rows(matrix, step))
 
 
-def _launch(matrix: Matrix, step: AdamStep, n: int) -> tuple[tuning.Rows, int, Tensor]:
+def _launch(matrix: AnyMatrix, step: AdamStep, n: int) -> tuple[tuning.Rows, int, Tensor]:
     """Settings, blocks a row, and room for the squares of each block."""
     D = matrix.w.shape[1]
     config = tuning.rows(D, _whole_rows(matrix, step))
     blocks = triton.cdiv(D, config.block_d)
-    return config, blocks, matrix.w.new_empty(n, blocks)
+    return config, blocks, matrix.w.new_empty((n, blocks), dtype=torch.float32)
 
 
 def _options(config: tuning.Rows) -> dict[str, int]:
@@ -206,7 +252,7 @@ def _gradient(g: RowGradient, pieces: Pieces | None) -> tuple[Tensor | None, ...
     return g.source, g.offsets, g.row, g.coef, *(pieces or (None, None))
 
 
-def _owed(matrix: Matrix, step: AdamStep, until: int, rows: Tensor | None) -> Tensor:
+def _owed(matrix: AnyMatrix, step: AdamStep, until: int, rows: Tensor | None) -> Tensor:
     """(5, n) fp32: steps each row slept up to `until`, its drift and drift_eps, and the decays of m and v."""
     since = (matrix.last_step if rows is None else matrix.last_step[rows.long()]).clamp_max(until).long()
     slept = (until - since).double()

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from saefast.kernels import decode_loss, encode_tiles, fill_csr, merge_topk, row_update, sddmm, spmm, tuning
+from saefast.optim import LEAN_BLOCK
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -71,6 +72,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from sparse_cases()
     yield from decode_cases()
     yield from row_cases()
+    yield from lean_cases()
 
 
 def tile_cases(arch: int) -> Iterator[Case]:
@@ -202,6 +204,22 @@ def row_cases() -> Iterator[Case]:
             yield Case(f"piece_sums {kind}", row_update.piece_sums, pieces, summed | {"CUT": tuning.CUT}, *options)
 
 
+def lean_cases() -> Iterator[Case]:
+    types = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
+    types |= {"pieces_ptr": "*fp32", "first_ptr": "*i32", "squares_ptr": "*fp32"}
+    matrix = {"w_ptr": "*bf16", "m_ptr": "*i8", "scale_ptr": "*bf16", "v_ptr": "*fp32", "norms_ptr": "*fp32"}
+    matrix |= {"rows_ptr": "*i32", "owed_ptr": "*fp32"} | dict.fromkeys(("n", "D", "when"), "i32")
+    numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
+    for D in (768, 4096, tuning.MAX_ROW):
+        config, blocks = tuning.rows(D, True), -(-D // LEAN_BLOCK)
+        options = (config.warps, 1, tuning.ROW_REGISTERS)
+        how = {"NORM": 2, "WIDTH": -(-D // blocks), "BLOCKS": blocks, "BLOCK_D": config.block_d}
+        yield Case(f"lean_settle_rows D={D}", row_update.lean_settle_rows, matrix, how, *options)
+        updates = types | matrix | dict.fromkeys(numbers, "fp32")
+        summed = how | {"PROJECT": True, "UNROLL": config.unroll}
+        yield Case(f"lean_row_update D={D}", row_update.lean_row_update, updates, summed, *options)
+
+
 def compile_case(case: Case, arch: int) -> Report:
     start = time.perf_counter()
     names = case.kernel.arg_names
@@ -272,7 +290,8 @@ def specialised() -> dict[str, list[str]]:
     kernels = (
         encode_tiles.tiles_pointer, encode_tiles.tiles_descriptor, encode_tiles.tiles_library, merge_topk.merge_topk,
         fill_csr.fill_csr, spmm.spmm, sddmm.sddmm, decode_loss.decode_loss, row_update.piece_sums,
-        row_update.gradient_squares, row_update.settle_rows, row_update.row_update,
+        row_update.gradient_squares, row_update.settle_rows, row_update.row_update, row_update.lean_settle_rows,
+        row_update.lean_row_update,
     )  # fmt: skip
     return {
         kernel.fn.__name__: [

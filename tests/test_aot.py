@@ -35,6 +35,8 @@ REGISTERS = {
     "gradient_squares": 112,
     "settle_rows": 112,
     "piece_sums": 80,
+    "lean_row_update": 128,
+    "lean_settle_rows": 128,
 }
 # Triton 3.7 gives these more, at a cost of one block of four to six on an SM (tiles_pointer: none, one fits as before),
 # and keeps two words of one setting of the encoder's tile in memory.
@@ -43,8 +45,8 @@ if IS_NEWER:
     REGISTERS |= {"tiles_pointer": 192, "tiles_library": 160, "fill_csr": 112, "sddmm": 88}
 SPILLS = {(100, "tiles_descriptor half (128, 128, 64, 8, 3, 1) group=32 scale"): 2} if IS_NEWER else {}
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
-ROWS = ("row_update", "gradient_squares", "piece_sums")
-GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "settle_rows", *ROWS)
+ROWS = ("row_update", "gradient_squares", "piece_sums", "lean_row_update")
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "settle_rows", "lean_settle_rows", *ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -146,4 +148,6 @@ def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
         "gradient_squares": ["D"],
         "settle_rows": ["D"],
         "row_update": ["D"],
+        "lean_settle_rows": ["D"],
+        "lean_row_update": ["D"],
     }

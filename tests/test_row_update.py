@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import rows, rows_triton
+from saefast import rows, rows_lean, rows_triton
 from saefast.kernels import tuning
 from saefast.optim import AdamStep, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.runs import group_runs
@@ -257,11 +257,93 @@ def test_weighted_row_sum(n, dtype, device):
         torch.testing.assert_close(rows_triton.weighted_row_sum(*args), exact.float(), rtol=1e-5, atol=1e-3)
 
 
-def test_lean_matrices_are_plain_torchs(device):
-    matrix = LeanMatrix.of(torch.randn(9, 24, device=device).bfloat16(), 3)
-    job = random_job(random_matrix(9, 24, 7, device), [1, 2, 5])
-    rows_triton.update_rows([job._replace(matrix=matrix)])
-    assert matrix.last_step.tolist().count(8) == 3
+def lean_matrix(L: int, D: int, step: int, device: torch.device, norms: bool = True) -> LeanMatrix:
+    matrix = LeanMatrix.of((torch.randn(L, D, device=device) / D**0.5).bfloat16(), 5, norms=norms)
+    matrix.m.copy_(torch.randint(-127, 128, (L, D)))
+    matrix.scale.copy_(torch.rand(matrix.scale.shape) * 1e-3)
+    matrix.v.copy_(torch.rand(L) * 1e-3)
+    matrix.last_step.copy_(torch.randint(0, step, (L,)))
+    return matrix
+
+
+def lean_copy(job: Job) -> Job:
+    m = job.matrix
+    tensors = (t.clone() for t in (m.w, m.m, m.scale, m.v, m.last_step))
+    return job._replace(
+        matrix=LeanMatrix(*tensors, m.seed, None if m.norms is None else m.norms.clone()), squares=job.squares.clone()
+    )
+
+
+def assert_same_rounding(ours: LeanMatrix, plain: LeanMatrix) -> None:
+    """The same random bits: results differ where sums rounded differently, by one step of the rounding at most."""
+    width = -(-plain.w.shape[1] // plain.scale.shape[1])
+    quantum = plain.scale.float().repeat_interleave(width, dim=1)[:, : plain.w.shape[1]]
+    ids = torch.arange(len(plain.w), device=plain.w.device)
+    assert ((rows_lean.moments(ours, ids) - rows_lean.moments(plain, ids)).abs() <= 1.02 * quantum).all()
+    assert ((ours.w.float() - plain.w.float()).abs() <= 2**-7 * plain.w.float().abs() + 1e-30).all()
+    for name in ("w", "m", "scale"):
+        assert (getattr(ours, name) == getattr(plain, name)).float().mean() > 0.98, name
+    torch.testing.assert_close(ours.v, plain.v)
+    assert torch.equal(ours.last_step, plain.last_step)
+    if plain.norms is not None:
+        torch.testing.assert_close(ours.norms, plain.norms)
+
+
+@pytest.mark.parametrize("D", [1, 40, 513])
+@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
+def test_lean_rows(D, options, device):
+    """Sleeping rows, cut runs and several scale blocks a row, the random bits being plain torch's."""
+    job = random_job(random_matrix(12, D, 7, device), [1, 30, 0, CUT, CUT + 1], **options)
+    ours = job._replace(matrix=lean_matrix(12, D, 7, device, norms=D != 40))
+    plain = lean_copy(ours)
+    update(rows_triton, ours)
+    update(rows, plain)
+    assert_same_rounding(ours.matrix, plain.matrix)
+    torch.testing.assert_close(ours.squares, plain.squares, rtol=1e-4, atol=1e-4)
+    gradients = lean_copy(ours), lean_copy(ours)
+    rows_triton.gradient_squares(gradients[0])
+    rows.gradient_squares(gradients[1])
+    torch.testing.assert_close(gradients[0].squares, gradients[1].squares, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", list(Norm))
+def test_lean_rows_settled(norm, device):
+    step = constants(12, norm=norm)
+    chosen = torch.tensor([0, 2, 3, 8], dtype=torch.int32, device=device)
+    for some in (None, chosen):
+        ours = random_job(random_matrix(9, 70, 7, device), [1])._replace(matrix=lean_matrix(9, 70, 11, device))
+        plain = lean_copy(ours)
+        for module, job in ((rows_triton, ours), (rows, plain)):
+            module.catch_up(job.matrix, step, some)
+            module.normalise_rows(job.matrix, step, chosen[:2])
+        assert_same_rounding(ours.matrix, plain.matrix)
+
+
+def test_a_learning_rate_of_zero_moves_no_lean_weight(device):
+    job = random_job(random_matrix(12, 70, 7, device), [1, 30, 2])
+    job = job._replace(matrix=lean_matrix(12, 70, 7, device), step=job.step._replace(lr=0.0, drift=job.step.drift * 0))
+    before = job.matrix.w.clone()
+    update(rows_triton, job)
+    assert torch.equal(job.matrix.w, before)
+
+
+def test_memory_runs_out_before_the_first_row_is_written(device, monkeypatch):
+    """The second job's pieces do not fit: the first job's rows stay as they were."""
+    jobs = [random_job(random_matrix(9, 24, 7, device), [1, 70, 5]) for _ in range(2)]
+    before = [copied(job) for job in jobs]
+    cut, calls = rows_triton._cut, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return cut(*args)
+
+    monkeypatch.setattr(rows_triton, "_cut", failing)
+    with pytest.raises(MemoryError):
+        rows_triton.update_rows(jobs)
+    for job, was in zip(jobs, before, strict=True):
+        assert all(torch.equal(getattr(job.matrix, name), getattr(was.matrix, name)) for name in STATE)
 
 
 @pytest.mark.gpu
