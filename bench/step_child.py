@@ -41,7 +41,8 @@ def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **_: A
     from saefast.sae import SAE
     from saefast.step import FusedStep
 
-    sae_config, config = preset("saefast", D, L, k, optimizer=optimizer)
+    dtype = "bfloat16" if optimizer == "adam-lean" else "float32"  # as train() begins such a run
+    sae_config, config = preset("saefast", D, L, k, optimizer=optimizer, dtype=dtype)
     return FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000).step
 
 

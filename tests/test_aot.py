@@ -46,7 +46,8 @@ if IS_NEWER:
 SPILLS = {(100, "tiles_descriptor half (128, 128, 64, 8, 3, 1) group=32 scale"): 2} if IS_NEWER else {}
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
 ROWS = ("row_update", "gradient_squares", "piece_sums", "lean_row_update")
-GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "settle_rows", "lean_settle_rows", *ROWS)
+SETTLE = ("settle_rows", "lean_settle_rows")
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", *SETTLE, *ROWS)
 
 
 @pytest.fixture(scope="session")
