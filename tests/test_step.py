@@ -1,6 +1,5 @@
 """The fused step against the autograd engine, its repeatability, its resume, and what it does with bad input."""
 
-import os
 import signal
 import threading
 from typing import Any
@@ -348,7 +347,8 @@ def test_an_interrupt_half_way_waits_for_the_step(number: int, monkeypatch: pyte
 
     def interrupted(jobs: Any) -> None:
         for job in jobs:
-            os.kill(os.getpid(), number)
+            # In this thread: a signal to the process may reach another one, and wait there until the handler is gone.
+            signal.raise_signal(number)
             real.update_rows([job])
 
     previous = signal.signal(number, handler)
