@@ -1,5 +1,4 @@
-// parallel_for: plain std::threads started and joined inside the call. There is no pool, so nothing survives into a
-// forked child or has to be torn down when the interpreter exits.
+// parallel_for: pieces of a range handed out to threads, which are torch's own where torch is in the process.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,6 +32,11 @@ inline int64_t threads_for(int64_t n, int n_threads, int64_t grain) {
     return std::min<int64_t>(resolve_threads(n_threads), worth);
 }
 
+// Calls work(data) on up to n_threads threads at once, the caller's included, and returns when all are done. They are the
+// OpenMP runtime's, if one is in the process: torch brings it, and its threads spin for milliseconds after every torch
+// operation. Threads of our own would have to share the cores with them. Elsewhere std::threads, started and joined here.
+void run_on_threads(int64_t n_threads, void (*work)(void*), void* data);
+
 // Calls fn(begin, end) on contiguous pieces that cover [0, n), on at most n_threads threads, the caller's included, and
 // returns when all are done. Pieces are handed out one by one, so the caller works while the other threads wake up; they
 // depend on n, n_threads and grain alone, who does which does not. Work under two grains stays on the caller's thread.
@@ -59,15 +62,7 @@ void parallel_for(int64_t n, int n_threads, const Fn& fn, int64_t grain = 1) {
         }
     };
 
-    std::vector<std::thread> threads;
-    threads.reserve(static_cast<size_t>(n_workers - 1));
-    try {
-        while (static_cast<int64_t>(threads.size()) < n_workers - 1) threads.emplace_back(work);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those there are do all of it.
-    }
-    work();
-    for (auto& thread : threads) thread.join();
+    run_on_threads(n_workers, [](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work);
     for (const auto& error : errors)
         if (error) std::rethrow_exception(error);
 }

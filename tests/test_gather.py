@@ -1,5 +1,7 @@
 """The threaded row gather against torch.index_select: a copy, so every bit is compared."""
 
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -203,3 +205,30 @@ def test_tensors_that_count_as_one(dtype):
         native.gather_rows_from(sources, torch.tensor([46]))
     with pytest.raises(InputError, match="alike but for rows"):
         native.gather_rows_from([sources[0], sources[1].double()], index)
+
+
+SHARED_THREADS = """
+import ctypes, os, signal, sys, torch
+from saefast import native
+signal.alarm(60)
+torch.set_num_threads(3)
+src, index = torch.randn(1 << 14, 256), torch.randperm(1 << 14)
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+rows = native.gather_rows(src, index)
+after = count()
+src + 1
+if hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+    assert (after, count()) == (before + 2, before + 2), (before, after, count())
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(native.gather_rows(src, index).numpy().tobytes() != rows.numpy().tobytes())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_threads_are_torchs_own_and_a_forked_child_makes_others() -> None:
+    ran = subprocess.run([sys.executable, "-c", SHARED_THREADS], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
