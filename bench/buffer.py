@@ -2,7 +2,7 @@
 
     python -m bench.buffer [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
 
-bf16 shards in the page cache, d = 768 and 2304, batches of 4096 rows, drawn in turn from:
+bf16 shards in the page cache, d = 768 and 2304, batches of 4096 and 8192 rows, drawn in turn from:
     buffer         ShardBuffer: reservoir in C++, two copies per row, bounded memory
     mapped         the shard source that draws from the whole folder at random (`shuffle="mapped"`)
     index_select   torch.index_select on a tensor that lies in memory already
@@ -30,7 +30,9 @@ from saefast.recipe import TrainConfig
 from saefast.sae import SAEConfig
 from saefast.train import train
 
-BATCH = 4096
+# A batch of 8192 rows of 2304 is over 32 MiB, which malloc asks of the kernel, and gives back, every time.
+BATCHES = (4096, 8192)
+BATCH = BATCHES[0]
 STORED = torch.bfloat16
 
 
@@ -58,7 +60,7 @@ class MemmapRows(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(self.rows[i].copy()).view(STORED)
 
 
-def contenders(folder: Path, d: int, n: int, device: str) -> dict[str, Callable[[], Iterator[Tensor]]]:
+def contenders(folder: Path, d: int, n: int, batch: int, device: str) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """Endless batches of each kind, by name."""
     mapped = open_source(folder, shuffle="mapped")
     assert isinstance(mapped, RowsSource)
@@ -68,33 +70,33 @@ def contenders(folder: Path, d: int, n: int, device: str) -> dict[str, Callable[
 
     def selected() -> Iterator[Tensor]:
         while True:
-            for index in torch.randperm(n).split(BATCH)[: n // BATCH]:
+            for index in torch.randperm(n).split(batch)[: n // batch]:
                 yield in_memory.index_select(0, index)
 
     def loaded() -> Iterator[Tensor]:
-        loader = torch.utils.data.DataLoader(MemmapRows(flat, d), BATCH, shuffle=True, drop_last=True)
+        loader = torch.utils.data.DataLoader(MemmapRows(flat, d), batch, shuffle=True, drop_last=True)
         while True:
             yield from loader
 
-    buffer = ShardBuffer(mapped, reservoir_rows=1 << 16, reuse_memory=True)
+    buffer = ShardBuffer(mapped, reservoir_rows=max(1 << 16, (LAG + 2) * batch), reuse_memory=True)
     return {
-        "buffer": lambda: buffer.batches(BATCH, 0, device, STORED),
-        "mapped": lambda: open_source(folder, shuffle="mapped").batches(BATCH, 0, device, STORED),
+        "buffer": lambda: buffer.batches(batch, 0, device, STORED),
+        "mapped": lambda: open_source(folder, shuffle="mapped").batches(batch, 0, device, STORED),
         "index_select": selected,
         "dataloader": loaded,
     }
 
 
-def speed(d: int, device: str, quick: bool) -> list[dict[str, object]]:
+def speed(d: int, batch: int, device: str, quick: bool) -> list[dict[str, object]]:
     """GB/s of rows of each contender, rounds interleaved."""
-    n = (1 << (27 if quick else 29)) // (2 * d) // BATCH * BATCH
+    n = (1 << (27 if quick else 29)) // (2 * d) // batch * batch
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "acts"
         write_shards(path, (torch.randn(part, d) for part in split(n, 1 << 16)))
-        streams = {name: make() for name, make in contenders(path, d, n, device).items()}
+        streams = {name: make() for name, make in contenders(path, d, n, batch, device).items()}
         # A DataLoader takes a second for what the others do in milliseconds; fewer batches measure it as well.
         batches = {name: (2 if name == "dataloader" else 50) for name in streams}
-        bytes_per_batch = BATCH * d * STORED.itemsize
+        bytes_per_batch = batch * d * STORED.itemsize
         timed = {name: (lambda name=name: drain(streams[name], batches[name], device)) for name in streams}
         seconds = common.interleaved(timed, rounds=3 if quick else 7)
         rows = []
@@ -103,6 +105,7 @@ def speed(d: int, device: str, quick: bool) -> list[dict[str, object]]:
             rows.append(
                 {
                     "d": d,
+                    "batch": batch,
                     "what": name,
                     "GB/s": rate / spread.median,
                     "low": rate / spread.p80,
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.no_check:
         common.check(args.device, "test_buffer.py")
     results: dict[str, object] = {
-        "speed": [row for d in (768, 2304) for row in speed(d, args.device, args.quick)],
+        "speed": [row for d in (768, 2304) for batch in BATCHES for row in speed(d, batch, args.device, args.quick)],
         "memory": [memory(d) for d in (768, 2304)],
         "loss_by_reservoir": loss_by_reservoir(args.quick),
     }
