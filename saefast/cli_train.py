@@ -3,28 +3,24 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from saefast import checkpoint
 from saefast.cli_args import LogLines, parse, peek, watched
 from saefast.cli_harvest import HarvestArgs, describe, harvest_config, run_harvest
 from saefast.data.buffer import ShardBuffer
+from saefast.data.origin import DATA, describe_data
 from saefast.data.rows_source import RowsSource
 from saefast.data.source import Source
-from saefast.data.sources import Shuffle, open_source
+from saefast.data.sources import HELDOUT, Shuffle, open_source
 from saefast.errors import InputError
-from saefast.evaluate import DATA, describe_data
 from saefast.init import Init
-from saefast.progress import METRICS
 from saefast.recipe import Preset, TrainConfig, preset
-from saefast.rundir import CHECKPOINTS, read_config
-from saefast.sae import CONFIG, SAE, SAEConfig
+from saefast.rundir import read_config
+from saefast.sae import SAE, SAEConfig
 from saefast.sweep import Member, train_many
 from saefast.train import Stopped, count_steps, train
 
@@ -102,7 +98,7 @@ class TrainArgs:
     """files, folders or `datasets` name to harvest from"""
     key: str | None = None
     """which tensor of a file to train on"""
-    heldout: float = 0.05
+    heldout: float = HELDOUT
     """share of the rows of a file that is held out (a harvest has chosen its own)"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
@@ -156,31 +152,14 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
 
 def _train_one(args: TrainArgs, member: Member) -> SAE:
     shown = watched()
-    with _nothing_begun(args.out):
-        return train(
-            *member,
-            args.out,
-            resume=args.resume,
-            keep_checkpoints=args.keep_checkpoints,
-            progress=shown,
-            on_log=None if shown else LogLines(count_steps(member.batches, args.train)),
-        )
-
-
-@contextmanager
-def _nothing_begun(out: Path) -> Iterator[None]:
-    """Where bad input ends a new run before its first checkpoint, its folder is left as it was found."""
-    new = not (out / CONFIG).exists()
-    try:
-        yield
-    except InputError:
-        if new and not checkpoint.list_steps(out / CHECKPOINTS):
-            for name in (CONFIG, METRICS):
-                (out / name).unlink(missing_ok=True)
-            for folder in (out / CHECKPOINTS, out):
-                with suppress(OSError):
-                    folder.rmdir()
-        raise
+    return train(
+        *member,
+        args.out,
+        resume=args.resume,
+        keep_checkpoints=args.keep_checkpoints,
+        progress=shown,
+        on_log=None if shown else LogLines(count_steps(member.batches, args.train)),
+    )
 
 
 def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast.checkpoint import list_steps
-from saefast.data.buffer import ShardBuffer
+from saefast.data.origin import DATA
 from saefast.data.rows_source import RowsSource
-from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
 from saefast.data.sources import open_source
 from saefast.errors import InputError
@@ -23,8 +22,6 @@ from saefast.sae import SAE, WEIGHTS, load
 from saefast.splice import LM_METRICS, batch_sequences, lm_scores
 
 EVAL, LATENTS = "eval.json", "latents.safetensors"
-# In SAEConfig.metadata: where a run's rows came from, as open_source's arguments.
-DATA = "data"
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
 LM_TOKENS = 1 << 16
 
@@ -145,36 +142,6 @@ def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
     return open_source(here, d_in=sae.config.d_in, shuffle="mapped", **kept)
-
-
-def describe_data(
-    path: Path, folder: Path, source: Source, *, hook: str | None, key: str | None, heldout: float
-) -> dict[str, Any]:
-    """SAEConfig.metadata of a run in `folder` on the data at `path`: where the rows are, and what they are.
-
-    The names are SAELens' (model_name, hook_name, context_size ...). Data inside the run's folder is named relative
-    to it, so that the folder can be moved.
-    """
-    absolute, base = path.expanduser().resolve(), folder.expanduser().resolve()
-    place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
-    if isinstance(source, RowsSource | ShardBuffer) and source.folder is not None:
-        metadata |= _shard_facts(source.folder, hook)
-    return metadata
-
-
-def _shard_facts(folder: ShardFolder, hook: str | None) -> dict[str, Any]:
-    index, name = folder.index, folder.hook(hook)
-    entry = next(entry for entry in index["hooks"] if entry["name"] == name)
-    facts = {
-        "model_name": index.get("model"),
-        "hook_name": name,
-        "hf_hook_name": entry.get("hf_name"),
-        "context_size": index.get("ctx_len"),
-        "dataset_path": index.get("text"),
-        "exclude_special_tokens": not index.get("keep_special_tokens", False),
-    }
-    return {key: value for key, value in facts.items() if value is not None}
 
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:

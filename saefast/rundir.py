@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from saefast import checkpoint
 from saefast.errors import InputError
 from saefast.files import read_json, write_json
+from saefast.progress import METRICS
 from saefast.recipe import TrainConfig
 from saefast.sae import CONFIG, WEIGHTS, SAEConfig
 
@@ -50,7 +51,7 @@ def read_config(path: str | Path) -> tuple[SAEConfig, TrainConfig]:
 
 def check_new(folder: Path) -> None:
     """Raises InputError where a run, or anything else, is in the way of a new one."""
-    if folder.is_dir() and (any((folder / name).exists() for name in (WEIGHTS, CHECKPOINTS, "metrics.jsonl"))):
+    if folder.is_dir() and (any((folder / name).exists() for name in (WEIGHTS, CHECKPOINTS, METRICS))):
         raise InputError(f"{folder} already holds a run: continue it with resume=True, or choose another out_dir")
 
 
@@ -88,12 +89,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any], free: tuple[str, ...]
 def locked(folder: Path) -> Iterator[None]:
     """Creates the folder and holds it for one process; the lock goes away with the process, however it ends.
 
-    A folder that is new and still empty at the end is removed: nothing began.
+    Folders that are new and still empty at the end are removed: nothing began.
 
     Raises:
         InputError: another process is training into it, or it cannot be written.
     """
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)  # a folder can be locked like a file, and leaves no lock file
@@ -102,9 +103,24 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        if new:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def nothing_begun(folder: Path) -> Iterator[None]:
+    """Where bad input ends a new run before its first checkpoint, its files go again."""
+    new = not (folder / CONFIG).exists()
+    try:
+        yield
+    except InputError:
+        if new and not checkpoint.list_steps(folder / CHECKPOINTS):
+            for name in (CONFIG, METRICS):
+                (folder / name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                (folder / CHECKPOINTS).rmdir()
+        raise
 
 
 def _lock(descriptor: int, folder: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from saefast import checkpoint, rundir
+from saefast.data.origin import describe_data
 from saefast.data.source import Source
-from saefast.data.sources import open_source
+from saefast.data.sources import HELDOUT, open_source
 from saefast.engine import Engine
 from saefast.errors import InputError
 from saefast.feed import Feed, input_scale
@@ -105,10 +106,14 @@ def opened(
             stack.enter_context(rundir.locked(folder))
             if not resume:
                 rundir.check_new(folder)
+            stack.enter_context(rundir.nothing_begun(folder))
         if config.optimizer == "adam-lean":
             # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
             sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
         source = open_source(batches, d_in=sae_config.d_in)
+        if folder is not None and isinstance(batches, str | Path):
+            origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT)
+            sae_config = dataclasses.replace(sae_config, metadata=origin | sae_config.metadata)
         run = _begin(source, sae_config, config, folder if resume else None)
         run.on_log = on_log
         if folder is not None:

@@ -11,12 +11,15 @@ import torch
 from safetensors.torch import load_file
 
 from saefast.data.harvest import HarvestConfig, harvest
+from saefast.data.origin import describe_data
 from saefast.data.sources import open_source
 from saefast.errors import InputError
-from saefast.evaluate import describe_data, evaluate, evaluate_run
+from saefast.evaluate import evaluate, evaluate_run
 from saefast.metrics import METRICS
+from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig, SAEOutput
 from saefast.splice import LM_METRICS
+from saefast.train import train
 
 CONFIG = dict(hooks=("layers.1",), ctx_len=24, dtype="float32", forward="float32", heldout=0.25, device="cpu")
 
@@ -124,6 +127,13 @@ def test_a_file_of_rows(tmp_path: Path) -> None:
     assert "not a harvest" in result.lm_left_out
     torch.save(torch.randn(100, 16), tmp_path / "other.pt")
     assert evaluate_run(run, str(tmp_path / "other.pt")).about["heldout_rows"] == 5
+
+
+def test_a_run_of_train_knows_its_data(tmp_path: Path) -> None:
+    torch.save(torch.randn(400, 16), tmp_path / "rows.pt")
+    config = TrainConfig(n_tokens=64, batch_size=32, device="cpu")
+    train(tmp_path / "rows.pt", SAEConfig(d_in=16, n_latents=48, k=4), config, tmp_path / "run")
+    assert evaluate_run(tmp_path / "run").about["heldout_rows"] == 20
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

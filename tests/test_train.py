@@ -216,6 +216,18 @@ def test_bad_first_batch_leaves_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_bad_row_before_the_first_checkpoint_leaves_no_folder(tmp_path: Path) -> None:
+    x = train_job.rows()
+    draws = open_source(x).batches(32, seed=3)
+    last = [next(draws) for _ in range(8)][-1]
+    x[(x == last[5]).all(1), 3] = float("nan")
+    (tmp_path / "there").mkdir()
+    for folder in ("made/run", "there"):
+        with pytest.raises(InputError, match="step 7: row 5"):
+            train(x, CONFIG, settings(save_every=0, log_every=2), tmp_path / folder)
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+
+
 @pytest.mark.parametrize("kind", ["array", "callable", "generator"])
 def test_deferred_check_names_the_row_where_it_can(kind: str) -> None:
     """The way a GPU's batches are checked, on tensors that happen to lie on the CPU."""

@@ -19,6 +19,8 @@ from saefast.errors import InputError
 from saefast.native import available
 
 Shuffle = Literal["auto", "buffer", "mapped"]
+# The share of a file's rows that is held out.
+HELDOUT = 0.05
 
 __all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row", "open_source"]
 
@@ -26,7 +28,7 @@ __all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row",
 def open_source(
     data: Any,
     *,
-    heldout: float = 0.05,
+    heldout: float = HELDOUT,
     hook: str | None = None,
     key: str | None = None,
     d_in: int | None = None,
