@@ -188,7 +188,7 @@ def profile(shape: Shape, device: str, steps: int) -> list[dict[str, Any]]:
     whole = table.pop("whole step")
     table["rest"] = whole - sum(table.values())
     table["whole step"] = whole
-    # Medians do not see what happens every sixteenth step.
+    # Medians do not see what happens at every fourth step only.
     begin = time.perf_counter()
     backend.catch_up(engine.enc, engine._constants(engine.step_count))
     common.synchronize(device)
