@@ -39,8 +39,8 @@ class TrainConfig:
             end of the warm-up.
         lr_end: final rate as a share of lr.
         sweep_every: fused engine only: steps between sweeps that bring rows of W_enc which have not fired up to date; 1
-            is dense Adam's arithmetic at every step, at its cost (see `saefast.step.FusedStep`). Rarer sweeps leave more
-            latents dead (bench/quality.py).
+            is dense Adam's arithmetic at every step, at its cost (see `saefast.step.FusedStep`). Rarer sweeps leave
+            more latents dead (bench/quality.py).
         max_grad_norm: clip the global gradient norm to this; None does not clip.
 
         loss: "fvu" Σe² / Σ(x - mean)²; "sum" mean over tokens of Σ_d e²; "scaled_mse" mean of e² over the variance
