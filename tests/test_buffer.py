@@ -58,6 +58,10 @@ def draw(buffer, n, seed=0, batch_size=B):
     return torch.cat(out)
 
 
+def first_batch(folder):
+    return draw(source(folder), 1).tolist()
+
+
 def test_each_row_appears_once_an_epoch(folder):
     for seed in range(5):
         drawn = draw(source(folder), 3 * N // B + 1, seed)
@@ -141,6 +145,22 @@ def test_neighbours_are_mixed_as_far_as_the_reservoir_reaches(folder):
         distances.append((numbers[1:] - numbers[:-1]).abs().mean().item())
     mean = sum(distances) / len(distances)
     assert mean > R / 6, f"neighbours are {mean:.0f} rows apart on average, expected about a third of {R} or more"
+
+
+@pytest.mark.parametrize("rows", [300, 400, 600])
+def test_neighbours_meet_in_a_batch_as_rarely_as_the_reservoir_allows(folder, rows):
+    """A row leaves with chance p = B / (rows that stand ready) a batch, so two that entered together do so in one batch
+    with chance p² + (1 - p)² p² + ... = p / (2 - p)."""
+    met = pairs = 0
+    for seed in range(40):
+        numbers = draw(source(folder, reservoir_rows=rows), N // B, seed)[:, 0].long()
+        batch = torch.full((N,), -1)
+        batch[numbers] = torch.arange(len(numbers)) // B
+        both = (batch[1:] >= 0) & (batch[:-1] >= 0)
+        met += int(((batch[1:] == batch[:-1]) & both).sum())
+        pairs += int(both.sum())
+    p = B / (rows - LAG * B)
+    assert met / pairs == pytest.approx(p / (2 - p), rel=0.2)
 
 
 def test_errors_name_the_file_and_reach_the_next_draw(folder):
@@ -274,6 +294,7 @@ def child(code, folder, **options):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + text],
+        cwd=Path(__file__).parent.parent,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -311,8 +332,16 @@ if pid == 0:
 assert os.waitpid(pid, 0)[1] == 0
 next(batches)
 """,
+        """
+import multiprocessing
+sys.path.insert(0, "tests")
+from test_buffer import first_batch
+multiprocessing.set_start_method("spawn")
+with multiprocessing.Pool(1) as pool:
+    assert pool.apply(first_batch, (FOLDER,)) == first_batch(FOLDER)
+""",
     ],
-    ids=["exit", "dropped", "fork"],
+    ids=["exit", "dropped", "fork", "spawn"],
 )
 def test_ends_cleanly(folder, code):
     process = child(code, folder)

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from saefast.data import order as order_module
+from saefast.data.buffer import ShardBuffer
 from saefast.data.iterable_source import IterableSource
 from saefast.data.order import Order
+from saefast.data.rows_source import RowsSource
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.sources import first_bad_row, open_source
 from saefast.errors import InputError
@@ -492,3 +494,11 @@ def test_a_source_passes_through():
     assert open_source(source, d_in=3) is source
     with pytest.raises(InputError, match="holds no tokens"):
         source.tokens(0)
+
+
+def test_shard_folders_are_buffered_where_there_is_a_gpu_to_feed(tmp_path, monkeypatch):
+    folder = shard_folder(tmp_path / "acts")
+    assert isinstance(open_source(folder, hook="a"), RowsSource)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert isinstance(open_source(folder, hook="a"), ShardBuffer)
+    assert isinstance(open_source(folder, hook="a", shuffle="mapped"), RowsSource)

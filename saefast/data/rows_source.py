@@ -35,14 +35,14 @@ class Rows:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def gather(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
-        """Rows (n, d) by number (n,) int64, on the device the rows lie on."""
+    def gather(self, numbers: np.ndarray, device: Device, dtype: torch.dtype) -> Tensor:
+        """Rows (n, d) by number (n,) int64; they cross to the device as they are stored and are widened there."""
         if not self._together:
-            return self._gather_by_segment(numbers, dtype)
+            return self._gather_by_segment(numbers, dtype).to(device)
         index = torch.from_numpy(numbers)
-        rows = gather_rows_from([segment.rows for segment in self.segments], index).to(dtype)
+        rows = gather_rows_from([segment.rows for segment in self.segments], index).to(device).to(dtype)
         scales = [segment.scale for segment in self.segments if segment.scale is not None]
-        return rows * gather_rows_from(scales, index)[:, None].to(dtype) if scales else rows
+        return rows * gather_rows_from(scales, index).to(device)[:, None].to(dtype) if scales else rows
 
     def _gather_by_segment(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
         """For segments that differ in dtype, as files of one folder may, or that lie on a GPU."""
@@ -110,7 +110,7 @@ class RowsSource(Source):
                 if stop == len(self.train):
                     self._epoch, self._cursor = self._epoch + 1, 0
             self._last = np.concatenate(parts)
-            yield self.train.gather(self._last, dtype).to(device)
+            yield self.train.gather(self._last, device, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         return {

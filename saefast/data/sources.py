@@ -41,7 +41,8 @@ def open_source(
     - a shard folder (`hook` says which of its hooks; needed when there are several). Held out are the sequences that
       the harvest held out, whatever `heldout` says; skip_bad_shards and verify as in ShardFolder. shuffle="mapped"
       draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
-      than memory; "auto" takes the buffer for folders over a quarter of this machine's memory;
+      than memory; "auto" takes the buffer for folders over a quarter of this machine's memory, and for all where
+      there is a GPU, which it keeps fed;
     - a .npy, .pt or .safetensors file (`key` picks a tensor), or a folder of them, mapped where the format allows;
     - a folder of activations cached by SAELens, by science-of-finetuning's dictionary_learning or by llamascopium
       (foreign.py; `hook` as above);
@@ -71,7 +72,8 @@ def _streams(source: RowsSource, shuffle: Shuffle) -> bool:
     if shuffle != "auto":
         return shuffle == "buffer"
     stored = sum(segment.rows.nbytes for segment in source.train.segments)
-    return available() and stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    large = stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
+    return available() and (large or torch.cuda.is_available())
 
 
 def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad_shards: bool, verify: bool) -> Source:
