@@ -20,7 +20,7 @@ from saefast.errors import InputError
 from saefast.init import Init
 from saefast.recipe import Preset, TrainConfig, preset
 from saefast.rundir import read_config
-from saefast.sae import SAE, SAEConfig
+from saefast.sae import CONFIG, SAE, SAEConfig
 from saefast.sweep import Member, train_many
 from saefast.train import Stopped, count_steps, train
 
@@ -168,6 +168,7 @@ def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
     members = {}
     wanted: list[str | None] = [*names] or [hook]
     for name in wanted:
+        folder = args.out / name if names and name else args.out
         source = open_source(
             path,
             heldout=heldout,
@@ -175,10 +176,9 @@ def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
             key=key,
             d_in=args.sae.d_in,
             skip_bad_shards=args.skip_bad_shards,
-            shuffle=args.shuffle,
+            shuffle=_shuffle(args, folder),
         )
         _report_skipped(source)
-        folder = args.out / name if names and name else args.out
         metadata = describe_data(path, folder, source, hook=name, key=key, heldout=heldout)
         members[name or ""] = Member(source, args.sae.config(source.d_in, metadata), args.train)
     return members
@@ -220,6 +220,14 @@ def _data(args: TrainArgs, names: list[str]) -> tuple[Path, str | None, str | No
     if "path" not in kept:
         raise InputError(f"{run} does not say what data it was trained on: name it")
     return run / kept["path"], kept.get("hook"), kept.get("key"), kept.get("heldout", args.heldout)
+
+
+def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
+    """As asked; a run that goes on keeps its own, which "auto" may choose otherwise on another machine."""
+    if args.shuffle != "auto" or not args.resume or not (run / CONFIG).is_file():
+        return args.shuffle
+    kept: Shuffle = (read_config(run)[0].metadata.get(DATA) or {}).get("shuffle", args.shuffle)
+    return kept
 
 
 def _harvested(args: TrainArgs, names: list[str]) -> Path:

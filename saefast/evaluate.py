@@ -141,7 +141,7 @@ def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
     here = folder / path
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
-    return open_source(here, d_in=sae.config.d_in, shuffle="mapped", **kept)
+    return open_source(here, d_in=sae.config.d_in, **kept | {"shuffle": "mapped"})
 
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:

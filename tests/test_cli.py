@@ -85,6 +85,17 @@ def test_from_text_to_features(run: Run, model: Path, tmp_path: Path) -> None:
     assert "<!doctype html>" in Path("run/features.html").read_text()
 
 
+def test_resume_draws_as_the_run_did(run: Run, model: Path) -> None:
+    text = ["--text", model / "one.jsonl", "--forward", "float32"]
+    assert run("harvest", "--model", model, *text, "--hook", "layers.1", "--out", "acts")[0] == 0
+    assert run("train", "acts", "--out", "run", *SMALL, "--n-tokens", "1000", "--shuffle", "buffer")[0] == 0
+    assert run("train", "--out", "run", "--resume", "--n-tokens", "2000")[0] == 0
+    assert run("eval", "run")[0] == 0
+    code, _, err = run("train", "--out", "run", "--resume", "--n-tokens", "3000", "--shuffle", "mapped")
+    assert code == 2
+    assert "kind = 'buffer'" in err
+
+
 def test_harvest_goes_on_and_says_when_it_is_done(run: Run, model: Path) -> None:
     argv = ["harvest", "--model", model, "--text", model / "one.jsonl", "--hook", "layers.0", "--out", "acts"]
     assert run(*argv, "--max-tokens", "200")[0] == 0

@@ -24,6 +24,7 @@ def describe_data(
     place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
     if isinstance(source, RowsSource | ShardBuffer) and source.folder is not None:
+        metadata[DATA]["shuffle"] = "buffer" if isinstance(source, ShardBuffer) else "mapped"
         metadata |= _shard_facts(source.folder, hook)
     return metadata
 
