@@ -1,6 +1,6 @@
 """What speed costs in quality: the same tokens through the autograd engine and the fused one, three seeds each.
 
-    python -m bench.quality [--data runs/demo/activations] [--steps 500] [--seeds 3] [--out DIR] [--quick]
+    python -m bench.quality [--data runs/demo/activations] [--steps 600] [--seeds 3] [--out DIR] [--quick]
 
 Data: the demo's activations (`saefast demo` leaves them in runs/demo/activations); without them they are harvested
 first. Recipe: the demo's, and beside it our default preset's learning rate. Reported: FVU on the held-out share, the
@@ -90,7 +90,7 @@ def harvest(data: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = common.arguments(
         "bench.quality", __doc__, argv,
-        data=dict(type=Path, default=DATA), steps=dict(type=int, default=500), seeds=dict(type=int, default=3),
+        data=dict(type=Path, default=DATA), steps=dict(type=int, default=600), seeds=dict(type=int, default=3),
     )  # fmt: skip
     if not (options.data / "index.json").exists():
         harvest(options.data)
