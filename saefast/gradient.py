@@ -154,8 +154,8 @@ class Pass:
     def _refuse_overflow(self) -> None:
         """Raises for a code that is not finite, or so large that the loss could not be, before any row is settled."""
         norms = self.model.matrices["W_dec"].norms
-        longest = 1.0 if norms is None else float(norms.max())
-        reach = float(self.acts[:, 0].max()) * longest * self.acts.shape[1]
+        largest = self.acts[:, 0].max() if norms is None else self.acts[:, 0].max() * norms.max()
+        reach = float(largest) * self.acts.shape[1]
         if not reach * reach * len(self.x) < OVERFLOW:
             raise not_finite(self.model.step, math.nan if math.isnan(reach) else math.inf, self.x)
 
