@@ -2,7 +2,8 @@
 
     python -m bench.buffer [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
 
-bf16 shards in the page cache, d = 768 and 2304, batches of 4096 and 8192 rows, drawn in turn from:
+bf16 shards in the page cache, d = 768 and 2304, batches of 4096 and 8192 rows, drawn in turn, the
+first turn of each untimed, from:
     buffer         ShardBuffer: reservoir in C++, two copies per row, bounded memory
     mapped         the shard source that draws from the whole folder at random (`shuffle="mapped"`)
     index_select   torch.index_select on a tensor that lies in memory already
@@ -13,6 +14,7 @@ Then what shuffling is worth: the loss of an SAE on data sorted by direction, ag
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -34,6 +36,8 @@ from saefast.train import train
 BATCHES = (4096, 8192)
 BATCH = BATCHES[0]
 STORED = torch.bfloat16
+# Seconds between turns: the buffer reads a few batches ahead when its own is over.
+PAUSE = 0.1
 
 
 def write_shards(folder: Path, rows: Iterator[Tensor]) -> None:
@@ -95,23 +99,20 @@ def speed(d: int, batch: int, device: str, quick: bool) -> list[dict[str, object
         write_shards(path, (torch.randn(part, d) for part in split(n, 1 << 16)))
         streams = {name: make() for name, make in contenders(path, d, n, batch, device).items()}
         # A DataLoader takes a second for what the others do in milliseconds; fewer batches measure it as well.
-        batches = {name: (2 if name == "dataloader" else 50) for name in streams}
-        bytes_per_batch = batch * d * STORED.itemsize
-        timed = {name: (lambda name=name: drain(streams[name], batches[name], device)) for name in streams}
-        seconds = common.interleaved(timed, rounds=3 if quick else 7)
+        batches = {name: (2 if name == "dataloader" else 50 if quick else 200) for name in streams}
+        seconds: dict[str, list[float]] = {name: [] for name in streams}
+        for number in range(1 + (3 if quick else 7)):
+            for name, stream in streams.items():
+                time.sleep(PAUSE)
+                start = time.perf_counter()
+                drain(stream, batches[name], device)
+                if number > 0:
+                    seconds[name].append(time.perf_counter() - start)
         rows = []
-        for name, spread in seconds.items():
-            rate = batches[name] * bytes_per_batch / 1e9
-            rows.append(
-                {
-                    "d": d,
-                    "batch": batch,
-                    "what": name,
-                    "GB/s": rate / spread.median,
-                    "low": rate / spread.p80,
-                    "high": rate / spread.p20,
-                }
-            )
+        for name, taken in seconds.items():
+            spread, size = common.spread(taken), batches[name] * batch * d * STORED.itemsize / 1e9
+            rate = {"GB/s": size / spread.median, "low": size / spread.p80, "high": size / spread.p20}
+            rows.append({"d": d, "batch": batch, "what": name} | rate)
         return rows
 
 

@@ -238,7 +238,8 @@ def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     Raises:
         InputError: a wrong shape, dtype, device or layout; an index out of range (on a CPU nothing is written then).
     """
-    _check_gather(src, index)
+    _check_rows(src)
+    _check_index(index, src)
     shape = (index.shape[0], *src.shape[1:])
     if out is None:
         out = torch.empty(shape, dtype=src.dtype, device=src.device)
@@ -253,33 +254,41 @@ def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     return out
 
 
-def gather_rows_from(sources: Sequence[Tensor], index: Tensor) -> Tensor:
-    """gather_rows out of several CPU tensors that count as one: source s holds the rows after those of s - 1.
+class RowTable:
+    """CPU tensors whose rows count as one matrix's: source s holds the rows after those of s - 1.
 
     Args:
         sources: each (n_s, ...) contiguous, alike in dtype and row shape.
-        index: (n,) contiguous int64, each below the sum of n_s.
 
     Raises:
-        InputError: as gather_rows, or sources that differ.
+        InputError: sources that differ, or are not contiguous CPU tensors.
     """
-    first = sources[0]
-    for source in sources:
-        _check_gather(source, index)
-        if source.dtype != first.dtype or source.shape[1:] != first.shape[1:] or source.device.type != "cpu":
-            raise InputError(f"sources: {_about(first)} and {_about(source)}, expected CPU tensors alike but for rows")
-    ext = extension()
-    if ext is None or len(sources) == 1:
-        return gather_rows(first if len(sources) == 1 else torch.cat(list(sources)), index)
-    out = torch.empty((index.shape[0], *first.shape[1:]), dtype=first.dtype)
-    starts = list(accumulate((len(source) for source in sources), initial=0))
-    addresses = [source.data_ptr() for source in sources]
-    sizes = (_row_bytes(first), index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
-    try:
-        ext.gather_rows_from(addresses, starts, *sizes)
-    except IndexError as error:
-        raise InputError(f"index: {error}; the sources hold {starts[-1]} rows") from None
-    return out
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        first = sources[0]
+        for source in sources:
+            _check_rows(source)
+            if source.dtype != first.dtype or source.shape[1:] != first.shape[1:] or source.device.type != "cpu":
+                raise InputError(
+                    f"sources: {_about(first)} and {_about(source)}, expected CPU tensors alike but for rows"
+                )
+        self._sources = list(sources)
+        self._addresses = [source.data_ptr() for source in sources]
+        self._starts = list(accumulate((len(source) for source in sources), initial=0))
+
+    def gather(self, index: Tensor) -> Tensor:
+        """gather_rows: index (n,) contiguous int64, each below the sum of n_s."""
+        first, ext = self._sources[0], extension()
+        if ext is None or len(self._sources) == 1:
+            return gather_rows(first if len(self._sources) == 1 else torch.cat(self._sources), index)
+        _check_index(index, first)
+        out = torch.empty((index.shape[0], *first.shape[1:]), dtype=first.dtype)
+        sizes = (_row_bytes(first), index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
+        try:
+            ext.gather_rows_from(self._addresses, self._starts, *sizes)
+        except IndexError as error:
+            raise InputError(f"index: {error}; the sources hold {self._starts[-1]} rows") from None
+        return out
 
 
 def _about(tensor: Tensor) -> str:
@@ -309,11 +318,14 @@ def _gather_cuda(ext: ModuleType, src: Tensor, index: Tensor, out: Tensor) -> No
         _check_range(index, src.shape[0])
 
 
-def _check_gather(src: Tensor, index: Tensor) -> None:
+def _check_rows(src: Tensor) -> None:
     if src.ndim == 0 or not src.is_contiguous():
         raise InputError(
             f"src: got shape {tuple(src.shape)} with strides {src.stride()}; rows must be contiguous (src.contiguous())"
         )
+
+
+def _check_index(index: Tensor, src: Tensor) -> None:
     if index.dtype != torch.int64 or index.ndim != 1 or not index.is_contiguous():
         raise InputError(
             f"index: got {index.dtype} of shape {tuple(index.shape)} with strides {index.stride()}; expected a "

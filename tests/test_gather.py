@@ -199,12 +199,12 @@ def test_gpu_names_the_first_index_out_of_range() -> None:
 def test_tensors_that_count_as_one(dtype):
     sources = [torch.randint(-100, 100, (n, 7)).to(dtype) for n in (5, 0, 1, 40)]
     index = torch.randint(0, 46, (100,))
-    assert torch.equal(native.gather_rows_from(sources, index), torch.cat(sources)[index])
-    assert torch.equal(native.gather_rows_from(sources[:1], index % 5), sources[0][index % 5])
+    assert torch.equal(native.RowTable(sources).gather(index), torch.cat(sources)[index])
+    assert torch.equal(native.RowTable(sources[:1]).gather(index % 5), sources[0][index % 5])
     with pytest.raises(InputError, match="the sources hold 46 rows"):
-        native.gather_rows_from(sources, torch.tensor([46]))
+        native.RowTable(sources).gather(torch.tensor([46]))
     with pytest.raises(InputError, match="alike but for rows"):
-        native.gather_rows_from([sources[0], sources[1].double()], index)
+        native.RowTable([sources[0], sources[1].double()])
 
 
 SHARED_THREADS = """

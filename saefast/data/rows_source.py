@@ -12,7 +12,7 @@ from saefast.data.order import Order
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
-from saefast.native import gather_rows, gather_rows_from
+from saefast.native import RowTable, gather_rows
 
 
 class Located(NamedTuple):
@@ -30,19 +30,23 @@ class Rows:
         self.segments = segments
         self.starts = np.cumsum([0] + [len(s.rows) for s in segments])
         kinds = {(s.rows.dtype, s.rows.device.type, s.scale is None) for s in segments}
-        self._together = len(kinds) == 1 and all(s.rows.device.type == "cpu" for s in segments)
+        together = len(kinds) == 1 and all(s.rows.device.type == "cpu" for s in segments)
+        scales = [s.scale for s in segments if s.scale is not None]
+        self._table = RowTable([s.rows for s in segments]) if together else None
+        self._scales = RowTable(scales) if together and scales else None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
     def gather(self, numbers: np.ndarray, device: Device, dtype: torch.dtype) -> Tensor:
         """Rows (n, d) by number (n,) int64; they cross to the device as they are stored and are widened there."""
-        if not self._together:
+        if self._table is None:
             return self._gather_by_segment(numbers, dtype).to(device)
         index = torch.from_numpy(numbers)
-        rows = gather_rows_from([segment.rows for segment in self.segments], index).to(device).to(dtype)
-        scales = [segment.scale for segment in self.segments if segment.scale is not None]
-        return rows * gather_rows_from(scales, index).to(device)[:, None].to(dtype) if scales else rows
+        rows = self._table.gather(index).to(device).to(dtype)
+        if self._scales is None:
+            return rows
+        return rows * self._scales.gather(index).to(device)[:, None].to(dtype)
 
     def _gather_by_segment(self, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:
         """For segments that differ in dtype, as files of one folder may, or that lie on a GPU."""
@@ -109,7 +113,7 @@ class RowsSource(Source):
                 self._cursor = stop
                 if stop == len(self.train):
                     self._epoch, self._cursor = self._epoch + 1, 0
-            self._last = np.concatenate(parts)
+            self._last = parts[0] if len(parts) == 1 else np.concatenate(parts)
             yield self.train.gather(self._last, device, dtype)
 
     def state_dict(self) -> dict[str, Any]:
