@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from saefast import native
+from saefast.data.ahead import copied_ahead
 from saefast.data.buffer import LAG, PREFETCH, LiveBuffer, ShardBuffer
 from saefast.data.iterable_source import IterableSource
 from saefast.data.shard_writer import ShardWriter
@@ -379,3 +380,12 @@ def test_ctrl_c_ends_a_waiting_draw_within_a_second(folder):
     out, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors.decode()
     assert float(out) - start < 1
+
+
+def test_copies_ahead_are_of_memory_that_is_used_again(folder):
+    whole = draw(source(folder), 40)
+    raw = source(folder, reuse_memory=True).batches(B, 0)
+    ahead = copied_ahead((next(raw) for _ in range(40)), torch.device("cpu"))
+    first = next(ahead)
+    assert torch.equal(torch.cat([first, *ahead]), whole)
+    assert list(copied_ahead(iter([]), torch.device("cpu"))) == []

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saefast.data.ahead import copied_ahead
 from saefast.data.device_reservoir import DeviceReservoir
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import dequantise
@@ -92,6 +93,11 @@ class Reservoir:
         self._drawn[reader] += 1
         start = self._place * self.batch_size * self.row_bytes
         return self._ring[start : start + n * self.row_bytes].view(n, self.row_bytes)
+
+    def batches(self, reader: int = 0) -> Iterator[Tensor]:
+        """What `next` gives until the data has ended."""
+        while (batch := self.next(reader)) is not None:
+            yield batch
 
     def _refuse_to_wait_for_myself(self, reader: int) -> None:
         """A reader that is far ahead waits for the slowest one: never, if that is this very thread's to draw."""
@@ -248,16 +254,12 @@ class ShardBuffer(Source):
         return files, [self.d_in * self.folder.dtype.itemsize, 4][: len(names)]
 
     def _draw(self, reservoir: Reservoir, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-        while True:
-            raw = reservoir.next(reader)
-            assert raw is not None  # epochs are endless
+        drawn = reservoir.batches(reader)
+        # Bytes cross as they are stored, half as many as fp32, and are widened on the other side.
+        for raw in drawn if device.type == "cpu" else copied_ahead(drawn, device):
             # Counted when handed out, so that a position saved between two batches names the next one.
             if reader == 0:
                 self._drawn += 1
-            if device.type == "cuda":
-                # Bytes cross as they are stored, half as many as fp32, and are widened on the other side.
-                raw = raw.to(device, non_blocking=True)
-                torch.cuda.current_stream(device).synchronize()
             yield self._decode(raw, dtype)
 
     def _draw_on_device(self, reservoir: DeviceReservoir, dtype: torch.dtype) -> Iterator[Tensor]:
