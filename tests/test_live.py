@@ -5,6 +5,7 @@ import torch
 
 from saefast.data import live
 from saefast.data.harvest import HarvestConfig, harvest
+from saefast.data.lanes import lanes_for
 from saefast.data.live import live_sources
 from saefast.data.shards import ShardFolder
 
@@ -57,6 +58,8 @@ def test_the_model_runs_once_for_all_hooks(monkeypatch):
     shared = sources["layers.0"]._data._shared
     assert sources["layers.1"]._data._shared is shared
     with shared._lock:
-        assert len(runs) == shared._first + len(shared._kept) > 0
+        taken = shared._first + len(shared._kept)
+        # Some batches are under way beside those taken (lanes.in_order); twice as many would be a model run per hook.
+        assert 4 < taken <= len(runs) <= taken + lanes_for(torch.device("cpu")) + 1
     for source in sources.values():
         source.close()
