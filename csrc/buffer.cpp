@@ -36,12 +36,12 @@ Buffer::Buffer(std::shared_ptr<RowSource> source, Planner planner, char* reservo
     planner_.skip_to(settings.first_batch);
     // What stands in the reservoir at that point, sorted so that files are read front to back.
     const auto& resident = planner_.resident();
+    first_slots_.reserve(resident.size());
     for (int32_t slot = 0; slot < static_cast<int32_t>(resident.size()); ++slot)
         if (resident[static_cast<size_t>(slot)] >= 0) first_slots_.push_back(slot);
-    std::stable_sort(first_slots_.begin(), first_slots_.end(), [&](int32_t a, int32_t b) {
+    std::sort(first_slots_.begin(), first_slots_.end(), [&](int32_t a, int32_t b) {
         return resident[static_cast<size_t>(a)] < resident[static_cast<size_t>(b)];
     });
-    for (int32_t slot : first_slots_) first_rows_.push_back(resident[static_cast<size_t>(slot)]);
     pieces_ = (static_cast<int64_t>(first_slots_.size()) + kPieceRows - 1) / kPieceRows;
     const int n = std::max(1, settings.threads);
     try {
@@ -99,12 +99,18 @@ void Buffer::work() {
 void Buffer::fill_first(int64_t piece) {
     const int64_t begin = piece * kPieceRows;
     const int64_t n = std::min<int64_t>(kPieceRows, static_cast<int64_t>(first_slots_.size()) - begin);
-    const int64_t came = source_->fill(piece, first_rows_.data() + begin, first_slots_.data() + begin, n, reservoir_,
-                                       settings_.slot_bytes);
+    // The planner stands still until all pieces are there.
+    std::vector<int64_t> rows(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i)
+        rows[static_cast<size_t>(i)] =
+            planner_.resident()[static_cast<size_t>(first_slots_[static_cast<size_t>(begin + i)])];
+    const int64_t came =
+        source_->fill(piece, rows.data(), first_slots_.data() + begin, n, reservoir_, settings_.slot_bytes);
     std::lock_guard<std::mutex> lock(mutex_);
     first_filled_ += came;
-    const bool complete = first_filled_ == static_cast<int64_t>(first_slots_.size());
-    if (++pieces_done_ == pieces_ && !complete && !stopped_) planner_.shorten(first_filled_);
+    if (++pieces_done_ < pieces_) return;
+    if (first_filled_ < static_cast<int64_t>(first_slots_.size()) && !stopped_) planner_.shorten(first_filled_);
+    first_slots_ = {};
     changed_.notify_all();
 }
 

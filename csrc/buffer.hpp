@@ -73,7 +73,6 @@ class Buffer {
     std::string error_;
 
     // the first fill, in pieces
-    std::vector<int64_t> first_rows_;
     std::vector<int32_t> first_slots_;
     int64_t pieces_ = 0, next_piece_ = 0, pieces_done_ = 0, first_filled_ = 0;
 

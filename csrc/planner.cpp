@@ -42,9 +42,11 @@ Planner::Planner(std::vector<int64_t> shard_rows, int64_t capacity, int64_t batc
                                     std::to_string((lag + 2) * batch) + " rows");
     begin_epoch(0);
     resident_.assign(static_cast<size_t>(capacity), -1);
+    // Most often all slots are of the first epoch: their memory is had once.
+    ready_.push_back({0, {}});
+    ready_.front().slots.reserve(static_cast<size_t>(std::min(capacity, n_rows_)));
     StreamRow row;
     for (int32_t slot = 0; slot < capacity && next_row(row); ++slot) {
-        first_fill_.push_back(row.row);
         resident_[static_cast<size_t>(slot)] = row.row;
         make_ready(slot, row.epoch);
     }
@@ -84,9 +86,8 @@ void Planner::make_ready(int32_t slot, int64_t epoch) {
 }
 
 void Planner::shorten(int64_t n) {
-    if (t_ != 0 || n < 0 || n > static_cast<int64_t>(first_fill_.size()))
-        throw std::invalid_argument("shorten() comes before the first batch, with at most the first fill");
-    first_fill_.resize(static_cast<size_t>(n));
+    if (t_ != 0 || n < 0 || n > capacity_)
+        throw std::invalid_argument("shorten() comes before the first batch, with at most the capacity");
     std::fill(resident_.begin() + n, resident_.end(), -1);
     for (auto& ready : ready_)
         ready.slots.erase(std::remove_if(ready.slots.begin(), ready.slots.end(), [n](int32_t s) { return s >= n; }),

@@ -37,15 +37,12 @@ class Planner {
     Planner(std::vector<int64_t> shard_rows, int64_t capacity, int64_t batch, int64_t lag, int64_t epochs,
             uint64_t seed);
 
-    // The rows that slots 0, 1, ... start with: min(capacity, rows there are) of them.
-    const std::vector<int64_t>& first_fill() const { return first_fill_; }
-
     // The next batch. `filled` says how many rows of the refill of batch t - lag really came (a live stream may end);
     // batches before lag have none.
     Plan next(int64_t filled);
     Plan next() { return next(kAll); }
 
-    // The stream was shorter than first_fill(): only the first n rows came. Before the first batch.
+    // The stream was shorter than the slots it was to fill: only the first n rows came. Before the first batch.
     void shorten(int64_t n);
 
     // Plans up to batch t and forgets: afterwards next() is batch t.
@@ -53,7 +50,7 @@ class Planner {
 
     int64_t position() const { return t_; }
     int64_t epoch() const { return epoch_; }
-    // What each slot holds or is about to (-1: nothing).
+    // What each slot holds or is about to (-1: nothing). At first slots 0, 1, ... in the order of the stream.
     const std::vector<int64_t>& resident() const { return resident_; }
 
     static constexpr int64_t kAll = -1;
@@ -82,7 +79,7 @@ class Planner {
     int64_t stream_epoch_ = 0, stream_shard_ = 0, stream_row_ = 0;
     std::vector<int64_t> order_;
 
-    std::vector<int64_t> first_fill_, resident_;
+    std::vector<int64_t> resident_;
     std::deque<Ready> ready_;     // by epoch, the one being drawn first
     std::deque<Refill> refills_;  // of the last lag batches
 };
