@@ -2,8 +2,8 @@
 
     python -m bench.buffer [--device cpu|cuda] [--out DIR] [--quick] [--no-check]
 
-bf16 shards in the page cache, d = 768 and 2304, batches of 4096 and 8192 rows, drawn in turn, the
-first turn of each untimed, from:
+bf16 shards in the page cache, d = 768 and 2304, batches of 4096 and 8192 rows, drawn in turn (the first turns are not
+timed) from:
     buffer         ShardBuffer: reservoir in C++, two copies per row, bounded memory
     mapped         the shard source that draws from the whole folder at random (`shuffle="mapped"`)
     index_select   torch.index_select on a tensor that lies in memory already

@@ -32,9 +32,10 @@ inline int64_t threads_for(int64_t n, int n_threads, int64_t grain) {
     return std::min<int64_t>(resolve_threads(n_threads), worth);
 }
 
-// Calls work(data) on up to n_threads threads at once, the caller's included, and returns when all are done. They are the
-// OpenMP runtime's, if one is in the process: torch brings it, and its threads spin for milliseconds after every torch
-// operation. Threads of our own would have to share the cores with them. Elsewhere std::threads, started and joined here.
+// Calls work(data) on up to n_threads threads at once, the caller's included, and returns when all are done. They are
+// the OpenMP runtime's, if one is in the process: torch brings it, and its threads spin for milliseconds after every
+// torch operation. Threads of our own would have to share the cores with them. Elsewhere std::threads, started and
+// joined here.
 void run_on_threads(int64_t n_threads, void (*work)(void*), void* data);
 
 // Calls fn(begin, end) on contiguous pieces that cover [0, n), on at most n_threads threads, the caller's included, and

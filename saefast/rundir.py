@@ -110,14 +110,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def nothing_begun(folder: Path) -> Iterator[None]:
-    """Where bad input ends a new run before its first checkpoint, its files go again."""
-    new = not (folder / CONFIG).exists()
+    """Where bad input ends a new run before its first checkpoint, its files go again; what was there before stays."""
+    new = [path for path in (folder / CONFIG, folder / METRICS) if not path.exists()]
     try:
         yield
     except InputError:
-        if new and not checkpoint.list_steps(folder / CHECKPOINTS):
-            for name in (CONFIG, METRICS):
-                (folder / name).unlink(missing_ok=True)
+        if not checkpoint.list_steps(folder / CHECKPOINTS):
+            for path in new:
+                path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 (folder / CHECKPOINTS).rmdir()
         raise

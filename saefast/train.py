@@ -113,7 +113,7 @@ def opened(
         source = open_source(batches, d_in=sae_config.d_in)
         if folder is not None and isinstance(batches, str | Path):
             origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT)
-            sae_config = dataclasses.replace(sae_config, metadata=origin | sae_config.metadata)
+            sae_config = dataclasses.replace(sae_config, metadata=sae_config.metadata | origin)
         run = _begin(source, sae_config, config, folder if resume else None)
         run.on_log = on_log
         if folder is not None:

@@ -17,6 +17,7 @@ from saefast.errors import InputError
 from saefast.evaluate import evaluate, evaluate_run
 from saefast.metrics import METRICS
 from saefast.recipe import TrainConfig
+from saefast.rundir import read_config
 from saefast.sae import SAE, SAEConfig, SAEOutput
 from saefast.splice import LM_METRICS
 from saefast.train import train
@@ -134,6 +135,10 @@ def test_a_run_of_train_knows_its_data(tmp_path: Path) -> None:
     config = TrainConfig(n_tokens=64, batch_size=32, device="cpu")
     train(tmp_path / "rows.pt", SAEConfig(d_in=16, n_latents=48, k=4), config, tmp_path / "run")
     assert evaluate_run(tmp_path / "run").about["heldout_rows"] == 20
+    # Another run with the same settings has data of its own.
+    torch.save(torch.randn(200, 16), tmp_path / "other.pt")
+    train(tmp_path / "other.pt", *read_config(tmp_path / "run"), tmp_path / "again")
+    assert evaluate_run(tmp_path / "again").about["heldout_rows"] == 10
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -226,6 +226,11 @@ def test_bad_row_before_the_first_checkpoint_leaves_no_folder(tmp_path: Path) ->
         with pytest.raises(InputError, match="step 7: row 5"):
             train(x, CONFIG, settings(save_every=0, log_every=2), tmp_path / folder)
     assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    # A log that was there before is nobody's to remove.
+    (tmp_path / "there" / "metrics.jsonl").write_text("")
+    with pytest.warns(RuntimeWarning, match="no checkpoint"), pytest.raises(InputError, match="step 7: row 5"):
+        train(x, CONFIG, settings(save_every=0), tmp_path / "there", resume=True)
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("kind", ["array", "callable", "generator"])
