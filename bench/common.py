@@ -23,6 +23,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+# Where quick runs write: what is measured in a hurry must not take the place of results that are committed.
+QUICK_RESULTS = ROOT / "build" / "bench"
 
 Call = Callable[[], object]
 
@@ -273,9 +275,14 @@ def arguments(module: str, description: str | None, argv: Sequence[str] | None, 
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=(description or "").splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: bench/results, or build/bench with --quick)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter timings")
     parser.add_argument("--no-check", action="store_true", help="do not run the op's tests first")
     for name, settings in extra.items():
         parser.add_argument(f"--{name}", **settings)
-    return parser.parse_args(argv)
+    found = parser.parse_args(argv)
+    if found.out is None:
+        found.out = QUICK_RESULTS if found.quick else RESULTS
+    return found

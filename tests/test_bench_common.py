@@ -1,5 +1,6 @@
 """The timing core of the benchmarks: what it measures is checked against what is known."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -72,6 +73,26 @@ def test_results_name_their_machine(common, tmp_path, capsys):
     assert written["device"] == common.device_name("cpu")
     assert written["versions"]["torch"] == torch.__version__
     assert written["results"] == [{"ms": 1.5}]
+
+
+def test_a_quick_run_leaves_committed_results_alone(common):
+    def out(*argv):
+        return common.arguments("bench.op", "An op.", ["--device", "cpu", *argv]).out
+
+    assert out() == common.RESULTS
+    assert out("--quick") == common.ROOT / "build" / "bench"
+    assert out("--quick", "--out", "here") == out("--out", "here") == Path("here")
+
+
+@pytest.mark.parametrize("name", ["spmm", "sddmm", "encode_topk"])
+def test_a_quick_run_writes_to_the_folder_of_quick_runs(common, name, tmp_path, monkeypatch, capsys):
+    bench = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(bench, "CPU_SHAPES", [bench.Shape(8, 16, 64, 4) if name == "encode_topk" else (8, 16, 64, 4)])
+    monkeypatch.setattr(common, "QUICK_RESULTS", tmp_path / "quick")
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "committed")
+    assert bench.main(["--quick", "--no-check", "--device", "cpu"]) == 0
+    assert [path.name.endswith(f"-{name}.json") for path in (tmp_path / "quick").iterdir()] == [True]
+    assert not (tmp_path / "committed").exists()
 
 
 def test_a_table_leaves_out_what_nobody_has(common, capsys):
