@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from saefast.counts import HELP, count, meant
 from saefast.errors import InputError
 
 T = TypeVar("T")
@@ -25,15 +27,43 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
     """
     complaint, said = io.StringIO(), io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
-    given["config"] = (tyro.conf.OmitArgPrefixes,)
+    counts: dict[str, None] = {}  # as they were written, in that order
+    given |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": _takes_counts(counts)}
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(said):
-            return tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
+            args = tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
     except SystemExit as stop:
         if not stop.code:
-            print(_readable(said.getvalue()), end="")
+            print(f"{_readable(said.getvalue())}\n{HELP}")
             raise
-    raise InputError(_one_line(complaint.getvalue(), command))
+        raise InputError(_one_line(complaint.getvalue(), command)) from None
+    for line in filter(None, map(meant, counts)):
+        print(f"saefast: {line}", file=sys.stderr)
+    return args
+
+
+def _takes_counts(written: dict[str, None]) -> ConstructorRegistry:
+    """tyro's rules, with every int read by `count`; what was given is noted in `written`."""
+
+    def read(words: list[str]) -> int:
+        value = count(words[0])
+        written[words[0]] = None
+        return value
+
+    def rule(asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+        if asked.type is not int:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="INT",
+            instance_from_str=read,
+            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    registry = ConstructorRegistry()
+    registry.primitive_rule(rule)
+    return registry
 
 
 def _readable(page: str) -> str:
@@ -53,6 +83,7 @@ def _one_line(complaint: str, command: str) -> str:
     message = re.sub(r"^Error parsing (?:sae: |train: )?", "", message)
     message = re.sub(r"^Missing from .*?: ", "missing: ", message)
     # A value that may be left out is a union to tyro, and it reports on each of the types.
+    message = re.sub(r"no type matching {None}\|INT could be .*- <class 'int'>: ", "", message)
     message = re.sub(
         r"no type matching (?:{None}\|)?(\S+) could be .*? from \[(.*?)\]\. Got.*", r"\2 is no \1", message
     )

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from saefast.cli_args import parse
 from saefast.plan import OPTIMIZERS, Plan, PlanArgs, largest, make_plan
 
+# The share of the cores that others may have before the figures are doubted.
+BUSY = 0.1
+
 
 def main(argv: list[str]) -> int:
     print(describe(make_plan(parse(PlanArgs, argv, "plan"))))
@@ -30,7 +33,7 @@ def describe(plan: Plan) -> str:
         f"{plan.tokens_per_second:,.0f} tokens/s, calculated",
         _verdict(plan),
     ]
-    return "\n".join(lines + _cost(plan))
+    return "\n".join(lines + _cost(plan) + _doubt(plan))
 
 
 def _verdict(plan: Plan) -> str:
@@ -46,6 +49,13 @@ def _cost(plan: Plan) -> list[str]:
     hours = plan.args.n_tokens / plan.tokens_per_second / 3600
     price = "" if plan.args.price is None else f", {hours * plan.args.price:,.2f} at {plan.args.price:g} an hour"
     return [f"{plan.args.n_tokens:,} tokens: {hours:,.2f} hours{price}"]
+
+
+def _doubt(plan: Plan) -> list[str]:
+    busy = plan.device.busy
+    if busy < BUSY:
+        return []
+    return [f"other processes had {busy:.0%} of this machine's cores while it was measured: idle, it is faster"]
 
 
 def _size(size: float) -> str:

@@ -11,17 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saefast.devices import DEVICES, find
 from saefast.runs import Runs
 
-# Arithmetic a second (bf16, and fp32 as torch multiplies it by default) and bytes a second that large operations reach;
-# H200 measured, the others from their data sheets at the same efficiency. A CPU is not here: its gathers run from the
-# caches, where a row costs little more than its arithmetic.
-DEVICES: dict[str, tuple[float, float, float]] = {
-    "H200": (790e12, 50e12, 4.3e12),
-    "H100": (700e12, 50e12, 3.0e12),
-    "A100": (250e12, 17e12, 1.75e12),
-    "RTX 4090": (155e12, 65e12, 0.94e12),
-}
 REFRESH_EVERY = 100
 # The block's columns come in multiples of this, the hottest latents first.
 COLUMNS = 128
@@ -29,13 +21,14 @@ COLUMNS = 128
 
 def threshold(device: torch.device, dtype: torch.dtype) -> float | None:
     """The firing share above which a dense block pays for weights of a dtype, or None where it never does."""
+    # A CPU has none: its gathers run from the caches, where a row costs little more than its arithmetic.
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for known, (low, full, bandwidth) in DEVICES.items():
-        if known in name:
-            return break_even(low if dtype == torch.bfloat16 else full, bandwidth, dtype.itemsize)
-    return None
+    key = find(torch.cuda.get_device_name(device))
+    if key is None:
+        return None
+    known = DEVICES[key]
+    return break_even(known.flops if dtype == torch.bfloat16 else known.flops_fp32, known.bandwidth, dtype.itemsize)
 
 
 def break_even(flops: float, bandwidth: float, weight_bytes: int) -> float:

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from saefast import ops, screen
+from saefast import machine, ops, screen
+from saefast.devices import DEVICES, Device, find
 from saefast.errors import InputError
 from saefast.optim import LeanMatrix, Matrix
 from saefast.recipe import TrainConfig
@@ -31,23 +32,6 @@ Optimizer = Literal["adam", "adam-lean"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adam-lean")
 
 
-class Device(NamedTuple):
-    """A device's memory in bytes, bf16 matrix rate in FLOP/s and bandwidth in bytes/s."""
-
-    memory: float
-    flops: float
-    bandwidth: float
-    source: str
-
-
-DEVICES = {
-    "h200": Device(143_771 * 2**20, 790e12, 4.3e12, "measured"),
-    "h100": Device(80e9, 700e12, 3.0e12, "typical of measurements"),
-    "a100": Device(80e9, 312e12, 1.8e12, "data sheet, measured bandwidth"),
-    "rtx4090": Device(24e9, 165e12, 1.0e12, "data sheet"),
-}
-
-
 @dataclass
 class PlanArgs:
     """Calculate memory, time and cost of a training run before it starts."""
@@ -58,12 +42,12 @@ class PlanArgs:
     """dictionary size"""
     k: int = 32
     """latents active per token"""
-    batch_size: int = 8192
+    batch_size: int = TrainConfig.batch_size
     """tokens per step"""
     optimizer: Optimizer = "adam"
     """adam: fp32 weights and moments; adam-lean: 3 bytes a parameter"""
-    device: Literal["auto", "cpu", "h200", "h100", "a100", "rtx4090"] = "auto"
-    """auto: this machine's GPU if it is in the list, else its CPU, measured for a second"""
+    device: str = "auto"
+    """b200, h200, h100, a100, l40s, l4, rtx4090, or cpu (this machine's, measured); auto: its GPU, else its CPU"""
     n_tokens: int | None = None
     """tokens to train on, for the time and cost of the run"""
     price: float | None = None
@@ -187,29 +171,48 @@ def largest(args: PlanArgs, optimizer: Optimizer, device: str, memory: float) ->
 
 
 def find_device(name: str) -> tuple[str, Device]:
-    """The device asked for. "auto" and "cpu" look at this machine."""
-    if name in DEVICES:
-        return name, DEVICES[name]
-    if name == "auto" and torch.cuda.is_available():
-        found = torch.cuda.get_device_name().lower().replace(" ", "")
-        known = next((known for known in DEVICES if known in found), None)
-        if known is None:
-            raise InputError(f"{torch.cuda.get_device_name()} is not in the table: name one of {', '.join(DEVICES)}")
-        return known, DEVICES[known]
-    return "cpu", measure_cpu()
+    """The device asked for. "auto" and "cpu" look at this machine.
+
+    Raises:
+        InputError: a device, or a GPU in this machine, that is not in the table.
+    """
+    if name.lower() == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu", measure_cpu()
+    asked = torch.cuda.get_device_name() if name == "auto" else name
+    key = find(asked)
+    if key is None:
+        raise InputError(f"device {asked!r} is not in the table: name one of {', '.join(DEVICES)}, or cpu")
+    if name == "auto":
+        # One name is sold with several sizes of memory.
+        return key, DEVICES[key]._replace(memory=torch.cuda.get_device_properties().total_memory)
+    return key, DEVICES[key]
 
 
 def measure_cpu() -> Device:
     """This machine: memory, the rate of the encoder itself, and the bandwidth of a copy, in about a second."""
     low = screen.pays_off(torch.empty(1, 1))
-    dtype = torch.bfloat16 if low else torch.float32
-    x, W = torch.randn(512, 512).to(dtype), torch.randn(8192, 512).to(dtype)
-    flops = 2.0 * 512 * 512 * 8192 / _fastest(lambda: ops.encode_topk(x, W, None, 32))
-    source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
-    bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+    x, W = torch.randn(512, 512), torch.randn(8192, 512)
+    with machine.Watch() as others:
+        full = low_rate = _rate(x, W)
+        if low:
+            low_rate = _rate(x.to(torch.bfloat16), W.to(torch.bfloat16))
+        source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
+        bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # The shares below are of peaks; these are rates reached.
-    return Device(memory, flops / MATRIX_SHARE, bandwidth / TRAFFIC_SHARE, "measured just now")
+    return Device(
+        memory,
+        low_rate / MATRIX_SHARE,
+        full / MATRIX_SHARE,
+        bandwidth / TRAFFIC_SHARE,
+        "measured just now",
+        others.share,
+    )
+
+
+def _rate(x: torch.Tensor, W: torch.Tensor) -> float:
+    """FLOP/s of the encoder on x (B, D) and W (L, D)."""
+    return 2.0 * len(x) * W.numel() / _fastest(lambda: ops.encode_topk(x, W, None, 32))
 
 
 def _fastest(call: Callable[[], object], rounds: int = 4) -> float:

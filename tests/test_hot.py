@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saefast import hot
+from saefast.devices import DEVICES
 from saefast.recipe import preset
 from saefast.runs import group_runs
 from saefast.sae import SAE
@@ -90,7 +91,8 @@ def test_a_lean_run_has_hot_latents_too() -> None:
 
 def test_where_costs_meet() -> None:
     """The design's figure for an H200 in bf16, one entry's bytes against one column's arithmetic."""
-    low, _, bandwidth = hot.DEVICES["H200"]
+    h200 = DEVICES["h200"]
+    low, bandwidth = h200.flops, h200.bandwidth
     share, B, D = hot.break_even(low, bandwidth, 2), 8192, 768
     assert share == pytest.approx(0.0054, rel=0.02)
     assert share * B * (2 * D) / bandwidth == pytest.approx(2 * B * D / low)

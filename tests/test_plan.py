@@ -1,16 +1,23 @@
 """saefast plan: bytes that the run's own tensors have, times that add up, and sizes that are known to fit or not."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from saefast import plan as plan_module
 from saefast.cli import main
+from saefast.cli_plan import describe
+from saefast.devices import DEVICES
 from saefast.errors import InputError
-from saefast.plan import DEVICES, PlanArgs, largest, make_plan, memory_of
+from saefast.machine import Watch
+from saefast.plan import PlanArgs, find_device, largest, make_plan, memory_of
+from saefast.recipe import TrainConfig
 
 H200 = DEVICES["h200"]
 
@@ -109,6 +116,57 @@ def test_this_machine_can_be_planned_for():
     assert plan.device.flops > 1e9
     assert plan.device.bandwidth > 1e8
     assert plan.memory["encoder scratch"] == 0
+
+
+def test_the_batch_is_that_of_training():
+    assert PlanArgs().batch_size == TrainConfig().batch_size
+
+
+@pytest.mark.parametrize("name", ["l4", "L40S", "a100", "H100", "h200", "B200", "rtx 4090", "RTX4090"])
+def test_names_of_the_field_are_taken(name, capsys):
+    assert main(["plan", "--device", name]) == 0
+    assert DEVICES[name.lower().replace(" ", "")].source in capsys.readouterr().out
+
+
+def test_a_device_that_is_not_known_lists_those_that_are():
+    with pytest.raises(InputError, match=r"device 'tpu-v5' is not in the table: name one of .*rtx4090, or cpu"):
+        find_device("tpu-v5")
+
+
+SPIN = "while True: pass"
+
+
+def test_a_busy_machine_is_told_apart(capsys):
+    """Other processes on every core: they get about half of it, or more, whatever else runs."""
+    with others(len(os.sched_getaffinity(0))):
+        plan = make_plan(PlanArgs(64, 1024, 8, 128, device="cpu"))
+    assert plan.device.busy > 0.25
+    assert f"other processes had {plan.device.busy:.0%} of this machine's cores" in describe(plan)
+    quiet = make_plan(PlanArgs(device="h200"))
+    assert quiet.device.busy == 0
+    assert "other processes" not in describe(quiet)
+
+
+def test_own_work_is_not_others():
+    """What this process does on all its cores is taken off; both shares are of one machine, so they add up to 1."""
+    with Watch() as watch:
+        started, own = time.perf_counter(), time.process_time()
+        x = torch.randn(1024, 1024)
+        while time.process_time() - own < 0.5:
+            x = (x @ x).tanh()
+        own = (time.process_time() - own) / (time.perf_counter() - started) / len(os.sched_getaffinity(0))
+    assert 0 <= watch.share <= 1.05 - own
+
+
+@contextlib.contextmanager
+def others(n):
+    running = [subprocess.Popen([sys.executable, "-c", SPIN]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
