@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-# k, M, G (or B) and T are thousands, for tokens and dictionaries alike. With an i they are powers of 1024, as IEC 80000-13
+# k, M, G (or B) and T are thousands, for tokens and dictionaries alike. With an i they are powers of 1024, as IEC 80000
 # has it: papers write 16k both for 16,384 latents and for 16,000 tokens, so neither can be guessed.
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
