@@ -14,7 +14,8 @@ CASES = {
         "9",
     ): "Unrecognized options: --n-latent, 9 (perhaps --n-latents?); see saefast train --help",
     ("train", "--loss", "mse"): "invalid choice 'mse' for argument '--loss'. Expected one of ('fvu', 'sum', ",
-    ("train", "--k", "x"): "--k: invalid literal for int() with base 10: 'x'; see saefast train --help",
+    ("train", "--k", "x"): "--k: 'x' is no count such as 131072, 128Ki or 2.5M; see saefast train --help",
+    ("train", "--n-tokens", "1.5"): "--n-tokens: '1.5' is 1.5: expected a whole number; see saefast train --help",
     ("harvest",): "missing: --out PATH folder for the activations (required); see saefast harvest --help",
 }
 ASK = """
