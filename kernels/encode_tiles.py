@@ -186,7 +186,7 @@ def tiles_library(
     scale_ptr,
     threshold_ptr,
     groups_ptr,
-    scratch_ptr,  # (B, stride) fp32: the product on entry; with the bias added on return, where groups passed
+    scratch_ptr,  # (B, stride) fp32 from a product's first column; the bias is added where groups pass
     B,
     n,
     start,
@@ -203,8 +203,9 @@ def tiles_library(
     offs_b = block_b * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_l = block_l * BLOCK_L + tl.arange(0, BLOCK_L)
     source = scratch_ptr + offs_b.to(tl.int64)[:, None] * stride + offs_l[None, :]
-    # As far as the row reaches, not to n: loads stay wide, and what stands past n is never looked at.
-    acc = tl.load(source, mask=(offs_b < B)[:, None] & (offs_l < stride)[None, :], other=0.0)
+    # Whole groups, not to n: loads stay wide, and what stands past n is never looked at.
+    reach = tl.cdiv(n, GROUP) * GROUP
+    acc = tl.load(source, mask=(offs_b < B)[:, None] & (offs_l < reach)[None, :], other=0.0)
     _store_groups(
         acc, offs_b, offs_l, block_l, B, n, start, stride, bias_ptr, scale_ptr, threshold_ptr, threshold_step,
         groups_ptr, scratch_ptr, BLOCK_B, BLOCK_L, GROUP, COUNT, bias_ptr is not None,

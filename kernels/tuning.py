@@ -91,17 +91,18 @@ LEAN_TILES = {"half": Tiles(128, 128, 64, 8, 3, 1), "tf32": Tiles(128, 128, 32, 
 # What descriptors cannot address (a row stride that is no multiple of 16 bytes, a list of latents) takes pointers.
 POINTER_TILES = {"half": Tiles(128, 128, 32, 8, 4, 0), "tf32": Tiles(128, 128, 32, 8, 3, 0)}
 
-# encode_topk's method for a GPU: (architecture) -> (narrow, wide). Calculated, not measured. The library GEMM costs
-# its chunks' trips through L2, about 7 % at D = 4096 and 40 % at D = 768; the fused kernel costs what Triton loses to
-# the library, 8-15 % and 15-25 %, plus its epilogue. So the library where products are long, else no winner is
-# claimed and the form with fewer launches is taken. The interpreter runs the fused form.
-METHODS: dict[int, tuple[str, str]] = {
-    0: ("fused", "fused"),
-    80: ("fused", "chunked"),
-    89: ("fused", "chunked"),
-    90: ("fused", "chunked"),
-    100: ("fused", "chunked"),
-    120: ("fused", "chunked"),
+# encode_topk's method for a GPU: (architecture, kind of product) -> (narrow, wide). Calculated, not measured.
+#
+# half and tf32. Of a GEMM's time on an H200, with B = 8192 and 1024 columns at a time (90 us at D = 4096, 17 at 768):
+# the library's products pay a filter kernel out of L2 (14 us) and two gaps between launches (4 us each), 1.25 at
+# D = 4096 and 2.3 at 768, and then the merges. The fused kernel loses 8-12 % to the library's main loop at D = 4096
+# and 20-25 % at 768, pays an epilogue of 2-4 % and 10-13 %, and the same merges: 1.13-1.22 and 1.45-1.6. It also
+# takes 2 launches a chunk instead of 2 every 1024 columns: 14 instead of 267 at 131k latents, 72 instead of 2132 at 1M.
+# ieee. tl.dot has no tensor cores for it and reaches perhaps half of the library's rate, while the filter is 8 % of
+# a library product at D = 768 (22 us on 258) and 2 % at 4096.
+# The interpreter runs the fused form.
+METHODS: dict[tuple[int, str], tuple[str, str]] = {
+    (arch, kind): ("chunked", "chunked") if kind == "ieee" and arch else ("fused", "fused") for arch, kind in TILES
 }
 
 # The part of x that tiles sweep before they go on to the next span of rows; it should stay in L2 beside W_enc.
@@ -119,7 +120,7 @@ def architecture(capability: tuple[int, int] | None) -> int:
     if capability is None:
         return 0
     found = capability[0] * 10 + capability[1]
-    known = sorted(arch for arch in METHODS if arch)
+    known = sorted({arch for arch, _ in TILES if arch})
     # 8.6 has 8.9's shared memory, not 8.0's.
     return 89 if 80 < found < 90 else max((arch for arch in known if arch <= found), default=known[0])
 
@@ -190,8 +191,9 @@ def rows(D: int, whole: bool) -> Rows:
     return Rows(block, 2 if wide else 4, max(1, block // (512 if wide else 256)))
 
 
-def method(arch: int, D: int) -> str:
-    return METHODS[arch][D > NARROW]
+def method(arch: int, kind: str, D: int, wide: bool = True) -> str:
+    """The checked-in method; the library's where operands are not `wide`, loaded 16 bytes at a time."""
+    return METHODS[arch, kind][D > NARROW] if wide or not arch else "chunked"
 
 
 def tiles_candidates(arch: int, kind: str, default: Tiles) -> list[Tiles]:
@@ -209,12 +211,49 @@ def tiles_candidates(arch: int, kind: str, default: Tiles) -> list[Tiles]:
     return [default, *(shape for shape in shapes if shape != default)]
 
 
+def merge_candidates(default: Merge, group: int) -> list[Merge]:
+    warps = [w for w in (1, 2, 4, 8) if default.warps <= 2 * w and w <= 2 * default.warps]
+    shapes = [
+        Merge(block * w, max(1, values * w // group), w, registers)
+        for w in warps
+        for block in (128, 256)
+        for values in (64, 128, 256)
+        for registers in dict.fromkeys((default.registers, 168))
+    ]
+    return list(dict.fromkeys([default, *shapes]))
+
+
+def decode_loss_candidates(default: DecodeLoss) -> list[DecodeLoss]:
+    shapes = [
+        DecodeLoss(default.block_k, d, w)
+        for d in (default.block_d // 4, default.block_d // 2, default.block_d, 2 * default.block_d)
+        for w in (default.warps // 2, default.warps, 2 * default.warps)
+        if d >= 16 and 1 <= w <= 16
+    ]
+    return list(dict.fromkeys([default, *shapes]))
+
+
+def rows_candidates(default: Rows, whole: bool) -> list[Rows]:
+    """Of row_update and its kin. A block that holds a whole row keeps its width: sums over it belong to the update."""
+    blocks = {default.block_d} | (set() if whole else {256, 512, 1024})
+    shapes = [
+        Rows(block, unroll, warps)
+        for block in sorted(blocks)
+        for unroll in (2, 4, 8)
+        for warps in dict.fromkeys(max(1, block // columns) for columns in (1024, 512, 256, 128))
+        if warps <= 16
+    ]
+    return list(dict.fromkeys([default, *shapes]))
+
+
 def spmm_candidates(default: Spmm) -> list[Spmm]:
-    return [default, *(Spmm(b, u, max(1, b // e)) for b in (256, 512, 1024) for u in (4, 8, 16) for e in (256, 128))]
+    shapes = [Spmm(b, u, max(1, b // e)) for b in (256, 512, 1024) for u in (4, 8, 16) for e in (256, 128)]
+    return list(dict.fromkeys([default, *shapes]))
 
 
 def sddmm_candidates(default: Sddmm) -> list[Sddmm]:
-    return [default, *(Sddmm(k, d, w) for k in (4, 8, 16) for d in (256, 512) for w in (1, 2, 4))]
+    shapes = [Sddmm(k, d, w) for k in (4, 8, 16) for d in (256, 512) for w in (1, 2, 4)]
+    return list(dict.fromkeys([default, *shapes]))
 
 
 _chosen: dict[tuple[Any, ...], Any] = {}
@@ -222,6 +261,12 @@ _chosen: dict[tuple[Any, ...], Any] = {}
 
 def sweeping() -> bool:
     return os.environ.get("SAEFAST_AUTOTUNE") == "1"
+
+
+def chosen(key: tuple[Any, ...], default: Config) -> Config:
+    """What a sweep of this process found for `key`; the default where none did."""
+    found: Config = _chosen.get(key, default)
+    return found
 
 
 def sweep(

@@ -5,19 +5,30 @@ No GPU has run this module yet: it is unproven on a GPU.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saefast import reference
+from saefast.chunks import Cut, chunks, cut_csr, cut_topk, run_width, steady
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, fill_csr, merge_topk, tuning
-from saefast.triton_launch import architecture, check_device, on_device, parts, processors, readable, tf32
+from saefast.triton_launch import (
+    aligned,
+    architecture,
+    check_device,
+    descriptor,
+    descriptor_fits,
+    on_device,
+    parts,
+    processors,
+    readable,
+    sweeps,
+    tf32,
+)  # fmt: skip
 
 # fp32 values, their rank, keys and positions, twice while they are sorted: bytes per candidate of a large k.
 SORT_BYTES = 64
@@ -53,16 +64,16 @@ def encode_topk(
         InputError: a dtype or device the kernels do not serve, or no room in max_scratch_bytes for one group.
     """
     enc = _encoder(x, W_enc, b_enc, latents, scale, method, precision)
-    x = readable(x)
+    x = aligned(readable(x))
     acts = x.new_empty((x.shape[0], k), dtype=torch.float32)
     idx = x.new_empty((x.shape[0], k), dtype=torch.int32)
     with on_device(x):
         if k > tuning.MERGE_MAX_K:
             _topk_by_sort(enc, x, k, acts, idx, max_scratch_bytes)
         else:
-            plan = _plan_topk(enc, x, k, chunk, max_scratch_bytes)
-            for part in parts(x.shape[0], plan.rows):
-                _topk_rows(enc, x[part], plan, acts[part], idx[part])
+            cut = _cut_topk(enc, x, k, chunk, max_scratch_bytes)
+            for part in parts(x.shape[0], cut.rows):
+                _topk_rows(enc, x[part], cut, acts[part], idx[part])
     if latents is not None:
         idx = latents[idx.long()].int()
     return (acts.relu_() if relu else acts), idx
@@ -84,12 +95,15 @@ def threshold_encode(
     Hits are counted in the tiles' epilogue, summed, and written to their exact places. The size of the result is
     read back once per chunk, so unlike encode_topk this waits for the device.
     """
-    theta = torch.as_tensor(threshold, device=x.device).to(torch.float32).reshape(-1).contiguous()
+    if isinstance(threshold, Tensor):
+        theta = threshold.to(x.device, torch.float32).reshape(-1).contiguous()
+    else:
+        theta = x.new_full((1,), threshold, dtype=torch.float32)
     enc = replace(_encoder(x, W_enc, b_enc, None, None, method, precision), theta=theta)
-    x = readable(x)
+    x = aligned(readable(x))
     with on_device(x):
-        plan = _plan_csr(enc, x, chunk, max_scratch_bytes)
-        blocks = [_csr_rows(enc, x[part], plan) for part in parts(x.shape[0], plan.rows)]
+        cut = _cut_csr(enc, x, chunk, max_scratch_bytes)
+        blocks = [_csr_rows(enc, x[part], cut) for part in parts(x.shape[0], cut.rows)]
     counts = torch.cat([x.new_zeros(1, dtype=torch.int64), *(block[0] for block in blocks)])
     idx = torch.cat([x.new_zeros(0, dtype=torch.int32), *(block[1] for block in blocks)])
     acts = torch.cat([x.new_zeros(0, dtype=torch.float32), *(block[2] for block in blocks)])
@@ -112,14 +126,20 @@ class _Encoder:
     precision: str
     theta: Tensor | None = None  # thresholds of latents: count and collect instead of ranking
 
-    def tiles(self) -> tuple[tuning.Tiles, bool]:
-        """Settings, and whether the operands can be read through descriptors: whole rows, 16-byte aligned."""
-        D, plain = self.W.shape[1], self.theta is None and self.scale is None
-        config = tuning.tiles(self.arch, self.kind, D, plain)
-        aligned = self.W.data_ptr() % 16 == 0 and D * self.W.element_size() % 16 == 0
-        if config.per_sm and aligned and self.latents is None:
-            return config, True
-        return tuning.pointer_tiles(self.arch, self.kind, D), False
+    @property
+    def plain(self) -> bool:
+        """Neither scales nor counts, which take registers."""
+        return self.theta is None and self.scale is None
+
+    @property
+    def described(self) -> bool:
+        """Whether the operands are read through TMA descriptors: whole rows whose bytes are aligned, no list."""
+        persistent = tuning.tiles(self.arch, self.kind, self.W.shape[1], self.plain).per_sm > 0
+        return persistent and self.latents is None and descriptor_fits(self.W)
+
+    def tiles(self) -> tuning.Tiles:
+        arch, kind, D = self.arch, self.kind, self.W.shape[1]
+        return tuning.tiles(arch, kind, D, self.plain) if self.described else tuning.pointer_tiles(arch, kind, D)
 
 
 def _encoder(
@@ -142,90 +162,89 @@ def _encoder(
     columns = W_enc.shape[0] if latents is None else latents.shape[0]
     arch = architecture(x.device)
     kind = tuning.product_kind(W_enc.element_size(), precision)
-    method = tuning.method(arch, W_enc.shape[1]) if method == "auto" else method
-    return _Encoder(W_enc, latents, bias, scale, columns, tuning.group(columns), arch, kind, method, precision)
+    enc = _Encoder(W_enc, latents, bias, scale, columns, tuning.group(columns), arch, kind, method, precision)
+    if method != "auto":
+        return enc
+    # Pointers are followed 16 bytes at a time only where the compiler can tell that all rows are aligned.
+    wide = enc.described or (descriptor_fits(W_enc) and W_enc.shape[1] % 16 == 0)
+    return replace(enc, method=tuning.method(arch, kind, W_enc.shape[1], wide))
 
 
-class _Plan(NamedTuple):
-    """Rows taken at once, and the widths of the first and the widest chunk of columns (multiples of the group)."""
-
-    rows: int
-    first: int
-    widest: int
-
-
-def _plan_topk(enc: _Encoder, x: Tensor, k: int, chunk: int | None, budget: int) -> _Plan:
-    run = _run_width(k)
-    per_row = 4 + 8 * (run + tuning.merge(run, enc.group).visit * enc.group)
-    first = chunk or (max(4096, 64 * k) if enc.method == "fused" else _library_columns(x))
-    plan = _plan(enc, x, first, 8, per_row, budget)
-    # A library product is wide enough when it fills the device, and no wider than L2.
-    return plan if enc.method == "fused" else plan._replace(widest=plan.first)
+def _cut_topk(enc: _Encoder, x: Tensor, k: int, first: int | None, budget: int) -> Cut:
+    copied = 0 if enc.latents is None else x.shape[1] * x.element_size()
+    return cut_topk(
+        *(x.shape[0], enc.columns, k, budget), block=enc.tiles().block_b, first=first, product=_product(enc, x),
+        copied=copied,
+    )  # fmt: skip
 
 
-def _plan_csr(enc: _Encoder, x: Tensor, chunk: int | None, budget: int) -> _Plan:
-    first = chunk or (1 << 16 if enc.method == "fused" else _library_columns(x))
-    plan = _plan(enc, x, first, 12, 8, budget)
-    return plan._replace(widest=plan.first)
+def _cut_csr(enc: _Encoder, x: Tensor, first: int | None, budget: int) -> Cut:
+    return cut_csr(x.shape[0], enc.columns, budget, block=enc.tiles().block_b, first=first, product=_product(enc, x))
 
 
-def _plan(enc: _Encoder, x: Tensor, first: int, per_group: int, per_row: int, budget: int) -> _Plan:
-    """Fits chunks into `budget` bytes: per value 4, per group of a row `per_group`, per row `per_row`."""
-    B, group = max(1, x.shape[0]), enc.group
-    # The library multiplies whole matrices, so rows of a latent list are copied a chunk at a time.
-    shared = group * x.shape[1] * x.element_size() if enc.method == "chunked" and enc.latents is not None else 0
-    block = enc.tiles()[0].block_b
-    every = triton.cdiv(enc.columns, group) * group
-    first = min(triton.cdiv(first, group) * group, every)
-
-    def afford(rows: int) -> int:
-        return (budget - rows * per_row) // (rows * (4 * group + per_group) + shared) * group
-
-    rows = B
-    if afford(rows) < first:
-        fit = (budget - shared * first // group) // (per_row + first * 4 + first // group * per_group)
-        rows = min(B, max(block, fit // block * block))
-    # Less than a block of rows wastes the tiles' work, so a narrower chunk comes first.
-    while rows > 1 and afford(rows) < min(first, 8 * group):
-        rows = (rows + 1) // 2
-    widest = min(afford(rows), every)
-    if widest > 1024:
-        widest -= widest % 256 * (widest < every)  # whole tiles
-    if widest < group:
-        least = per_row + 4 * group + per_group + shared
-        raise InputError(f"max_scratch_bytes is {budget}: expected at least {least} for one row and {group} latents")
-    return _Plan(rows, min(first, widest), widest)
+def _product(enc: _Encoder, x: Tensor) -> int:
+    return _library_columns(x) if enc.method == "chunked" else 0
 
 
-def _topk_rows(enc: _Encoder, x: Tensor, plan: _Plan, acts: Tensor, idx: Tensor) -> None:
+def _topk_rows(enc: _Encoder, x: Tensor, cut: Cut, acts: Tensor, idx: Tensor) -> None:
     """Chunk after chunk: tiles against the row's threshold, then the merge that raises it."""
     B, k = acts.shape
-    run = _run_width(k)
-    config = tuning.merge(run, enc.group)
-    scratch = x.new_empty(B * plan.widest, dtype=torch.float32)
-    groups = x.new_empty(B * plan.widest // enc.group, dtype=torch.float32)
+    run = run_width(k)
+    visit = max(config.visit for config in _merge_settings(run, enc.group, sweeps(x)))
+    scratch = x.new_empty(B * cut.widest, dtype=torch.float32)
+    groups = x.new_empty(B * cut.widest // enc.group, dtype=torch.float32)
     passed = torch.empty_like(groups, dtype=torch.int32)
-    keys = x.new_empty(B * (run + config.visit * enc.group), dtype=torch.int64)
+    keys = x.new_empty(B * (run + visit * enc.group), dtype=torch.int64)
     tau = x.new_full((B,), math.nan, dtype=torch.float32)
-    for start, n in _chunks(enc.columns, plan):
-        _run_tiles(enc, x, start, n, tau, groups, scratch)
-        stride = triton.cdiv(n, enc.group) * enc.group
-        sorted_groups = triton.next_power_of_2(stride // enc.group)
-        bounded = start == 0 and n // enc.group >= k and sorted_groups <= tuning.BOUND_MAX_GROUPS
+    best = _Best(acts, idx, tau)
+    for chunk in chunks(enc.columns, cut):
+        # Timed where the thresholds are known: while they are not, every group is stored, as in no later chunk.
+        timed = sweeps(x) and chunk == steady(enc.columns, cut)
+        _run_tiles(enc, x, *chunk, tau, groups, scratch, product=cut.product, timed=timed)
+        _merge(enc, (groups, scratch, enc.scale, passed, keys), best, *chunk, timed=timed)
+
+
+class _Best(NamedTuple):
+    """The running top-k of some rows."""
+
+    acts: Tensor
+    idx: Tensor
+    tau: Tensor
+
+
+def _merge_settings(run: int, group: int, swept: bool) -> list[tuning.Merge]:
+    config = tuning.merge(run, group)
+    return tuning.merge_candidates(config, group) if swept else [config]
+
+
+def _merge(enc: _Encoder, scratch: tuple[Tensor | None, ...], best: _Best, start: int, n: int, *, timed: bool) -> None:
+    (B, k), run = best.acts.shape, run_width(best.acts.shape[1])
+    stride = triton.cdiv(n, enc.group) * enc.group
+    sorted_groups = triton.next_power_of_2(stride // enc.group)
+    bounded = start == 0 and n // enc.group >= k and sorted_groups <= tuning.BOUND_MAX_GROUPS
+
+    def launch(config: tuning.Merge, best: _Best) -> None:
         merge_topk.merge_topk[(B,)](
-            groups, scratch, enc.scale, passed, keys, acts, idx, tau, n, start, k, stride,
+            *scratch, *best, n, start, k, stride,
             FIRST=start == 0, BOUND=sorted_groups if bounded else 0, LOG=run.bit_length() - 1, GROUP=enc.group,
             BLOCK_G=config.block_g, VISIT=config.visit, num_warps=config.warps, num_stages=1,
             maxnreg=config.registers,
         )  # fmt: skip
 
+    key, config = ("merge_topk", enc.arch, run, enc.group), tuning.merge(run, enc.group)
+    if timed:
+        # A second merge of the same chunk would find nothing left to do, so each takes a copy of what stood before.
+        candidates = tuning.merge_candidates(config, enc.group)
+        tuning.sweep(key, candidates, lambda config: launch(config, _Best(*(t.clone() for t in best))))
+    launch(tuning.chosen(key, config), best)
 
-def _csr_rows(enc: _Encoder, x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+
+def _csr_rows(enc: _Encoder, x: Tensor, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     """(counts (B,), idx, acts) of some rows: every chunk's entries, then put in order of rows."""
     B = x.shape[0]
-    scratch = x.new_empty(B * plan.widest, dtype=torch.float32)
-    groups = x.new_empty(B * plan.widest // enc.group, dtype=torch.int32)
-    pieces = [_csr_piece(enc, x, start, n, groups, scratch) for start, n in _chunks(enc.columns, plan)]
+    scratch = x.new_empty(B * cut.widest, dtype=torch.float32)
+    groups = x.new_empty(B * cut.widest // enc.group, dtype=torch.int32)
+    pieces = [_csr_piece(enc, x, *chunk, groups, scratch, cut.product) for chunk in chunks(enc.columns, cut)]
     if len(pieces) == 1:
         return pieces[0]
     counts = torch.stack([piece[0] for piece in pieces]).sum(0)
@@ -243,12 +262,12 @@ def _csr_rows(enc: _Encoder, x: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
 
 
 def _csr_piece(
-    enc: _Encoder, x: Tensor, start: int, n: int, groups: Tensor, scratch: Tensor
+    enc: _Encoder, x: Tensor, start: int, n: int, groups: Tensor, scratch: Tensor, product: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(counts (B,), idx, acts) of one chunk."""
     assert enc.theta is not None
     B, stride = x.shape[0], triton.cdiv(n, enc.group) * enc.group
-    _run_tiles(enc, x, start, n, None, groups, scratch)
+    _run_tiles(enc, x, start, n, None, groups, scratch, product=product, timed=sweeps(x))
     hits = groups[: B * stride // enc.group]
     ends = hits.cumsum(0, dtype=torch.int64)
     total = int(ends[-1])
@@ -257,47 +276,78 @@ def _csr_piece(
     visit = min(64, triton.next_power_of_2(stride // enc.group))
     if total:
         fill_csr.fill_csr[(B * triton.cdiv(stride // enc.group, visit),)](
-            hits, ends, scratch, enc.theta, idx, acts, n, start, stride, int(len(enc.theta) > 1),
+            hits, ends, scratch, enc.theta, idx, acts, n, start, stride, _theta_step(enc),
             GROUP=enc.group, VISIT=visit, num_warps=4,
         )  # fmt: skip
     return hits.view(B, -1).sum(1, dtype=torch.int64), idx, acts
 
 
 def _run_tiles(
-    enc: _Encoder, x: Tensor, start: int, n: int, tau: Tensor | None, groups: Tensor, scratch: Tensor
-) -> None:
-    """Groups and scratch of columns start .. start + n, against enc.theta or else against tau."""
-    count = enc.theta is not None
-    vectors = (enc.bias, enc.scale, enc.theta if count else tau, groups, scratch)
-    step = int(enc.theta is not None and len(enc.theta) > 1)
-    B, D, stride = x.shape[0], x.shape[1], triton.cdiv(n, enc.group) * enc.group
-    config, described = enc.tiles()
-    span = min(triton.cdiv(B, config.block_b), max(1, tuning.SPAN_BYTES // (config.block_b * D * x.element_size() + 1)))
+    enc: _Encoder, x: Tensor, start: int, n: int, tau: Tensor | None, groups: Tensor, scratch: Tensor, *,
+    product: int = 0, timed: bool = False,
+) -> None:  # fmt: skip
+    """Groups and scratch of columns start .. start + n, against enc.theta or else against tau.
+
+    Args:
+        product: columns of a library product at a time, where the method is "chunked".
+        timed: let a sweep find the settings.
+    """
     if enc.method == "chunked":
-        _library_product(enc, x, start, n, scratch[: B * stride].view(B, stride)[:, :n])
-        encode_tiles.tiles_library[(triton.cdiv(B, 64) * triton.cdiv(n, 128),)](
-            *vectors, B, n, start, stride, step, span, BLOCK_B=64, BLOCK_L=128, GROUP=enc.group, COUNT=count
-        )
-        return
+        return _filter_products(enc, x, start, n, tau, groups, scratch, product)
+    key = ("encode_tiles", enc.arch, enc.kind, x.shape[1] > tuning.NARROW, enc.described, enc.plain)
+    config = enc.tiles()
 
     def run(config: tuning.Tiles) -> None:
-        sizes = {"BLOCK_B": config.block_b, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d}
-        options = {"GROUP": enc.group, "COUNT": count, "PRECISION": enc.precision}
-        tiles = triton.cdiv(B, config.block_b) * triton.cdiv(n, config.block_l)
-        tail = (*vectors, B, n, start, D, stride, step, span)
-        launch = {"num_warps": config.warps, "num_stages": config.stages}
-        if described and x.data_ptr() % 16 == 0:
-            blocks = [config.block_b, config.block_d], [config.block_l, config.block_d]
-            operands = TensorDescriptor.from_tensor(x, blocks[0]), TensorDescriptor.from_tensor(enc.W, blocks[1])
-            grid = (min(tiles, config.per_sm * processors(x.device)),)
-            encode_tiles.tiles_descriptor[grid](*operands, *tail, **sizes, **options, **launch)
-        else:
-            encode_tiles.tiles_pointer[(tiles,)](x, enc.W, enc.latents, *tail, **sizes, **options, **launch)
+        _launch_tiles(enc, x, start, n, tau, groups, scratch, config)
 
-    if tuning.sweeping() and x.is_cuda:
-        key = ("encode_tiles", enc.arch, enc.kind, D > tuning.NARROW, described)
-        config = tuning.sweep(key, tuning.tiles_candidates(enc.arch, enc.kind, config), run)
-    run(config)
+    if timed:
+        tuning.sweep(key, tuning.tiles_candidates(enc.arch, enc.kind, config), run)
+    return run(tuning.chosen(key, config))
+
+
+def _launch_tiles(
+    enc: _Encoder, x: Tensor, start: int, n: int, tau: Tensor | None, groups: Tensor, scratch: Tensor,
+    config: tuning.Tiles,
+) -> None:  # fmt: skip
+    B, D, stride = x.shape[0], x.shape[1], triton.cdiv(n, enc.group) * enc.group
+    span = min(triton.cdiv(B, config.block_b), max(1, tuning.SPAN_BYTES // (config.block_b * D * x.element_size() + 1)))
+    tiles = triton.cdiv(B, config.block_b) * triton.cdiv(n, config.block_l)
+    tail = (*_vectors(enc, tau), groups, scratch, B, n, start, D, stride, _theta_step(enc), span)
+    options = {
+        "BLOCK_B": config.block_b, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d, "GROUP": enc.group,
+        "COUNT": enc.theta is not None, "PRECISION": enc.precision, "num_warps": config.warps,
+        "num_stages": config.stages,
+    }  # fmt: skip
+    if enc.described:
+        operands = descriptor(x, [config.block_b, config.block_d]), descriptor(enc.W, [config.block_l, config.block_d])
+        grid = (min(tiles, config.per_sm * processors(x.device)),)
+        encode_tiles.tiles_descriptor[grid](*operands, *tail, **options)
+    else:
+        encode_tiles.tiles_pointer[(tiles,)](x, enc.W, enc.latents, *tail, **options)
+
+
+def _filter_products(
+    enc: _Encoder, x: Tensor, start: int, n: int, tau: Tensor | None, groups: Tensor, scratch: Tensor, product: int
+) -> None:
+    """The same by library products of `product` columns, each filtered while it is still in L2."""
+    B, stride = x.shape[0], triton.cdiv(n, enc.group) * enc.group
+    matrix = scratch[: B * stride].view(B, stride)
+    span = min(triton.cdiv(B, 64), max(1, tuning.SPAN_BYTES // (64 * x.shape[1] * x.element_size() + 1)))
+    for at in range(0, n, product):
+        width = min(product, n - at)
+        _library_product(enc, x, start + at, width, matrix[:, at : at + width])
+        encode_tiles.tiles_library[(triton.cdiv(B, 64) * triton.cdiv(width, 128),)](
+            *_vectors(enc, tau), groups[at // enc.group :], scratch[at:], B, width, start + at, stride,
+            _theta_step(enc), span, BLOCK_B=64, BLOCK_L=128, GROUP=enc.group, COUNT=enc.theta is not None,
+        )  # fmt: skip
+
+
+def _vectors(enc: _Encoder, tau: Tensor | None) -> tuple[Tensor | None, ...]:
+    return enc.bias, enc.scale, tau if enc.theta is None else enc.theta
+
+
+def _theta_step(enc: _Encoder) -> int:
+    return int(enc.theta is not None and len(enc.theta) > 1)
 
 
 def _library_product(enc: _Encoder, x: Tensor, start: int, n: int, out: Tensor) -> None:
@@ -335,19 +385,6 @@ def _topk_by_sort(enc: _Encoder, x: Tensor, k: int, acts: Tensor, idx: Tensor, b
             order = reference.stable_topk(rank, min(k, rank.shape[1]))
             best, rank, cols = best.gather(1, order), rank.gather(1, order), cols.gather(1, order)
         acts[part], idx[part] = best, cols.int()
-
-
-def _chunks(columns: int, plan: _Plan) -> Iterator[tuple[int, int]]:
-    """(start, width) of chunks that double in width up to the widest."""
-    start, width = 0, plan.first
-    while start < columns:
-        n = min(width, columns - start)
-        yield start, n
-        start, width = start + n, min(2 * width, plan.widest)
-
-
-def _run_width(k: int) -> int:
-    return max(32, triton.next_power_of_2(k))
 
 
 def _library_columns(x: Tensor) -> int:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from saefast.errors import InputError
 from saefast.kernels import spmm, tuning
@@ -39,6 +40,30 @@ def interpreted() -> bool:
 def readable(t: Tensor) -> Tensor:
     """The interpreter computes on the bit patterns of bf16, so there it gets the same values in fp32."""
     return t.float() if t.dtype == torch.bfloat16 and not t.is_cuda else t
+
+
+def aligned(t: Tensor) -> Tensor:
+    """t, or a copy where its memory starts off the 16-byte boundaries that wide loads and TMA descriptors need."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def descriptor_fits(t: Tensor) -> bool:
+    """Whether a TMA descriptor can address a contiguous (rows, D): its base and rows lie on 16-byte boundaries."""
+    return t.data_ptr() % 16 == 0 and t.shape[1] * t.element_size() % 16 == 0
+
+
+def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of a contiguous (rows, D) that `descriptor_fits`, in blocks of `block`.
+
+    A single row counts as contiguous whatever its stride, which a slice keeps from the wider matrix: so the strides
+    are those of its shape.
+    """
+    return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block)
+
+
+def sweeps(t: Tensor) -> bool:
+    """Whether launch settings are to be timed where t lies (`tuning.sweep`)."""
+    return t.is_cuda and tuning.sweeping()
 
 
 def architecture(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from saefast.kernels import sddmm as sddmm_kernels
 from saefast.kernels import spmm as spmm_kernels
 from saefast.kernels import tuning
 from saefast.triton_encode import encode_topk, threshold_encode
-from saefast.triton_launch import MAX_PROGRAMS, architecture, check_device, on_device, parts, readable
+from saefast.triton_launch import MAX_PROGRAMS, architecture, check_device, on_device, parts, readable, sweeps
 
 __all__ = ["encode_topk", "sddmm", "spmm", "spmm_t", "sum_by_latent", "threshold_encode"]
 
@@ -42,7 +42,7 @@ def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
 
     with on_device(x):
         config = tuning.sddmm(D, K)
-        if tuning.sweeping() and x.is_cuda:
+        if sweeps(x):
             key = ("sddmm", architecture(x.device), config)
             config = tuning.sweep(key, tuning.sddmm_candidates(config), run)
         run(config)
@@ -90,7 +90,7 @@ def _spmm(acts: Tensor, idx: Tensor, row_ptr: Tensor | None, W: Tensor, B: int, 
 
     with on_device(W):
         config = tuning.spmm(D)
-        if tuning.sweeping() and W.is_cuda:
+        if sweeps(W):
             key = ("spmm", architecture(W.device), config)
             config = tuning.sweep(key, tuning.spmm_candidates(config), run)
         run(config)

@@ -7,6 +7,7 @@ On a CPU the kernels run in Triton's interpreter; with a GPU the same tests run 
 
 import itertools
 import math
+import weakref
 
 import interp
 import numpy as np
@@ -17,8 +18,10 @@ import triton.language as tl
 from closeness import assert_close_to_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saefast import ops, reference, triton_encode, triton_ops
+from saefast.chunks import chunks, cut_csr, cut_topk, run_width, steady, topk_bytes
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
 
@@ -256,32 +259,222 @@ def test_scratch_stays_under_its_cap_or_the_cap_is_refused(device, monkeypatch):
         triton_ops.encode_topk(x, W, b, K, max_scratch_bytes=700)
 
 
+def misaligned(t):
+    """The same rows, one element off every 16-byte boundary."""
+    memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    moved = memory[1:].view(t.shape)
+    return moved.copy_(t)
+
+
+def sliced(t):
+    """(1, D) cut from a wider row: contiguous as torch sees it, with a stride that is no multiple of 16 bytes."""
+    wide = torch.zeros(1, t.shape[1] + 3, dtype=t.dtype, device=t.device)
+    wide[:, : t.shape[1]] = t[:1]
+    return wide[:, : t.shape[1]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("D", [24, 25])
+@pytest.mark.parametrize("odd", ["x sliced", "W sliced", "x moved", "W moved", "both moved"])
+def test_odd_strides_and_offsets(odd, D, form, use_form, device):
+    x, W, b = integers(3, D).to(device), integers(L, D).to(device), integers(L).to(device)
+    x = sliced(x) if odd == "x sliced" else misaligned(x) if odd in ("x moved", "both moved") else x
+    W = misaligned(W) if odd in ("W moved", "both moved") else W
+    if odd == "W sliced":
+        W, b = sliced(W), b[:1]
+    assert x.is_contiguous()
+    assert W.is_contiguous()
+    k = min(K, len(W))
+    found = triton_ops.encode_topk(x, W, b, k, chunk=128, method=use_form(form))
+    assert_same(found, stable_sort(x.cpu(), W.cpu(), b.cpu(), k))
+
+
+@pytest.mark.parametrize(
+    ("W", "described"),
+    [
+        (torch.zeros(40, 24).half(), True),
+        (sliced(torch.zeros(1, 24).half()), True),
+        (misaligned(torch.zeros(40, 24).half()), False),
+        (torch.zeros(40, 25).half(), False),
+        (torch.zeros(40, 12), True),
+        (torch.zeros(40, 13), False),
+    ],
+)
+def test_descriptors_take_what_they_can_address(W, described, use_form):
+    use_form("descriptor")
+    precision = "tf32" if W.dtype == torch.float32 else "ieee"
+    enc = triton_encode._encoder(torch.zeros(2, W.shape[1], dtype=W.dtype), W, None, None, None, "fused", precision)
+    assert enc.described == described
+    assert (enc.tiles().per_sm > 0) == described, "the pointer form has settings of its own"
+
+
+def test_operands_that_cannot_be_loaded_wide_take_the_library():
+    for D, base, expected in ((768, 0, "fused"), (1000, 0, "fused"), (1001, 0, "chunked"), (768, 1, "chunked")):
+        W = torch.empty(base + 8 * D, dtype=torch.float16)[base:].view(8, D)
+        for arch in (80, 90):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(triton_encode, "architecture", lambda _, arch=arch: arch)
+                enc = triton_encode._encoder(torch.zeros(1, D).half(), W, None, None, None, "auto", "ieee")
+                # Without descriptors the compiler wants to see rows of a multiple of 16 elements.
+                assert enc.method == ("chunked" if arch == 80 and D == 1000 else expected), (arch, D)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that tensors made while it is on held at a time."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.held, self.peak, self.known = 0, 0, {t.untyped_storage()._cdata for t in given}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.note(tensor.untyped_storage())
+        return made
+
+    def note(self, storage):
+        # The storage's own address: a view's tensor shares it, and a meta tensor has no memory to tell it by.
+        if storage._cdata in self.known:
+            return
+        self.known.add(storage._cdata)
+        self.held += storage.nbytes()
+        self.peak = max(self.peak, self.held)
+        weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+
+    def freed(self, key, size):
+        self.known.discard(key)
+        self.held -= size
+
+
+TARGETS = [(8192, 768, 32768, 32), (8192, 4096, 131_072, 64), (8192, 4096, 1 << 20, 64), (8192, 768, 1 << 24, 32)]
+
+
+@pytest.mark.parametrize(("B", "D", "columns", "k"), TARGETS)
+def test_scratch_is_what_the_chunks_take(B, D, columns, k, monkeypatch):
+    """Real allocations at the design's sizes, on tensors without memory and with launches left out."""
+    x = torch.empty(B, D, dtype=torch.float16, device="meta")
+    W = torch.empty(columns, D, dtype=torch.float16, device="meta")
+    monkeypatch.setattr(triton_encode, "_run_tiles", lambda *_, **__: None)
+    monkeypatch.setattr(triton_encode.merge_topk, "merge_topk", {(B,): lambda *_, **__: None})
+    with Allocations(x, W) as watch:
+        acts, idx = triton_encode.encode_topk(x, W, None, k, relu=False)
+    first, group = max(4096, 64 * k), 32 if columns <= 1 << 18 else 64
+    run = max(32, 1 << (k - 1).bit_length())
+    per_row = 8 * (run + tuning.merge(run, group).visit * group) + 4
+    # Chunks are first · 1, 2, 4, … wide while first · (1 + 2 + 4 + …) columns are there and the widest fits the cap.
+    doubled = first * 2 ** int(math.log2(columns / first + 1) - 1)
+    affordable = int(((1 << 30) / B - per_row) / (4 + 8 / group)) // 256 * 256
+    widest = min(doubled, affordable)
+    scratch = B * (4 * widest + 8 * widest // group + per_row)
+    assert watch.peak == scratch + acts.nbytes + idx.nbytes
+    assert scratch == topk_bytes(cut_topk(B, columns, k, 1 << 30), columns, k) <= 1 << 30
+    if columns == 32768:
+        assert (widest, scratch) == (16384, 580_943_872)
+
+
 @given(
     B=st.integers(1, 100_000), columns=st.integers(1, 1 << 21), k=st.integers(1, 2048), D=st.integers(1, 8192),
-    budget=st.integers(1 << 16, 1 << 33), method=st.sampled_from(["fused", "chunked"]), listed=st.booleans(),
+    budget=st.integers(1 << 16, 1 << 33), product=st.sampled_from([0, 1024, 4096]), listed=st.booleans(),
+    block=st.sampled_from([16, 64, 128]), counted=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=300, deadline=None)
-def test_plans_fit_their_budget(B, columns, k, D, budget, method, listed):
-    W = torch.empty((1, D), dtype=torch.bfloat16, device="meta")
-    x = torch.empty((B, D), dtype=torch.bfloat16, device="meta")
-    group = tuning.group(columns)
-    latents = W if listed else None
-    enc = triton_encode._Encoder(W, latents, None, None, columns, group, 0, "half", method, "ieee")
+def test_cuts_fit_their_budget(B, columns, k, D, budget, product, listed, block, counted):
+    group, copied = tuning.group(columns), 2 * D * listed
     try:
-        plan = triton_encode._plan_topk(enc, x, k, None, budget)
+        if counted:
+            cut, copied = cut_csr(B, columns, budget, block=block, first=None, product=product), 0
+        else:
+            cut = cut_topk(B, columns, k, budget, block=block, product=product, copied=copied)
     except InputError:
         return
-    run = triton_encode._run_width(k)
-    per_row = 4 * plan.widest + 8 * plan.widest // group + 4 + 8 * (run + tuning.merge(run, group).visit * group)
-    copied = plan.widest * D * 2 if listed and method == "chunked" else 0
-    assert plan.rows * per_row + copied <= budget
-    assert 1 <= plan.rows <= B
-    assert group <= plan.first <= plan.widest
-    assert plan.first % group == plan.widest % group == 0
-    chunks = list(triton_encode._chunks(columns, plan))
-    assert chunks[0][0] == 0
-    assert all(start + n == following for (start, n), (following, _) in itertools.pairwise(chunks))
-    assert sum(n for _, n in chunks) == columns
+    run = run_width(k)
+    if counted:
+        bytes_taken = cut.rows * (4 * cut.widest + 12 * cut.widest // group + 8)
+    else:
+        per_row = 4 * cut.widest + 8 * cut.widest // group + 4 + 8 * (run + tuning.merge(run, group).visit * group)
+        bytes_taken = cut.rows * per_row
+        assert bytes_taken == topk_bytes(cut, columns, k)
+    assert bytes_taken + cut.product * copied <= budget
+    assert 1 <= cut.rows <= B
+    assert group <= cut.first <= cut.widest
+    assert cut.first % group == cut.widest % group == cut.product % group == 0
+    assert (cut.product > 0) == (product > 0)
+    found = list(chunks(columns, cut))
+    assert found[0][0] == 0
+    assert all(start + n == following for (start, n), (following, _) in itertools.pairwise(found))
+    assert sum(n for _, n in found) == columns
+    assert max(n for _, n in found) <= cut.widest < max(n for _, n in found) + group, "memory for what never comes"
+    assert steady(columns, cut)[1] == max(n for _, n in found)
+    if budget >= 8 * B * (max(4096, 64 * k) + run) and not counted:
+        assert cut.rows == B
+        assert cut.first == min(max(4096, 64 * k), -(-columns // group) * group)
+    widths = [n for _, n in found[:-1]]
+    assert all(
+        wide == (narrow if counted else min(2 * narrow, cut.widest)) for narrow, wide in itertools.pairwise(widths)
+    )
+
+
+@pytest.mark.parametrize("case", [random_ints, nan_in_b, clustered], ids=lambda case: case.__name__)
+@pytest.mark.parametrize("product", [32, 64, 96])
+def test_a_chunk_of_several_products(case, product, device, monkeypatch):
+    """Each product is filtered by itself, and the chunk is merged once."""
+    x, W, b = case()
+    monkeypatch.setattr(triton_encode, "_library_columns", lambda _: product)
+    merges, merge = [], triton_encode._merge
+    monkeypatch.setattr(triton_encode, "_merge", spy(merge, lambda args: merges.append(args[3:5])))
+    arguments = [t.to(device) for t in (x, W, b)]
+    found = triton_ops.encode_topk(*arguments, K, chunk=128, method="chunked", relu=False)
+    assert_same(found, stable_sort(x, W, b, K, relu=False))
+    assert merges == [(0, 128), (128, 256), (384, L - 384)]
+    latents = torch.arange(0, L, 2).to(torch.int32)
+    listed = triton_ops.encode_topk(*arguments, K, chunk=128, method="chunked", latents=latents.to(device))
+    assert_same(listed, reference.encode_topk(x, W, b, K, latents=latents))
+    row_ptr, idx, acts = triton_ops.threshold_encode(*arguments, 3.0, method="chunked")
+    for got, want in zip((row_ptr, idx, acts), reference.threshold_encode(x, W, b, 3.0), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("columns", [L, 130, 90])
+def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
+    """Where there are several chunks, with the thresholds known; and what it tries changes no result."""
+    x, W, b = (t[:columns] if len(t) == L else t for t in random_ints())
+    timed, known, launches = [], [], tuning.merge_candidates(tuning.merge(32, 32), 32)[:3]
+
+    def sweep(key, candidates, run):
+        timed.append(key[0])
+        for config in [next(iter(candidates))] if key[0] == "encode_tiles" else launches:
+            run(config)
+        return config
+
+    def watched(function):
+        def run_tiles(*args, timed=False, **options):
+            if timed:
+                known.append((args[2], args[3], not args[4].isnan().any()))
+            return function(*args, timed=timed, **options)
+
+        return run_tiles
+
+    monkeypatch.setattr(triton_encode, "sweeps", lambda _: True)
+    monkeypatch.setattr(tuning, "sweep", sweep)
+    monkeypatch.setattr(triton_encode, "_run_tiles", watched(triton_encode._run_tiles))
+    arguments = [t.to(device) for t in (x, W, b)]
+    found = triton_ops.encode_topk(*arguments, K, chunk=64, method="fused", relu=False)
+    assert_same(found, stable_sort(x, W, b, K, relu=False))
+    assert timed == ["encode_tiles", "merge_topk"]
+    assert known == {L: [(192, 256, True)], 130: [(64, 66, True)], 90: [(0, 64, False)]}[columns]
+
+
+def test_what_a_sweep_found_is_used_from_then_on(device, monkeypatch):
+    x, W, b = (t.to(device) for t in random_ints())
+    enc = triton_encode._encoder(x, W, b, None, None, "fused", "ieee")
+    key = ("encode_tiles", enc.arch, enc.kind, False, enc.described, True)
+    picked = tuning.tiles(enc.arch, enc.kind, D)._replace(block_l=64)
+    monkeypatch.setitem(tuning._chosen, key, picked)
+    seen, launch = [], triton_encode._launch_tiles
+    monkeypatch.setattr(triton_encode, "_launch_tiles", spy(launch, lambda args: seen.append(args[-1])))
+    assert_same(triton_ops.encode_topk(x, W, b, K), stable_sort(x.cpu(), W.cpu(), b.cpu(), K))
+    assert set(seen) == {picked}
 
 
 @pytest.mark.parametrize("k", [9, 100, L])

@@ -78,8 +78,8 @@ def test_a_scratch_cap_splits_rows_and_changes_nothing(B):
     x, W, b = integers(B, 16), integers(150, 16), integers(150)
     found, expected = both(x, W, b, 3.0, max_scratch_bytes=12_000)
     assert_same_csr(found, expected)
-    plan = triton_encode._plan_csr(triton_encode._encoder(x, W, b, None, None, "fused", "ieee"), x, None, 12_000)
-    assert B < 2 or plan.rows < B
+    cut = triton_encode._cut_csr(triton_encode._encoder(x, W, b, None, None, "fused", "ieee"), x, None, 12_000)
+    assert B < 2 or cut.rows < B
     with pytest.raises(InputError, match="max_scratch_bytes is 100: expected at least"):
         both(x, W, b, 3.0, max_scratch_bytes=100)
 

@@ -15,7 +15,14 @@ def test_a_capability_has_an_architecture_with_settings(capability, arch):
         for D in (64, 8192):
             assert tuning.tiles(arch, kind, D).block_l % tuning.group(1 << 20) == 0
             assert tuning.pointer_tiles(arch, kind, D).per_sm == 0
-    assert tuning.method(arch, 768) in ("fused", "chunked")
+
+
+@pytest.mark.parametrize("arch", [0, 80, 89, 90, 100, 120])
+def test_the_kernel_multiplies_on_matrix_units_and_the_library_elsewhere(arch):
+    for D in (64, 768, 1024, 1025, 4096):
+        assert tuning.method(arch, "half", D) == tuning.method(arch, "tf32", D) == "fused"
+        assert tuning.method(arch, "ieee", D) == ("chunked" if arch else "fused")
+        assert tuning.method(arch, "half", D, wide=False) == ("chunked" if arch else "fused")
 
 
 @pytest.mark.parametrize("run", [2**i for i in range(5, 12)])
@@ -65,3 +72,41 @@ def test_candidates_begin_with_what_is_checked_in():
     assert len(set(candidates)) == len(candidates) > 10
     assert tuning.spmm_candidates(tuning.spmm(4096))[0] == tuning.spmm(4096)
     assert tuning.sddmm_candidates(tuning.sddmm(4096, 64))[0] == tuning.sddmm(4096, 64)
+
+
+@pytest.mark.parametrize("run", [32, 64, 512, 2048])
+@pytest.mark.parametrize("group", [32, 64])
+def test_candidates_of_the_merge_launch(run, group):
+    default = tuning.merge(run, group)
+    candidates = tuning.merge_candidates(default, group)
+    assert candidates[0] == default
+    assert len(set(candidates)) == len(candidates) > 10
+    for config in candidates:
+        assert all(size & (size - 1) == 0 and size > 0 for size in (config.block_g, config.visit, config.warps))
+        assert config.warps * 32 * config.registers <= 65536
+
+
+@pytest.mark.parametrize(
+    ("D", "k", "planes"), [(768, 32, 1), (4096, 64, 1), (768, 128, 2), (17, 3, 1), (4096, 2048, 1)]
+)
+def test_candidates_of_decode_loss_hold_all_of_k(D, k, planes):
+    default = tuning.decode_loss(D, k, planes)
+    candidates = tuning.decode_loss_candidates(default)
+    assert candidates[0] == default
+    assert len(set(candidates)) == len(candidates) >= 4
+    assert all(config.block_k == default.block_k >= k for config in candidates)
+    assert all(config.block_d & (config.block_d - 1) == 0 and config.block_d >= 16 for config in candidates)
+
+
+@pytest.mark.parametrize(
+    ("D", "whole"), [(768, True), (4096, False), (2304, True), (8192, True), (24, True), (24, False)]
+)
+def test_candidates_of_row_updates_hold_what_they_must(D, whole):
+    default = tuning.rows(D, whole)
+    candidates = tuning.rows_candidates(default, whole)
+    assert candidates[0] == default
+    assert len(set(candidates)) == len(candidates) >= 2
+    for config in candidates:
+        assert config.block_d & (config.block_d - 1) == 0
+        assert 1 <= config.warps <= 16
+        assert not whole or config.block_d == default.block_d
