@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from saefast import machine, ops, screen
+from saefast.chunks import cut_topk, topk_bytes
 from saefast.devices import DEVICES, Device, find
 from saefast.errors import InputError
 from saefast.optim import LeanMatrix, Matrix
@@ -22,7 +23,7 @@ from saefast.sae import SAEConfig
 
 # Shares of a device's peak that well-made kernels reach.
 MATRIX_SHARE, TRAFFIC_SHARE = 0.85, 0.60
-# Scratch of the GPU encoder (kernels/encode_tiles.py): latents of its first chunk, latents per group maximum, its cap.
+# The GPU encoder (kernels/encode_tiles.py): latents of its first chunk, latents per group maximum, cap of its scratch.
 FIRST_CHUNK, GROUP, SCRATCH = 4096, 64, 1 << 30
 # Bytes of an entry of the sparse code while a step lasts: values, indices, gradients, order, weights, planes, tokens.
 ENTRY = 48
@@ -104,8 +105,6 @@ def make_plan(args: PlanArgs) -> Plan:
 def memory_of(args: PlanArgs, device: str) -> dict[str, int]:
     """Bytes by part, all at the step's peak."""
     L, D, B, k = args.n_latents, args.d_in, args.batch_size, args.k
-    # Chunks of latents double up to the cap. On a CPU the encoder keeps its tiles in the cache.
-    chunk = 0 if device == "cpu" else min(B * L * 4, SCRATCH)
     weights, state, copies = matrices_of(args)
     return {
         "weights": weights,
@@ -116,8 +115,17 @@ def memory_of(args: PlanArgs, device: str) -> dict[str, int]:
         "sparse code": B * k * ENTRY,
         # x as drawn and scaled, centred, residual, error.
         "batch": 5 * B * D * 4,
-        "encoder scratch": chunk + chunk // GROUP,
+        "encoder scratch": scratch_of(args, device),
     }
+
+
+def scratch_of(args: PlanArgs, device: str) -> int:
+    """Bytes of the encoder's scratch. On a CPU it keeps its tiles in the cache."""
+    if device == "cpu":
+        return 0
+    ranked = min(screen.candidates(args.k), args.n_latents)
+    cut = cut_topk(args.batch_size, args.n_latents, ranked, SCRATCH)
+    return topk_bytes(cut, args.n_latents, ranked)
 
 
 def matrices_of(args: PlanArgs) -> tuple[int, int, int]:

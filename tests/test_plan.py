@@ -74,6 +74,16 @@ def test_the_sizes_that_have_to_fit_do():
     assert make_plan(PlanArgs(4096, 2**20, 64, 8192, "adam-lean", "h200")).total_bytes < 32e9
 
 
+def test_scratch_is_that_of_the_chunks_which_come_up():
+    """The encoder's chunks, of 4096, 8192, 16384 and 4096 latents here, share the memory of the widest."""
+    found = memory_of(PlanArgs(768, 32768, 32, 8192), "h200")["encoder scratch"]
+    values, groups = 8192 * 16384 * 4, 8192 * 16384 // 32 * 8
+    # 36 candidates for 32: keys of a row, 64 sorted and 256 collected, and its threshold.
+    assert found == values + groups + 8192 * ((64 + 256) * 8 + 4)
+    assert make_plan(PlanArgs(768, 32768, 32, 8192, "adam", "h200")).total_bytes < 2e9
+    assert memory_of(PlanArgs(768, 2**24, 32, 8192), "h200")["encoder scratch"] <= 1 << 30
+
+
 def test_lean_counts_three_bytes_a_parameter():
     weights, state, copies = plan_module.matrices_of(PlanArgs(768, 1 << 16, optimizer="adam-lean"))
     assert (weights + state + copies) / (2 * 768 * (1 << 16)) == pytest.approx(3.02, abs=0.005)
