@@ -21,7 +21,7 @@ from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Norm, RowGradien
 from saefast.rows import group_runs, moments
 from saefast.rows_lean import COLUMN, NORMALISED, WORD, mix
 from saefast.runs import Decoded, Entries, Runs
-from saefast.triton_launch import on_device, readable
+from saefast.triton_launch import architecture, on_device, readable, sweeps
 
 __all__ = [
     "catch_up",
@@ -88,8 +88,8 @@ def decode_loss(
     squares, grad_acts = x.new_empty(P, B), x.new_empty(B, K)
     if B == 0:
         return Decoded(squares, grad_acts)
-    config = tuning.decode_loss(D, K, P)
-    with on_device(x):
+
+    def launch(config: tuning.DecodeLoss) -> None:
         decode_kernels.decode_loss[(B,)](
             x.contiguous(), acts.contiguous(), idx.contiguous(), readable(W_dec), b_dec,
             x.new_tensor(weight), torch.tensor(bounds, dtype=torch.int32, device=x.device),
@@ -97,6 +97,13 @@ def decode_loss(
             P=P, BY_LATENT=by_latent, RELU=relu, BLOCK_P=triton.next_power_of_2(P), BLOCK_K=config.block_k,
             BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1,
         )  # fmt: skip
+
+    config = tuning.decode_loss(D, K, P)
+    with on_device(x):
+        if sweeps(x):
+            key = ("decode_loss", architecture(x.device), config, W_dec.dtype, P)
+            config = tuning.sweep(key, tuning.decode_loss_candidates(config), launch)
+        launch(config)
     return Decoded(squares, grad_acts)
 
 

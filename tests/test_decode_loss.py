@@ -118,6 +118,23 @@ def test_a_tile_holds_all_entries_of_a_token(D, k):
     assert config.block_d >= 16
 
 
+def test_every_candidate_of_a_sweep_finds_the_same(device, monkeypatch):
+    """A sweep may run any of them, any number of times, on the step's own tensors."""
+    args, options = problem(3, 7, 40, 300, "multi", device)
+    tried: list[tuning.DecodeLoss] = []
+
+    def sweep(key, candidates, run):
+        for config in candidates:
+            run(config)
+            tried.append(config)
+        return tried[-1]
+
+    monkeypatch.setattr(rows_triton, "sweeps", lambda _: True)
+    monkeypatch.setattr(tuning, "sweep", sweep)
+    assert_close_to_plain(args, options)
+    assert len(set(tried)) >= 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("B", "K", "L", "D"), LARGE)
 @pytest.mark.parametrize("kind", ["top-k", "multi", "matryoshka", "aux"])
