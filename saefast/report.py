@@ -42,7 +42,8 @@ def write_features(folder: Path, table: FeatureTable, title: str) -> list[Path]:
     texts = {".html": to_html(table, title), ".md": to_markdown(table, title)}
     for ending, text in texts.items():
         with replacing(folder / f"{FEATURES}{ending}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            # A path that is no UTF-8 is shown as well as it can be.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return [folder / f"{FEATURES}{ending}" for ending in texts]
 
 
