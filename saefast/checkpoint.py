@@ -3,11 +3,15 @@
     RUN/checkpoints/step_00001000/sae.safetensors      the SAE as it stands, ready for `saefast.load`
                                   config.json          its config
                                   engine.safetensors   every tensor of the training state
-                                  state.json           every number of it, and sizes and digests of the other files
+                                  state.json           every number of it, sizes and digests of the other files, and
+                                                       last of all its own digest
 
 The state is any nesting of dicts and lists over tensors, numbers, strings, booleans and None; tensors go to one file,
-the rest to the other, and floats come back as the same bits. The SAE in a checkpoint can be used, but it is not the one
-that the run would return there: the engine may still owe sleeping rows some updates, which only its `finish` settles.
+the rest to the other, and floats come back as the same bits. A digest covers every byte of the four files. The SAE in a
+checkpoint can be used, but it is not the one that the run would return there: the engine may still owe sleeping rows
+some updates, which only its `finish` settles.
+
+Version 1 had no digest over state.json, so that nobody can say whether its numbers are those written: it is refused.
 """
 
 import hashlib
@@ -15,23 +19,40 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saefast.data.shardfile import Column, write_file
 from saefast.errors import InputError
-from saefast.files import read_json, sync, write_json
+from saefast.files import SEAL, read_sealed_json, sync, write_sealed_json
 from saefast.sae import CONFIG, SAE, WEIGHTS
+from saefast.schema import Count, check
 
 ENGINE, STATE = "engine.safetensors", "state.json"
-FORMAT, VERSION = "saefast checkpoint", 1
+FORMAT, VERSION = "saefast checkpoint", 2
+FILES = (WEIGHTS, CONFIG, ENGINE)
 _TENSOR = "__tensor__"
-# Rows that leave the GPU in one go while a checkpoint is written: the host never holds a second copy of the state.
-_PIECE_BYTES = 1 << 28
+
+
+class Fingerprint(TypedDict):
+    """Size and digest of a file."""
+
+    bytes: Count
+    sha256: str
+
+
+class Head(TypedDict):
+    """state.json."""
+
+    format: str
+    version: Count
+    step: Count
+    files: dict[str, Fingerprint]
+    state: dict[str, Any]
+    sha256: str
 
 
 def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2) -> Path:
@@ -51,11 +72,11 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
         sae.save(temporary)
         tensors: dict[str, Tensor] = {}
         numbers = _pack(state, "", tensors)
-        written = write_file(temporary / ENGINE, {name: _column(tensor) for name, tensor in tensors.items()})
+        written = write_file(temporary / ENGINE, {name: Column.of(tensor) for name, tensor in tensors.items()})
         files = {name: _fingerprint(temporary / name) for name in (WEIGHTS, CONFIG)}
-        files[ENGINE] = {"bytes": (temporary / ENGINE).stat().st_size, "sha256": written.sha256}
+        files[ENGINE] = Fingerprint(bytes=(temporary / ENGINE).stat().st_size, sha256=written.sha256)
         head = {"format": FORMAT, "version": VERSION, "step": step}
-        write_json(temporary / STATE, head | {"files": files, "state": numbers})
+        write_sealed_json(temporary / STATE, head | {"files": files, "state": numbers})
         sync(temporary)
         if target.exists():  # only a damaged one can be in the way: a run never saves a step twice
             shutil.rmtree(target)
@@ -68,52 +89,61 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
     return target
 
 
-def load(path: Path, *, verified: bool = False) -> dict[str, Any]:
+def load(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
     """The state given to `save`, tensors on the CPU. The SAE beside it is read by `saefast.load(path)`.
 
     Args:
         path: the checkpoint's folder.
-        verified: `verify` or `latest` has just looked at every byte, so the digests are not computed again.
+        kind: what the state must hold, as `saefast.schema.check` takes it.
 
     Raises:
-        InputError: a file is missing, cut short or damaged; the message names it.
+        InputError: a file is missing, cut short, damaged or of another kind; the message names it.
     """
-    head = _head(path) if verified else verify(path)
+    head = verify(path)
     tensors = {}
     try:
         with safe_open(path / ENGINE, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - not a dict
                 # A clone, because what safetensors returns may be a mapping of the file, which pruning deletes.
                 tensors[name] = opened.get_tensor(name).clone()
-    except (SafetensorError, OSError) as error:
+        state = _unpack(head["state"], tensors)
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise InputError(
             f"{path / ENGINE} cannot be read ({error}): remove {path} to resume from an older one"
         ) from None
-    state: dict[str, Any] = _unpack(head["state"], tensors)
-    return state
+    checked: dict[str, Any] = check(state, kind, path)
+    return checked
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None where there is none at all. Warns of each damaged one it skips.
+def newest(folder: Path, kind: Any = dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole and its state, or None where there is none. Warns of each one it skips.
 
     Raises:
-        InputError: there are checkpoints, all damaged.
+        InputError: there are checkpoints, and none can be used.
     """
     found = list(reversed(list_steps(folder)))
     for path in found:
         try:
-            verify(path)
+            return path, load(path, kind)
         except InputError as error:
             warnings.warn(f"skipping a damaged checkpoint: {error}", RuntimeWarning, stacklevel=4)
-        else:
-            return path
+            reason = error
     if found:
-        raise InputError(f"{folder} holds {len(found)} checkpoints, all damaged: train again into another folder")
+        raise InputError(
+            f"{folder} holds {len(found)} checkpoints, all damaged (of the oldest: {reason}): train again into another "
+            "folder"
+        )
     return None
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """The content of state.json, after checking size and digest of every other file against it.
+def latest(folder: Path) -> Path | None:
+    """The folder of the newest checkpoint that is whole; see `newest`."""
+    found = newest(folder)
+    return None if found is None else found[0]
+
+
+def verify(path: Path) -> Head:
+    """The content of state.json, after checking its digest, and size and digest of every other file.
 
     Raises:
         InputError: naming the file that is missing, cut short, damaged or of another format.
@@ -126,15 +156,29 @@ def verify(path: Path) -> dict[str, Any]:
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise InputError(f"{file} is truncated: {size} bytes of {expected['bytes']}; remove {path}")
-        if _fingerprint(file) != expected:
+        try:
+            found = _fingerprint(file)
+        except OSError as error:
+            raise InputError(f"{file} cannot be read: {error.strerror or error}; remove {path}") from None
+        if found != expected:
             raise InputError(f"{file} is damaged: its digest is not the one written; remove {path}")
     return head
 
 
-def _head(path: Path) -> dict[str, Any]:
-    head = read_json(path / STATE)
-    if not isinstance(head, dict) or head.get("format") != FORMAT or head.get("version") != VERSION:
-        raise InputError(f"{path / STATE} is no checkpoint of this version of saefast: expected {FORMAT} {VERSION}")
+def _head(path: Path) -> Head:
+    file = path / STATE
+    found = read_sealed_json(file)
+    version = found.get("version") if isinstance(found, dict) and found.get("format") == FORMAT else None
+    if version != VERSION:
+        raise InputError(
+            f"{file} is no checkpoint of this version of saefast: it is of version {version!r}, expected {VERSION}; "
+            "go on with the saefast that wrote it, or train again into another folder"
+        )
+    if SEAL not in found:
+        raise InputError(f"{file} is damaged: it has lost its digest; remove {path}")
+    head: Head = check(found, Head, file)
+    if sorted(head["files"]) != sorted(FILES) or head["step"] != step_of(path):
+        raise InputError(f"{file} is of step {head['step']} with the files {', '.join(head['files'])}: remove {path}")
     return head
 
 
@@ -142,7 +186,7 @@ def list_steps(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first, damaged ones included."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step_[0-9]{8,18}", path.name)), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -190,20 +234,9 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return [_unpack(item, tensors) for item in value] if isinstance(value, list) else value
 
 
-def _column(tensor: Tensor) -> Column:
-    return Column(tensor.dtype, tuple(tensor.shape), _pieces(tensor))
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    flat = tensor.reshape(-1)
-    for piece in flat.split(max(_PIECE_BYTES // tensor.element_size(), 1)):
-        yield piece.cpu()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file."""
+def _fingerprint(path: Path) -> Fingerprint:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while data := file.read(1 << 24):
             digest.update(data)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return Fingerprint(bytes=path.stat().st_size, sha256=digest.hexdigest())

@@ -1,14 +1,28 @@
-"""Files that are either whole or not there: write beside the target, flush to disk, rename."""
+"""Files that are either whole or not there: write beside the target, flush to disk, rename. JSON that is checked.
+
+A sealed JSON file ends with its own digest, the sha256 of every byte before it, and is still plain JSON:
+
+    {
+      ...
+      "sha256": "5e8f..."
+    }
+"""
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from saefast.errors import InputError
+from saefast.schema import check
+
+SEAL = "sha256"
+_SEALED = re.compile(rb'(.*),\n  "sha256": "([0-9a-f]{64})"\n}\n', re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -47,14 +61,71 @@ def sync(path: Path) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | Path) -> Any:
-    """Raises InputError for a file that is missing or not JSON."""
+def write_sealed_json(path: str | Path, value: dict[str, Any]) -> None:
+    """Writes a JSON object with its digest as the last entry, in place of one that `value` may have."""
+    body = json.dumps({key: item for key, item in value.items() if key != SEAL}, indent=2).removesuffix("\n}")
+    seal = hashlib.sha256(body.encode()).hexdigest()
+    with replacing(path) as temporary:
+        temporary.write_text(f'{body},\n  "{SEAL}": "{seal}"\n}}\n', encoding="utf-8")
+
+
+def read_json(path: str | Path, kind: Any = Any) -> Any:
+    """A JSON file, checked against a declaration (see `saefast.schema`).
+
+    Raises:
+        InputError: a file that is missing, cannot be read, is not JSON or not of the kind declared.
+    """
+    return check(parse_json(_read(path), path), kind, path)
+
+
+def read_sealed_json(path: str | Path, kind: Any = Any) -> Any:
+    """As `read_json`; where the file carries a digest, it must be that of its bytes.
+
+    Raises:
+        InputError: as `read_json`, or any byte differs from what was written.
+    """
+    data = _read(path)
+    value = parse_json(data, path)
+    if isinstance(value, dict) and SEAL in value:
+        sealed = _SEALED.fullmatch(data)
+        if sealed is None or hashlib.sha256(sealed[1]).hexdigest().encode() != sealed[2]:
+            raise InputError(f"{path} is damaged: its digest is not the one written; it was altered after that")
+    return check(value, kind, path)
+
+
+def parse_json(data: bytes | str, path: object) -> Any:
+    """The value that JSON text stands for. Raises InputError naming `path` for text that is none."""
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(data)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply to be read: it was damaged, or is of another program") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, and numbers of thousands of digits
+        reason = str(error).split(";")[0]
+        raise InputError(f"{path} is not valid JSON ({reason}): it was cut short or edited; restore it") from None
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return usable(path).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}): it was cut short or edited; restore it") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def usable(path: str | Path) -> Path:
+    """A path that a person gave, with ~ for their home.
+
+    Raises:
+        InputError: one that no file can have: empty, with a NUL character, or with letters no file system takes.
+    """
+    text = os.fspath(path)
+    try:
+        if text and "\0" not in text and os.fsencode(text):
+            return Path(text).expanduser()
+    except (UnicodeEncodeError, RuntimeError):  # RuntimeError: ~name of a user who is not there
+        pass
+    raise InputError(f"{text!a} is no path of a file or folder: name one that the file system can hold")

@@ -2,22 +2,25 @@
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from saefast import autograd
+from saefast.data.shardfile import Column, verify_seal, write_file
 from saefast.errors import InputError
-from saefast.files import replacing, write_json
+from saefast.files import parse_json, usable, write_json
 from saefast.init import Init, init_weights
+from saefast.placement import pick_device
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
-DTYPES = {
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES: dict[DType, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -50,7 +53,7 @@ class SAEConfig:
     unit_norm_decoder: bool = True
     rescale_acts_by_decoder_norm: bool = False
     init: Init = "tied"
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    dtype: DType = "float32"
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -190,41 +193,80 @@ class SAE(nn.Module):
         return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
 
     def save(self, path: str | Path) -> None:
-        """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder."""
-        folder = Path(path)
+        """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder.
+
+        Raises:
+            InputError: as `save_weights`, or the folder's config.json is of something else.
+        """
+        folder = usable(path)
         self.save_weights(folder / WEIGHTS)
-        write_json(folder / CONFIG, self.config.to_dict())
+        write_json(folder / CONFIG, self.config_as_is().to_dict())
 
     def save_weights(self, file: str | Path) -> None:
-        """Writes weights and config into one safetensors file, whole or not at all; `load` reads it."""
-        config = json.dumps(self.config.to_dict())
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        with replacing(file) as temporary:
-            save_file(tensors, temporary, metadata={"format": "saefast", "config": config})
+        """Writes weights and config into one safetensors file, whole or not at all; `load` reads it.
+
+        The dtype is the one the parameters have now, whatever the config says. The file carries a digest of all its
+        bytes (see `saefast.data.shardfile.write_file`).
+
+        Raises:
+            InputError: parameters on the meta device, of several dtypes or of one that SAEConfig.dtype cannot name.
+        """
+        facts = {"format": "saefast", "config": json.dumps(self.config_as_is().to_dict())}
+        columns = {name: Column.of(tensor) for name, tensor in self.state_dict().items()}
+        write_file(usable(file), columns, facts, sealed=True)
+
+    def config_as_is(self) -> SAEConfig:
+        """The config with the dtype that the parameters have, which `.to(dtype)` may have changed."""
+        found = {parameter.dtype for parameter in self.parameters()}
+        names = [name for name, dtype in DTYPES.items() if dtype in found]
+        if len(found) != 1 or not names:
+            raise InputError(f"parameters are of {', '.join(map(str, found))}: expected one of {', '.join(DTYPES)}")
+        if self.device.type == "meta":
+            raise InputError("the SAE is on the meta device, where tensors have no values: there is nothing to save")
+        return dataclasses.replace(self.config, dtype=names[0])
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> SAE:
+def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> SAE:
     """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.
 
+    Args:
+        path: the folder or file.
+        device: where the weights go.
+        verify: compare the file with its digest, which reads it once more; a file written before there were digests
+            is loaded with a warning.
+
     Raises:
-        InputError: nothing there, a file cut short, or one of another format or shape.
+        InputError: nothing there, a file cut short, damaged, or of another format or shape; a device that is not there.
     """
-    file = Path(path)
+    file = usable(path)
     file = file / WEIGHTS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{file} does not exist: expected a folder written by SAE.save, holding {WEIGHTS}")
+    place = pick_device(str(device))
     try:
-        with safe_open(file, framework="pt", device=str(device)) as opened:
+        with safe_open(file, framework="pt", device=str(place)) as opened:
             facts = opened.metadata() or {}
+            if facts.get("format") != "saefast":
+                raise InputError(f"{file} was not written by saefast (format {facts.get('format')!r})")
+            if verify and not verify_seal(file, {"format", "config"}):
+                warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}): it was cut short or damaged") from None
-    if facts.get("format") != "saefast":
-        raise InputError(f"{file} was not written by saefast (format {facts.get('format')!r})")
-    sae = SAE(SAEConfig.from_dict(json.loads(facts["config"])), device="meta")
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        raise InputError(f"{file} holds {found}, its config asks for {expected}: the file was altered")
+    sae = SAE(_config_of(file, facts, tensors), device="meta")
     sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
+
+
+def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) -> SAEConfig:
+    """The config in a file's header, once the tensors are known to be of its shapes and of one dtype, which it gets."""
+    config = SAEConfig.from_dict(parse_json(facts.get("config", ""), f"{file}: its config"))
+    L, D = config.n_latents, config.d_in
+    expected = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]
+    if expected != found or not names:
+        kinds = ", ".join(map(str, dtypes))
+        raise InputError(f"{file} holds {found} of {kinds}, its config asks for {expected}: the file was altered")
+    return dataclasses.replace(config, dtype=names[0])

@@ -20,10 +20,11 @@ from saefast.data.sources import HELDOUT, open_source
 from saefast.engine import Engine
 from saefast.errors import InputError
 from saefast.feed import Feed, input_scale
+from saefast.placement import pick_device
 from saefast.progress import MetricsLog, bar
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig, load
-from saefast.trainer import Line, Run, Stopped, advance, finish, stopped
+from saefast.trainer import Line, Run, RunState, Stopped, advance, finish, stopped
 
 __all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
 
@@ -137,18 +138,6 @@ def count_steps(source: Source, config: TrainConfig) -> int:
     return max(tokens // config.batch_size, 1)
 
 
-def pick_device(name: str) -> torch.device:
-    """The device TrainConfig.device names; "auto" is the GPU if there is one. Raises InputError for one not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device is {name!r}, which is not there ({str(error).splitlines()[0]}): try 'auto'") from None
-    return device
-
-
 def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
     """The engine that config.engine names."""
     if config.engine == "autograd":
@@ -167,9 +156,9 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     """A new run, or the one whose newest checkpoint lies in the folder `resume_from`."""
     total_steps = count_steps(source, config)
     if resume_from is not None:
-        path = checkpoint.latest(resume_from / rundir.CHECKPOINTS)
-        if path is not None:
-            return _restore(path, source, sae_config, config, total_steps)
+        found = checkpoint.newest(resume_from / rundir.CHECKPOINTS, RunState)
+        if found is not None:
+            return _restore(*found, source, sae_config, config, total_steps)
         warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
     device = pick_device(config.device)
     sae = SAE(sae_config, seed=config.seed, device=device)
@@ -181,20 +170,25 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     return Run(sae, engine, feed, config, total_steps)
 
 
-def _restore(path: Path, source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int) -> Run:
-    """The run as it stood when the checkpoint at `path` was written; torch's global generators too."""
-    state = checkpoint.load(path, verified=True)  # by `latest`, just now
+def _restore(
+    path: Path, state: dict[str, Any], source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int
+) -> Run:
+    """The run as it stood when the checkpoint at `path`, which holds `state`, was written; torch's generators too."""
     step = state["step"]
     rundir.check_same(path, state["settings"], sae_config, config, step, total_steps)
     device = pick_device(config.device)
     sae = SAE(sae_config, device="meta")
     # Copies: what `load` returns on a CPU may be a mapping of a file that pruning deletes.
-    sae.load_state_dict({name: value.clone() for name, value in load(path, device).state_dict().items()}, assign=True)
+    stored = load(path, device, verify=False).state_dict()  # `checkpoint` has just looked at every byte
+    sae.load_state_dict({name: value.clone() for name, value in stored.items()}, assign=True)
     with torch.no_grad():
         sae.b_enc.copy_(state["b_enc"])
         sae.b_dec.copy_(state["b_dec"])
     engine = make_engine(sae, config, total_steps)
-    engine.load_state_dict(state["engine"])
+    try:
+        engine.load_state_dict(state["engine"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
     feed.scale = state["scale"]
     feed.restore_ahead(state["ahead"], step)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,26 @@ from saefast.sae import SAE, WEIGHTS
 Line = dict[str, Any]
 # Rows that the held-out figures in metrics.jsonl are taken over; `saefast eval` looks at all of them.
 HELDOUT_ROWS = 1 << 16
+
+
+class RunState(TypedDict):
+    """What a checkpoint holds of a run."""
+
+    settings: dict[str, dict[str, Any]]
+    step: int
+    tokens: int
+    # The last step's figures wait here for those of the finished SAE, which are measured after the last checkpoint.
+    line: Line | None
+    seconds: float
+    waited: float
+    scale: float
+    cursor: dict[str, Any] | None
+    ahead: int
+    rng: dict[str, Tensor]
+    # The SAE in a checkpoint serves raw inputs; its biases times the scale would not be these to the bit.
+    b_enc: Tensor
+    b_dec: Tensor
+    engine: dict[str, Any]
 
 
 class Stopped(KeyboardInterrupt):
@@ -237,11 +257,10 @@ def _save(run: Run) -> None:
             raise InputError(
                 f"{name} holds NaN or inf at step {run.step}: training diverged; lower lr. It was not saved"
             )
-    state = {
+    state: RunState = {
         "settings": rundir.settings(run.sae.config, run.config),
         "step": run.step,
         "tokens": run.tokens,
-        # The last step's figures wait here for those of the finished SAE, which are measured after the last checkpoint.
         "line": run.line,
         "seconds": run.seconds,
         "waited": run.waited_before + run.feed.waited,
@@ -249,7 +268,6 @@ def _save(run: Run) -> None:
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
         "rng": _get_rng(),
-        # The SAE in a checkpoint serves raw inputs; its biases times the scale would not be these to the bit.
         "b_enc": run.sae.b_enc,
         "b_dec": run.sae.b_dec,
         "engine": run.engine.state_dict(),
@@ -258,7 +276,7 @@ def _save(run: Run) -> None:
     with rundir.writing(folder):
         if run.log is not None:
             run.log.sync()
-        checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale), state, run.keep)
+        checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale), dict(state), run.keep)
     run.saved_step = run.step
     run.mark()
 

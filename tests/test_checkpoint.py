@@ -15,6 +15,7 @@ import torch
 import train_job
 
 from saefast import checkpoint, rundir
+from saefast.data import shardfile
 from saefast.errors import InputError
 from saefast.progress import MetricsLog, read_metrics
 from saefast.recipe import TrainConfig, preset
@@ -110,7 +111,7 @@ def test_what_cannot_come_back_exactly_is_refused(tmp_path: Path, value: Any) ->
 
 
 def test_large_tensors_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(shardfile, "_PIECE_BYTES", 64)
     assert bits(checkpoint.load(checkpoint.save(tmp_path, 1, SAE(CONFIG), STATE))) == bits(STATE)
 
 

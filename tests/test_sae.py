@@ -104,7 +104,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("saefast.sae.save_file", full_disk)
+    monkeypatch.setattr("saefast.data.shardfile._Hashing.write_tensor", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make(d_in=7).save(tmp_path)
     assert (tmp_path / "sae.safetensors").read_bytes() == whole

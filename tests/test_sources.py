@@ -233,7 +233,7 @@ def bad_inputs():
         "garbage npy": (lambda p: made(p / "x.npy", b"garbage" * 99), "cannot be read as .npy"),
         "garbage pt": (lambda p: made(p / "x.pt", b"garbage" * 99), "cannot be read by torch.load"),
         "garbage safetensors": (lambda p: made(p / "x.safetensors", b"garbage" * 99), "safetensors file"),
-        "not JSON": (lambda p: made(p / "x.safetensors", b"\4" + bytes(7) + b"{{{{"), "its header is not JSON"),
+        "not JSON": (lambda p: made(p / "x.safetensors", b"\4" + bytes(7) + b"{{{{"), "its header is not valid JSON"),
         "pickled objects": (lambda p: saved(p / "x.npy", np.array([{}], dtype=object)), "cannot be read as .npy"),
         "empty folder": (lambda p: p, "holds no index.json"),
         "two kinds": (lambda p: (saved(p / "x.npy", x.numpy()), torch.save(x, p / "y.pt"), p)[-1], "several kinds"),

@@ -21,11 +21,12 @@ from saefast.data.sources import open_source
 from saefast.errors import InputError
 from saefast.feed import Feed, input_scale
 from saefast.metrics import Reconstruction
+from saefast.placement import pick_device
 from saefast.progress import METRICS, read_metrics
 from saefast.recipe import TrainConfig, preset
 from saefast.sae import SAE, SAEConfig, load
 from saefast.step import FusedStep
-from saefast.train import count_steps, pick_device, train
+from saefast.train import count_steps, train
 from saefast.trainer import Stopped, evaluate_heldout, fold
 
 CONFIG = SAEConfig(d_in=12, n_latents=48, k=4)

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast.data.moments import Moments
@@ -25,6 +24,7 @@ from saefast.data.shards import (
     FORMAT,
     ROWS_PER_SHARD,
     SPLITS,
+    STATS,
     VERSION,
     ShardFolder,
     dequantise,
@@ -33,7 +33,7 @@ from saefast.data.shards import (
     read_index,
 )
 from saefast.errors import InputError
-from saefast.files import replacing, write_json
+from saefast.files import write_json
 
 # Bytes shuffled and hashed at a time: much more leaves the cache, much less is all start and stop of threads.
 _PIECE = 8 << 20
@@ -245,8 +245,8 @@ class ShardWriter:
         for hook, moments in self._moments.items():
             tensors |= moments.tensors(hook)
         if tensors:
-            with replacing(self.folder / "stats.safetensors") as temporary:
-                save_file(tensors, temporary)
+            columns = {name: Column.of(tensor) for name, tensor in tensors.items()}
+            write_file(self.folder / STATS, columns, sealed=True)
 
 
 class _Spool:

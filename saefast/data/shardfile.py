@@ -8,22 +8,26 @@ the same.
 import hashlib
 import json
 import math
+import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.files import replacing
+from saefast.files import SEAL, parse_json, replacing, usable
+from saefast.schema import Count, check
 
 PAGE = 4096
 # A shard's checksums come per block, so that damage is reported with its place in the file.
 BLOCK = 1 << 24
+# What leaves a GPU in one go: the host never holds a second copy of a training state or an SAE.
+_PIECE_BYTES = 1 << 28
 # The header of a shard is a few hundred bytes; a foreign file with thousands of tensors has a few megabytes.
 _LARGEST_HEADER = 100 << 20
 
@@ -40,6 +44,22 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+METADATA = "__metadata__"
+# What stands in a sealed file's digest while the digest is made.
+_BLANK = "0" * 64
+
+
+class TensorInfo(TypedDict):
+    """What a header says of a tensor: two offsets into the data behind the header."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: list[Count]
+
+
+Header = TypedDict("Header", {"__metadata__": dict[str, str]}, total=False)
 
 
 @dataclass(frozen=True)
@@ -70,43 +90,31 @@ class Column:
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Column":
-        return cls(tensor.dtype, tuple(tensor.shape), [tensor])
+        return cls(tensor.dtype, tuple(tensor.shape), _pieces(tensor))
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.detach().reshape(-1)
+    for piece in flat.split(max(_PIECE_BYTES // tensor.element_size(), 1)):
+        yield piece.cpu()
 
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Tensors of a safetensors file by name. Raises InputError naming the file, and the offset it is cut short at."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-                raise InputError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no safetensors file: its header is not JSON") from None
-    return _entries(path, header, 8 + length, size)
-
-
-def _entries(path: Path, header: object, data: int, size: int) -> dict[str, Entry]:
+    raw, size = _raw_header(path)
+    header: dict[str, Any] = check(parse_json(raw, f"{path}: its header"), dict[str, Any], f"{path}: its header")
+    header.pop(METADATA, None)
+    infos: dict[str, TensorInfo] = check(header, dict[str, TensorInfo], f"{path}: its header")
     entries = {}
-    try:
-        items = [(k, v) for k, v in dict(header).items() if k != "__metadata__"]  # type: ignore[call-overload]
-        for name, info in items:
-            dtype, shape = DTYPES.get(info["dtype"]), tuple(int(n) for n in info["shape"])
-            start, end = (data + int(offset) for offset in info["data_offsets"])
-            if dtype is None:
-                continue
-            if start < data or end - start != math.prod(shape) * dtype.itemsize:
-                raise InputError(f"{path}: the header gives tensor {name} {end - start} bytes for shape {shape}")
-            entries[name] = Entry(dtype, shape, start, end)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no safetensors file: its header lacks {error}") from None
+    for name, info in infos.items():
+        dtype, shape, offsets = DTYPES.get(info["dtype"]), tuple(info["shape"]), info["data_offsets"]
+        if dtype is None:
+            continue
+        length = offsets[1] - offsets[0] if len(offsets) == 2 else -1
+        # The product without zeros too: torch multiplies dimensions of an empty tensor as well.
+        if length != math.prod(shape) * dtype.itemsize or math.prod(n for n in shape if n) >= 2**60:
+            raise InputError(f"{path}: the header gives tensor {name} {length} bytes for shape {shape}")
+        entries[name] = Entry(dtype, shape, 8 + len(raw) + offsets[0], 8 + len(raw) + offsets[1])
     for name, entry in entries.items():
         if entry.end > size:
             raise InputError(
@@ -114,6 +122,58 @@ def _entries(path: Path, header: object, data: int, size: int) -> dict[str, Entr
                 " copy or harvest it again"
             )
     return entries
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The strings in a safetensors file's header, its digest among them. Raises InputError as `read_header` does."""
+    raw, _ = _raw_header(path)
+    header: Header = check(parse_json(raw, f"{path}: its header"), Header, f"{path}: its header")
+    return header.get("__metadata__", {})
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's JSON, undecoded, and the size of the file."""
+    try:
+        with usable(path).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise InputError(f"{path} is truncated or no safetensors file: {size} bytes, header of {length}")
+            return file.read(length), size
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def verify_seal(path: Path, before: set[str]) -> bool:
+    """Whether a file carries its own digest (`write_file(sealed=True)`), which is then compared with its bytes.
+
+    Args:
+        path: a safetensors file.
+        before: the keys of the metadata that such files had before they were sealed. A file without a digest and with
+            other keys is a sealed one whose digest was damaged.
+
+    Raises:
+        InputError: any byte of the file differs from what was written.
+    """
+    facts = read_metadata(path)
+    if SEAL not in facts and facts.keys() == before:
+        return False
+    raw, _ = _raw_header(path)
+    kept = facts.get(SEAL, "")
+    out = _Hashing(None)
+    with path.open("rb") as file:
+        out.write(file.read(8) + file.read(len(raw)).replace(_seal_entry(kept), _seal_entry(_BLANK), 1))
+        while data := file.read(BLOCK):
+            out.write(data)
+    if out.digest().sha256 != kept:
+        raise InputError(f"{path} is damaged: its digest is not the one written; copy or make it again")
+    return True
+
+
+def _seal_entry(digest: str) -> bytes:
+    return f'"{SEAL}":"{digest}"'.encode()
 
 
 def map_tensor(path: Path, entry: Entry) -> Tensor:
@@ -127,12 +187,18 @@ def map_tensor(path: Path, entry: Entry) -> Tensor:
     return flat.view(entry.dtype).view(entry.shape)
 
 
-def write_file(path: Path, columns: Mapping[str, Column], metadata: Mapping[str, str] | None = None) -> Digest:
+def write_file(
+    path: Path, columns: Mapping[str, Column], metadata: Mapping[str, str] | None = None, *, sealed: bool = False
+) -> Digest:
     """Writes the columns in the given order to a temporary file, flushes it to disk and renames it.
 
     Where a tensor would start at an address its dtype cannot be read from, a few bytes named `_pad` come first.
+
+    Args:
+        sealed: the header's metadata gets "sha256": the digest of the whole file as it is with 64 zeros in its place,
+            so that every byte is covered and the file stays plain safetensors. It is the sha256 returned, too.
     """
-    header, padding = _layout(columns, metadata or {})
+    header, padding = _layout(columns, ({SEAL: _BLANK} if sealed else {}) | dict(metadata or {}))
     with replacing(path) as temporary, temporary.open("wb") as file:
         out = _Hashing(file)
         out.write(len(header).to_bytes(8, "little") + header)
@@ -143,13 +209,17 @@ def write_file(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
                 written += out.write_tensor(piece, column.dtype)
             if written != math.prod(column.shape) * column.dtype.itemsize:
                 raise RuntimeError(f"{path}: {written} bytes written for {name} of shape {column.shape}")
+        digest = out.digest()
+        if sealed:
+            file.seek(8 + header.index(_seal_entry(_BLANK)))
+            file.write(_seal_entry(digest.sha256))
         file.flush()
-    return out.digest()
+    return digest
 
 
 def _layout(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The padded JSON header, and how many bytes of padding each column needs before it."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    entries: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     padding, offset = {}, 0
     for name, column in columns.items():
         gap = -offset % column.dtype.itemsize

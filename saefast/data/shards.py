@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from saefast.data.moments import Moments
-from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header
+from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header, verify_seal
 from saefast.errors import InputError
 from saefast.files import read_json
 
 FORMAT = "saefast-activations"
 VERSION = 1
+STATS = "stats.safetensors"
 ROWS_PER_SHARD = 1 << 20
 SPLITS = ("train", "heldout")
 ACT_DTYPES = {
@@ -168,8 +169,14 @@ class ShardFolder:
         return found
 
     def stats(self, hook: str | None = None) -> Moments:
-        """Moments of the training share of a hook. Raises InputError when the file is missing."""
-        name, path = self.hook(hook), self.path / "stats.safetensors"
+        """Moments of the training share of a hook.
+
+        Raises:
+            InputError: the file is missing, or any byte of it is not the one written (files of before there were
+                digests are taken as they are).
+        """
+        name, path = self.hook(hook), self.path / STATS
+        verify_seal(path, set())
         tensors = {key: map_tensor(path, entry) for key, entry in read_header(path).items()}
         try:
             return Moments.from_tensors(name, tensors)
