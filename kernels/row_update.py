@@ -48,12 +48,15 @@ def run_gradient(
 ):
     """The gradient row of run r: its entries, or its pieces where it was cut."""
     begin, end = tl.load(offsets_ptr + r), tl.load(offsets_ptr + r + 1)
+    # One return: behind an early one the compiler would go on to type-check what needs the pointer, which is None.
     if pieces_ptr is None:
-        return sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
-    piece, last = tl.load(first_ptr + r), tl.load(first_ptr + r + 1)
-    end = tl.where(last > piece, begin, end)
-    acc = sum_entries(pieces_ptr, None, None, piece, last, D, offs_d, mask_d, BLOCK_D, UNROLL)
-    return acc + sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+        acc = sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+    else:
+        piece, last = tl.load(first_ptr + r), tl.load(first_ptr + r + 1)
+        end = tl.where(last > piece, begin, end)
+        acc = sum_entries(pieces_ptr, None, None, piece, last, D, offs_d, mask_d, BLOCK_D, UNROLL)
+        acc += sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
+    return acc
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -328,6 +331,7 @@ def lean_settle_rows(
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
+    ROOM: tl.constexpr,  # a power of 2, at least BLOCKS
     BLOCK_D: tl.constexpr,
 ):
     """catch_up and normalise_rows of a lean matrix, a row a program."""
@@ -342,15 +346,19 @@ def lean_settle_rows(
     elif tl.load(owed_ptr + r) > 0:
         w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
         m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
-        w, _, v = lean_settle(w, m, tl.load(v_ptr + i), owed_ptr, r, n, NORM)
+        v = tl.load(v_ptr + i)
+        offs_b = tl.arange(0, ROOM)
+        scale_ptrs, mask_b = scale_ptr + i * BLOCKS + offs_b, offs_b < BLOCKS
+        scale = tl.load(scale_ptrs, mask=mask_b, other=0.0).to(tl.float32)
+        # Every warp has read v and the scales before one of them overwrites either.
+        tl.debug_barrier()
+        w, _, v = lean_settle(w, m, v, owed_ptr, r, n, NORM)
         lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
         tl.store(v_ptr + i, v)
         # Only the scales shrink: the 8-bit values stay. Rounded to nearest bf16, ties to even, bit by bit.
-        for b in tl.static_range(BLOCKS):
-            scale = tl.load(scale_ptr + i * BLOCKS + b).to(tl.float32) * tl.load(owed_ptr + 3 * n + r)
-            words = scale.to(tl.uint32, bitcast=True)
-            words = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16
-            tl.store(scale_ptr + i * BLOCKS + b, as_float(words).to(tl.bfloat16))
+        words = (scale * tl.load(owed_ptr + 3 * n + r)).to(tl.uint32, bitcast=True)
+        words = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16
+        tl.store(scale_ptrs, as_float(words).to(tl.bfloat16), mask=mask_b)
 
 
 @triton.jit(do_not_specialize=["n", "when", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"])

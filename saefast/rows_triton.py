@@ -35,6 +35,11 @@ __all__ = [
     "weighted_row_sum",
 ]
 
+# Whether decode_loss fuses a product into the addition that follows it. Where a lane holds one column, the addition is
+# the first of a sum across lanes: fused, each lane rounds another of the two products, so they disagree by a bit, and
+# which of them stores the sum is not fixed.
+FUSION = False
+
 
 class Pieces(NamedTuple):
     """How long runs are cut; see kernels/row_update.py."""
@@ -95,7 +100,7 @@ def decode_loss(
             x.new_tensor(weight), torch.tensor(bounds, dtype=torch.int32, device=x.device),
             residual, error, squares, grad_acts, B, D, K,
             P=P, BY_LATENT=by_latent, RELU=relu, BLOCK_P=triton.next_power_of_2(P), BLOCK_K=config.block_k,
-            BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1,
+            BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1, enable_fp_fusion=FUSION,
         )  # fmt: skip
 
     config = tuning.decode_loss(D, K, P)
@@ -203,8 +208,9 @@ def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, owed: Tensor
         if isinstance(matrix, LeanMatrix):
             salt = 0 if owed is not None else NORMALISED
             row_kernels.lean_settle_rows[(n,)](
-                rows, owed, *_lean(matrix), n, D, _when(matrix, step, salt), **_blocks(matrix), **options
-            )
+                rows, owed, *_lean(matrix), n, D, _when(matrix, step, salt), **_blocks(matrix),
+                ROOM=triton.next_power_of_2(matrix.scale.shape[1]), **options,
+            )  # fmt: skip
         else:
             row_kernels.settle_rows[(n * blocks,)](
                 rows, owed, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, n, D, **options

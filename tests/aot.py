@@ -10,6 +10,7 @@ ptxas, cuobjdump and nvdisasm. Types and divisibilities are those the launcher w
 import collections
 import dataclasses
 import hashlib
+import inspect as python
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from saefast import rows_triton
 from saefast.kernels import decode_loss, encode_tiles, fill_csr, merge_topk, row_update, sddmm, spmm, tuning
 from saefast.optim import LEAN_BLOCK
 
@@ -47,6 +49,7 @@ class Case:
     registers: int | None = None
     per_sm: int = 0
     aligned: bool = True
+    fusion: bool = True
 
 
 @dataclasses.dataclass
@@ -177,7 +180,7 @@ def decode_cases() -> Iterator[Case]:
         constants = {"P": planes, "BY_LATENT": planes > 1, "RELU": True, "BLOCK_P": planes}
         constants |= {"BLOCK_K": config.block_k, "BLOCK_D": config.block_d}
         name = f"decode_loss {element} D={D} k={k} planes={planes}"
-        yield Case(name, decode_loss.decode_loss, types, constants, config.warps, 1)
+        yield Case(name, decode_loss.decode_loss, types, constants, config.warps, 1, fusion=rows_triton.FUSION)
 
 
 def row_cases() -> Iterator[Case]:
@@ -200,6 +203,13 @@ def row_cases() -> Iterator[Case]:
         yield Case(f"gradient_squares {kind}", row_update.gradient_squares, squares, summed | how, *options)
         types, how = matrix | extra | {"owed_ptr": "*fp32"}, {"NORM": 2 * whole}
         yield Case(f"settle_rows {kind}", row_update.settle_rows, types, settled | how, *options)
+        # No run was cut: no pieces, so nothing of what reads them.
+        short = {name: kind for name, kind in updates.items() if name not in cut}
+        how = {"PROJECT": whole, "NORM": 2 * whole}
+        yield Case(f"row_update {kind} uncut", row_update.row_update, short | extra, summed | how, *options)
+        short = {name: kind for name, kind in squares.items() if name not in cut}
+        how = {"PROJECT": whole}
+        yield Case(f"gradient_squares {kind} uncut", row_update.gradient_squares, short, summed | how, *options)
         if not whole:
             yield Case(f"piece_sums {kind}", row_update.piece_sums, pieces, summed | {"CUT": tuning.CUT}, *options)
 
@@ -214,10 +224,17 @@ def lean_cases() -> Iterator[Case]:
         config, blocks = tuning.rows(D, True), -(-D // LEAN_BLOCK)
         options = (config.warps, 1, tuning.ROW_REGISTERS)
         how = {"NORM": 2, "WIDTH": -(-D // blocks), "BLOCKS": blocks, "BLOCK_D": config.block_d}
-        yield Case(f"lean_settle_rows D={D}", row_update.lean_settle_rows, matrix, how, *options)
+        room = {"ROOM": triton.next_power_of_2(blocks)}
+        yield Case(f"lean_settle_rows D={D}", row_update.lean_settle_rows, matrix, how | room, *options)
+        # W_enc's sweep: no norms, so no sum over the row whose barriers would come for nothing.
+        plain = {name: kind for name, kind in matrix.items() if name != "norms_ptr"}
+        sweep = how | room | {"NORM": 0}
+        yield Case(f"lean_settle_rows D={D} sweep", row_update.lean_settle_rows, plain, sweep, *options)
         updates = types | matrix | dict.fromkeys(numbers, "fp32")
         summed = how | {"PROJECT": True, "UNROLL": config.unroll}
         yield Case(f"lean_row_update D={D}", row_update.lean_row_update, updates, summed, *options)
+        short = {name: kind for name, kind in updates.items() if name not in ("pieces_ptr", "first_ptr")}
+        yield Case(f"lean_row_update D={D} uncut", row_update.lean_row_update, short, summed, *options)
 
 
 def compile_case(case: Case, arch: int) -> Report:
@@ -228,6 +245,7 @@ def compile_case(case: Case, arch: int) -> Report:
     divisible = [name for name in names if signature[name].startswith("*") or name in DIVISIBLE]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if case.aligned}
     options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
+    options["enable_fp_fusion"] = case.fusion
     source = ASTSource(case.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, opcodes, wide = inspect(compiled.asm["cubin"])
@@ -244,8 +262,9 @@ def inspect(cubin: bytes) -> tuple[dict[str, int], dict[str, int], int]:
     """Registers and stack, instructions by opcode, and 128-bit global loads of a cubin; cached by its hash."""
     folder = Path(tempfile.gettempdir()) / "saefast-aot"
     folder.mkdir(exist_ok=True)
-    # What is read out of a cubin is decided in this file, so its own text is part of the key.
-    cached = folder / f"{hashlib.sha256(cubin + Path(__file__).read_bytes()).hexdigest()}.json"
+    # What is read out of a cubin is decided by these functions, so their text is part of the key.
+    text = "".join(map(python.getsource, (usage_of, opcodes_of)))
+    cached = folder / f"{hashlib.sha256(cubin + text.encode()).hexdigest()}.json"
     if not cached.exists():
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)

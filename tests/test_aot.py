@@ -128,6 +128,20 @@ def test_gathers_load_16_bytes_at_a_time(compiled, arch):
     assert all(r["wide_loads"] >= 8 for r in reports(compiled, arch, *ROWS))
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lean_rows_are_read_by_all_warps_before_they_are_written(compiled, arch):
+    """Every warp loads the row's v and scales, one of them overwrites both: a barrier has to stand between."""
+    for report in reports(compiled, arch, "lean_settle_rows"):
+        assert report["warps"] > 1
+        assert report["opcodes"].get("BAR", 0) > 0, report["name"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_decode_loss_fuses_no_product_into_a_sum_across_lanes(compiled, arch):
+    for report in reports(compiled, arch, "decode_loss"):
+        assert not report["opcodes"].keys() & {"FFMA", "FFMA2"}, report["name"]
+
+
 def test_the_inspection_sees_scalar_loads_and_spills(compiled):
     """The same kernels, compiled badly on purpose: what the tests above look for is there to be found."""
     broken = {r["name"]: r for r in compiled["broken"]}
