@@ -1,5 +1,7 @@
-// The Python face of csrc/: the only file that includes pybind11. Tensors arrive as integer addresses and sizes; the
-// Python wrappers in saefast/native.py have checked dtype, shape and contiguity. One bind_ function per source file.
+// The Python face of csrc/, with bindings_rows.cpp for the row operations: pybind11 is included here and in tensors.hpp
+// alone. Tensors arrive as Python has them; tensors.hpp makes addresses of them once their dtype, size, layout and
+// device are right, and sizes come from their shapes, so no number that Python passes can make memory look larger than
+// it is. One bind_ function per source file.
 // C++ exceptions become Python's: out_of_range IndexError, invalid_argument ValueError, runtime_error RuntimeError.
 
 #include <cstdint>
@@ -19,53 +21,97 @@
 #include "gather.hpp"
 #include "mixed.hpp"
 #include "spmm.hpp"
+#include "tensors.hpp"
 #include "threshold.hpp"
 #include "topk.hpp"
-#include "rows.hpp"
 
 namespace py = pybind11;
 using namespace py::literals;
-using Address = std::uintptr_t;
+
+void bind_row_operations(py::module_& m);  // bindings_rows.cpp
 
 namespace {
 
-template <class T>
-T* at(Address address) {
-    return reinterpret_cast<T*>(address);
+using py::handle;
+using namespace saefast::tensors;
+
+// Rows of a tensor of any shape, and the bytes of one.
+struct RowShape {
+    int64_t rows, row_bytes;
+};
+
+RowShape row_shape(const char* name, handle tensor) {
+    const py::tuple shape = tensor.attr("shape");
+    if (shape.empty()) throw py::value_error(std::string(name) + " is a number: expected rows");
+    int64_t row_bytes = py::cast<int64_t>(tensor.attr("element_size")());
+    for (size_t i = 1; i < shape.size(); ++i) row_bytes = product({row_bytes, py::cast<int64_t>(shape[i])});
+    return {py::cast<int64_t>(shape[0]), row_bytes};
 }
+
+// Matrices that count as one, kept alive and looked at once: there may be thousands.
+struct Sources {
+    py::list kept;
+    std::vector<const void*> addresses;
+    std::vector<int64_t> first_row{0};
+    int64_t row_bytes = 0;
+
+    explicit Sources(const py::list& tensors) : kept(tensors) {
+        for (handle tensor : tensors) {
+            const RowShape shape = row_shape("sources", tensor);
+            if (!addresses.empty() && shape.row_bytes != row_bytes)
+                throw py::value_error("sources have rows of " + std::to_string(row_bytes) + " and of " +
+                                      std::to_string(shape.row_bytes) + " bytes: expected one size");
+            row_bytes = shape.row_bytes;
+            addresses.push_back(raw("sources", tensor, product({shape.rows, row_bytes})));
+            first_row.push_back(first_row.back() + shape.rows);
+        }
+    }
+};
 
 void bind_gather(py::module_& m) {
     m.def(
         "gather_rows",
-        [](Address src, int64_t n_rows, int64_t row_bytes, Address index, int64_t n_index, Address dst, int n_threads) {
+        [](handle src, handle index, handle out, int n_threads) {
+            const RowShape shape = row_shape("src", src);
+            const int64_t n = length("index", index);
+            const auto* from = raw("src", src, product({shape.rows, shape.row_bytes}));
+            const auto* rows = at<int64_t>("index", index, n);
+            auto* to = raw("out", out, product({n, shape.row_bytes}));
             py::gil_scoped_release release;
-            saefast::gather_rows(at<const void>(src), n_rows, row_bytes, at<const int64_t>(index), n_index,
-                                 at<void>(dst), n_threads);
+            saefast::gather_rows(from, shape.rows, shape.row_bytes, rows, n, to, n_threads);
         },
-        "src"_a, "n_rows"_a, "row_bytes"_a, "index"_a, "n_index"_a, "dst"_a, "n_threads"_a);
-    m.def(
-        "gather_rows_from",
-        [](const std::vector<Address>& sources, const std::vector<int64_t>& first_row, int64_t row_bytes, Address index,
-           int64_t n_index, Address dst, int n_threads) {
-            if (first_row.size() != sources.size() + 1)
-                throw std::invalid_argument("first_row needs one entry more than there are sources");
-            py::gil_scoped_release release;
-            saefast::gather_rows_from(reinterpret_cast<const void* const*>(sources.data()), first_row.data(),
-                                      static_cast<int64_t>(sources.size()), row_bytes, at<const int64_t>(index),
-                                      n_index, at<void>(dst), n_threads);
-        },
-        "sources"_a, "first_row"_a, "row_bytes"_a, "index"_a, "n_index"_a, "dst"_a, "n_threads"_a);
+        "src"_a, "index"_a, "out"_a, "n_threads"_a);
+    py::class_<Sources>(m, "Sources")
+        .def(py::init<const py::list&>(), "tensors"_a)
+        .def(
+            "gather",
+            [](const Sources& self, handle index, handle out, int n_threads) {
+                const int64_t n = length("index", index);
+                const auto* rows = at<int64_t>("index", index, n);
+                auto* to = raw("out", out, product({n, self.row_bytes}));
+                py::gil_scoped_release release;
+                saefast::gather_rows_from(self.addresses.data(), self.first_row.data(),
+                                          static_cast<int64_t>(self.addresses.size()), self.row_bytes, rows, n, to,
+                                          n_threads);
+            },
+            "index"_a, "out"_a, "n_threads"_a);
 #ifdef SAEFAST_CUDA
     m.def(
         "gather_rows_cuda",
-        [](Address src, int64_t n_rows, int64_t row_bytes, Address index, int64_t n_index, Address dst,
-           Address first_bad, Address stream) {
-            const int error = saefast::gather_rows_cuda(at<const void>(src), n_rows, row_bytes,
-                                                        at<const int64_t>(index), n_index, at<void>(dst),
-                                                        at<int64_t>(first_bad), stream);
+        [](handle src, handle index, handle out, handle first_bad, std::uintptr_t stream) {
+            const RowShape shape = row_shape("src", src);
+            const int64_t n = length("index", index);
+            const auto on_gpu = [](const char* name, handle tensor, int64_t bytes) {
+                return static_cast<void*>(raw(name, tensor, bytes, Place::cuda));
+            };
+            const int error = saefast::gather_rows_cuda(
+                on_gpu("src", src, product({shape.rows, shape.row_bytes})), shape.rows, shape.row_bytes,
+                static_cast<const int64_t*>(on_gpu("index", index, product({n, 8}))), n,
+                on_gpu("out", out, product({n, shape.row_bytes})),
+                static_cast<int64_t*>(on_gpu("first_bad", first_bad, 8)), stream);
             if (error != 0) throw std::runtime_error(saefast::cuda_error_text(error));
         },
-        "src"_a, "n_rows"_a, "row_bytes"_a, "index"_a, "n_index"_a, "dst"_a, "first_bad"_a, "stream"_a);
+        "src"_a, "index"_a, "out"_a, "first_bad"_a, "stream"_a);
 #endif
 }
 
@@ -73,6 +119,7 @@ void bind_gather(py::module_& m) {
 struct OpenBuffer {
     std::unique_ptr<saefast::Buffer> buffer;
     std::shared_ptr<saefast::QueueSource> queue;  // of a live buffer
+    int64_t slot_bytes = 0;                       // of its rows
     OpenBuffer() = default;
     OpenBuffer(OpenBuffer&&) = default;
     ~OpenBuffer() {
@@ -90,26 +137,44 @@ std::vector<saefast::Shard> as_shards(const std::vector<ShardTuple>& files) {
     return shards;
 }
 
-OpenBuffer open_files(const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, Address reservoir,
-                      Address ring, const BufferSettings& settings, int64_t epochs, uint64_t seed) {
+// What a buffer keeps its rows in, as large as its settings say.
+struct Storage {
+    char *reservoir, *ring;
+
+    Storage(handle reservoir_, handle ring_, const BufferSettings& s)
+        : reservoir(bytes_at("reservoir", reservoir_, product({s.capacity, s.slot_bytes}))),
+          ring(bytes_at("ring", ring_, product({s.prefetch, s.batch, s.slot_bytes}))) {}
+
+    static char* bytes_at(const char* name, handle tensor, int64_t n) {
+        return reinterpret_cast<char*>(at<uint8_t>(name, tensor, n));
+    }
+};
+
+OpenBuffer open_files(const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, handle reservoir,
+                      handle ring, const BufferSettings& settings, int64_t epochs, uint64_t seed) {
+    const Storage storage(reservoir, ring, settings);
+    if (std::accumulate(column_bytes.begin(), column_bytes.end(), int64_t{0}) != settings.slot_bytes)
+        throw py::value_error("column_bytes do not add up to slot_bytes");
     std::vector<int64_t> rows;
     for (const auto& file : files) rows.push_back(std::get<1>(file));
     py::gil_scoped_release release;
     saefast::Planner planner(rows, settings.capacity, settings.batch, settings.lag, epochs, seed);
     auto source = std::make_shared<saefast::FileSource>(as_shards(files), std::move(column_bytes));
     OpenBuffer open;
-    open.buffer = std::make_unique<saefast::Buffer>(std::move(source), std::move(planner), at<char>(reservoir),
-                                                    at<char>(ring), settings);
+    open.buffer = std::make_unique<saefast::Buffer>(std::move(source), std::move(planner), storage.reservoir,
+                                                    storage.ring, settings);
     return open;
 }
 
-OpenBuffer open_queue(int64_t room, Address reservoir, Address ring, const BufferSettings& settings, uint64_t seed) {
+OpenBuffer open_queue(int64_t room, handle reservoir, handle ring, const BufferSettings& settings, uint64_t seed) {
+    const Storage storage(reservoir, ring, settings);
     py::gil_scoped_release release;
     saefast::Planner planner({saefast::Planner::kUnknown}, settings.capacity, settings.batch, settings.lag, 1, seed);
     OpenBuffer open;
     open.queue = std::make_shared<saefast::QueueSource>(settings.slot_bytes, room);
-    open.buffer = std::make_unique<saefast::Buffer>(open.queue, std::move(planner), at<char>(reservoir),
-                                                    at<char>(ring), settings);
+    open.slot_bytes = settings.slot_bytes;
+    open.buffer = std::make_unique<saefast::Buffer>(open.queue, std::move(planner), storage.reservoir, storage.ring,
+                                                    settings);
     return open;
 }
 
@@ -144,9 +209,11 @@ void bind_buffer(py::module_& m) {
             "consumer"_a)
         .def("rows", [](OpenBuffer& self, int64_t place) { return self.buffer->rows(place); })
         .def("push",
-             [](OpenBuffer& self, Address rows, int64_t n) {
+             [](OpenBuffer& self, handle rows) {
+                 const int64_t n = row_shape("rows", rows).rows;
+                 const char* from = raw("rows", rows, product({n, self.slot_bytes}));
                  py::gil_scoped_release release;
-                 return self.queue->push(at<const char>(rows), n, 50);
+                 return self.queue->push(from, n, 50);
              })
         .def("finish", [](OpenBuffer& self, const std::string& error) { self.queue->finish(error); })
         .def("lives_here", [](OpenBuffer& self) { return self.buffer->lives_here(); })
@@ -160,204 +227,108 @@ void bind_buffer(py::module_& m) {
     m.def("open_queue", &open_queue, "room"_a, "reservoir"_a, "ring"_a, "settings"_a, "seed"_a);
 }
 
-// What exists for either kind of weight matrix.
-template <class Matrix, class Job>
-void bind_row_ops(py::module_& m) {
-    using namespace saefast;
-    py::class_<Job>(m, Job::kBuffers == 1 ? "AdamJob" : "LeanJob")
-        .def(py::init([](const Matrix& matrix, const AdamStep& step, const RowGradient& gradient, Address rows,
-                         int64_t n, Address squares) {
-                 return Job{matrix, step, gradient, at<const int32_t>(rows), n, at<float>(squares)};
-             }),
-             "matrix"_a, "step"_a, "gradient"_a, "rows"_a, "n"_a, "squares"_a);
-    m.def(
-        "catch_up",
-        [](const Matrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
-            py::gil_scoped_release release;
-            catch_up(matrix, step, at<const int32_t>(rows), n, n_threads);
-        },
-        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
-    m.def(
-        "normalise_rows",
-        [](const Matrix& matrix, const AdamStep& step, Address rows, int64_t n, int n_threads) {
-            py::gil_scoped_release release;
-            normalise_rows(matrix, step, at<const int32_t>(rows), n, n_threads);
-        },
-        "matrix"_a, "step"_a, "rows"_a, "n"_a, "n_threads"_a);
-    m.def("gradient_squares", py::overload_cast<const Job&, int>(&gradient_squares), "job"_a, "n_threads"_a,
-          py::call_guard<py::gil_scoped_release>());
-}
-
-void bind_rows(py::module_& m) {
-    using namespace saefast;
-    py::class_<AdamMatrix>(m, "AdamMatrix")
-        .def(py::init([](Address w, Address m, Address v, Address last_step, Address shadow, Address norms,
-                         int64_t n_rows, int64_t d) {
-                 return AdamMatrix{at<float>(w),         at<float>(m),     at<float>(v), at<int32_t>(last_step),
-                                   at<uint16_t>(shadow), at<float>(norms), n_rows,       d};
-             }),
-             "w"_a, "m"_a, "v"_a, "last_step"_a, "shadow"_a, "norms"_a, "n_rows"_a, "d"_a);
-    py::class_<LeanMatrix>(m, "LeanMatrix")
-        .def(py::init([](Address w, Address m, Address scale, Address v, Address last_step, Address norms,
-                         int64_t n_rows, int64_t d, int64_t blocks, uint32_t seed) {
-                 return LeanMatrix{at<uint16_t>(w),        at<int8_t>(m),    at<uint16_t>(scale), at<float>(v),
-                                   at<int32_t>(last_step), at<float>(norms), n_rows,              d,
-                                   blocks,                 seed};
-             }),
-             "w"_a, "m"_a, "scale"_a, "v"_a, "last_step"_a, "norms"_a, "n_rows"_a, "d"_a, "blocks"_a, "seed"_a);
-    py::class_<AdamStep>(m, "AdamStep")
-        .def(py::init([](int32_t step, double beta1, double beta2, double lr, double eps, Address drift,
-                         Address drift_eps, float grad_scale, bool project, int norm) {
-                 return AdamStep{step,       beta1,   beta2, lr, eps, at<const double>(drift), at<const double>(drift_eps),
-                                 grad_scale, project, static_cast<Norm>(norm)};
-             }),
-             "step"_a, "beta1"_a, "beta2"_a, "lr"_a, "eps"_a, "drift"_a, "drift_eps"_a, "grad_scale"_a, "project"_a,
-             "norm"_a);
-    py::class_<RowGradient>(m, "RowGradient")
-        .def(py::init([](Address source, Address offsets, Address row, Address coef) {
-                 return RowGradient{at<const float>(source), at<const int32_t>(offsets), at<const int32_t>(row),
-                                    at<const float>(coef)};
-             }),
-             "source"_a, "offsets"_a, "row"_a, "coef"_a);
-    m.def(
-        "group_runs",
-        [](Address idx, Address keep, int64_t n, int64_t n_latents, Address order, Address latents, Address offsets) {
-            py::gil_scoped_release release;
-            return group_runs(at<const int32_t>(idx), at<const uint8_t>(keep), n, n_latents, at<int32_t>(order),
-                              at<int32_t>(latents), at<int32_t>(offsets));
-        },
-        "idx"_a, "keep"_a, "n"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
-    m.def(
-        "fill_entries",
-        [](Address acts, Address grad, const std::vector<int64_t>& columns, const std::vector<int32_t>& bounds,
-           int64_t n_tokens, Address order, Address latents, Address offsets, int64_t n_runs, int64_t n_latents,
-           Address dec_row, Address dec_coef, Address enc_row, Address enc_coef, Address grad_by_latent) {
-            py::gil_scoped_release release;
-            fill_entries({at<const float>(acts), at<const float>(grad), columns.data(),
-                          static_cast<int64_t>(columns.size()), bounds.data(), static_cast<int64_t>(bounds.size()),
-                          n_tokens},
-                         at<const int32_t>(order), at<const int32_t>(latents), at<const int32_t>(offsets), n_runs,
-                         n_latents, at<int32_t>(dec_row), at<float>(dec_coef), at<int32_t>(enc_row),
-                         at<float>(enc_coef), at<float>(grad_by_latent));
-        },
-        "acts"_a, "grad"_a, "columns"_a, "bounds"_a, "n_tokens"_a, "order"_a, "latents"_a, "offsets"_a, "n_runs"_a,
-        "n_latents"_a, "dec_row"_a, "dec_coef"_a, "enc_row"_a, "enc_coef"_a, "grad_by_latent"_a);
-    bind_row_ops<AdamMatrix, AdamJob>(m);
-    bind_row_ops<LeanMatrix, LeanJob>(m);
-    m.def("update_rows", &update_rows, "jobs"_a, "lean_jobs"_a, "n_threads"_a,
-          py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "decode_loss",
-        [](Address x, Address acts, Address idx, Address W_dec, bool bf16, Address b_dec, Address bounds, Address weight,
-           int64_t B, int64_t K, int64_t P, int64_t d, int64_t n_latents, bool by_latent, Address residual, Address squares,
-           Address grad_acts, Address error, bool relu, int n_threads) {
-            py::gil_scoped_release release;
-            decode_loss({at<const float>(x), at<const float>(acts), at<const int32_t>(idx), at<const void>(W_dec), bf16,
-                         at<const float>(b_dec), at<const int32_t>(bounds), at<const float>(weight), B, K, P, d,
-                         n_latents, by_latent, at<float>(residual), at<float>(squares), at<float>(grad_acts),
-                         at<float>(error), relu},
-                        n_threads);
-        },
-        "x"_a, "acts"_a, "idx"_a, "W_dec"_a, "bf16"_a, "b_dec"_a, "bounds"_a, "weight"_a, "B"_a, "K"_a, "P"_a, "d"_a,
-        "n_latents"_a, "by_latent"_a, "residual"_a, "squares"_a, "grad_acts"_a, "error"_a, "relu"_a, "n_threads"_a);
-    m.def(
-        "weighted_row_sum",
-        [](Address W, bool bf16, int64_t d, Address rows, Address coef, int64_t n, Address out, int n_threads) {
-            py::gil_scoped_release release;
-            weighted_row_sum(at<const void>(W), bf16, d, at<const int32_t>(rows), at<const float>(coef), n, at<float>(out),
-                             n_threads);
-        },
-        "W"_a, "bf16"_a, "d"_a, "rows"_a, "coef"_a, "n"_a, "out"_a, "n_threads"_a);
-    m.def(
-        "moments",
-        [](Address x, int64_t n, int64_t d, int n_threads) {
-            py::gil_scoped_release release;
-            double variance = 0, squares = 0;
-            moments(at<const float>(x), n, d, &variance, &squares, n_threads);
-            return std::pair<double, double>(variance, squares);
-        },
-        "x"_a, "n"_a, "d"_a, "n_threads"_a);
-}
-
-using EncoderArguments = std::tuple<int, Address, Address, int64_t, int64_t, int64_t>;  // type, x, W, B, D, L
-
-// x (B, D) and W (L, D) of one type; bias, scale and threshold (L,) fp32 or 0; ids (n_ids,) int64 or 0 for all latents.
-saefast::Encoder make_encoder(const EncoderArguments& matrices, Address bias, Address scale, Address threshold,
-                              Address ids, int64_t n_ids) {
-    const auto [type, x, W, n_rows, d_in, n_latents] = matrices;
-    return {static_cast<saefast::Float>(type), at<const void>(x), at<const void>(W), n_rows, d_in, n_latents,
-            at<const float>(bias), at<const float>(scale), at<const float>(threshold), at<const int64_t>(ids), n_ids};
+// x (B, D) and W (L, D) of one type; bias, scale and threshold (L,) fp32 or None; ids (n,) int64 or None for all.
+saefast::Encoder make_encoder(handle x, handle W, handle bias, handle scale, handle threshold, handle ids) {
+    const int64_t B = size("x", x, 0, 2), D = size("x", x, 1, 2), L = size("W", W, 0, 2);
+    const int64_t n_ids = ids.is_none() ? L : length("ids", ids);
+    const saefast::Float type = float_type("x", x);
+    return {type,
+            floats("x", x, type, product({B, D})),
+            floats("W", W, type, product({L, D})),
+            B,
+            D,
+            L,
+            maybe<float>("bias", bias, L),
+            maybe<float>("scale", scale, L),
+            maybe<float>("threshold", threshold, L),
+            maybe<int64_t>("ids", ids, n_ids),
+            n_ids};
 }
 
 void bind_encode(py::module_& m) {
     m.def(
         "encode_topk",
-        [](const EncoderArguments& matrices, Address bias, Address scale, Address ids, int64_t n_ids, int64_t k,
-           bool relu, Address acts, Address idx, int64_t max_scratch_bytes, const std::optional<std::string>& kernel,
-           int n_threads) {
+        [](handle x, handle W, handle bias, handle scale, handle ids, int64_t k, bool relu, handle acts, handle idx,
+           int64_t max_scratch_bytes, const std::optional<std::string>& kernel, int n_threads) {
+            const auto encoder = make_encoder(x, W, bias, scale, py::none(), ids);
+            auto* to_acts = at<float>("acts", acts, product({encoder.n_rows, k}));
+            auto* to_idx = at<int32_t>("idx", idx, product({encoder.n_rows, k}));
             py::gil_scoped_release release;
-            saefast::encode_topk(make_encoder(matrices, bias, scale, 0, ids, n_ids),
-                                 {k, relu, max_scratch_bytes, kernel ? kernel->c_str() : nullptr, n_threads},
-                                 at<float>(acts), at<int32_t>(idx));
+            saefast::encode_topk(encoder, {k, relu, max_scratch_bytes, kernel ? kernel->c_str() : nullptr, n_threads},
+                                 to_acts, to_idx);
         },
-        "matrices"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "k"_a, "relu"_a, "acts"_a, "idx"_a,
-        "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a);
+        "x"_a, "W"_a, "bias"_a, "scale"_a, "ids"_a, "k"_a, "relu"_a, "acts"_a, "idx"_a, "max_scratch_bytes"_a,
+        "kernel"_a, "n_threads"_a);
     m.def(
         "encode_topk_mixed",
-        [](const EncoderArguments& low, Address x, Address W, Address bias, Address scale, Address ids, int64_t n_ids,
-           int64_t n_candidates, int64_t k, bool relu, Address acts, Address idx, int64_t max_scratch_bytes,
-           int n_threads) {
+        [](handle x_low, handle W_low, handle x, handle W, handle bias, handle scale, handle ids, int64_t n_candidates,
+           int64_t k, bool relu, handle acts, handle idx, int64_t max_scratch_bytes, int n_threads) {
+            const auto low = make_encoder(x_low, W_low, bias, scale, py::none(), ids);
+            const auto* wide_x = at<float>("x", x, product({low.n_rows, low.d_in}));
+            const auto* wide_W = at<float>("W", W, product({low.n_latents, low.d_in}));
+            auto* to_acts = at<float>("acts", acts, product({low.n_rows, k}));
+            auto* to_idx = at<int32_t>("idx", idx, product({low.n_rows, k}));
             py::gil_scoped_release release;
-            saefast::encode_topk_mixed(make_encoder(low, bias, scale, 0, ids, n_ids),
-                                       {n_candidates, relu, max_scratch_bytes, nullptr, n_threads}, at<const float>(x),
-                                       at<const float>(W), k, at<float>(acts), at<int32_t>(idx));
+            saefast::encode_topk_mixed(low, {n_candidates, relu, max_scratch_bytes, nullptr, n_threads}, wide_x,
+                                       wide_W, k, to_acts, to_idx);
         },
-        "low"_a, "x"_a, "W"_a, "bias"_a, "scale"_a, "ids"_a, "n_ids"_a, "n_candidates"_a, "k"_a, "relu"_a, "acts"_a,
+        "x_low"_a, "W_low"_a, "x"_a, "W"_a, "bias"_a, "scale"_a, "ids"_a, "n_candidates"_a, "k"_a, "relu"_a, "acts"_a,
         "idx"_a, "max_scratch_bytes"_a, "n_threads"_a);
     m.def("tile_kernel_names", &saefast::tile_kernel_names, "bf16"_a);
     py::class_<saefast::ThresholdCode>(m, "ThresholdCode")
-        .def(py::init([](const EncoderArguments& matrices, Address bias, Address threshold, int64_t max_scratch_bytes,
+        .def(py::init([](handle x, handle W, handle bias, handle threshold, int64_t max_scratch_bytes,
                          const std::optional<std::string>& kernel, int n_threads) {
+                 const auto encoder = make_encoder(x, W, bias, py::none(), threshold, py::none());
+                 if (encoder.threshold == nullptr) throw py::type_error("threshold is None: expected one per latent");
                  py::gil_scoped_release release;
-                 const auto encoder = make_encoder(matrices, bias, 0, threshold, 0, std::get<5>(matrices));
                  return std::make_unique<saefast::ThresholdCode>(encoder, max_scratch_bytes,
                                                                  kernel ? kernel->c_str() : nullptr, n_threads);
              }),
-             "matrices"_a, "bias"_a, "threshold"_a, "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a)
+             "x"_a, "W"_a, "bias"_a, "threshold"_a, "max_scratch_bytes"_a, "kernel"_a, "n_threads"_a)
         .def("size", &saefast::ThresholdCode::size)
         .def(
             "write",
-            [](const saefast::ThresholdCode& code, Address row_ptr, Address idx, Address acts) {
+            [](const saefast::ThresholdCode& code, handle row_ptr, handle idx, handle acts) {
+                auto* to_row_ptr = at<int64_t>("row_ptr", row_ptr, code.n_rows() + 1);
+                auto* to_idx = at<int32_t>("idx", idx, code.size());
+                auto* to_acts = at<float>("acts", acts, code.size());
                 py::gil_scoped_release release;
-                code.write(at<int64_t>(row_ptr), at<int32_t>(idx), at<float>(acts));
+                code.write(to_row_ptr, to_idx, to_acts);
             },
             "row_ptr"_a, "idx"_a, "acts"_a);
 }
 
-using GatheredArguments = std::tuple<int, Address, int64_t, int64_t, Address, bool, int64_t, int64_t, int>;
-
-// type, W (L, D), L, D, idx (B, K), whether idx is int64, B, K, threads
-saefast::Gathered make_gathered(const GatheredArguments& code) {
-    const auto [type, W, n_latents, d, idx, wide_idx, n_rows, k, n_threads] = code;
-    return {static_cast<saefast::Float>(type), at<const void>(W), n_latents, d, at<const void>(idx), wide_idx, n_rows,
-            k, n_threads};
+// W (L, D) of any float format, idx (B, K) int32 or int64.
+saefast::Gathered make_gathered(handle W, handle idx, int n_threads) {
+    const int64_t L = size("W", W, 0, 2), D = size("W", W, 1, 2), B = size("idx", idx, 0, 2), K = size("idx", idx, 1, 2);
+    const saefast::Float type = float_type("W", W);
+    const bool wide = dtype(idx).is(dtype_of<int64_t>());
+    const int64_t n = product({B, K});
+    const void* entries = wide ? static_cast<const void*>(at<int64_t>("idx", idx, n)) : at<int32_t>("idx", idx, n);
+    return {type, floats("W", W, type, product({L, D})), L, D, entries, wide, B, K, n_threads};
 }
 
 void bind_spmm(py::module_& m) {
     m.def(
         "spmm",
-        [](const GatheredArguments& code, Address acts, Address out) {
+        [](handle W, handle idx, handle acts, handle out, int n_threads) {
+            const auto code = make_gathered(W, idx, n_threads);
+            const auto* values = at<float>("acts", acts, product({code.n_rows, code.k}));
+            auto* to = at<float>("out", out, product({code.n_rows, code.d}));
             py::gil_scoped_release release;
-            saefast::spmm(make_gathered(code), at<const float>(acts), at<float>(out));
+            saefast::spmm(code, values, to);
         },
-        "code"_a, "acts"_a, "out"_a);
+        "W"_a, "idx"_a, "acts"_a, "out"_a, "n_threads"_a);
     m.def(
         "sddmm",
-        [](const GatheredArguments& code, Address x, Address out) {
+        [](handle W, handle idx, handle x, handle out, int n_threads) {
+            const auto code = make_gathered(W, idx, n_threads);
+            const auto* values = at<float>("x", x, product({code.n_rows, code.d}));
+            auto* to = at<float>("out", out, product({code.n_rows, code.k}));
             py::gil_scoped_release release;
-            saefast::sddmm(make_gathered(code), at<const float>(x), at<float>(out));
+            saefast::sddmm(code, values, to);
         },
-        "code"_a, "x"_a, "out"_a);
+        "W"_a, "idx"_a, "x"_a, "out"_a, "n_threads"_a);
 }
 
 // Plans and reads, without threads or a reservoir: for one that lives on a GPU, which Python keeps (data/buffer.py).
@@ -398,13 +369,14 @@ void bind_row_stream(py::module_& m) {
                  return py::make_tuple(as_array(plan.slots), as_array(plan.rows), as_array(plan.refill));
              })
         // Reads rows, one after another, to `out`. From any thread.
-        .def("read", [](RowStream& self, const Int64s& rows, Address out) {
+        .def("read", [](RowStream& self, const Int64s& rows, handle out) {
             const int64_t* numbers = rows.data();
             const int64_t n = rows.size();
+            uint8_t* to = at<uint8_t>("out", out, product({n, self.row_bytes}), true);
             py::gil_scoped_release release;
             std::vector<int32_t> places(static_cast<size_t>(n));
             std::iota(places.begin(), places.end(), 0);
-            self.source->fill(0, numbers, places.data(), n, at<char>(out), self.row_bytes);
+            self.source->fill(0, numbers, places.data(), n, reinterpret_cast<char*>(to), self.row_bytes);
         });
 }
 
@@ -412,6 +384,8 @@ void bind_row_stream(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "saefast's C++ half; used through saefast.native";
+    // saefast.native.INTERFACE has the same number: both are raised where the bindings change.
+    m.attr("INTERFACE") = 2;
 #ifdef SAEFAST_CUDA
     m.attr("HAS_CUDA") = true;
 #else
@@ -420,7 +394,7 @@ PYBIND11_MODULE(_native, m) {
     bind_gather(m);
     bind_encode(m);
     bind_spmm(m);
-    bind_rows(m);
+    bind_row_operations(m);
     bind_buffer(m);
     bind_row_stream(m);
 }

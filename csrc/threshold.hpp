@@ -16,6 +16,7 @@ class ThresholdCode {
     ThresholdCode(const Encoder& encoder, int64_t max_scratch_bytes, const char* kernel, int n_threads);
 
     int64_t size() const;
+    int64_t n_rows() const { return static_cast<int64_t>(rows_.size()); }
     // row_ptr (n_rows + 1), idx and acts (size()): latents ascend within a row.
     void write(int64_t* row_ptr, int32_t* idx, float* acts) const;
 

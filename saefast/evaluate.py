@@ -123,7 +123,7 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
         "counts": sparsity.counts,
         "total_act": sparsity.total_act,
         "max_act": sparsity.max_act,
-        "n_rows": torch.tensor(sparsity.n_rows),
+        "n_rows": torch.tensor(sparsity.n_rows, dtype=torch.int64, device="cpu"),
     }
     with replacing(folder / LATENTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)

@@ -112,15 +112,14 @@ def own_tokens(stats: LatentStats) -> OwnTokens:
     order = pairs.sums.argsort(descending=True, stable=True)
     order = order[pairs.latents[order].argsort(stable=True)]
     latents = pairs.latents[order]
-    rank = torch.arange(len(latents)) - torch.searchsorted(latents, latents)
+    rank = torch.arange(len(latents), device="cpu") - torch.searchsorted(latents, latents)
     first = rank < MOST_TOKENS
     place, order = (latents[first], rank[first]), order[first]
-    ids = torch.zeros(L, MOST_TOKENS, dtype=torch.int64)
-    sums = torch.zeros(L, MOST_TOKENS, dtype=torch.float64)
-    hits = torch.zeros(L, MOST_TOKENS, dtype=torch.float64)
+    ids = torch.zeros(L, MOST_TOKENS, dtype=torch.int64, device="cpu")
+    sums, hits = (torch.zeros(L, MOST_TOKENS, dtype=torch.float64, device="cpu") for _ in range(2))
     ids[place], sums[place] = pairs.tokens[order], pairs.sums[order]
     hits[place] = pairs.counts[order].double()
-    total = torch.zeros(L, dtype=torch.float64).index_add_(0, pairs.latents, pairs.sums)
+    total = torch.zeros(L, dtype=torch.float64, device="cpu").index_add_(0, pairs.latents, pairs.sums)
     share = sums / total.clamp_min(1e-30)[:, None]
     seen = stats.token_counts.double()[ids].clamp_min(1)
     own = share >= OWN_TOKEN
@@ -136,7 +135,8 @@ def cohesion(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
     The mean token of the text is taken off first; 0 where a latent has one token or none.
     """
     vectors, weight = _vectors(tokens, embedding, counts), tokens.share * tokens.own
-    both = weight[:, :, None] * weight[:, None, :] * (1 - torch.eye(MOST_TOKENS, dtype=torch.float64))
+    apart = 1 - torch.eye(MOST_TOKENS, dtype=torch.float64, device="cpu")
+    both = weight[:, :, None] * weight[:, None, :] * apart
     cosine = (vectors @ vectors.transpose(1, 2) * both).sum((1, 2)) / both.sum((1, 2)).clamp_min(1e-30)
     return cosine.clamp(0, 1)
 
@@ -331,9 +331,10 @@ def _acts_around(sae: SAE, source: RowsSource, places: dict[int, list[tuple[int,
         for number, _ in where:
             shown.setdefault(number, set()).add(latent)
     found: dict[Place, float] = {}
-    for x, seq, pos in _rows_of(source.folder, source.hook, torch.tensor(sorted(shown), dtype=torch.int32)):
+    sequences = torch.tensor(sorted(shown), dtype=torch.int32, device="cpu")
+    for x, seq, pos in _rows_of(source.folder, source.hook, sequences):
         acts, idx = (t.cpu() for t in sae.encode_sparse(x.to(sae.device, sae.dtype)))
-        wanted = torch.isin(idx, torch.tensor(list(places), dtype=idx.dtype)) & (acts > 0)
+        wanted = torch.isin(idx, torch.tensor(list(places), dtype=idx.dtype, device="cpu")) & (acts > 0)
         for row, column in wanted.nonzero().tolist():
             latent, sequence = int(idx[row, column]), int(seq[row])
             if latent in shown[sequence]:

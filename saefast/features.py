@@ -28,7 +28,7 @@ class TopExamples:
     """
 
     def __init__(self, n_latents: int, n: int = 32, device: torch.device | str = "cpu") -> None:
-        self.acts = torch.zeros(n_latents, n, device=device)
+        self.acts = torch.zeros(n_latents, n, dtype=torch.float32, device=device)
         self.places = torch.full((n_latents, n), -1, dtype=torch.int64, device=device)
 
     def update(self, acts: Tensor, idx: Tensor, places: Tensor) -> None:
@@ -88,7 +88,7 @@ class PairSums:
         self.latents, self.tokens = keys // self.vocabulary, keys % self.vocabulary
 
     def _sum(self) -> None:
-        empty = torch.zeros(0, dtype=torch.int64)
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
         parts = self._pending or [(empty, empty, empty.double())]
         keys, counts, sums = (torch.cat(column) for column in zip(*parts, strict=True))
         unique, place = torch.unique(keys, return_inverse=True)
@@ -139,7 +139,7 @@ def collect(
     L = sae.config.n_latents
     stats = LatentStats(Sparsity(L), TopExamples(L, n_examples or min(max((1 << 20) // L, 16), 128)))
     if tokens_of is not None:
-        stats.pairs, stats.token_counts = PairSums(vocabulary), torch.zeros(vocabulary, dtype=torch.int64)
+        stats.pairs, stats.token_counts = PairSums(vocabulary), torch.zeros(vocabulary, dtype=torch.int64, device="cpu")
     encode = quick_encoder(sae)
     for batch in batches:
         acts, idx = (t.cpu() for t in encode(batch.x.to(sae.device)))

@@ -177,7 +177,7 @@ class Pass:
         Makes `planes` (P or P + 1, B, D), the weighted residuals; the last one is AuxK's to fill.
         """
         (B, D), P, shape = self.x.shape, len(self.bounds), self.x.shape
-        variance = torch.tensor(self.variance, dtype=torch.float64)
+        variance = torch.tensor(self.variance, dtype=torch.float64, device="cpu")
         weight = [float(reconstruction_weight(shape, variance, self.config, self.model.mse_scale))]
         if self.config.multi_topk_coef:
             weight.append(self.config.multi_topk_coef / self.variance)

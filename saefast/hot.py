@@ -58,7 +58,7 @@ class HotLatents:
 
     def __init__(self, n_latents: int, share: float, device: torch.device) -> None:
         self.share = share
-        self.rate = torch.zeros(n_latents, device=device)
+        self.rate = torch.zeros(n_latents, dtype=torch.float32, device=device)
         self.slot = torch.full((n_latents,), -1, dtype=torch.int32, device=device)
 
     @property

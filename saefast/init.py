@@ -33,7 +33,7 @@ def init_weights(
     bound = d_in**-0.5  # kaiming-uniform with a = √5, which is nn.Linear's default
     W_enc, W_dec = (torch.empty(n_latents, d_in, dtype=dtype, device=device) for _ in range(2))
     for enc, dec in zip(W_enc.split(_ROWS), W_dec.split(_ROWS), strict=True):
-        drawn = torch.empty(dec.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+        drawn = torch.empty(dec.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         unit = drawn / drawn.norm(dim=1, keepdim=True)
         dec.copy_(unit * 0.1 if init == "tied_0.1" else unit)
         enc.copy_(drawn if init == "kaiming" else dec)
@@ -56,7 +56,7 @@ def scale_encoder_(sae: "SAE", seed: int, n_directions: int = 256) -> None:
     The vectors are encoded around b_dec, so set that first.
     """
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.randn(n_directions, sae.config.d_in, generator=generator)
+    directions = torch.randn(n_directions, sae.config.d_in, generator=generator, dtype=torch.float32, device="cpu")
     directions /= directions.norm(dim=1, keepdim=True)
     recovered = sae(directions.to(sae.device, sae.dtype) + sae.b_dec).x_hat - sae.b_dec
     sae.W_enc.div_(recovered.norm(dim=1).mean())

@@ -58,8 +58,8 @@ class Spread:
 
     def __init__(self) -> None:
         self.n = 0
-        self.centre = self.offset = torch.zeros(0, dtype=torch.float64)
-        self.sq = torch.zeros((), dtype=torch.float64)
+        self.centre = self.offset = torch.zeros(0, dtype=torch.float64, device="cpu")
+        self.sq = torch.zeros((), dtype=torch.float64, device="cpu")
 
     @property
     def mean(self) -> Tensor:

@@ -7,8 +7,8 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +16,21 @@ from torch import Tensor
 from saefast import reference
 from saefast.errors import InputError
 
-# The codes of csrc/floats.hpp; the dtypes the ops below serve, sums being kept in fp32.
-FLOAT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# The dtypes the ops below serve, sums being kept in fp32.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# csrc/bindings.cpp has the same number: both are raised where the bindings change.
+INTERFACE = 2
 
 
 @cache
 def extension() -> ModuleType | None:
-    """The C++ extension, or None where it was not built: then the first call, and only that one, warns."""
+    """The C++ extension, or None where it was not built: then the first call, and only that one, warns.
+
+    Raises:
+        InputError: it was built from another version's sources, so that its functions take other arguments.
+    """
     try:
-        return importlib.import_module("saefast._native")
+        found = importlib.import_module("saefast._native")
     except ImportError as error:
         warnings.warn(
             f"saefast runs on torch alone: its C++ extension is missing ({error}). To build it, install a C++17 "
@@ -34,6 +40,12 @@ def extension() -> ModuleType | None:
             stacklevel=2,
         )
         return None
+    if getattr(found, "INTERFACE", 1) != INTERFACE:
+        raise InputError(
+            "saefast's C++ extension was built from another version of its sources: build it anew with "
+            "`pip install --force-reinstall --no-deps saefast`, in a checkout `python setup.py build_ext --inplace`"
+        )
+    return found
 
 
 def available() -> bool:
@@ -43,7 +55,7 @@ def available() -> bool:
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether the ops of this module serve CPU tensors of a dtype."""
-    return dtype in FLOAT_CODES and available()
+    return dtype in FLOATS and available()
 
 
 def tile_kernels(dtype: torch.dtype) -> list[str]:
@@ -72,16 +84,13 @@ def encode_topk(
     Args:
         kernel: an instruction set of csrc/tiles.cpp, for tests and benchmarks; None takes the best this machine has.
     """
-    matrices = _matrices(x, W_enc)
+    _check_matrices(x, W_enc)
     bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
     ids = None if latents is None else latents.long().contiguous()
-    n = W_enc.shape[0] if ids is None else ids.shape[0]
-    acts = torch.empty((x.shape[0], k), dtype=torch.float32)
-    idx = torch.empty((x.shape[0], k), dtype=torch.int32)
+    acts, idx = _new_code(x.shape[0], k)
     try:
         _built().encode_topk(
-            *(matrices, _address(bias), _address(weight), _address(ids), n, k, relu, acts.data_ptr(), idx.data_ptr()),
-            *(max_scratch_bytes, kernel, torch.get_num_threads()),
+            *(x, W_enc, bias, weight, ids, k, relu, acts, idx, max_scratch_bytes, kernel, torch.get_num_threads())
         )
     except (IndexError, ValueError) as error:
         raise InputError(f"encode_topk: {error}") from None
@@ -114,7 +123,8 @@ def encode_topk_mixed(
         The rest as `encode_topk`.
     """
     low = x.to(W_low.dtype)
-    matrices, (_, x_address, W_address, B, *_) = _matrices(low, W_low), _matrices(x, W_enc)
+    _check_matrices(low, W_low)
+    _check_matrices(x, W_enc)
     if x.dtype != torch.float32 or W_enc.shape != W_low.shape:
         raise InputError(
             f"x is {x.dtype}, W_enc {tuple(W_enc.shape)} and W_low {tuple(W_low.shape)}: expected fp32 x and W_enc, "
@@ -123,13 +133,11 @@ def encode_topk_mixed(
     bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
     ids = None if latents is None else latents.long().contiguous()
     n = W_enc.shape[0] if ids is None else ids.shape[0]
-    acts = torch.empty((B, k), dtype=torch.float32)
-    idx = torch.empty((B, k), dtype=torch.int32)
+    acts, idx = _new_code(x.shape[0], k)
     try:
         _built().encode_topk_mixed(
-            *(matrices, x_address, W_address, _address(bias), _address(weight), _address(ids), n),
-            *(k if candidates is None else min(candidates, n), k, relu, acts.data_ptr(), idx.data_ptr()),
-            *(max_scratch_bytes, torch.get_num_threads()),
+            *(low, W_low, x, W_enc, bias, weight, ids, k if candidates is None else min(candidates, n), k, relu),
+            *(acts, idx, max_scratch_bytes, torch.get_num_threads()),
         )
     except (IndexError, ValueError) as error:
         raise InputError(f"encode_topk_mixed: {error}") from None
@@ -146,49 +154,48 @@ def threshold_encode(
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.threshold_encode` over the tiles of `encode_topk`; memory grows with the entries found only."""
-    theta = torch.as_tensor(threshold, dtype=torch.float32).expand(W_enc.shape[0])
-    matrices = _matrices(x, W_enc)
+    theta = torch.as_tensor(threshold, dtype=torch.float32, device="cpu").expand(W_enc.shape[0])
+    _check_matrices(x, W_enc)
     bias, bound = _vector("b_enc", b_enc, W_enc), _vector("threshold", theta, W_enc)
     scratch = (max_scratch_bytes, kernel, torch.get_num_threads())
-    code = _built().ThresholdCode(matrices, _address(bias), _address(bound), *scratch)
-    row_ptr = torch.empty(x.shape[0] + 1, dtype=torch.int64)
-    idx = torch.empty(code.size(), dtype=torch.int32)
-    acts = torch.empty(code.size(), dtype=torch.float32)
-    code.write(row_ptr.data_ptr(), idx.data_ptr(), acts.data_ptr())
+    code = _built().ThresholdCode(x, W_enc, bias, bound, *scratch)
+    row_ptr = torch.empty(x.shape[0] + 1, dtype=torch.int64, device="cpu")
+    idx = torch.empty(code.size(), dtype=torch.int32, device="cpu")
+    acts = torch.empty(code.size(), dtype=torch.float32, device="cpu")
+    code.write(row_ptr, idx, acts)
     return row_ptr, idx, acts
 
 
 def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     """`reference.spmm`, W's rows gathered once and summed in fp32 in the order of j."""
-    if W.dtype not in FLOAT_CODES:
+    if W.dtype not in FLOATS:
         return reference.spmm(acts, idx, W)
     if acts.shape != idx.shape:
         raise InputError(f"acts has shape {tuple(acts.shape)} and idx {tuple(idx.shape)}: expected one shape")
     values = acts.float().contiguous()
-    out = torch.empty((idx.shape[0], W.shape[1]), dtype=torch.float32)
+    out = torch.empty((idx.shape[0], W.shape[1]), dtype=torch.float32, device="cpu")
     _gathered("spmm", idx, W, values, out)
     return out.to(W.dtype)
 
 
 def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     """`reference.sddmm`, W's rows gathered once."""
-    if W.dtype not in FLOAT_CODES:
+    if W.dtype not in FLOATS:
         return reference.sddmm(x, idx, W)
     if x.shape != (idx.shape[0], W.shape[1]):
         raise InputError(f"x has shape {tuple(x.shape)}: expected {(idx.shape[0], W.shape[1])} to go with idx and W")
-    out = torch.empty(idx.shape, dtype=torch.float32)
+    out = torch.empty(idx.shape, dtype=torch.float32, device="cpu")
     _gathered("sddmm", idx, W, x.float().contiguous(), out)
     return out
 
 
 def _gathered(op: str, idx: Tensor, W: Tensor, source: Tensor, out: Tensor) -> None:
-    """Runs one of the two gathers; W, idx and source stay alive while their addresses are used."""
+    """Runs one of the two gathers."""
     W, idx = W.contiguous(), idx.contiguous()
     if W.dim() != 2 or idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
         raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected (batch, k) int32 or int64")
-    code = (FLOAT_CODES[W.dtype], W.data_ptr(), *W.shape, idx.data_ptr(), idx.dtype == torch.int64, *idx.shape)
     try:
-        getattr(_built(), op)((*code, torch.get_num_threads()), source.data_ptr(), out.data_ptr())
+        getattr(_built(), op)(W, idx, source, out, torch.get_num_threads())
     except IndexError as error:
         raise InputError(f"{op}: {error}") from None
 
@@ -200,16 +207,21 @@ def _built() -> ModuleType:
     return ext
 
 
-def _matrices(x: Tensor, W: Tensor) -> tuple[int, ...]:
-    """x and W as the extension takes them: type, addresses, B, D, L."""
-    if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype or x.dtype not in FLOAT_CODES:
+def _new_code(B: int, k: int) -> reference.Code:
+    """Room for acts and idx (B, k)."""
+    acts = torch.empty((B, k), dtype=torch.float32, device="cpu")
+    return acts, torch.empty((B, k), dtype=torch.int32, device="cpu")
+
+
+def _check_matrices(x: Tensor, W: Tensor) -> None:
+    """Raises InputError where x and W are not what the extension's encoders take."""
+    if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1] or x.dtype != W.dtype or x.dtype not in FLOATS:
         raise InputError(
             f"x is {x.dtype} of shape {tuple(x.shape)}, W {W.dtype} {tuple(W.shape)}: expected (B, D) and (L, D), "
             "both fp32, bf16 or fp16"
         )
     if not (x.is_contiguous() and W.is_contiguous() and x.device.type == W.device.type == "cpu"):
         raise InputError("x and W must be contiguous CPU tensors: call .cpu() and .contiguous(), as saefast.ops does")
-    return (FLOAT_CODES[x.dtype], x.data_ptr(), W.data_ptr(), *x.shape, W.shape[0])
 
 
 def _vector(name: str, vector: Tensor | None, W: Tensor) -> Tensor | None:
@@ -218,10 +230,6 @@ def _vector(name: str, vector: Tensor | None, W: Tensor) -> Tensor | None:
     if vector.shape != W.shape[:1]:
         raise InputError(f"{name} has shape {tuple(vector.shape)}: expected ({W.shape[0]},), one value per latent")
     return vector.float().contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def gather_rows(src: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
@@ -273,21 +281,24 @@ class RowTable:
                     f"sources: {_about(first)} and {_about(source)}, expected CPU tensors alike but for rows"
                 )
         self._sources = list(sources)
-        self._addresses = [source.data_ptr() for source in sources]
-        self._starts = list(accumulate((len(source) for source in sources), initial=0))
+        self._n_rows = sum(len(source) for source in sources)
+        ext = extension() if len(self._sources) > 1 else None
+        self._table = None if ext is None else ext.Sources(self._sources)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowTable, (self._sources,)
 
     def gather(self, index: Tensor) -> Tensor:
         """gather_rows: index (n,) contiguous int64, each below the sum of n_s."""
-        first, ext = self._sources[0], extension()
-        if ext is None or len(self._sources) == 1:
+        first = self._sources[0]
+        if self._table is None:
             return gather_rows(first if len(self._sources) == 1 else torch.cat(self._sources), index)
         _check_index(index, first)
-        out = torch.empty((index.shape[0], *first.shape[1:]), dtype=first.dtype)
-        sizes = (_row_bytes(first), index.data_ptr(), index.shape[0], out.data_ptr(), torch.get_num_threads())
+        out = torch.empty((index.shape[0], *first.shape[1:]), dtype=first.dtype, device="cpu")
         try:
-            ext.gather_rows_from(self._addresses, self._starts, *sizes)
+            self._table.gather(index, out, torch.get_num_threads())
         except IndexError as error:
-            raise InputError(f"index: {error}; the sources hold {self._starts[-1]} rows") from None
+            raise InputError(f"index: {error}; the sources hold {self._n_rows} rows") from None
         return out
 
 
@@ -295,14 +306,9 @@ def _about(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _row_bytes(src: Tensor) -> int:
-    return src.element_size() * src.shape[1:].numel()
-
-
 def _gather_cpu(ext: ModuleType, src: Tensor, index: Tensor, out: Tensor) -> None:
-    sizes = (src.shape[0], _row_bytes(src), index.data_ptr(), index.shape[0])
     try:
-        ext.gather_rows(src.data_ptr(), *sizes, out.data_ptr(), torch.get_num_threads())
+        ext.gather_rows(src, index, out, torch.get_num_threads())
     except IndexError as error:
         raise InputError(f"index: {error}; src has shape {tuple(src.shape)}") from None
 
@@ -310,10 +316,8 @@ def _gather_cpu(ext: ModuleType, src: Tensor, index: Tensor, out: Tensor) -> Non
 def _gather_cuda(ext: ModuleType, src: Tensor, index: Tensor, out: Tensor) -> None:
     n = index.shape[0]
     first_bad = torch.full((), n, dtype=torch.int64, device=src.device)
-    sizes = (src.shape[0], _row_bytes(src), index.data_ptr(), n)
     with torch.cuda.device(src.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        ext.gather_rows_cuda(src.data_ptr(), *sizes, out.data_ptr(), first_bad.data_ptr(), stream)
+        ext.gather_rows_cuda(src, index, out, first_bad, torch.cuda.current_stream().cuda_stream)
     if int(first_bad) < n:
         _check_range(index, src.shape[0])
 

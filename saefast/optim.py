@@ -145,7 +145,7 @@ class LeanMatrix:
             w,
             torch.zeros(R, D, dtype=torch.int8, device=device),
             torch.zeros(R, -(-D // LEAN_BLOCK), dtype=torch.bfloat16, device=device),
-            torch.zeros(R, device=device),
+            torch.zeros(R, dtype=torch.float32, device=device),
             torch.zeros(R, dtype=torch.int32, device=device),
             seed,
             w.float().norm(dim=1) if norms else None,
@@ -204,9 +204,9 @@ class DriftTable:
         self.ratio = beta1 / math.sqrt(beta2) if beta2 > 0 else math.inf
         self.steps = 0
         # Row 0: Σ weight. Row 1: Σ weight · √c2 β2^(-n/2).
-        self.sums = torch.zeros(2, 1024, dtype=torch.float64)
+        self.sums = torch.zeros(2, 1024, dtype=torch.float64, device="cpu")
         # As read: drift and drift_eps. Entry `steps` is 0, for nothing is owed there.
-        self.table = torch.zeros(2, 1024, dtype=torch.float64)
+        self.table = torch.zeros(2, 1024, dtype=torch.float64, device="cpu")
         self.window = self._window()
 
     def _window(self) -> int:
@@ -222,7 +222,7 @@ class DriftTable:
         self._grow()
         t = self.steps
         first = max(t - self.window, 0)
-        n = torch.arange(t - first, 0, -1, dtype=torch.float64)
+        n = torch.arange(t - first, 0, -1, dtype=torch.float64, device="cpu")
         c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
         weight = lr * math.sqrt(c2) / c1 * self.ratio**n
         part = slice(first, t)
@@ -258,7 +258,7 @@ class DriftTable:
             raise InputError(f"drift is {sums.dtype} {tuple(sums.shape)}: expected float64 (2, steps + 1)")
         self.steps = sums.shape[1] - 1
         capacity = max(1024, 1 << (self.steps + 1).bit_length())
-        self.sums = torch.zeros(2, capacity, dtype=torch.float64)
+        self.sums = torch.zeros(2, capacity, dtype=torch.float64, device="cpu")
         self.sums[:, : self.steps + 1] = sums.cpu()
         self.table = torch.zeros_like(self.sums)
         self._read(slice(0, self.steps))

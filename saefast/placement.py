@@ -15,7 +15,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
         raise InputError(f"device is {name!r}, which is not there ({reason}): try 'auto'") from None

@@ -198,13 +198,13 @@ def find_device(name: str) -> tuple[str, Device]:
 
 def measure_cpu() -> Device:
     """This machine: memory, the rate of the encoder itself, and the bandwidth of a copy, in about a second."""
-    low = screen.pays_off(torch.empty(1, 1))
-    x, W = torch.randn(512, 512), torch.randn(8192, 512)
+    low = screen.pays_off(torch.empty(1, 1, dtype=torch.float32, device="cpu"))
+    x, W = (torch.randn(n, 512, dtype=torch.float32, device="cpu") for n in (512, 8192))
     with machine.Watch() as others:
         full = low_rate = _rate(x, W)
         if low:
             low_rate = _rate(x.to(torch.bfloat16), W.to(torch.bfloat16))
-        source, target = torch.zeros(1 << 26), torch.zeros(1 << 26)
+        source, target = (torch.zeros(1 << 26, dtype=torch.float32, device="cpu") for _ in range(2))
         bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # The shares below are of peaks; these are rates reached.

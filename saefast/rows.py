@@ -59,7 +59,7 @@ def fill_entries(
     order, planes, tokens = runs.order.long(), [], []
     for part, width in enumerate(columns):
         column = torch.arange(width, device=acts.device)
-        heard = torch.bucketize(column, torch.tensor(bounds, device=acts.device), right=True)
+        heard = torch.bucketize(column, torch.tensor(bounds, dtype=torch.int64, device=acts.device), right=True)
         planes.append((heard if part == 0 else torch.full_like(column, len(bounds) - 1 + part)).repeat(n_tokens))
         tokens.append(torch.arange(n_tokens, device=acts.device).repeat_interleave(width))
     token, grouped = torch.cat(tokens)[order], grad[order]
@@ -118,7 +118,7 @@ def decode_loss(
         error: (B, D) -> e of the first prefix.
     """
     key = idx if by_latent else torch.arange(idx.shape[1], device=idx.device).expand_as(idx).contiguous()
-    prefix = torch.bucketize(key, torch.tensor(bounds, device=idx.device), right=True)
+    prefix = torch.bucketize(key, torch.tensor(bounds, dtype=torch.int64, device=idx.device), right=True)
     x_hat = torch.zeros_like(x) if b_dec is None else b_dec.expand_as(x).clone()
     squares = []
     for p, w in enumerate(weight):

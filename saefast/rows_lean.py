@@ -36,7 +36,7 @@ def mix(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, step: int, rows: Tensor, n_columns: int, salt: int = 0) -> Tensor:
     """(n, n_columns) int64 words for rows (n,) int64 at a step."""
-    when = mix(torch.tensor(seed + step * COLUMN + salt & WORD, device=rows.device))
+    when = mix(torch.tensor(seed + step * COLUMN + salt & WORD, dtype=torch.int64, device=rows.device))
     key = mix(when ^ (rows * ROW & WORD))
     return mix(key[:, None] + torch.arange(n_columns, device=rows.device) * COLUMN & WORD)
 

@@ -52,8 +52,8 @@ def batch_sequences(sequences: Iterable[Tensor], batch_size: int, pad_id: int = 
 
 def _pad(sequences: list[Tensor], pad_id: int) -> TokenBatch:
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
-    lengths = torch.tensor([len(s) for s in sequences])
-    return TokenBatch(ids, torch.arange(ids.shape[1]) < lengths[:, None])
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64, device="cpu")
+    return TokenBatch(ids, torch.arange(ids.shape[1], device="cpu") < lengths[:, None])
 
 
 @contextlib.contextmanager
@@ -103,10 +103,10 @@ def lm_scores(
     Raises:
         InputError: no batch holds two ordinary tokens in a row.
     """
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64, device="cpu")
     n_tokens = 0
     device = next(model.parameters()).device
-    special = torch.tensor(sorted(special_ids), dtype=torch.int64)
+    special = torch.tensor(sorted(special_ids), dtype=torch.int64, device="cpu")
     for batch in batches:
         ordinary = batch.mask & ~torch.isin(batch.ids, special)
         keep = (ordinary[:, :-1] & ordinary[:, 1:]).to(device)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = sorted((ROOT / "tests" / "cpp").glob("test_*.cpp"))
-SOURCES = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if path.name != "bindings.cpp")
+SOURCES = sorted(path for path in (ROOT / "csrc").glob("*.cpp") if not path.name.startswith("bindings"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-pthread", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
 

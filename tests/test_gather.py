@@ -139,15 +139,10 @@ def test_without_the_extension_torch_does_the_same(monkeypatch: pytest.MonkeyPat
 
 
 def gather_from(sources: list[Tensor], index: Tensor, n_threads: int = 2) -> Tensor:
-    first_row = [0]
-    for source in sources:
-        first_row.append(first_row[-1] + len(source))
     out = torch.full((len(index), sources[0].shape[1]), float("nan"))
-    addresses = [source.data_ptr() for source in sources]
-    row_bytes = out.element_size() * out.shape[1]
     ext = native.extension()
     assert ext is not None
-    ext.gather_rows_from(addresses, first_row, row_bytes, index.data_ptr(), len(index), out.data_ptr(), n_threads)
+    ext.Sources(sources).gather(index, out, n_threads)
     return out
 
 
@@ -169,14 +164,11 @@ def test_several_sources_check_their_range() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("first_row", [[1, 3], [0, 3, 2], [0], [0, 1, 2]])
-def test_a_wrong_table_of_sources_is_refused(first_row: list[int]) -> None:
+def test_sources_with_rows_of_different_size_are_refused() -> None:
     ext = native.extension()
     assert ext is not None
-    index, out, src = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1), torch.zeros(9, 1)
-    addresses = [src.data_ptr()] * (2 if first_row == [0, 3, 2] else 1)
-    with pytest.raises(ValueError, match="first_row"):
-        ext.gather_rows_from(addresses, first_row, 4, index.data_ptr(), 1, out.data_ptr(), 1)
+    with pytest.raises(ValueError, match="sources have rows of 8 and of 12 bytes"):
+        ext.Sources([torch.zeros(4, 2), torch.zeros(4, 3)])
 
 
 @pytest.mark.gpu

@@ -47,8 +47,10 @@ class Reservoir:
             )
         self.batch_size, self.row_bytes, self.rows = batch_size, row_bytes, rows
         pinned = torch.cuda.is_available()
-        self._reservoir = torch.zeros(rows * row_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._ring = torch.zeros(PREFETCH * batch_size * row_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._reservoir, self._ring = (
+            torch.zeros(n * row_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+            for n in (rows, PREFETCH * batch_size)
+        )
         self._settings = _native().BufferSettings(
             slot_bytes=row_bytes,
             capacity=rows,
@@ -65,13 +67,13 @@ class Reservoir:
 
     def read_files(self, files: Files, column_bytes: list[int], epochs: int, seed: int) -> None:
         """Starts reading: per file its path, rows, and the byte where each column's matrix starts."""
-        addresses = (self._reservoir.data_ptr(), self._ring.data_ptr())
-        self._run(_native().open_files(files, column_bytes, *addresses, self._settings, epochs, seed))
+        memory = (self._reservoir, self._ring)
+        self._run(_native().open_files(files, column_bytes, *memory, self._settings, epochs, seed))
 
     def read_queue(self, seed: int) -> None:
         """Starts waiting for push()."""
-        addresses = (self._reservoir.data_ptr(), self._ring.data_ptr())
-        self._run(_native().open_queue(2 * self.batch_size, *addresses, self._settings, seed))
+        memory = (self._reservoir, self._ring)
+        self._run(_native().open_queue(2 * self.batch_size, *memory, self._settings, seed))
 
     def _run(self, native: Any) -> None:
         self._native = native
@@ -116,7 +118,7 @@ class Reservoir:
 
     def push(self, rows: Tensor) -> bool:
         """Queues rows (n, row_bytes) uint8; False when there was no room for 50 ms, or the reservoir was closed."""
-        return bool(self._native.push(rows.data_ptr(), len(rows)))
+        return bool(self._native.push(rows))
 
     def finish(self, error: str = "") -> None:
         """No more rows will be pushed; with an error, the next draw raises it."""

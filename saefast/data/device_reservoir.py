@@ -78,7 +78,7 @@ class DeviceReservoir:
     def _read(self, rows: np.ndarray, staging: Staging) -> None:
         if staging.copied is not None:
             staging.copied.synchronize()
-        self._stream.read(rows, staging.rows.data_ptr())
+        self._stream.read(rows, staging.rows)
 
     def _settle(self, refill: Refill) -> None:
         """Copies rows that have been read into their slots; gathers that follow wait for it, on the device."""
@@ -103,10 +103,10 @@ class DeviceReservoir:
         for start in range(0, len(slots), PIECE):
             part = slots[start : start + PIECE]
             try:
-                self._stream.read(resident[part], staging.data_ptr())
+                self._stream.read(resident[part], staging)
             except RuntimeError as error:
                 raise InputError(str(error)) from None
             self._slots.index_copy_(0, torch.from_numpy(part).to(self.device), staging[: len(part)].to(self.device))
 
     def _host(self, rows: int) -> Tensor:
-        return torch.zeros(rows, self.row_bytes, dtype=torch.uint8, pin_memory=self._copies is not None)
+        return torch.zeros(rows, self.row_bytes, dtype=torch.uint8, device="cpu", pin_memory=self._copies is not None)

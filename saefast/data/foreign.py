@@ -120,7 +120,7 @@ def _read_chunk(file: Path) -> Segment:
 
 def _kept(tensors: dict[str, Tensor], rows: Tensor) -> Tensor | None:
     """Which rows are tokens, not padding; None when all are."""
-    keep = torch.ones(len(rows), dtype=torch.bool)
+    keep = torch.ones(len(rows), dtype=torch.bool, device="cpu")
     for name in ("attention_mask", "mask"):
         if name in tensors and tensors[name].numel() == len(rows):
             keep &= tensors[name].reshape(-1).bool()

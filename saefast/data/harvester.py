@@ -271,5 +271,5 @@ def _usual(rows: dict[str, Tensor], multiple: float) -> Tensor:
     usual = []
     for values in rows.values():
         norms = values.float().norm(dim=1)
-        usual.append((norms <= multiple * norms.median()).cpu() if len(norms) else torch.ones(0, dtype=torch.bool))
+        usual.append((norms <= multiple * norms.median() if len(norms) else norms.bool()).cpu())
     return torch.stack(usual).all(0)

@@ -112,7 +112,7 @@ class IterableSource(Source):
         """Rows (n, d_in) of batch `number`; n may be 0."""
         name = f"batch {number} of {self.source_name}"
         if getattr(item, "ndim", 0) >= 2 and 0 in item.shape:
-            return torch.zeros(0, self.d_in)
+            return torch.zeros(0, self.d_in, dtype=torch.float32, device="cpu")
         rows = from_array(name, item).rows
         if rows.shape[1] != self.d_in:
             raise InputError(f"{name} has {rows.shape[1]} columns, those before have {self.d_in}")

@@ -22,9 +22,9 @@ class Moments:
     @classmethod
     def empty(cls, d: int, second: bool | None = None) -> "Moments":
         wanted = d <= SECOND_MOMENTS_UP_TO if second is None else second
-        f64 = torch.float64
-        matrix = torch.zeros(d, d, dtype=f64) if wanted else None
-        return cls(0, torch.zeros(d, dtype=f64), torch.zeros((), dtype=f64), torch.zeros((), dtype=f64), matrix)
+        shapes = ((d,), (), ()) + (((d, d),) if wanted else ())
+        total, squares, norms, *matrix = (torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes)
+        return cls(0, total, squares, norms, matrix[0] if matrix else None)
 
     def add(self, rows: Tensor) -> None:
         """Takes in rows (n, d). Products are formed in float32 over at most 16384 rows, then summed in float64."""
@@ -49,11 +49,11 @@ class Moments:
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """As stored in stats.safetensors: {prefix}/count, sum, sum_sq_norm, sum_norm, mean_norm[, second]."""
         out = {
-            "count": torch.tensor(self.count),
+            "count": torch.tensor(self.count, dtype=torch.int64, device="cpu"),
             "sum": self.sum,
             "sum_sq_norm": self.sum_sq_norm,
             "sum_norm": self.sum_norm,
-            "mean_norm": torch.tensor(self.mean_norm, dtype=torch.float64),
+            "mean_norm": torch.tensor(self.mean_norm, dtype=torch.float64, device="cpu"),
         }
         if self.second is not None:
             out["second"] = self.second

@@ -223,18 +223,21 @@ class ShardWriter:
 
     def _order(self, split: str, number: int, rows: int) -> Tensor:
         if self.shuffle_seed is None:
-            return torch.arange(rows)
+            return torch.arange(rows, device="cpu")
         generator = np.random.Generator(np.random.PCG64([self.shuffle_seed, SPLITS.index(split), number]))
         return torch.from_numpy(generator.permutation(rows))
 
     def _write_tokens(self, number: int) -> dict[str, Any]:
-        lengths = torch.tensor([0] + [len(ids) for _, ids in self._sequences])
+        lengths, documents = (
+            torch.tensor(numbers, dtype=torch.int64, device="cpu")
+            for numbers in ([0, *(len(ids) for _, ids in self._sequences)], [doc for doc, _ in self._sequences])
+        )
         flat = np.concatenate([np.asarray(ids, dtype=np.int32) for _, ids in self._sequences])
         name = f"tokens/{number:05d}.safetensors"
         columns = {
             "ids": Column.of(torch.from_numpy(flat)),
             "offsets": Column.of(lengths.cumsum(0)),
-            "doc": Column.of(torch.tensor([document for document, _ in self._sequences])),
+            "doc": Column.of(documents),
         }
         digest = write_file(self.folder / name, columns)
         first, count = self._next_sequence, len(self._sequences)
@@ -307,7 +310,7 @@ def _recount(folder: ShardFolder, hook: str, second: bool | None) -> Moments:
     moments = Moments.empty(folder.d(hook), second)
     for info in folder.shards("train", hook):
         shard = folder.open(info, hook)
-        for part in torch.arange(info.rows).split(_piece(shard.acts)):
+        for part in torch.arange(info.rows, device="cpu").split(_piece(shard.acts)):
             rows = shard.acts[part]
             moments.add(rows if shard.scale is None else dequantise(rows, shard.scale[part]))
     return moments

@@ -179,7 +179,7 @@ def _seal_entry(digest: str) -> bytes:
 def map_tensor(path: Path, entry: Entry) -> Tensor:
     """The tensor as a view of the mapped file: nothing is read until touched, nothing written ever reaches the file."""
     if math.prod(entry.shape) == 0:
-        return torch.zeros(entry.shape, dtype=entry.dtype)
+        return torch.zeros(entry.shape, dtype=entry.dtype, device="cpu")
     raw = np.memmap(path, dtype=np.uint8, mode="c", offset=entry.start, shape=(entry.end - entry.start,))
     flat = torch.from_numpy(raw)
     if entry.start % entry.dtype.itemsize:

@@ -195,7 +195,7 @@ class ShardFolder:
     def token_ids(self, seq: Tensor, pos: Tensor) -> Tensor:
         """The token id (n,) int32 of each of many rows, by their sequences and positions (n,) int."""
         seq, pos = seq.long(), pos.long()
-        out = torch.full(seq.shape, -1, dtype=torch.int32)
+        out = torch.full(seq.shape, -1, dtype=torch.int32, device="cpu")
         for part in self.index["tokens"]:
             inside = (seq >= part["first_seq"]) & (seq < part["first_seq"] + part["n_seq"])
             if inside.any():

@@ -74,6 +74,24 @@ void out_of_range_writes_nothing() {
     for (unsigned char byte : dst) CHECK(byte == 7);
 }
 
+void wrong_tables_are_refused() {
+    const auto src = random_bytes(9 * 4);
+    const std::vector<const void*> sources(2, src.data());
+    const int64_t index = 0;
+    std::vector<unsigned char> dst(4, 7);
+    for (const std::vector<int64_t>& first_row : std::vector<std::vector<int64_t>>{{1, 3}, {0, 3, 2}}) {
+        bool thrown = false;
+        try {
+            saefast::gather_rows_from(sources.data(), first_row.data(), static_cast<int64_t>(first_row.size()) - 1, 4,
+                                      &index, 1, dst.data(), 1);
+        } catch (const std::invalid_argument&) {
+            thrown = true;
+        }
+        CHECK(thrown);
+    }
+    for (unsigned char byte : dst) CHECK(byte == 7);
+}
+
 }  // namespace
 
 int main() {
@@ -83,4 +101,5 @@ int main() {
     several_sources({3, 0, 500, 1, 0}, 1000, 6000);
     several_sources({1}, 1, 10);
     out_of_range_writes_nothing();
+    wrong_tables_are_refused();
 }
