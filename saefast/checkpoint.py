@@ -22,10 +22,9 @@ import warnings
 from pathlib import Path
 from typing import Any, TypedDict
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saefast.data.shardfile import Column, write_file
+from saefast.data.shardfile import Column, map_tensor, read_header, write_file
 from saefast.errors import InputError
 from saefast.files import SEAL, read_sealed_json, sync, write_sealed_json
 from saefast.sae import CONFIG, SAE, WEIGHTS
@@ -62,7 +61,7 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
     checkpoints as they were, and an error leaves no temporary file either.
 
     Raises:
-        OSError, SafetensorError: a full disk, a folder that cannot be written.
+        OSError: a full disk, a folder that cannot be written.
     """
     target = folder / f"step_{step:08d}"
     temporary = folder / f".{target.name}.tmp"
@@ -100,14 +99,12 @@ def load(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
         InputError: a file is missing, cut short, damaged or of another kind; the message names it.
     """
     head = verify(path)
-    tensors = {}
     try:
-        with safe_open(path / ENGINE, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
-                # A clone, because what safetensors returns may be a mapping of the file, which pruning deletes.
-                tensors[name] = opened.get_tensor(name).clone()
+        # Clones, because the mapped file is one that pruning deletes.
+        entries = read_header(path / ENGINE)
+        tensors = {name: map_tensor(path / ENGINE, entry).clone() for name, entry in entries.items()}
         state = _unpack(head["state"], tensors)
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError) as error:
         raise InputError(
             f"{path / ENGINE} cannot be read ({error}): remove {path} to resume from an older one"
         ) from None

@@ -25,6 +25,7 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
         InputError: an unknown, missing or impossible argument.
         SystemExit: after --help.
     """
+    _refuse_empty(argv)
     complaint, said = io.StringIO(), io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     counts: dict[str, None] = {}  # as they were written, in that order
@@ -40,6 +41,15 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
     for line in filter(None, map(meant, counts)):
         print(f"saefast: {line}", file=sys.stderr)
     return args
+
+
+def _refuse_empty(argv: Sequence[str]) -> None:
+    """Raises InputError for an empty value, as an unset shell variable leaves one: no argument means anything by it,
+    and an empty path is the current folder to Python."""
+    for before, word in zip(["", *argv], argv, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            flag = word[:-1] or (before if before.startswith("--") else "an argument")
+            raise InputError(f"{flag} is empty: give it a value, or leave it out")
 
 
 def _takes_counts(written: dict[str, None]) -> ConstructorRegistry:

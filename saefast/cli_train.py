@@ -12,7 +12,7 @@ import tyro
 from saefast.cli_args import LogLines, parse, peek, watched
 from saefast.cli_harvest import HarvestArgs, describe, harvest_config, run_harvest
 from saefast.data.buffer import ShardBuffer
-from saefast.data.origin import DATA, describe_data
+from saefast.data.origin import describe_data, recorded_data
 from saefast.data.rows_source import RowsSource
 from saefast.data.source import Source
 from saefast.data.sources import HELDOUT, Shuffle, open_source
@@ -21,7 +21,7 @@ from saefast.init import Init
 from saefast.recipe import Preset, TrainConfig, preset
 from saefast.rundir import read_config
 from saefast.sae import CONFIG, SAE, SAEConfig
-from saefast.sweep import Member, train_many
+from saefast.sweep import Member, check_names, train_many
 from saefast.train import Stopped, count_steps, train
 
 ACTIVATIONS = "activations"
@@ -133,7 +133,11 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         InputError: anything a user can put right.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    names = [name for name in (args.hooks or "").split(",") if name]
+    names = [] if args.hooks is None else args.hooks.split(",")
+    if args.hooks is not None:
+        check_names(names)
+        if args.hook is not None:
+            raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     members = _live_members(args, names) if args.live else _members(args, names)
     try:
         if names:
@@ -165,7 +169,7 @@ def _train_one(args: TrainArgs, member: Member) -> SAE:
 def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
     """What to train, by hook, off data on disk."""
     path, hook, key, heldout = _data(args, names)
-    members = {}
+    members, trained = {}, set()
     wanted: list[str | None] = [*names] or [hook]
     for name in wanted:
         folder = args.out / name if names and name else args.out
@@ -179,6 +183,9 @@ def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
             shuffle=_shuffle(args, folder),
         )
         _report_skipped(source)
+        if source.source_name in trained:
+            raise InputError(f"--hooks {args.hooks}: two of them are {source.source_name}; name each once")
+        trained.add(source.source_name)
         metadata = describe_data(path, folder, source, hook=name, key=key, heldout=heldout)
         members[name or ""] = Member(source, args.sae.config(source.d_in, metadata), args.train)
     return members
@@ -210,14 +217,16 @@ def _data(args: TrainArgs, names: list[str]) -> tuple[Path, str | None, str | No
     if args.model is not None or args.text:
         if args.data is not None:
             raise InputError(f"DATA {args.data!r} and --model or --text are given: expected one or the other")
+        if args.key is not None:
+            raise InputError(f"--key {args.key} picks a tensor of a file, and --model or --text is given: leave it out")
         return _harvested(args, names), args.hook, None, args.heldout
     if args.data is not None:
         return Path(args.data), args.hook, args.key, args.heldout
     if not args.resume:
         raise InputError("no data: name a folder or file of activations, or --model and --text to harvest from")
     run = args.out / names[0] if names else args.out
-    kept = dict(read_config(run)[0].metadata.get(DATA) or {})
-    if "path" not in kept:
+    kept = recorded_data(read_config(run)[0].metadata, run)
+    if kept is None:
         raise InputError(f"{run} does not say what data it was trained on: name it")
     return run / kept["path"], kept.get("hook"), kept.get("key"), kept.get("heldout", args.heldout)
 
@@ -226,8 +235,8 @@ def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
     """As asked; a run that goes on keeps its own, which "auto" may choose otherwise on another machine."""
     if args.shuffle != "auto" or not args.resume or not (run / CONFIG).is_file():
         return args.shuffle
-    kept: Shuffle = (read_config(run)[0].metadata.get(DATA) or {}).get("shuffle", args.shuffle)
-    return kept
+    kept = recorded_data(read_config(run)[0].metadata, run)
+    return args.shuffle if kept is None else kept.get("shuffle", args.shuffle)
 
 
 def _harvested(args: TrainArgs, names: list[str]) -> Path:

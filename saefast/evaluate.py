@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast.checkpoint import list_steps
-from saefast.data.origin import DATA
+from saefast.data.origin import recorded_data
 from saefast.data.rows_source import RowsSource
 from saefast.data.source import Source, first_bad_row
-from saefast.data.sources import open_source
+from saefast.data.sources import HELDOUT, has_hooks, open_source
 from saefast.errors import InputError
-from saefast.files import replacing, write_json
+from saefast.files import replacing, usable, write_json
 from saefast.metrics import METRICS, SAEMetrics, density_histogram
 from saefast.rundir import CHECKPOINTS
 from saefast.sae import SAE, WEIGHTS, load
@@ -92,7 +92,7 @@ def evaluate_run(
     Raises:
         InputError: no SAE there, its data is gone or of another width, or nothing is held out.
     """
-    folder = Path(run).expanduser()
+    folder = usable(run)
     sae = load_finished(folder)
     source = run_source(folder, sae, data)
     metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype))
@@ -132,16 +132,17 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
 
 def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
     """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had."""
-    kept = dict(sae.config.metadata.get(DATA) or {})
+    kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
-        return open_source(data, hook=kept.get("hook"), d_in=sae.config.d_in, shuffle="mapped")
-    if "path" not in kept:
+        hook = kept.get("hook") if kept is not None and has_hooks(data) else None
+        return open_source(data, hook=hook, d_in=sae.config.d_in, shuffle="mapped")
+    if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
-    path = Path(kept.pop("path"))
-    here = folder / path
+    here = folder / kept["path"]
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
-    return open_source(here, d_in=sae.config.d_in, **kept | {"shuffle": "mapped"})
+    hook, key, heldout = kept.get("hook"), kept.get("key"), kept.get("heldout", HELDOUT)
+    return open_source(here, d_in=sae.config.d_in, hook=hook, key=key, heldout=heldout, shuffle="mapped")
 
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:

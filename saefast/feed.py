@@ -58,8 +58,9 @@ class Feed:
         Raises:
             InputError: the source is empty, or a row is not finite.
         """
-        while sum(len(x) for x, _ in self._pending) < n_rows and self._draw_ahead(0):
-            pass
+        drawn = 0
+        while drawn < n_rows and self._draw_ahead(0):
+            drawn += len(self._pending[-1][0])
         if not self._pending:
             raise InputError(f"{self.source.source_name} is empty: no batch came out of it")
         self.confirm()

@@ -117,15 +117,20 @@ def _read(path: str | Path) -> bytes:
 
 
 def usable(path: str | Path) -> Path:
-    """A path that a person gave, with ~ for their home.
+    """A path that a person gave, with ~ for their home; there need be nothing at it.
 
     Raises:
-        InputError: one that no file can have: empty, with a NUL character, or with letters no file system takes.
+        InputError: one that no file can have: empty, with a NUL character, too long, a loop of links ...
     """
     text = os.fspath(path)
+    reason = "" if text else "it is empty"
     try:
-        if text and "\0" not in text and os.fsencode(text):
-            return Path(text).expanduser()
-    except (UnicodeEncodeError, RuntimeError):  # RuntimeError: ~name of a user who is not there
-        pass
-    raise InputError(f"{text!a} is no path of a file or folder: name one that the file system can hold")
+        found = Path(text).expanduser()
+        found.stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # whoever opens it says so better
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name of a user who is not there
+        reason = getattr(error, "strerror", None) or str(error)
+    if reason:
+        raise InputError(f"{text!a} is no path of a file or folder ({reason}): name another")
+    return found

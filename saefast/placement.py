@@ -1,8 +1,13 @@
-"""Which device to work on."""
+"""Which device to work on, and how much it holds."""
+
+import os
+from pathlib import Path
 
 import torch
 
 from saefast.errors import InputError
+
+_CONTAINER = Path("/sys/fs/cgroup/memory.max")
 
 
 def pick_device(name: str) -> torch.device:
@@ -22,3 +27,27 @@ def pick_device(name: str) -> torch.device:
     if device.type == "meta":
         raise InputError("device is 'meta', whose tensors have no values: try 'auto'")
     return device
+
+
+def require_memory(device: torch.device | str, needed: int, what: str) -> None:
+    """Raises InputError where `needed` bytes are more than the whole of a device's memory, free or not."""
+    place = torch.device(device)
+    held = _memory_of(place)
+    if held is not None and needed > held:
+        raise InputError(
+            f"{what} needs at least {needed / 1e9:,.1f} GB, {place} has {held / 1e9:,.1f} GB: ask for less "
+            "(`saefast plan` says what fits)"
+        )
+
+
+def _memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has, or that this process may have of them; None where nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    held = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:  # a container's share, in cgroup v2
+        return min(held, int(_CONTAINER.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # there is none, or it says "max"
+        return held

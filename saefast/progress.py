@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from saefast.errors import InputError
+from saefast.files import parse_json, usable
+from saefast.schema import check
 
 METRICS = "metrics.jsonl"
 
@@ -71,7 +73,7 @@ def _step_of(raw: bytes) -> float:
     """The step of a line; beyond every step for one that a crash garbled, so that it is cut off."""
     try:
         return int(json.loads(raw)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")
 
 
@@ -81,15 +83,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: no such file, or a line that is no JSON.
     """
-    file = Path(path)
+    file = usable(path)
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
         raise InputError(f"{file} does not exist: expected the folder of a run, holding {METRICS}")
     lines = file.read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise InputError(f"{file} holds a line that is no JSON ({error})") from None
+    places = ((line, f"{file} line {number}") for number, line in enumerate(lines, start=1))
+    return [check(parse_json(line, place), dict[str, Any], place) for line, place in places]
 
 
 class Bar:

@@ -7,11 +7,12 @@ dictionary_learning 0.1.0 and SAELens 6.54, in their TopK + Adam form.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from saefast.errors import InputError
 from saefast.init import BiasInit
 from saefast.sae import SAEConfig
+from saefast.schema import Seed, check, check_argument, check_fields
 
 Preset = Literal["saefast", "openai", "sparsify", "dictionary_learning", "saelens"]
 
@@ -123,8 +124,8 @@ class TrainConfig:
     eval_every: int = 0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), field.type)
+        check_fields(self)
+        check_argument("seed", self.seed, Seed)
         self._check_numbers()
         if self.reproduce_bugs and self.engine == "fused":
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
@@ -157,25 +158,9 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(check(values, dict[str, Any], "train config").keys() - known):
             raise InputError(f"train config has unknown keys {unknown}: expected some of {sorted(known)}")
         return cls(**values)
-
-
-def _check_type(name: str, value: Any, declared: Any) -> None:
-    """One field against its annotation: a Literal's values, or a plain type or a union of some."""
-    options = get_args(declared)
-    if options and all(isinstance(option, str) for option in options):
-        if value not in options:
-            raise InputError(f"{name} is {value!r}: expected one of {', '.join(options)}")
-        return
-    options = options or (declared,)
-    # An int will do for a float; True is no number.
-    fits = isinstance(value, bool) and bool in options
-    fits |= not isinstance(value, bool) and isinstance(value, (*options, int) if float in options else options)
-    if not fits:
-        kinds = " or ".join("None" if option is type(None) else option.__name__ for option in options)
-        raise InputError(f"{name} is {value!r}: expected {kinds}")
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:

@@ -14,14 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from saefast import checkpoint
 from saefast.errors import InputError
-from saefast.files import read_json, write_json
+from saefast.files import read_json, usable, write_json
 from saefast.progress import METRICS
 from saefast.recipe import TrainConfig
-from saefast.sae import CONFIG, WEIGHTS, SAEConfig
+from saefast.sae import CONFIG, WEIGHTS, SAEConfig, check_config_file
 
 CHECKPOINTS, EMA = "checkpoints", "ema"
 TRAIN = "train"
@@ -41,12 +39,26 @@ def read_config(path: str | Path) -> tuple[SAEConfig, TrainConfig]:
     Raises:
         InputError: no such file, or one with unknown or impossible settings.
     """
-    file = Path(path)
-    values = read_json(file / CONFIG if file.is_dir() else file)
+    file = usable(path)
+    file = file / CONFIG if file.is_dir() else file
+    values = read_json(file)
     if not isinstance(values, dict):
         raise InputError(f"{file} is no config: expected a JSON object with d_in and n_latents")
-    train_config = TrainConfig.from_dict(values.pop(TRAIN, {}))
-    return SAEConfig.from_dict(values), train_config
+    try:
+        train_config = TrainConfig.from_dict(values.pop(TRAIN, {}))
+        return SAEConfig.from_dict(values), train_config
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def check_ours(folder: Path) -> None:
+    """Raises InputError where a run in this folder would overwrite the config.json of another program.
+
+    A folder with checkpoints is a run's, whatever became of its config.json, which the run writes anew.
+    """
+    if not checkpoint.list_steps(folder / CHECKPOINTS):
+        for place in (folder, folder / EMA):
+            check_config_file(place)
 
 
 def check_new(folder: Path) -> None:
@@ -153,8 +165,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turns what a full disk or a read-only folder raises into one line; what was saved before stays as it was."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise InputError(f"cannot write {path} ({reason}): {_intact(path)}") from error
 
 

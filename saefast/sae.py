@@ -2,21 +2,22 @@
 
 import dataclasses
 import json
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from saefast import autograd
-from saefast.data.shardfile import Column, verify_seal, write_file
+from saefast.data.shardfile import Column, map_tensor, read_header, read_metadata, verify_seal, write_file
 from saefast.errors import InputError
-from saefast.files import parse_json, usable, write_json
+from saefast.files import parse_json, read_json, usable, write_json
 from saefast.init import Init, init_weights
-from saefast.placement import pick_device
+from saefast.placement import pick_device, require_memory
+from saefast.schema import Seed, check, check_argument, check_fields
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -57,16 +58,18 @@ class SAEConfig:
     metadata: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("d_in", "n_latents", "k"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}: expected an int >= 1")
+            if not 1 <= getattr(self, name) < 2**31:  # ids of latents are int32
+                raise InputError(f"{name} is {getattr(self, name)}: expected at least 1 and less than 2^31")
         if self.k > self.n_latents:
             raise InputError(f"k is {self.k} but n_latents only {self.n_latents}: k <= n_latents is needed; lower k")
-        allowed = {"activation": ("topk",), "init": get_args(Init), "dtype": tuple(DTYPES)}
-        for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"{name} is {getattr(self, name)!r}: expected one of {', '.join(values)}")
+        try:
+            json.dumps(self.metadata)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"metadata cannot be written as JSON ({error}): keep to numbers, strings and lists"
+            ) from None
 
     @property
     def d_sae(self) -> int:
@@ -79,7 +82,7 @@ class SAEConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SAEConfig":
         """From to_dict()'s output; d_sae is taken for n_latents. Unknown keys raise InputError."""
-        values = dict(values)
+        values = dict(check(values, dict[str, Any], "SAE config"))
         if "d_sae" in values:
             values["n_latents"] = values.pop("d_sae")
         known = {f.name for f in dataclasses.fields(cls)}
@@ -115,6 +118,9 @@ class SAE(nn.Module):
         super().__init__()
         self.config = config
         dtype = DTYPES[config.dtype]
+        check_argument("seed", seed, Seed | None)
+        weights = 2 * config.n_latents * config.d_in * dtype.itemsize
+        require_memory(device, weights, f"an SAE of n_latents = {config.n_latents} and d_in = {config.d_in}")
         if torch.device(device).type == "meta":  # a shape to load weights into
             W_enc, W_dec = (torch.empty(config.n_latents, config.d_in, dtype=dtype, device="meta") for _ in range(2))
         else:
@@ -199,6 +205,7 @@ class SAE(nn.Module):
             InputError: as `save_weights`, or the folder's config.json is of something else.
         """
         folder = usable(path)
+        check_config_file(folder)
         self.save_weights(folder / WEIGHTS)
         write_json(folder / CONFIG, self.config_as_is().to_dict())
 
@@ -226,6 +233,17 @@ class SAE(nn.Module):
         return dataclasses.replace(self.config, dtype=names[0])
 
 
+def check_config_file(folder: Path) -> None:
+    """Raises InputError where a folder's config.json is there and is no SAE's: it is another program's to keep."""
+    file = folder / CONFIG
+    try:
+        ours = not os.path.lexists(file) or {"d_in", "n_latents"} <= dict(read_json(file)).keys()
+    except (InputError, TypeError, ValueError):
+        ours = False
+    if not ours:
+        raise InputError(f"{file} is there and is no SAE's config: it is not overwritten; choose another folder")
+
+
 def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> SAE:
     """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.
 
@@ -243,16 +261,14 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool =
     if not file.is_file():
         raise InputError(f"{file} does not exist: expected a folder written by SAE.save, holding {WEIGHTS}")
     place = pick_device(str(device))
-    try:
-        with safe_open(file, framework="pt", device=str(place)) as opened:
-            facts = opened.metadata() or {}
-            if facts.get("format") != "saefast":
-                raise InputError(f"{file} was not written by saefast (format {facts.get('format')!r})")
-            if verify and not verify_seal(file, {"format", "config"}):
-                warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} cannot be read as safetensors ({error}): it was cut short or damaged") from None
+    facts = read_metadata(file)
+    if facts.get("format") != "saefast":
+        raise InputError(f"{file} was not written by saefast (format {facts.get('format', '')[:60]!a})")
+    entries = read_header(file)
+    if verify and not verify_seal(file, {"format", "config"}):
+        warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
+    # Copies, so that nobody who writes into the file changes an SAE that was loaded from it.
+    tensors = {name: map_tensor(file, entry).to(place, copy=True) for name, entry in entries.items()}
     sae = SAE(_config_of(file, facts, tensors), device="meta")
     sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
@@ -260,7 +276,10 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool =
 
 def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) -> SAEConfig:
     """The config in a file's header, once the tensors are known to be of its shapes and of one dtype, which it gets."""
-    config = SAEConfig.from_dict(parse_json(facts.get("config", ""), f"{file}: its config"))
+    try:
+        config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
     L, D = config.n_latents, config.d_in
     expected = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

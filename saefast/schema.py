@@ -13,6 +13,8 @@ from saefast.errors import InputError
 
 # A number of things, or a place in a file; what torch and numpy can address.
 Count = Annotated[int, range(2**63)]
+# Of torch's generators and numpy's, and of the C++ ones.
+Seed = Annotated[int, range(2**63)]
 
 
 def check(value: Any, declared: Any, file: object) -> Any:
@@ -31,6 +33,18 @@ def check(value: Any, declared: Any, file: object) -> Any:
     if problem is not None:
         raise InputError(f"{file}: {problem}; it was damaged or edited, or is of another program")
     return value
+
+
+def check_argument(name: str, value: object, declared: Any) -> None:
+    """Raises InputError, naming the argument, where a value that a caller gave is not of the declared type."""
+    if not fits(value, declared):
+        raise InputError(f"{name} is {_shown(value)}: expected {words(declared)}")
+
+
+def check_fields(config: Any) -> None:
+    """Raises InputError naming the first field of a dataclass whose value is not of its annotation."""
+    for name, declared in get_type_hints(type(config), include_extras=True).items():
+        check_argument(name, getattr(config, name), declared)
 
 
 def fits(value: object, declared: Any) -> bool:
@@ -54,7 +68,7 @@ def words(declared: Any) -> str:
     if origin is list:
         return f"a list of {words(inner[0])}"
     if origin is dict:
-        return f"an object of {words(inner[1])}"
+        return "an object" if inner[1] is Any else f"an object of {words(inner[1])}"
     return "None" if declared is type(None) else str(declared.__name__)
 
 

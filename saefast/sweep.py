@@ -1,11 +1,12 @@
 """train_many(): several SAEs trained side by side, step by step, off one pass over the data."""
 
 import contextlib
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from saefast.errors import InputError
+from saefast.files import usable
 from saefast.progress import bar
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig
@@ -44,8 +45,7 @@ def train_many(
         InputError: as `train`, naming the member; no members.
         Stopped: after Ctrl-C or SIGTERM, about the first member.
     """
-    if not members:
-        raise InputError("members is empty: name at least one SAE to train")
+    check_names(members)
     with contextlib.ExitStack() as stack:
         runs = {
             name: _enter(stack, name, member, out_dir, resume, keep_checkpoints) for name, member in members.items()
@@ -61,6 +61,18 @@ def train_many(
         return {name: finish(run, shown) for name, run in runs.items()}
 
 
+def check_names(names: Collection[str]) -> None:
+    """Raises InputError for no names, and for those that are no folders of their own inside a run's folder."""
+    places = [PurePosixPath(name) for name in names]
+    if not places:
+        raise InputError("members is empty: name at least one SAE to train")
+    for name, place in zip(names, places, strict=True):
+        if not place.parts or place.is_absolute() or ".." in place.parts or "\0" in name:
+            raise InputError(f"{name!a} is no name for an SAE: it becomes a folder inside the run's own")
+        if places.count(place) > 1 or any(place in other.parents for other in places):
+            raise InputError(f"{name!a} is named twice, or is the folder that another SAE lies in: name each once")
+
+
 def _enter(
     stack: contextlib.ExitStack,
     name: str,
@@ -69,7 +81,7 @@ def _enter(
     resume: bool,
     keep_checkpoints: int,
 ) -> Run:
-    folder = None if out_dir is None else Path(out_dir).expanduser() / name
+    folder = None if out_dir is None else usable(out_dir) / name
     try:
         return stack.enter_context(opened(*member, folder, resume, keep_checkpoints, None))
     except InputError as error:

@@ -20,6 +20,8 @@ from saefast.data.sources import HELDOUT, open_source
 from saefast.engine import Engine
 from saefast.errors import InputError
 from saefast.feed import Feed, input_scale
+from saefast.files import usable
+from saefast.limits import check_sizes
 from saefast.placement import pick_device
 from saefast.progress import MetricsLog, bar
 from saefast.recipe import TrainConfig
@@ -76,7 +78,7 @@ def train(
     config = train_config if train_config is not None else TrainConfig()
     if keep_checkpoints < 1:
         raise InputError(f"keep_checkpoints is {keep_checkpoints}: expected at least 1")
-    folder = None if out_dir is None else Path(out_dir).expanduser()
+    folder = None if out_dir is None else usable(out_dir)
     if resume and folder is None:
         raise InputError("resume is True but out_dir is None: give the folder of the run to go on with")
     with (
@@ -105,6 +107,7 @@ def opened(
     with contextlib.ExitStack() as stack:
         if folder is not None:
             stack.enter_context(rundir.locked(folder))
+            rundir.check_ours(folder)
             if not resume:
                 rundir.check_new(folder)
             stack.enter_context(rundir.nothing_begun(folder))
@@ -129,13 +132,18 @@ def count_steps(source: Source, config: TrainConfig) -> int:
     Raises:
         InputError: neither number is known.
     """
+    return max(count_tokens(source, config) // config.batch_size, 1)
+
+
+def count_tokens(source: Source, config: TrainConfig) -> int:
+    """Tokens of a run: n_tokens, or one pass over the data. Raises InputError where neither number is known."""
     tokens = config.n_tokens if config.n_tokens is not None else source.n_rows
     if tokens is None:
         raise InputError(
             f"n_tokens is None and {source.source_name} has no known length: set n_tokens, which the learning rate's "
             "decay is laid out over"
         )
-    return max(tokens // config.batch_size, 1)
+    return tokens
 
 
 def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
@@ -161,10 +169,12 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
             return _restore(*found, source, sae_config, config, total_steps)
         warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
     device = pick_device(config.device)
+    check_sizes(sae_config, config, count_tokens(source, config), device)
     sae = SAE(sae_config, seed=config.seed, device=device)
     engine = make_engine(sae, config, total_steps)
     feed = Feed(source, config, device, sae.dtype)
-    rows = feed.look_ahead(config.init_rows or config.batch_size)
+    # A run looks at no more rows than it trains on.
+    rows = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
     feed.scale = input_scale(rows, config.normalize)
     engine.initialise((rows * feed.scale).to(sae.dtype))
     return Run(sae, engine, feed, config, total_steps)
@@ -187,6 +197,8 @@ def _restore(
     engine = make_engine(sae, config, total_steps)
     try:
         engine.load_state_dict(state["engine"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])

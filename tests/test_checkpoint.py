@@ -322,7 +322,7 @@ class TestMetricsLog:
 
     def test_garbage_is_cut_on_resume_and_named_on_reading(self, tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\n{"step": 3}\n')
-        with pytest.raises(InputError, match="holds a line that is no JSON"):
+        with pytest.raises(InputError, match=r"metrics\.jsonl line 2 is not valid JSON"):
             read_metrics(tmp_path)
         MetricsLog(tmp_path, after=3).close()
         assert read_metrics(tmp_path) == [{"step": 1}]

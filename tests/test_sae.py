@@ -85,7 +85,7 @@ def test_loading_a_truncated_or_foreign_or_missing_file_says_so(tmp_path):
     whole = file.read_bytes()
     for size in (0, 4, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"sae\.safetensors cannot be read"):
+        with pytest.raises(InputError, match=r"sae\.safetensors is truncated"):
             load(tmp_path)
     from safetensors.torch import save_file
 

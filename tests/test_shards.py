@@ -15,6 +15,7 @@ from saefast.data.shard_writer import ShardWriter
 from saefast.data.shardfile import BLOCK, Column, digest_file, map_tensor, read_header, write_file
 from saefast.data.shards import ShardFolder, dequantise, quantise
 from saefast.errors import InputError
+from saefast.files import write_sealed_json
 
 HOOKS = [{"name": "layers.1", "hf_name": "encoder.layer.1"}, {"name": "layers.2", "hf_name": "encoder.layer.2"}]
 
@@ -410,7 +411,7 @@ def test_folders_that_are_none(tmp_path):
         ShardFolder(tmp_path)
     written(tmp_path / "acts")
     index = json.loads((tmp_path / "acts" / "index.json").read_text())
-    (tmp_path / "acts" / "index.json").write_text(json.dumps(index | {"version": 2}))
+    write_sealed_json(tmp_path / "acts" / "index.json", index | {"version": 2})
     with pytest.raises(InputError, match="has version 2, this saefast reads up to 1: upgrade"):
         ShardFolder(tmp_path / "acts")
 

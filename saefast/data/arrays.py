@@ -54,6 +54,8 @@ def from_array(name: str, array: Any) -> Segment:
         raise InputError(
             f"{name} has dtype {tensor.dtype} ({tensor.layout}), expected dense bfloat16, float16, float32 or float64"
         )
+    if tensor.device.type == "meta":
+        raise InputError(f"{name} is on the meta device, where tensors have no values: load its data first")
     if tensor.dim() < 2:
         raise InputError(f"{name} has shape {tuple(tensor.shape)}, expected (rows, d_in)")
     if tensor.numel() == 0:
@@ -64,7 +66,8 @@ def from_array(name: str, array: Any) -> Segment:
 def from_file(path: Path, key: str | None = None) -> Segment:
     """A segment of a .npy, .pt, .pth or .safetensors file. `key` picks one of several tensors.
 
-    Raises InputError for a missing, unreadable or truncated file, and as from_array does.
+    Raises InputError for a missing, unreadable or truncated file, a key where there is nothing to pick from, and as
+    from_array does.
     """
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path} has an unknown ending, expected one of {', '.join(SUFFIXES)}, or a shard folder")
@@ -73,6 +76,7 @@ def from_file(path: Path, key: str | None = None) -> Segment:
     if path.stat().st_size == 0:
         raise InputError(f"{path} is empty (0 bytes)")
     if path.suffix == ".npy":
+        _no_key(path, key)
         return from_array(str(path), _open_npy(path))
     if path.suffix == ".safetensors":
         entries = read_header(path)
@@ -82,7 +86,14 @@ def from_file(path: Path, key: str | None = None) -> Segment:
     if isinstance(value, dict):
         tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
         value = tensors[_pick(path, {k: tuple(v.shape) for k, v in tensors.items()}, key)]
+    else:
+        _no_key(path, key)
     return from_array(str(path), value)
+
+
+def _no_key(path: Path, key: str | None) -> None:
+    if key is not None:
+        raise InputError(f"{path} holds one array and no names: leave out key {key!r}")
 
 
 def _pick(path: Path, shapes: dict[str, tuple[int, ...]], key: str | None) -> str:
@@ -103,7 +114,7 @@ def _open_npy(path: Path) -> np.ndarray:
     # Mode "c" maps the file copy-on-write: torch gets a writable view, and the file is never touched.
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged header may be any Python text, and raise whatever numpy's parser does
         raise InputError(f"{path} cannot be read as .npy, is it truncated? ({_line(error)})") from None
 
 

@@ -77,7 +77,7 @@ class ModuleRunner:
         device = self._device()
         seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks])
         try:
-            with torch.inference_mode(), contextlib.suppress(_Stop):
+            with _explained(self._model, ids), torch.inference_mode(), contextlib.suppress(_Stop):
                 # Without a mask attention takes its fastest path.
                 mask_argument = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
                 self._model(input_ids=ids.to(device), **mask_argument, **self._extra)
@@ -125,9 +125,31 @@ class HookedRunner:
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         seen = _Seen([hook["name"] for hook in self.hooks])
         fwd_hooks = [(hook["name"], seen.named_hook(hook["name"])) for hook in self.hooks]
-        with torch.inference_mode(), contextlib.suppress(_Stop):
+        with _explained(self._model, ids), torch.inference_mode(), contextlib.suppress(_Stop):
             self._model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **self._extra)
         return seen.all()
+
+
+@contextlib.contextmanager
+def _explained(model: Any, ids: Tensor) -> Iterator[None]:
+    """Whatever a model raises on token ids (batch, length), as one line; its own error is the cause that comes with it.
+
+    Raises:
+        InputError: naming the model, its error, and the ids it was given.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        hint = (
+            "lower batch_tokens or ctx_len" if isinstance(error, torch.OutOfMemoryError) else "does it run by itself?"
+        )
+        raise InputError(
+            f"the model ({type(model).__name__}) failed on {tuple(ids.shape)} token ids up to {int(ids.max())}: "
+            f"{type(error).__name__}: {reason}; {hint}"
+        ) from error
 
 
 class _Stop(Exception):

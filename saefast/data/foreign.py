@@ -5,11 +5,12 @@ science-of-finetuning (dictionary_learning fork)    shard_{i}.memmap beside shar
 llamascopium       {hook}/[shard-{s}-]chunk-{n}.safetensors or .pt: activation (..., d_in) [, attention_mask, mask]
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -19,6 +20,28 @@ from saefast.data.arrays import Segment, from_array, open_pt
 from saefast.data.shardfile import map_tensor, read_header
 from saefast.errors import InputError
 from saefast.files import read_json
+from saefast.schema import Count
+
+# numpy has no bfloat16: its bits lie there as int16.
+STORED: dict[str, type[np.generic]] = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "float16": np.float16,
+    "bfloat16": np.int16,
+}
+
+
+class Shaped(TypedDict):
+    """shard_{i}.meta: what must be there."""
+
+    shape: list[Count]
+
+
+class Meta(Shaped, total=False):
+    """shard_{i}.meta."""
+
+    dtype: str
+
 
 Reader = Callable[[list[Path], str | None], list[Segment]]
 
@@ -87,23 +110,34 @@ def _arrow_rows(file: Path, chunk: Any) -> Segment:
 
 
 def _read_memmaps(files: list[Path], hook: str | None) -> list[Segment]:
+    _one_hook(files, hook)
     return [_read_memmap(file) for file in files]
 
 
 def _read_memmap(file: Path) -> Segment:
-    meta = read_json(file.with_suffix(".meta"))
-    shape, name = tuple(meta["shape"]), str(meta.get("dtype", "torch.float32")).removeprefix("torch.")
-    # numpy has no bfloat16: its bits lie there as int16.
-    stored = np.dtype(np.int16 if name == "bfloat16" else name)
-    size, expected = file.stat().st_size, int(np.prod(shape)) * stored.itemsize
-    if size != expected:
+    beside = file.with_suffix(".meta")
+    meta: Meta = read_json(beside, Meta)
+    shape, name = tuple(meta["shape"]), meta.get("dtype", "float32").removeprefix("torch.")
+    if name not in STORED:
+        raise InputError(f"{beside}: dtype is {name[:60]!a}, expected one of {', '.join(STORED)}")
+    stored = np.dtype(STORED[name])
+    size, expected = file.stat().st_size, math.prod(shape) * stored.itemsize
+    if size != expected or not size:
         raise InputError(f"{file} has {size} bytes, its .meta promises {shape} {name} = {expected}: it is truncated")
     rows = torch.from_numpy(np.memmap(file, stored, mode="c", shape=shape))
     return from_array(str(file), rows.view(torch.bfloat16) if name == "bfloat16" else rows)
 
 
 def _read_chunks(files: list[Path], hook: str | None) -> list[Segment]:
+    _one_hook(files, hook)
     return [_read_chunk(file) for file in files]
+
+
+def _one_hook(files: list[Path], hook: str | None) -> None:
+    """Raises InputError for a hook that the folder's name does not say."""
+    folder = files[0].parent
+    if hook not in (None, folder.name):
+        raise InputError(f"{folder} holds the rows of one hook and does not say which: leave out hook {hook!r}")
 
 
 def _read_chunk(file: Path) -> Segment:
@@ -111,18 +145,19 @@ def _read_chunk(file: Path) -> Segment:
         tensors = {name: map_tensor(file, entry) for name, entry in read_header(file).items()}
     else:
         tensors = open_pt(file)
-    if "activation" not in tensors:
-        raise InputError(f"{file} has no tensor 'activation'; it holds {', '.join(tensors) or 'none'}")
+    if not isinstance(tensors, dict) or not isinstance(tensors.get("activation"), Tensor):
+        held = ", ".join(map(str, tensors)) if isinstance(tensors, dict) else type(tensors).__name__
+        raise InputError(f"{file} has no tensor 'activation'; it holds {held or 'none'}")
     rows = from_array(str(file), tensors["activation"])
     keep = _kept(tensors, rows.rows)
     return rows if keep is None else Segment(rows.name, rows.rows[keep])
 
 
-def _kept(tensors: dict[str, Tensor], rows: Tensor) -> Tensor | None:
+def _kept(tensors: dict[str, Any], rows: Tensor) -> Tensor | None:
     """Which rows are tokens, not padding; None when all are."""
     keep = torch.ones(len(rows), dtype=torch.bool, device="cpu")
     for name in ("attention_mask", "mask"):
-        if name in tensors and tensors[name].numel() == len(rows):
+        if isinstance(tensors.get(name), Tensor) and tensors[name].numel() == len(rows):
             keep &= tensors[name].reshape(-1).bool()
     return None if bool(keep.all()) else keep
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from saefast.data.sequences import Window
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import read_index
 from saefast.errors import InputError
+from saefast.schema import Count, check
 
 __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
 
@@ -98,6 +99,22 @@ def harvest_batches(
     split is "heldout" are not to be trained on. Neighbouring rows are of one sequence: shuffle them through a buffer.
     """
     return Harvester(config or HarvestConfig(), model=model, tokenizer=tokenizer, text=text).batches()
+
+
+class Cursor(TypedDict):
+    """How far a harvest has come, as far as its report tells."""
+
+    docs: Count
+    seqs: Count
+    done: Count
+
+
+class Finished(TypedDict):
+    """What the report on a harvest needs of index.json."""
+
+    cursor: Cursor
+    dropped: dict[str, Count]
+    complete: bool
 
 
 class _Run:
@@ -253,21 +270,23 @@ def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> Har
         return None
     index = read_index(folder)
     hooks = [hook["name"] for hook in index["hooks"]]
+    cursor = index.get("cursor") or {}
     same = index.get("settings") == _settings(config, model, text) and hooks == list(config.hooks)
-    enough = config.max_tokens is not None and index.get("cursor", {}).get("tokens", 0) >= config.max_tokens
+    enough = config.max_tokens is not None and cursor.get("tokens", 0) >= config.max_tokens
     if not (index.get("complete") and same and index["dtype"] == config.dtype):
         return None
     return _report(folder, index) if index.get("end") == "text" or enough else None
 
 
 def _report(folder: Path, index: dict[str, Any]) -> HarvestReport:
-    cursor, splits = index["cursor"], index["splits"]
+    done: Finished = check(index, Finished, folder / "index.json")
+    cursor, splits = done["cursor"], index["splits"]
     return HarvestReport(
         folder,
         rows=splits["train"],
         heldout_rows=splits["heldout"],
         sequences=cursor["seqs"] + cursor["done"],
         documents=cursor["docs"],
-        dropped=index["dropped"],
-        complete=index["complete"],
+        dropped=done["dropped"],
+        complete=done["complete"],
     )

@@ -1,15 +1,46 @@
 """Where a run's rows came from, as its config says it: what `saefast eval` opens again."""
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from saefast.data.buffer import ShardBuffer
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source
+from saefast.files import usable
+from saefast.schema import check
 
 # In SAEConfig.metadata: open_source's arguments.
 DATA = "data"
+
+
+class Place(TypedDict):
+    """Where the rows are."""
+
+    path: str
+
+
+class Recorded(Place, total=False):
+    """What a run's config says of its data."""
+
+    hook: str | None
+    key: str | None
+    heldout: float
+    shuffle: Literal["auto", "buffer", "mapped"]
+
+
+def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:
+    """What `describe_data` wrote into the metadata of the run in a folder; None where it says nothing of its data.
+
+    Raises:
+        InputError: what it says cannot be it.
+    """
+    kept = metadata.get(DATA)
+    if kept is None:
+        return None
+    found: Recorded = check(kept, Recorded, f"{run}: its config's {DATA}")
+    return found
 
 
 def describe_data(
@@ -20,7 +51,8 @@ def describe_data(
     The names are SAELens' (model_name, hook_name, context_size ...). Data inside the run's folder is named relative
     to it, so that the folder can be moved.
     """
-    absolute, base = path.expanduser().resolve(), folder.expanduser().resolve()
+    # Not Path.resolve, which raises RuntimeError for a loop of links.
+    absolute, base = (Path(os.path.realpath(usable(place))) for place in (path, folder))
     place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
     if isinstance(source, RowsSource | ShardBuffer) and source.folder is not None:

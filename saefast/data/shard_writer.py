@@ -9,6 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -27,13 +28,14 @@ from saefast.data.shards import (
     STATS,
     VERSION,
     ShardFolder,
+    check_index,
     dequantise,
     folder_of,
     quantise,
     read_index,
 )
 from saefast.errors import InputError
-from saefast.files import write_json
+from saefast.files import usable, write_sealed_json
 
 # Bytes shuffled and hashed at a time: much more leaves the cache, much less is all start and stop of threads.
 _PIECE = 8 << 20
@@ -62,7 +64,7 @@ class ShardWriter:
             raise InputError(f"dtype {dtype!r} is unknown: choose from {', '.join(ACT_DTYPES)}")
         if rows_per_shard < 1:
             raise InputError(f"rows_per_shard is {rows_per_shard}, expected at least 1")
-        self.folder, self.dtype, self.shuffle_seed = Path(folder), ACT_DTYPES[dtype], shuffle_seed
+        self.folder, self.dtype, self.shuffle_seed = usable(folder), ACT_DTYPES[dtype], shuffle_seed
         self.second_moments = second_moments
         self._lock = _lock(self.folder)
         try:
@@ -138,7 +140,7 @@ class ShardWriter:
         splits = {split: sum(s["rows"] for s in shards if s["split"] == split) for split in SPLITS}
         self.index |= {"shards": shards, "tokens": tokens, "splits": splits, "n_rows": sum(splits.values())}
         self.index |= {"cursor": cursor, "complete": complete, **extra}
-        write_json(self.folder / "index.json", self.index)
+        write_sealed_json(self.folder / "index.json", self.index)
         for spool in self._spools.values():
             spool.close()
         self._next_sequence += len(self._sequences)
@@ -174,6 +176,7 @@ class ShardWriter:
             "tokens": [],
             "shards": [],
         }
+        check_index(self.folder / "index.json", fresh)
         if not (self.folder / "index.json").exists():
             return fresh
         index = read_index(self.folder)
@@ -182,9 +185,10 @@ class ShardWriter:
 
     def _clear_leftovers(self) -> None:
         shutil.rmtree(self.folder / ".spool", ignore_errors=True)
-        for place in [self.folder, self.folder / "tokens", *(self.folder / folder_of(h) for h in self.hooks)]:
-            for leftover in place.glob(".*.tmp"):
-                leftover.unlink()
+        shards = [self.folder / "tokens", *(self.folder / folder_of(hook) for hook in self.hooks)]
+        leftovers = [self.folder.glob(f".{name}.*.tmp") for name in ("index.json", STATS)]
+        for leftover in chain(*leftovers, *(place.glob(".*.safetensors.*.tmp") for place in shards)):
+            leftover.unlink()
 
     def _load_moments(self) -> dict[str, Moments]:
         """Moments of what is committed; a kill between the two renames of a commit means counting them anew."""

@@ -8,12 +8,11 @@
 Files of the held-out share are called heldout-00000.safetensors. The row order is the same in every hook.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from torch import Tensor
 from saefast.data.moments import Moments
 from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header, verify_seal
 from saefast.errors import InputError
-from saefast.files import read_json
+from saefast.files import read_sealed_json, usable
+from saefast.schema import Count, check
 
 FORMAT = "saefast-activations"
 VERSION = 1
@@ -59,6 +59,68 @@ def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
 def folder_of(hook: str) -> str:
     """The name of a hook's folder: module paths are fine as they are, slashes and a leading dot are not."""
     return hook.replace("/", "_").lstrip(".") or "_"
+
+
+class HookEntry(TypedDict):
+    """index.json: a hook; d is None as long as no row was written."""
+
+    name: str
+    hf_name: str
+    d: Count | None
+
+
+class ShardEntry(TypedDict):
+    """index.json: a shard, with digests by hook."""
+
+    file: str
+    rows: Count
+    split: Literal["train", "heldout"]
+    sha256: dict[str, str]
+    crc32: dict[str, list[Count]]
+
+
+class TokensEntry(TypedDict):
+    """index.json: a file of tokens."""
+
+    file: str
+    first_seq: Count
+    n_seq: Count
+    sha256: str
+
+
+class Versioned(TypedDict):
+    """index.json, whatever its version."""
+
+    version: Count
+
+
+class Index(Versioned):
+    """index.json: what every reader needs."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "int8"]
+    hooks: list[HookEntry]
+    shards: list[ShardEntry]
+    tokens: list[TokensEntry]
+    splits: dict[str, Count]
+
+
+class IndexFacts(TypedDict, total=False):
+    """index.json: what the writer goes on from, and what a harvest says of itself."""
+
+    n_rows: Count
+    rows_per_shard: Count
+    settings: dict[str, Any]
+    shuffle: dict[str, Any]
+    cursor: dict[str, Any] | None
+    complete: bool
+    end: str | None
+    dropped: dict[str, Count]
+    model: str | None
+    revision: str | None
+    text: str | None
+    ctx_len: Count | None
+    forward: str | None
+    keep_special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -108,7 +170,7 @@ class ShardFolder:
     index: dict[str, Any] = field(init=False)
 
     def __init__(self, path: str | Path, *, skip_bad_shards: bool = False, verify: bool = False) -> None:
-        self.path, self.skip_bad_shards, self.verify_on_open = Path(path), skip_bad_shards, verify
+        self.path, self.skip_bad_shards, self.verify_on_open = usable(path), skip_bad_shards, verify
         self.skipped = []
         self.index = read_index(self.path)
         self._usable: dict[str, list[ShardInfo]] = {}
@@ -135,7 +197,10 @@ class ShardFolder:
 
     def d(self, hook: str | None = None) -> int:
         name = self.hook(hook)
-        return next(int(entry["d"]) for entry in self.index["hooks"] if entry["name"] == name)
+        found = next(entry["d"] for entry in self.index["hooks"] if entry["name"] == name)
+        if found is None:
+            raise InputError(f"{self.path}: hook {name} has no rows yet: run the harvest again, it goes on")
+        return int(found)
 
     def shards(self, split: str = "train", hook: str | None = None) -> list[ShardInfo]:
         """Usable shards of a split, in the order they were written. A bad one raises, or is skipped on request."""
@@ -179,9 +244,12 @@ class ShardFolder:
         verify_seal(path, set())
         tensors = {key: map_tensor(path, entry) for key, entry in read_header(path).items()}
         try:
-            return Moments.from_tensors(name, tensors)
-        except KeyError as missing:
-            raise InputError(f"{path} lacks {missing}: run the harvest again to rebuild it") from None
+            found = Moments.from_tensors(name, tensors)
+        except (KeyError, ValueError, RuntimeError) as problem:
+            raise InputError(f"{path} lacks {problem}: run the harvest again to rebuild it") from None
+        if found.sum.shape != (self.d(name),):
+            raise InputError(f"{path}: moments of width {tuple(found.sum.shape)}, the rows have {self.d(name)}")
+        return found
 
     @property
     def n_sequences(self) -> int:
@@ -200,7 +268,10 @@ class ShardFolder:
             inside = (seq >= part["first_seq"]) & (seq < part["first_seq"] + part["n_seq"])
             if inside.any():
                 ids, offsets, _, first = self._token_part(int(part["first_seq"]))
-                out[inside] = ids[offsets[seq[inside] - first] + pos[inside]]
+                here, place = seq[inside] - first, pos[inside]
+                if bool(((place < 0) | (place >= offsets[here + 1] - offsets[here])).any()):
+                    raise InputError(f"{self.path}: a row's position is outside its sequence: the shard is damaged")
+                out[inside] = ids[offsets[here] + place]
         return out
 
     def document(self, seq: int) -> int:
@@ -220,10 +291,8 @@ class ShardFolder:
             raise InputError(f"sequence {seq} is not in {self.path}, which has {self.n_sequences}")
         number = bisect_right(firsts, seq) - 1
         if number not in self._tokens:
-            path = self.path / self.index["tokens"][number]["file"]
-            entries = read_header(path)
-            ids, offsets, doc = (map_tensor(path, entries[key]) for key in ("ids", "offsets", "doc"))
-            self._tokens[number] = (ids, offsets, doc)
+            part = self.index["tokens"][number]
+            self._tokens[number] = _open_tokens(self.path / part["file"], part["n_seq"])
         return (*self._tokens[number], firsts[number])
 
     def _check(self, hook: str) -> list[ShardInfo]:
@@ -265,11 +334,11 @@ class ShardFolder:
     def _token_problem(self, part: dict[str, Any]) -> BadShard | None:
         path = self.path / part["file"]
         try:
-            read_header(path)
+            _open_tokens(path, part["n_seq"])
+            if digest_file(path).sha256 == part["sha256"]:
+                return None
         except InputError as error:
             return BadShard(path, None, str(error))
-        if digest_file(path).sha256 == part["sha256"]:
-            return None
         return BadShard(path, None, f"{path} is damaged: it differs from the checksum in the index")
 
     def _problem(self, info: ShardInfo, hook: str, checksums: bool) -> BadShard | None:
@@ -292,20 +361,53 @@ class ShardFolder:
         return BadShard(path, block * BLOCK, reason)
 
 
+def _open_tokens(path: Path, n_seq: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ids (total,) int32, offsets (n_seq + 1,) int64 and doc (n_seq,) int64 of a tokens file. Raises InputError."""
+    entries = read_header(path)
+    wanted = {"ids": torch.int32, "offsets": torch.int64, "doc": torch.int64}
+    if any(name not in entries or entries[name].dtype != dtype for name, dtype in wanted.items()):
+        raise InputError(f"{path} holds {', '.join(entries)}: expected ids int32, offsets int64 and doc int64")
+    ids, offsets, doc = (map_tensor(path, entries[name]) for name in wanted)
+    shapes = [tuple(tensor.shape) for tensor in (ids, offsets, doc)]
+    if shapes[1:] != [(n_seq + 1,), (n_seq,)] or len(shapes[0]) != 1:
+        raise InputError(f"{path} holds ids, offsets and doc of shapes {shapes}; the index says {n_seq} sequences")
+    if offsets[0] != 0 or offsets[-1] != len(ids) or bool((offsets.diff() < 0).any()):
+        raise InputError(f"{path} is damaged: its offsets do not rise from 0 to its {len(ids)} ids")
+    return ids, offsets, doc
+
+
 def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of a shard folder, checked for format and version. Raises InputError."""
+    """index.json of a shard folder, checked for format, version, digest and every field. Raises InputError."""
     path = folder / "index.json"
     if not path.is_file():
         raise InputError(f"{folder} is no shard folder: it has no index.json")
-    index = read_json(path)
+    index = read_sealed_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise InputError(f"{path} is not the index of a shard folder (format {FORMAT!r} expected)")
-    if int(index.get("version", 0)) > VERSION:
-        raise InputError(f"{path} has version {index['version']}, this saefast reads up to {VERSION}: upgrade")
-    missing = [k for k in ("dtype", "hooks", "shards", "tokens", "splits") if k not in index]
-    if missing or index["dtype"] not in ACT_DTYPES:
-        raise InputError(f"{path} lacks {', '.join(missing) or 'a known dtype'}: {json.dumps(index)[:80]}")
-    return index
+    version = check(index, Versioned, path)["version"]
+    if version > VERSION:
+        raise InputError(f"{path} has version {version}, this saefast reads up to {VERSION}: upgrade")
+    checked: dict[str, Any] = check(check(index, Index, path), IndexFacts, path)
+    check_index(path, checked)
+    return checked
+
+
+def check_index(path: Path, index: dict[str, Any]) -> None:
+    """What no declaration says: files stay inside the folder, every hook has its digests, sequences follow on."""
+    names = [hook["name"] for hook in index["hooks"]]
+    if not names or len({"tokens", *map(folder_of, names)}) <= len(names):
+        raise InputError(f"{path}: hooks are {', '.join(names) or 'none'}; expected at least one, a folder for each")
+    for part in [*index["shards"], *index["tokens"]]:
+        if Path(part["file"]).is_absolute() or ".." in Path(part["file"]).parts:
+            raise InputError(f"{path}: the file {part['file']!r} is outside the folder")
+    for shard in index["shards"]:
+        if not shard["sha256"].keys() & shard["crc32"].keys() >= set(names):
+            raise InputError(f"{path}: {shard['file']} lacks checksums of one of the hooks {', '.join(names)}")
+    expected = 0
+    for part in index["tokens"]:
+        if part["first_seq"] != expected:
+            raise InputError(f"{path}: {part['file']} begins at sequence {part['first_seq']}, expected {expected}")
+        expected += part["n_seq"]
 
 
 def _infos(index: dict[str, Any]) -> Iterator[ShardInfo]:

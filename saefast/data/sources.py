@@ -16,6 +16,7 @@ from saefast.data.rows_source import Located, Rows, RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
 from saefast.errors import InputError
+from saefast.files import usable
 from saefast.native import available
 
 Shuffle = Literal["auto", "buffer", "mapped"]
@@ -43,7 +44,8 @@ def open_source(
       draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
       than memory; "auto" takes the buffer for folders over a quarter of this machine's memory, and for all where
       there is a GPU, which it keeps fed;
-    - a .npy, .pt or .safetensors file (`key` picks a tensor), or a folder of them, mapped where the format allows;
+    - a .npy, .pt or .safetensors file (`key` picks one of several tensors), or a folder of them, mapped where the
+      format allows;
     - a folder of activations cached by SAELens, by science-of-finetuning's dictionary_learning or by llamascopium
       (foreign.py; `hook` as above);
     - a tensor or numpy array (..., d_in). For files and arrays the last `heldout` of the rows is held out, in one
@@ -51,7 +53,8 @@ def open_source(
     - an iterable of tensors (B, d_in), or a function that returns one: see IterableSource;
     - a Source, which is passed through.
 
-    Raises InputError in one line for what cannot be trained on; `d_in`, if given, is the width it must have.
+    Raises InputError in one line for what cannot be trained on, and for a hook or key where nothing has that name;
+    `d_in`, if given, is the width it must have.
     """
     if not 0 <= heldout < 1:
         raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
@@ -63,6 +66,15 @@ def open_source(
     if d_in is not None and source.d_in != d_in:
         raise InputError(f"{source.source_name} has rows of {source.d_in} columns, expected d_in = {d_in}")
     return source
+
+
+def has_hooks(data: Any) -> bool:
+    """Whether `hook` means something for this data: a shard folder, or a folder of another library's cache."""
+    if not isinstance(data, str | Path):
+        return False
+    path = usable(data)
+    cached = ("*.arrow", "*/*chunk-*")
+    return (path / "index.json").is_file() or any(next(path.glob(pattern), None) for pattern in cached)
 
 
 def _streams(source: RowsSource, shuffle: Shuffle) -> bool:
@@ -78,14 +90,15 @@ def _streams(source: RowsSource, shuffle: Shuffle) -> bool:
 
 def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad_shards: bool, verify: bool) -> Source:
     if isinstance(data, Source):
+        _refuse(data.source_name, hook=hook, key=key)
         return data
     if isinstance(data, str | Path):
-        path = Path(data).expanduser()
+        path = usable(data)
         if (path / "index.json").is_file():
+            _refuse(path, key=key)
             return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), hook)
-        foreign = read_foreign(path, hook) if path.is_dir() else None
-        segments = foreign if foreign is not None else [from_file(file, key) for file in _files(path)]
-        return _from_segments(str(path), segments, heldout)
+        return _from_segments(str(path), _from_path(path, hook, key), heldout)
+    _refuse("what is given", hook=hook, key=key)
     if isinstance(data, torch.Tensor | np.ndarray):
         return _from_segments("the array", [from_array("the array", data)], heldout)
     if isinstance(data, Iterable) or callable(data):
@@ -94,6 +107,23 @@ def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad
         f"a {type(data).__name__} is nothing to train on,"
         " expected a path, an array, or an iterable of (B, d_in) tensors"
     )
+
+
+def _from_path(path: Path, hook: str | None, key: str | None) -> list[Segment]:
+    foreign = read_foreign(path, hook) if path.is_dir() else None
+    if foreign is not None:
+        _refuse(path, key=key)
+        return foreign
+    segments = [from_file(file, key) for file in _files(path)]
+    _refuse(path, hook=hook)
+    return segments
+
+
+def _refuse(data: object, **names: str | None) -> None:
+    """Raises InputError for a hook or key that would pick nothing: to ignore it would train on something else."""
+    for name, value in names.items():
+        if value is not None:
+            raise InputError(f"{name} is {value!a}, but {data} has no {name}s to choose from: leave it out")
 
 
 def _files(path: Path) -> list[Path]:
