@@ -84,12 +84,14 @@ class HarvestBatch(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """Sequences of a window to run together, their split, and how many of window.order() are run with them."""
+    """Sequences of a window to run together, their split, how many of window.order() are run with them, and how many
+    of them an earlier call has harvested already."""
 
     window: Window
     numbers: list[int]
     split: str
     done: int
+    known: int
 
 
 class Harvester:
@@ -164,14 +166,18 @@ class Harvester:
         held = sum(window.held)
         # A batch is of one share only.
         for first, last in ((0, held), (held, len(order))):
-            todo = order[max(first, done) : last]
-            lengths = [len(window.ids[i]) for i in todo]
+            numbers = order[first:last]
+            lengths = [len(window.ids[i]) for i in numbers]
             for start, stop in batches_of(lengths, self.config.batch_tokens, self.runner.equal_lengths):
                 split = "heldout" if first < held else "train"
-                yield _Job(window, todo[start:stop], split, max(first, done) + stop)
+                # A harvest that goes on runs the batches that an uninterrupted one would: what a row is, to the last
+                # bit, and which rows are outliers depends on what they run with.
+                known = max(done - first - start, 0)
+                if known < stop - start:
+                    yield _Job(window, numbers[start:stop], split, first + stop, known)
 
     def _run(self, job: _Job) -> HarvestBatch:
-        window, numbers, split, done = job
+        window, numbers, split, done, known = job
         pad_id = self.tokenizer.pad_token_id
         ids, mask = pad([window.ids[i] for i in numbers], 0 if pad_id is None else pad_id)
         hidden = self.runner.run(torch.from_numpy(ids), torch.from_numpy(mask))
@@ -191,7 +197,7 @@ class Harvester:
         counts = np.bincount(owner, minlength=len(numbers))
         dropped["outlier_norm"] = keep.sum(1) - counts
         seq = torch.from_numpy(np.asarray(numbers)[owner] + window.first_seq)
-        return HarvestBatch(
+        batch = HarvestBatch(
             rows,
             seq,
             torch.from_numpy(pos),
@@ -200,8 +206,21 @@ class Harvester:
             np.stack([dropped[key] for key in DROPPED], 1),
             window,
             done,
-            int(mask.sum()),
+            int(mask[known:].sum()),
         )
+        return _without_first(batch, known)
+
+
+def _without_first(batch: HarvestBatch, n: int) -> HarvestBatch:
+    """The batch without the rows of its first n sequences."""
+    first = int(batch.counts[:n].sum())
+    return batch._replace(
+        rows={name: values[first:] for name, values in batch.rows.items()},
+        seq=batch.seq[first:],
+        pos=batch.pos[first:],
+        counts=batch.counts[n:],
+        dropped=batch.dropped[n:],
+    )
 
 
 def given_model_name(model: Any) -> str:
