@@ -10,11 +10,12 @@ PEERS_ENV := $(PEERS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help env demo test lint format peers gpu clean
+.PHONY: help env demo test attack lint format peers gpu clean
 
 help:
 	@echo "make demo    harvest a real model's activations and train an SAE on them, under 5 minutes on two cores"
 	@echo "make test    the test suite (CPU; GPU kernels run in Triton's interpreter)"
+	@echo "make attack  kills, damaged files and bad arguments against saefast: a table of what came of it"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
 	@echo "make peers   the tests against SAELens, sparsify and dictionary_learning, in an environment of their own"
@@ -36,6 +37,10 @@ demo: $(ENV)
 # One process a core, one thread each: tests of several threads ask for them. What a file's tests share is made once.
 test: $(ENV)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not peers" $(ARGS)
+
+# Kills, damaged files, bad arguments, a soak: what docs/attack.md shows. ARGS="--part fuzz" for one part.
+attack: $(ENV)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(VENV)/bin/python -m attack --out docs/attack.json $(ARGS)
 
 lint: $(ENV)
 	$(VENV)/bin/ruff check .

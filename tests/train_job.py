@@ -4,14 +4,17 @@ Run as a script this is a server: it imports torch once, and for every JSON line
 It answers with two lines: the child's process id, and how it ended. So a test can afford dozens of kills.
 """
 
+import importlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ CONFIG: dict[str, Any] = dict(
     auxk_k=4, log_every=2, save_every=3, eval_every=10, seed=3,
 )  # fmt: skip
 FAILED, STOPPED = 1, 130
+# Against hangs alone.
+PATIENCE = 600.0
 
 
 def rows(n: int = 700, seed: int = 0) -> torch.Tensor:
@@ -43,7 +48,11 @@ def data(kind: str) -> Any:
 
 def run(job: dict[str, Any]) -> None:
     """A job: out_dir, and where wanted resume, data (a kind), config (fields of TrainConfig), and stop_at: signal
-    itself, once or `signals` times, with the first line of metrics from that step on."""
+    itself, once or `signals` times, with the first line of metrics from that step on. A job with a task is one of
+    attack/jobs.py."""
+    if "task" in job:
+        importlib.import_module("attack.jobs").TASKS[job["task"]](job)
+        return
 
     def on_log(line: dict[str, Any]) -> None:
         if line["step"] >= job.get("stop_at", 1e9):
@@ -54,8 +63,9 @@ def run(job: dict[str, Any]) -> None:
     train(data(job.get("data", "array")), SAE, config, job["out_dir"], resume=job.get("resume", False), on_log=on_log)
 
 
-def die_at(call: int) -> None:
-    """From here on this process kills itself right before its call number `call` that makes a change on disk final."""
+def die_at(call: int, made: list[int] | None = None) -> None:
+    """From here on this process kills itself right before its call number `call` that makes a change on disk final.
+    `made` counts those that it does make."""
     left = [call]
 
     def deadly(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +73,8 @@ def die_at(call: int) -> None:
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left[0] -= 1
+            if made is not None:
+                made[0] += 1
             return original(*args, **kwargs)
 
         return wrapper
@@ -71,11 +83,48 @@ def die_at(call: int) -> None:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
+def die_after(events: int) -> None:
+    """From here on this thread kills its process at Python's call or return number `events`, of C functions too."""
+    left = [events]
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+
+
+def count_all(file: Path) -> None:
+    """Keeps in a file how many calls (see die_after) and changes on disk (die_at) this process has made by its end."""
+    calls, changes = [0], [0]
+    die_at(-1, changes)
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        calls[0] += 1
+
+    AT_END.append(lambda: file.write_text(json.dumps([calls[0], changes[0]])))
+    sys.setprofile(count)
+
+
+def read_counts(file: Path) -> tuple[int, int]:
+    calls, changes = json.loads(file.read_text())
+    return calls, changes
+
+
+# What a child does when its job is done.
+AT_END: list[Callable[[], Any]] = []
+
+
 def child(job: dict[str, Any]) -> int:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "die_at" in job:
         die_at(job["die_at"])
+    if "die_after" in job:
+        die_after(job["die_after"])
+    if "count" in job:
+        count_all(Path(job["count"]))
     try:
         run(job)
     except Stopped as stopped:
@@ -84,6 +133,9 @@ def child(job: dict[str, Any]) -> int:
     except BaseException as error:
         Path(job["out_dir"]).with_suffix(".error").write_text(repr(error))
         return FAILED
+    sys.setprofile(None)
+    for act in AT_END:
+        act()
     return 0
 
 
@@ -92,6 +144,8 @@ def serve() -> None:
     # What the first training step imports is then there in every child.
     for engine in ("fused", "autograd"):
         train(data("array"), SAE, TrainConfig(**(CONFIG | {"n_tokens": 64, "engine": engine})))
+    for task in sys.argv[1:]:
+        importlib.import_module("attack.jobs").warm_up(task)
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
@@ -106,12 +160,20 @@ def answer(number: int) -> None:
 
 
 class Server:
-    """The test's end of the server. `start` a job, act on its `pid`, `wait` for its exit code (-9 after SIGKILL)."""
+    """The test's end of the server. `start` a job, act on its `pid`, `wait` for its exit code (-9 after SIGKILL).
 
-    def __init__(self) -> None:
+    tasks: those of attack/jobs.py that the server is to be warm for.
+    """
+
+    def __init__(self, *tasks: str) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, __file__, *tasks],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=environment,
         )
         self.pid = 0
 
@@ -135,6 +197,9 @@ class Server:
 
     def _read(self) -> int:
         assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            self.process.kill()
+            raise TimeoutError(f"process {self.pid} hangs")
         return int(self.process.stdout.readline())
 
 
