@@ -178,14 +178,28 @@ OpenBuffer open_queue(int64_t room, handle reservoir, handle ring, const BufferS
     return open;
 }
 
+// fn() without the interpreter's lock. Where the interpreter has ended meanwhile, taking the lock back ends the thread by
+// unwinding it: out of the destructor of gil_scoped_release, which may not throw, that would abort the process.
+template <class Fn>
+bool without_lock(const Fn& fn) {
+    PyThreadState* state = PyEval_SaveThread();
+    bool result = false;
+    std::exception_ptr error;
+    try {
+        result = fn();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    PyEval_RestoreThread(state);
+    if (error) std::rethrow_exception(error);
+    return result;
+}
+
 // Waits in short turns, so that Ctrl-C gets through.
 template <class Try>
 void wait_for(const Try& ready_within) {
     for (bool ready = false; !ready;) {
-        {
-            py::gil_scoped_release release;
-            ready = ready_within(50);
-        }
+        ready = without_lock([&] { return ready_within(50); });
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     }
 }
@@ -212,8 +226,7 @@ void bind_buffer(py::module_& m) {
              [](OpenBuffer& self, handle rows) {
                  const int64_t n = row_shape("rows", rows).rows;
                  const char* from = raw("rows", rows, product({n, self.slot_bytes}));
-                 py::gil_scoped_release release;
-                 return self.queue->push(from, n, 50);
+                 return without_lock([&] { return self.queue->push(from, n, 50); });
              })
         .def("finish", [](OpenBuffer& self, const std::string& error) { self.queue->finish(error); })
         .def("lives_here", [](OpenBuffer& self) { return self.buffer->lives_here(); })

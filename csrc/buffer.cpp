@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 namespace saefast {
@@ -44,9 +45,11 @@ Buffer::Buffer(std::shared_ptr<RowSource> source, Planner planner, char* reservo
     });
     pieces_ = (static_cast<int64_t>(first_slots_.size()) + kPieceRows - 1) / kPieceRows;
     const int n = std::max(1, settings.threads);
+    threads_.reserve(static_cast<size_t>(n));
     try {
         for (int i = 0; i < n; ++i) threads_.emplace_back([this] { work(); });
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
+        // No more threads to be had, or no memory for them: those there are do all of it.
         if (threads_.empty()) throw;
     }
 }
@@ -64,15 +67,22 @@ void Buffer::close() {
         if (thread.joinable()) thread.join();
 }
 
-void Buffer::fail(const std::string& message) {
+void Buffer::fail(const char* message) noexcept {
     source_->stop();
     std::lock_guard<std::mutex> lock(mutex_);
-    if (!failed_) error_ = message;
+    if (!failed_) {
+        try {
+            error_ = message;
+        } catch (const std::bad_alloc&) {
+            error_.clear();  // next() has words for that
+        }
+    }
     failed_ = true;
     changed_.notify_all();
 }
 
-void Buffer::work() {
+// What leaves a thread's function ends the process: nothing does.
+void Buffer::work() noexcept {
     try {
         std::unique_lock<std::mutex> lock(mutex_);
         while (!stopped_ && !failed_ && next_piece_ < pieces_) {
@@ -93,6 +103,8 @@ void Buffer::work() {
         }
     } catch (const std::exception& error) {
         fail(error.what());
+    } catch (...) {
+        fail("a reading thread stopped for an unknown reason");
     }
 }
 
@@ -159,7 +171,7 @@ bool Buffer::next(int consumer, int timeout_ms, Batch& out) {
     const auto ready = [&] { return place.job == number && place.ready; };
     const auto settled = [&] { return failed_ || stopped_ || number >= end_ || ready(); };
     if (!changed_.wait_for(lock, std::chrono::milliseconds(timeout_ms), settled)) return false;
-    if (failed_) throw std::runtime_error(error_);
+    if (failed_) throw std::runtime_error(error_.empty() ? "a reading thread ran out of memory" : error_);
     if (stopped_) throw std::runtime_error("the buffer is closed");
     if (number >= end_) {
         out = Batch{};

@@ -53,12 +53,12 @@ class Buffer {
     bool lives_here() const;
 
   private:
-    void work();
+    void work() noexcept;
     void fill_first(int64_t piece);
     bool may_start_job() const;
     Plan start_job(int64_t job);
     void run_job(int64_t job, const Plan& plan);
-    void fail(const std::string& message);
+    void fail(const char* message) noexcept;
 
     std::shared_ptr<RowSource> source_;
     Planner planner_;

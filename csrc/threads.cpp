@@ -1,6 +1,6 @@
 #include "threads.hpp"
 
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -24,17 +24,17 @@ const pid_t loaded_in = ::getpid();
 
 }  // namespace
 
-void run_on_threads(int64_t n_threads, void (*work)(void*), void* data) {
+void run_on_threads(int64_t n_threads, void (*work)(void*) noexcept, void* data) {
 #if defined(__linux__)
     if (gomp_parallel != nullptr && ::getpid() == loaded_in)
         return gomp_parallel(work, data, static_cast<unsigned>(n_threads), 0);
 #endif
     std::vector<std::thread> threads;
-    threads.reserve(static_cast<size_t>(n_threads - 1));
     try {
+        threads.reserve(static_cast<size_t>(n_threads - 1));
         while (static_cast<int64_t>(threads.size()) < n_threads - 1) threads.emplace_back(work, data);
-    } catch (const std::system_error&) {
-        // No more threads to be had: those there are do all of it.
+    } catch (const std::exception&) {
+        // No more threads to be had, or no memory for them: those there are do all of it.
     }
     work(data);
     for (auto& thread : threads) thread.join();

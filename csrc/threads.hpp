@@ -35,8 +35,8 @@ inline int64_t threads_for(int64_t n, int n_threads, int64_t grain) {
 // Calls work(data) on up to n_threads threads at once, the caller's included, and returns when all are done. They are
 // the OpenMP runtime's, if one is in the process: torch brings it, and its threads spin for milliseconds after every
 // torch operation. Threads of our own would have to share the cores with them. Elsewhere std::threads, started and
-// joined here.
-void run_on_threads(int64_t n_threads, void (*work)(void*), void* data);
+// joined here. What an exception would leave half done is the caller's to catch: `work` throws none.
+void run_on_threads(int64_t n_threads, void (*work)(void*) noexcept, void* data);
 
 // Calls fn(begin, end) on contiguous pieces that cover [0, n), on at most n_threads threads, the caller's included, and
 // returns when all are done. Pieces are handed out one by one, so the caller works while the other threads wake up; they
@@ -63,7 +63,7 @@ void parallel_for(int64_t n, int n_threads, const Fn& fn, int64_t grain = 1) {
         }
     };
 
-    run_on_threads(n_workers, [](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work);
+    run_on_threads(n_workers, [](void* data) noexcept { (*static_cast<decltype(work)*>(data))(); }, &work);
     for (const auto& error : errors)
         if (error) std::rethrow_exception(error);
 }

@@ -140,6 +140,14 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     members = _live_members(args, names) if args.live else _members(args, names)
     try:
+        return _trained(args, names, members)
+    finally:
+        for member in members.values():
+            member.batches.close()
+
+
+def _trained(args: TrainArgs, names: list[str], members: dict[str, Member]) -> dict[Path, SAE]:
+    try:
         if names:
             saes = train_many(
                 members, args.out, resume=args.resume, keep_checkpoints=args.keep_checkpoints, progress=watched()

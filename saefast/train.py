@@ -57,7 +57,8 @@ def train(
 
     Args:
         batches: a shard folder, a .npy, .pt or .safetensors file, an array, an iterable of (B, d_in) tensors, a
-            function that returns one, or a `Source`. See `saefast.data.sources.open_source`.
+            function that returns one, or a `Source`. See `saefast.data.sources.open_source`. A Source that is passed
+            in stays open: close() it.
         sae_config: what to train.
         train_config: how; the defaults are the preset "saefast". n_tokens = None is one pass over the data.
         out_dir: the run's folder, or None to keep nothing on disk.
@@ -115,6 +116,8 @@ def opened(
             # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
             sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
         source = open_source(batches, d_in=sae_config.d_in)
+        if source is not batches:
+            stack.callback(source.close)
         if folder is not None and isinstance(batches, str | Path):
             origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT)
             sae_config = dataclasses.replace(sae_config, metadata=sae_config.metadata | origin)

@@ -25,6 +25,9 @@ from saefast.native import extension
 # Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
 LAG = 8
 PREFETCH = 4
+# Seconds that closing a live source waits for the batch its iterable is making. One that takes longer hangs, in a
+# download say, and is left behind.
+LINGER = 60.0
 
 # Per file its path, rows, and the byte where each column's matrix starts.
 Files = list[tuple[str, int, list[int]]]
@@ -45,6 +48,8 @@ class Reservoir:
                 f"the reservoir has {rows} rows: batches of {batch_size} need at least {least}; "
                 "raise reservoir_rows or lower batch_size"
             )
+        # Made first, so that it goes first: its threads write into the two tensors until it has gone.
+        self._native: Any = None
         self.batch_size, self.row_bytes, self.rows = batch_size, row_bytes, rows
         pinned = torch.cuda.is_available()
         self._reservoir, self._ring = (
@@ -320,6 +325,45 @@ class ShardBuffer(Source):
             self._open = None
 
 
+class Producer:
+    """A thread that draws an iterator's batches (n, d) and pushes them into a reservoir, until that is closed.
+
+    It must be stopped before the interpreter ends: Python unwinds a thread that asks for the interpreter later than
+    that, and where the thread comes out of C++ code (this module's, torch's) the process aborts.
+
+    failure: what the iterator raised.
+    """
+
+    def __init__(self, batches: Iterator[Tensor], reservoir: Reservoir, name: str) -> None:
+        self.failure: BaseException | None = None
+        self._batches, self._reservoir, self._name = batches, reservoir, name
+        self._thread = threading.Thread(target=self._run, daemon=True, name="saefast-live")
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Closes the reservoir and waits for the thread, at most LINGER seconds; whether it has ended."""
+        self._reservoir.close()
+        # Garbage may be collected on any thread: one that makes batches itself could wait for one that waits for it.
+        if not threading.current_thread().name.startswith("saefast-"):
+            self._thread.join(LINGER)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._push_all()
+            self._reservoir.finish()
+        except BaseException as error:
+            self.failure = error
+            self._reservoir.finish(f"{self._name}: {type(error).__name__}: {error}")
+
+    def _push_all(self) -> None:
+        for batch in self._batches:
+            while not self._reservoir.closed and not self._reservoir.push(batch.contiguous()):
+                pass
+            if self._reservoir.closed:
+                return
+
+
 class Stream(Protocol):
     """What LiveBuffer shuffles: an IterableSource, or the part of one that it needs."""
 
@@ -335,6 +379,8 @@ class Stream(Protocol):
         self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Iterator[Tensor]: ...
 
+    def close(self) -> None: ...
+
 
 class LiveBuffer(Source):
     """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
@@ -342,6 +388,9 @@ class LiveBuffer(Source):
     A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by
     the next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning
     again and drops what was trained on, so the iterable must give the same rows each time.
+
+    The thread ends with close(), when the buffer is dropped, and before the interpreter's end; each waits for the batch
+    that the iterable is making.
     """
 
     def __init__(self, data: Stream, *, reservoir_rows: int = 1 << 16) -> None:
@@ -350,7 +399,8 @@ class LiveBuffer(Source):
         self._seed, self._drawn, self._batch_size = 0, 0, 0
         self._skip = 0
         self._open: Reservoir | None = None
-        self._failure: BaseException | None = None
+        self._producer: Producer | None = None
+        self._end: Any = None  # stops the producer, once, if nobody else does
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
@@ -361,35 +411,26 @@ class LiveBuffer(Source):
                 f"seed {seed} and batch_size {batch_size}, but the position to resume from was reached with "
                 f"{self._seed} and {self._batch_size}: use those"
             )
-        self.close()
-        self._seed, self._batch_size, self._drawn, self._failure = seed, batch_size, 0, None
+        self._stop()
+        self._seed, self._batch_size, self._drawn = seed, batch_size, 0
+        rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
         reservoir = Reservoir(4 * self.d_in, max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size)
         reservoir.read_queue(seed)
-        self._open = reservoir
-        rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
-        threading.Thread(target=self._produce, args=(rows, reservoir), daemon=True, name="saefast-live").start()
-        return self._draw(reservoir, torch.device(device), dtype)
+        self._open, self._producer = reservoir, Producer(rows, reservoir, self.source_name)
+        self._end = weakref.finalize(self, self._producer.stop)
+        return self._draw(reservoir, self._producer, torch.device(device), dtype)
 
-    def _produce(self, batches: Iterator[Tensor], reservoir: Reservoir) -> None:
-        try:
-            for batch in batches:
-                while not reservoir.push(batch.contiguous()):
-                    if reservoir.closed:
-                        return
-            reservoir.finish()
-        except BaseException as error:
-            self._failure = error
-            reservoir.finish(f"{self.source_name}: {type(error).__name__}: {error}")
-
-    def _draw(self, reservoir: Reservoir, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw(
+        self, reservoir: Reservoir, producer: Producer, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
         skip, self._skip = self._skip, 0
         while True:
             try:
                 raw = reservoir.next()
             except InputError as error:
-                if self._failure is None:
+                if producer.failure is None:
                     raise
-                raise self._failure from error
+                raise producer.failure from error
             if raw is None:
                 return
             self._drawn += 1
@@ -414,7 +455,14 @@ class LiveBuffer(Source):
         return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
 
     def close(self) -> None:
-        """Ends the threads and frees the reservoir; the iterator handed out is dead."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        """Ends the threads and frees the reservoir; the iterator handed out is dead. The held-out rows stay."""
+        if self._stop():
+            self._data.close()
+
+    def _stop(self) -> bool:
+        """Whether nothing draws from the iterable any more."""
+        ended = self._producer is None or self._producer.stop()
+        if self._end is not None:
+            self._end.detach()
+        self._open = self._producer = self._end = None
+        return ended

@@ -1,6 +1,6 @@
 """A language model, a text and the modules to listen to, made into a stream of rows."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -138,7 +138,7 @@ class Harvester:
             "max_norm_multiple": self.config.max_norm_multiple,
         }
 
-    def batches(self, cursor: dict[str, Any] | None = None) -> Iterator[HarvestBatch]:
+    def batches(self, cursor: dict[str, Any] | None = None) -> Generator[HarvestBatch]:
         """Rows of the whole text, or from where `cursor` says."""
         cursor = cursor or {"docs": 0, "seqs": 0, "done": 0, "tokens": 0, "fingerprint": ""}
         documents, fingerprint = iter(self.text), Fingerprint()

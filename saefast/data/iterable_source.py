@@ -202,6 +202,11 @@ class IterableSource(Source):
             if len(self._held) == self._n_held:
                 return
 
+    def close(self) -> None:
+        """Lets go of the iterator, with which a DataLoader's workers end; a generator belongs to who made it."""
+        if not self._once:
+            self._iterator = None
+
     def describe_row(self, i: int) -> str:
         for epoch, number, start, rows in self._last:
             if i < rows:

@@ -51,8 +51,13 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
         started.wait()
 
     pool = ThreadPoolExecutor(lanes, thread_name_prefix="saefast-harvest", initializer=start)
-    for _ in range(lanes):
-        pool.submit(int)
+    try:
+        for _ in range(lanes):
+            pool.submit(int)
+    except RuntimeError:
+        # The interpreter is ending: those that wait for the others must not wait for ever.
+        started.abort()
+        raise
     started.wait()
     # A lane's setting is also what threads started later begin with: they get this thread's instead.
     torch.set_num_threads(threads)

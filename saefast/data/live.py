@@ -1,13 +1,15 @@
 """Training while harvesting: one pass of a model, a shuffled source of rows for each of its hooks."""
 
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saefast.data import buffer
 from saefast.data.buffer import LiveBuffer
 from saefast.data.harvester import HarvestBatch, HarvestConfig, Harvester
 from saefast.data.iterable_source import HELDOUT_ROWS
@@ -45,7 +47,7 @@ def live_sources(
 class Shared:
     """Batches of endless passes, made once and read by several readers, each in order and at its own pace."""
 
-    def __init__(self, begin: Callable[[], Iterator[HarvestBatch]], readers: int) -> None:
+    def __init__(self, begin: Callable[[], Generator[HarvestBatch]], readers: int) -> None:
         self._begin, self._passes = begin, begin()
         self._lock = threading.Lock()
         self._first = 0  # number of the oldest batch kept
@@ -63,6 +65,21 @@ class Shared:
                 self._kept.popleft()
                 self._first += 1
             return batch
+
+    def leave(self, reader: int) -> None:
+        """The reader draws no more: nothing is kept for it, and after the last one the model is let go of."""
+        # A pass that hangs holds the lock; whoever closes then does not hang with it.
+        if not self._lock.acquire(timeout=buffer.LINGER):
+            return
+        try:
+            self._next[reader] = sys.maxsize
+            while self._kept and self._first < min(self._next):
+                self._kept.popleft()
+                self._first += 1
+            if min(self._next) == sys.maxsize:
+                self._passes.close()
+        finally:
+            self._lock.release()
 
     def _make(self) -> HarvestBatch:
         batch = next(self._passes, None)
@@ -105,6 +122,9 @@ class HookStream:
                 self._n_held += len(rows)
             number += 1
             batch = self._shared.read(self._reader, number)
+
+    def close(self) -> None:
+        self._shared.leave(self._reader)
 
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         for rows in list(self._held):

@@ -58,6 +58,10 @@ class Source(ABC):
     def describe_row(self, i: int) -> str:
         """Where row i of the batch drawn last came from: file and row."""
 
+    def close(self) -> None:
+        """Ends the threads and frees the memory of drawing; iterators handed out are dead. Held-out rows stay."""
+        return
+
     def tokens(self, seq: int) -> Tensor:
         """Token ids (length,) int32 of a sequence; only shard folders know them."""
         raise InputError(f"{self.source_name} holds no tokens: harvest a shard folder to see contexts")
