@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hanging import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = (80, 90, 100, 120)
@@ -55,7 +56,7 @@ def compiled() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, str(ROOT / "tests" / "aot.py"), *map(str, ARCHITECTURES)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert child.returncode == 0, child.stderr[-3000:]
     return json.loads(child.stdout)
 

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from hanging import HANG, wait_until
 
 import saefast
 from saefast import cli, cli_args
@@ -392,11 +392,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_the_same(rows: Path, tm
     argv = [sys.executable, "-m", "saefast", "train", str(rows), "--out", "stopped", *tail]
     process = subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and log.stat().st_size, "a line of metrics")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG)
     assert process.returncode == 130
     assert err.count("\n") == 1
     assert err.startswith("saefast: stopped at step ")

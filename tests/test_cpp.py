@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from hanging import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = sorted((ROOT / "tests" / "cpp").glob("test_*.cpp"))
@@ -54,5 +55,5 @@ def test_runs_clean(test: Path, sanitized: tuple[str, list[Path]], tmp_path: Pat
     sanitizer, objects = sanitized
     program = tmp_path / test.stem
     compile_with(sanitizer, test, *objects, "-o", program)
-    ran = subprocess.run([program, tmp_path], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([program, tmp_path], capture_output=True, text=True, timeout=HANG)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from closeness import assert_close_to_reference
+from hanging import HANG
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -357,5 +358,5 @@ print(now("VmHWM") - before)
 def test_extra_memory_is_small(dtype: str, kind: str, scratch: int, L: int, most: float) -> None:
     """In MB. The (4096, 262144) matrix would be 4300; the promise is 600."""
     arguments = [sys.executable, "-c", MEMORY, dtype, kind, str(scratch), str(L)]
-    out = subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=True).stdout
+    out = subprocess.run(arguments, capture_output=True, text=True, timeout=HANG, check=True).stdout
     assert float(out) < most

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from hanging import wait_until
 
 from saefast.data import harvest as harvest_module
 from saefast.data import harvester as harvester_module
@@ -370,12 +371,20 @@ def test_a_kill_right_after_any_commit_repeats_and_loses_no_row(
 
 
 class SlowText(list):
-    name = "slow"
+    """Time to kill the harvest in; in the child it does not come to its end, however long the kill takes."""
+
+    name, endless = "slow", False
 
     def __iter__(self):
         for document in super().__iter__():
             time.sleep(0.002)
             yield document
+        while self.endless:
+            time.sleep(1)
+
+
+def n_shards(path):
+    return len(ShardFolder(path).index["shards"]) if (path / "index.json").exists() else 0
 
 
 def harvest_in_child(path, options):
@@ -383,6 +392,7 @@ def harvest_in_child(path, options):
     child = os.fork()
     if child == 0:
         try:
+            options["text"].endless = True
             harvest(path, changed(rows_per_shard=60), progress=False, **options)
         finally:
             os._exit(0)
@@ -395,12 +405,8 @@ def test_a_killed_harvest_leaves_a_valid_folder_that_goes_on(tmp_path, models, t
     path, kills = tmp_path / "killed", 0
     for wanted in (1, 6, 14):
         child = harvest_in_child(path, options)
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if (path / "index.json").exists() and len(ShardFolder(path).index["shards"]) >= wanted:
-                os.kill(child, signal.SIGKILL)
-                break
-            time.sleep(0.001)
+        wait_until(lambda: n_shards(path) >= wanted, f"shard {wanted}")  # noqa: B023 - called in this turn alone
+        os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the harvest ended before it was killed"
         kills += 1

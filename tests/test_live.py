@@ -63,3 +63,27 @@ def test_the_model_runs_once_for_all_hooks(monkeypatch):
         assert 4 < taken <= len(runs) <= taken + lanes_for(torch.device("cpu")) + 1
     for source in sources.values():
         source.close()
+
+
+def test_closing_all_hooks_lets_go_of_the_model_and_one_alone_of_what_was_kept_for_it():
+    model = tiny_models.model("gpt2")
+    sources = list(live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1).values())
+    batches = [source.batches(8) for source in sources]
+    shared = sources[0]._data._shared
+    next(batches[0])
+    sources[1].close()
+    n = len(shared._kept)
+    for _ in range(20):
+        next(batches[0])
+    assert len(shared._kept) <= max(n, 1), "batches are kept for a reader that has left"
+    assert hooks_of(model) == 2
+    sources[0].close()
+    assert hooks_of(model) == 0
+    assert not shared._kept
+    held = list(sources[0].heldout(5))
+    assert held
+    assert all(rows.isfinite().all() for rows in held)
+
+
+def hooks_of(model):
+    return sum(len(module._forward_hooks) for module in model.modules())

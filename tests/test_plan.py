@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hanging import HANG
 
 from saefast import plan as plan_module
 from saefast.cli import main
@@ -54,7 +55,7 @@ def test_memory_is_what_a_run_takes(n_latents, d_in, batch_size, k, optimizer):
     arguments = [str(n_latents), str(d_in), str(batch_size), str(k), optimizer]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "2"}
     child = subprocess.run(
-        [sys.executable, "-c", MEASURE, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", MEASURE, *arguments], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert child.returncode == 0, child.stderr
     planned = sum(memory_of(PlanArgs(d_in, n_latents, k, batch_size, optimizer), "cpu").values())

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from hanging import HANG
 
 from saefast.recipe import TrainConfig
 from saefast.sae import SAEConfig
@@ -193,7 +194,7 @@ class Server:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=HANG)
 
     def _read(self) -> int:
         assert self.process.stdout is not None

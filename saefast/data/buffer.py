@@ -6,6 +6,7 @@ running harvest above all. What a batch holds depends on the seed, never on thre
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from types import ModuleType
@@ -25,9 +26,9 @@ from saefast.native import extension
 # Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
 LAG = 8
 PREFETCH = 4
-# Seconds that closing a live source waits for the batch its iterable is making. One that takes longer hangs, in a
-# download say, and is left behind.
-LINGER = 60.0
+# Seconds that closing a live source waits for the batch that its iterable is making: LINGER at most, while this process
+# works; when it has done nothing for IDLE, the iterable hangs, in a download say, and is left behind.
+LINGER, IDLE = 120.0, 0.5
 
 # Per file its path, rows, and the byte where each column's matrix starts.
 Files = list[tuple[str, int, list[int]]]
@@ -341,12 +342,20 @@ class Producer:
         self._thread.start()
 
     def stop(self) -> bool:
-        """Closes the reservoir and waits for the thread, at most LINGER seconds; whether it has ended."""
+        """Closes the reservoir and waits for the thread, unless it hangs; whether it has ended."""
         self._reservoir.close()
         # Garbage may be collected on any thread: one that makes batches itself could wait for one that waits for it.
         if not threading.current_thread().name.startswith("saefast-"):
-            self._thread.join(LINGER)
+            self._wait()
         return not self._thread.is_alive()
+
+    def _wait(self) -> None:
+        end, working = time.monotonic() + LINGER, True
+        while self._thread.is_alive() and working and time.monotonic() < end:
+            before = time.process_time()
+            self._thread.join(IDLE)
+            # Waiting itself takes some microseconds.
+            working = time.process_time() - before > 1e-3
 
     def _run(self) -> None:
         try:

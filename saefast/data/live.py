@@ -1,6 +1,5 @@
 """Training while harvesting: one pass of a model, a shuffled source of rows for each of its hooks."""
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -53,6 +52,7 @@ class Shared:
         self._first = 0  # number of the oldest batch kept
         self._kept: deque[HarvestBatch] = deque()
         self._next = [0] * readers
+        self._left: set[int] = set()
 
     def read(self, reader: int, number: int) -> HarvestBatch:
         """Batch `number`, counted over all passes; a reader asks for each once, in order."""
@@ -61,25 +61,27 @@ class Shared:
                 self._kept.append(self._make())
             batch = self._kept[number - self._first]
             self._next[reader] = number + 1
-            while self._first < min(self._next):
-                self._kept.popleft()
-                self._first += 1
+            self._forget()
             return batch
 
     def leave(self, reader: int) -> None:
         """The reader draws no more: nothing is kept for it, and after the last one the model is let go of."""
-        # A pass that hangs holds the lock; whoever closes then does not hang with it.
-        if not self._lock.acquire(timeout=buffer.LINGER):
-            return
-        try:
-            self._next[reader] = sys.maxsize
-            while self._kept and self._first < min(self._next):
-                self._kept.popleft()
-                self._first += 1
-            if min(self._next) == sys.maxsize:
-                self._passes.close()
-        finally:
-            self._lock.release()
+        self._left.add(reader)
+        # Another reader may be in the middle of a pass, or hang there: it tidies up when it leaves itself.
+        if self._lock.acquire(timeout=buffer.IDLE):
+            try:
+                self._forget()
+                if len(self._left) == len(self._next):
+                    self._passes.close()
+            finally:
+                self._lock.release()
+
+    def _forget(self) -> None:
+        """Drops what every reader has read, or will not read."""
+        least = min((n for i, n in enumerate(self._next) if i not in self._left), default=self._first + len(self._kept))
+        while self._kept and self._first < least:
+            self._kept.popleft()
+            self._first += 1
 
     def _make(self) -> HarvestBatch:
         batch = next(self._passes, None)
