@@ -166,13 +166,13 @@ def sddmm(D: int, k: int) -> Sddmm:
 
 
 def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
-    """All k rows of a block of columns in registers: 32 fp32 a thread, more only where k leaves no choice.
+    """All k rows of a block of columns in registers: 32 fp32 a thread, so few columns where k is large.
 
     Half of that where there are several residual planes, whose sums want registers too.
     """
     block_k = _power_of_2(k)
     warps = 4 if block_k < 64 else 8 if block_k < 256 else 16
-    block_d = max(16, min(512, warps * (1024 if planes == 1 else 512) // block_k))
+    block_d = max(1, min(512, warps * (1024 if planes == 1 else 512) // block_k))
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
 
 
@@ -228,7 +228,7 @@ def decode_loss_candidates(default: DecodeLoss) -> list[DecodeLoss]:
         DecodeLoss(default.block_k, d, w)
         for d in (default.block_d // 4, default.block_d // 2, default.block_d, 2 * default.block_d)
         for w in (default.warps // 2, default.warps, 2 * default.warps)
-        if d >= 16 and 1 <= w <= 16
+        if d >= min(16, default.block_d) and 1 <= w <= 16
     ]
     return list(dict.fromkeys([default, *shapes]))
 

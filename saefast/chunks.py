@@ -9,6 +9,11 @@ from typing import NamedTuple
 from saefast.errors import InputError
 from saefast.kernels import tuning
 
+# fp32 values, their rank, keys of 8 bytes and their makings: bytes per candidate of a k that torch sorts.
+SORT_BYTES = 64
+# Rows of a batch that a library product and torch's top-k take at a time without losing speed.
+SORT_ROWS = 256
+
 
 class Cut(NamedTuple):
     """How a batch is cut. Columns are latents, or places in a list of latents; widths are multiples of the group."""
@@ -49,10 +54,36 @@ def cut_csr(B: int, columns: int, budget: int, *, block: int, first: int | None,
     return _cut(B, columns, budget, first, first, 12, 8, block, product, 0)
 
 
+def cut_sort(B: int, columns: int, k: int, budget: int) -> tuple[int, int]:
+    """(rows, columns) taken at once where k is too large for the merge and torch sorts.
+
+    As wide as can be with SORT_ROWS rows: with every chunk the k best so far are selected and sorted once more.
+
+    Raises:
+        InputError: the budget does not hold the k best of one row and as many new ones.
+    """
+    least = SORT_BYTES * (k + min(columns, max(4096, k)))
+    if budget < least:
+        raise InputError(f"max_scratch_bytes is {budget}: expected at least {least} to sort k = {k} for one row")
+    rows = max(1, min(B, SORT_ROWS, budget // least))
+    width = min(columns, budget // (SORT_BYTES * rows) - k)
+    if width == columns:
+        rows = max(1, min(B, budget // (SORT_BYTES * (k + columns))))
+    return rows, width
+
+
 def topk_bytes(cut: Cut, columns: int, k: int) -> int:
     """Bytes of scratch that encode_topk allocates for a cut: values and two numbers a group, keys and tau of a row."""
     width = 4 * cut.widest + 8 * (cut.widest // tuning.group(columns))
     return cut.rows * (width + _topk_bytes_per_row(columns, k))
+
+
+def scratch_bytes(B: int, columns: int, k: int, budget: int) -> int:
+    """Bytes of scratch, at most, that encode_topk allocates within a budget."""
+    if k > tuning.MERGE_MAX_K:
+        rows, width = cut_sort(B, columns, k, budget)
+        return SORT_BYTES * rows * (k + width)
+    return topk_bytes(cut_topk(B, columns, k, budget), columns, k)
 
 
 def chunks(columns: int, cut: Cut) -> Iterator[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from saefast import machine, ops, screen
-from saefast.chunks import cut_topk, topk_bytes
+from saefast.chunks import scratch_bytes
 from saefast.devices import DEVICES, Device, find
 from saefast.errors import InputError
 from saefast.optim import LeanMatrix, Matrix
@@ -124,8 +124,7 @@ def scratch_of(args: PlanArgs, device: str) -> int:
     if device == "cpu":
         return 0
     ranked = min(screen.candidates(args.k), args.n_latents)
-    cut = cut_topk(args.batch_size, args.n_latents, ranked, SCRATCH)
-    return topk_bytes(cut, args.n_latents, ranked)
+    return scratch_bytes(args.batch_size, args.n_latents, ranked, SCRATCH)
 
 
 def matrices_of(args: PlanArgs) -> tuple[int, int, int]:

@@ -13,8 +13,7 @@ import triton
 from torch import Tensor
 
 from saefast import reference
-from saefast.chunks import Cut, chunks, cut_csr, cut_topk, run_width, steady
-from saefast.errors import InputError
+from saefast.chunks import Cut, chunks, cut_csr, cut_sort, cut_topk, run_width, steady
 from saefast.kernels import encode_tiles, fill_csr, merge_topk, tuning
 from saefast.triton_launch import (
     aligned,
@@ -29,9 +28,6 @@ from saefast.triton_launch import (
     sweeps,
     tf32,
 )  # fmt: skip
-
-# fp32 values, their rank, keys and positions, twice while they are sorted: bytes per candidate of a large k.
-SORT_BYTES = 64
 
 
 def encode_topk(
@@ -365,26 +361,30 @@ def _library_product(enc: _Encoder, x: Tensor, start: int, n: int, out: Tensor) 
 
 def _topk_by_sort(enc: _Encoder, x: Tensor, k: int, acts: Tensor, idx: Tensor, budget: int) -> None:
     """Top-k for a k that no program can sort: library products, candidates ranked by torch, chunk by chunk."""
-    width = min(enc.columns, max(4096, k))
-    rows = budget // (SORT_BYTES * (k + width))
-    if rows < 1:
-        raise InputError(
-            f"max_scratch_bytes is {budget}: expected at least {SORT_BYTES * (k + width)} to sort k = {k} for one row"
-        )
-    for part in parts(x.shape[0], rows):
-        best = rank = x.new_empty((part.stop - part.start, 0), dtype=torch.float32)
-        cols = best.long()
+    height, width = cut_sort(x.shape[0], enc.columns, k, budget)
+    for part in parts(x.shape[0], height):
+        pre = x.new_empty(((part.stop - part.start), 0), dtype=torch.float32)
+        rank, cols = pre, torch.empty(pre.shape, dtype=torch.int64, device=x.device)
         for start in range(0, enc.columns, width):
-            n = min(width, enc.columns - start)
-            pre = x.new_empty((best.shape[0], n), dtype=torch.float32)
-            _library_product(enc, x[part], start, n, pre)
-            pre = pre if enc.bias is None else pre.add_(enc.bias[start : start + n])
-            scaled = pre if enc.scale is None else pre * enc.scale[start : start + n]
-            best, rank = torch.cat([best, pre], 1), torch.cat([rank, scaled], 1)
-            cols = torch.cat([cols, torch.arange(start, start + n, device=x.device).expand(len(best), -1)], 1)
+            best, best_rank, held = pre, rank, pre.shape[1]
+            pre, rank = _ranked_products(enc, x[part], start, min(width, enc.columns - start))
+            if held:
+                pre, rank = torch.cat([best, pre], 1), torch.cat([best_rank, rank], 1)
+            # Those held stand first, so ties go to the lower latent.
             order = reference.stable_topk(rank, min(k, rank.shape[1]))
-            best, rank, cols = best.gather(1, order), rank.gather(1, order), cols.gather(1, order)
-        acts[part], idx[part] = best, cols.int()
+            pre, rank = pre.gather(1, order), rank.gather(1, order)
+            found = order + (start - held)
+            cols = torch.where(order < held, cols.gather(1, order.clamp_max(held - 1)), found) if held else found
+        acts[part], idx[part] = pre, cols.int()
+
+
+def _ranked_products(enc: _Encoder, x: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """Pre-activations (rows, n) of columns start .. start + n, and what they rank by."""
+    pre = x.new_empty((x.shape[0], n), dtype=torch.float32)
+    _library_product(enc, x, start, n, pre)
+    if enc.bias is not None:
+        pre += enc.bias[start : start + n]
+    return pre, pre if enc.scale is None else pre * enc.scale[start : start + n]
 
 
 def _library_columns(x: Tensor) -> int:

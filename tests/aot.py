@@ -172,6 +172,9 @@ def decode_cases() -> Iterator[Case]:
         ("bf16", 4096, 64, 1, {"error_ptr": "*fp32"}),
         ("fp32", 768, 128, 2, {"error_ptr": "*fp32"}),
         ("fp32", 4096, 512, 1, {}),
+        ("fp32", 4096, 2048, 1, {}),
+        ("bf16", 4096, 2048, 1, {}),
+        ("fp32", 8192, 4096, 1, {}),
         ("fp32", 768, 64, 4, {}),
     ):
         config = tuning.decode_loss(D, k, planes)

@@ -11,7 +11,7 @@ from saefast.kernels import tuning
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
 
-SHAPES = [(1, 1, 1, 1), (5, 3, 9, 17), (3, 7, 20, 600), (4, 33, 50, 130), (2, 64, 100, 768)]
+SHAPES = [(1, 1, 1, 1), (5, 3, 9, 17), (3, 7, 20, 600), (4, 33, 50, 130), (2, 64, 100, 768), (2, 1100, 1200, 21)]
 LARGE = [(4096, 32, 32768, 768), (1000, 64, 131072, 4096), (301, 257, 999, 1001), (64, 1024, 4096, 2304)]
 
 
@@ -111,11 +111,14 @@ def test_a_token_does_not_depend_on_the_others(kind, device):
         assert torch.equal(mine, alone[name])
 
 
-@pytest.mark.parametrize(("D", "k"), [(1, 1), (768, 32), (4096, 64), (4096, 256), (768, 5000)])
-def test_a_tile_holds_all_entries_of_a_token(D, k):
-    config = tuning.decode_loss(D, k)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize(("D", "k"), [(1, 1), (768, 32), (4096, 64), (4096, 256), (4096, 2048), (768, 5000)])
+def test_a_tile_holds_all_entries_of_a_token_in_registers(D, k, planes):
+    config = tuning.decode_loss(D, k, planes)
     assert config.block_k >= k
-    assert config.block_d >= 16
+    assert 1 <= config.block_d <= 512
+    assert config.block_k * config.block_d <= 32 * 32 * config.warps // planes
+    assert k > 1024 or config.block_d >= 16 // planes, "so few columns a row waste what memory gives at once"
 
 
 def test_every_candidate_of_a_sweep_finds_the_same(device, monkeypatch):

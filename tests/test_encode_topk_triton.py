@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saefast import ops, reference, triton_encode, triton_ops
-from saefast.chunks import chunks, cut_csr, cut_topk, run_width, steady, topk_bytes
+from saefast.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
 
@@ -483,11 +483,69 @@ def test_a_k_too_large_for_the_merge_takes_the_library(k, device, monkeypatch):
     x, W, b = nan_in_b()
     scale = torch.pow(2.0, integers(L, low=-2, high=3, dtype=torch.float32))
     expected = reference.encode_topk(x, W, b, k, scale=scale)
-    budget = triton_encode.SORT_BYTES * (k + L) * 2  # two rows at a time
+    budget = SORT_BYTES * (k + L) * 2  # two rows at a time
     arguments = [t.to(device) for t in (x, W, b)]
     assert_same(triton_ops.encode_topk(*arguments, k, scale=scale.to(device), max_scratch_bytes=budget), expected)
     with pytest.raises(InputError, match=f"to sort k = {k} for one row"):
         triton_ops.encode_topk(*arguments, k, max_scratch_bytes=1000)
+
+
+@pytest.mark.parametrize("case", [random_ints, all_equal, clustered, nan_in_W, infinities], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("k", [1, 40, 599])
+def test_chunks_of_a_k_too_large_for_the_merge(case, k, device, monkeypatch):
+    monkeypatch.setattr(tuning, "MERGE_MAX_K", 0)
+    monkeypatch.setattr(triton_encode, "cut_sort", lambda *_: (2, 130))
+    x, W, b = case()
+    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, relu=False)
+    assert_same(found, stable_sort(x, W, b, k, relu=False))
+    latents = torch.arange(0, L, 3).to(torch.int32)
+    listed = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), min(k, 200), latents=latents.to(device))
+    assert_same(listed, reference.encode_topk(x, W, b, min(k, 200), latents=latents))
+
+
+@pytest.mark.parametrize(("B", "columns", "k"), [(8192, 100_000, 2304), (8192, 5000, 4608), (3, 1 << 24, 4096)])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_scratch_of_a_large_k_is_bounded(B, columns, k, scaled, monkeypatch):
+    """One selection where all columns fit beside 256 rows, and never more memory than allowed."""
+    x, W = (torch.empty(n, 64, dtype=torch.float16, device="meta") for n in (B, columns))
+    scale = torch.empty(columns, device="meta") if scaled else None
+    monkeypatch.setattr(triton_encode, "_library_product", lambda *_: None)
+    with Allocations(x, W, *([scale] if scaled else [])) as watch:
+        acts, idx = triton_encode.encode_topk(x, W, None, k, scale=scale, relu=False)
+    assert watch.peak - acts.nbytes - idx.nbytes <= 1 << 30
+    rows, width = cut_sort(B, columns, k, 1 << 30)
+    assert rows * (k + width) * SORT_BYTES <= 1 << 30
+    assert rows >= min(B, 256)
+    assert -(-columns // width) == {100_000: 2, 5000: 1, 1 << 24: 4}[columns]
+
+
+@pytest.mark.parametrize("k", [32, 3000])
+@pytest.mark.parametrize("method", ["fused", "chunked"])
+def test_nothing_is_read_back(method, k, monkeypatch):
+    """On tensors without memory, of which no number can be read: a step's encoder does not wait for its device."""
+    x, W, scale = (torch.empty(s, dtype=d, device="meta") for s, d in (
+        ((512, 64), torch.float16), ((20_000, 64), torch.float16), ((20_000,), torch.float32),
+    ))  # fmt: skip
+    latents = torch.empty(9000, dtype=torch.int64, device="meta")
+    kernels = {"merge_topk": (triton_encode.merge_topk, "merge_topk")}
+    kernels |= {name: (encode_tiles, name) for name in ("tiles_pointer", "tiles_descriptor", "tiles_library")}
+    launched = set()
+    for name, (module, attribute) in kernels.items():
+        monkeypatch.setattr(module, attribute, AnyGrid(lambda *_, name=name, **__: launched.add(name)))
+    for listed in (None, latents):
+        acts, idx = triton_encode.encode_topk(x, W, scale, k, scale=scale, latents=listed, method=method)
+        assert acts.is_meta
+        assert acts.shape == idx.shape == (512, k)
+    expected = {"fused": {"tiles_pointer", "merge_topk"}, "chunked": {"tiles_library", "merge_topk"}}[method]
+    assert launched == (expected if k == 32 else set())
+
+
+class AnyGrid:
+    def __init__(self, launch):
+        self.launch = launch
+
+    def __getitem__(self, grid):
+        return self.launch
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])

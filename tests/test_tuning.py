@@ -95,7 +95,7 @@ def test_candidates_of_decode_loss_hold_all_of_k(D, k, planes):
     assert candidates[0] == default
     assert len(set(candidates)) == len(candidates) >= 4
     assert all(config.block_k == default.block_k >= k for config in candidates)
-    assert all(config.block_d & (config.block_d - 1) == 0 and config.block_d >= 16 for config in candidates)
+    assert all(config.block_d & (config.block_d - 1) == 0 and config.block_d >= 8 for config in candidates)
 
 
 @pytest.mark.parametrize(
