@@ -6,6 +6,7 @@ It is what the fused step is held against, and the engine for what that one does
 import torch
 from torch import Tensor
 
+from saefast import ambient
 from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
 from saefast.init import scale_encoder_, start_b_dec_
@@ -32,6 +33,7 @@ class AutogradStep:
         InputError: the SAE's dtype, or a setting only the fused engine has.
     """
 
+    @ambient.plainly(grad=True)
     def __init__(self, sae: SAE, config: TrainConfig, total_steps: int) -> None:
         if sae.dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype is {sae.dtype}: train in float32 and cast the result; halves lose Adam's steps")
@@ -51,6 +53,7 @@ class AutogradStep:
         if config.ema_decay is not None:
             self.ema = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
 
+    @ambient.plainly(grad=True)
     def initialise(self, rows: Tensor) -> None:
         """Sets b_dec, the encoder's scale and the loss's scale from rows (n, d_in), as the recipe says."""
         start_b_dec_(self.sae, rows, self.config.b_dec_init)
@@ -59,6 +62,7 @@ class AutogradStep:
         if self.config.loss == "scaled_mse":
             self.mse_scale = inverse_variance(rows)
 
+    @ambient.plainly(grad=True)
     def step(self, x: Tensor) -> StepStats:
         """One update from x (B, d_in).
 
@@ -127,6 +131,7 @@ class AutogradStep:
         correction = 1 - self.config.ema_decay**self.step_count
         return {name: average / correction for name, average in self.ema.items()}
 
+    @ambient.plainly(grad=True)
     def finish(self) -> None:
         """Unit decoder rows where SAEConfig promises them: "pre_forward" and "pre_step" leave the last update raw."""
         if self.sae.config.unit_norm_decoder and self.config.decoder_norm != "never":
@@ -141,7 +146,7 @@ class AutogradStep:
         state |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
         return state
 
-    @torch.no_grad()
+    @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
         """Continues where another AutogradStep stood; the SAE's weights must be those of the same moment.
 

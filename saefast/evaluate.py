@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saefast import ambient
 from saefast.checkpoint import list_steps
 from saefast.data.origin import recorded_data
 from saefast.data.rows_source import RowsSource
@@ -59,7 +60,7 @@ class Evaluation:
         }
 
 
-@torch.no_grad()
+@ambient.plainly(grad=False)
 def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
     """Streams rows x (B, d_in) through the SAE.
 
@@ -68,7 +69,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
     """
     metrics = SAEMetrics(sae.config.n_latents, sae.device)
     seen = 0
-    for x in batches:
+    for x in ambient.drawn(batches):
         x = x.to(sae.device)
         if (bad := first_bad_row(x)) is not None:
             raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf: drop or repair it")
@@ -78,6 +79,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
     return metrics
 
 
+@ambient.plainly(grad=False)
 def evaluate_run(
     run: str | Path, data: Any = None, *, batch_size: int = 2048, lm_tokens: int = LM_TOKENS, write: bool = True
 ) -> Evaluation:

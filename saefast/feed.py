@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saefast import ambient
 from saefast.data.source import Source, first_bad_row
 from saefast.errors import InputError
 from saefast.recipe import TrainConfig
@@ -39,10 +40,13 @@ class Feed:
         self.source, self.device, self.dtype = source, device, dtype
         self.deferred = device.type != "cpu"
         self._batch_size, self._seed = config.batch_size, config.seed
-        if cursor is not None:
-            source.load_state_dict(cursor)
         self._raw_dtype = accumulate_dtype(dtype)
-        self._batches: Iterator[Tensor] = source.batches(config.batch_size, config.seed, device, self._raw_dtype)
+        # A source may be the caller's own class: its code runs in their modes.
+        with ambient.theirs():
+            if cursor is not None:
+                source.load_state_dict(cursor)
+            batches = source.batches(config.batch_size, config.seed, device, self._raw_dtype)
+        self._batches: Iterator[Tensor] = ambient.drawn(batches)
         self._pending: deque[tuple[Tensor, dict[str, Any]]] = deque()
         self._drawn = cursor
         self._first_bad: Tensor | None = None
@@ -88,7 +92,7 @@ class Feed:
 
     def heldout(self) -> Iterator[Tensor]:
         """The held-out rows as `next` would give them."""
-        for x in self.source.heldout(self._batch_size, self.device, self._raw_dtype):
+        for x in ambient.drawn(self.source.heldout(self._batch_size, self.device, self._raw_dtype)):
             yield self._scaled(x)
 
     def confirm(self) -> None:
@@ -112,6 +116,8 @@ class Feed:
         self.waited += time.perf_counter() - start
         if x is None:
             return None
+        if x.is_inference():  # made in inference mode, such a tensor takes part in no gradient
+            x = x.clone()
         if not self.deferred:
             bad = first_bad_row(x)
             if bad is not None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from saefast import autograd
+from saefast import ambient, autograd
 from saefast.data.shardfile import Column, map_tensor, read_header, read_metadata, verify_seal, write_file
 from saefast.errors import InputError
 from saefast.files import parse_json, read_json, usable, write_json
@@ -114,6 +114,7 @@ class SAE(nn.Module):
         seed: of the random weights; None draws from torch's global generator.
     """
 
+    @ambient.plainly(grad=True)
     def __init__(self, config: SAEConfig, seed: int | None = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
@@ -140,6 +141,7 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_enc.dtype
 
+    @ambient.plainly()
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., d_in) -> acts (..., k) fp32 (fp64 for fp64 weights) and idx (..., k) int32.
 
@@ -154,6 +156,7 @@ class SAE(nn.Module):
         shape = (*x.shape[:-1], self.config.k)
         return acts.reshape(shape), idx.reshape(shape)
 
+    @ambient.plainly()
     def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
         """acts, idx (..., K) -> x_hat (..., d_in)."""
         flat_acts, flat_idx = acts.reshape(-1, acts.shape[-1]), idx.reshape(-1, idx.shape[-1])
@@ -162,12 +165,14 @@ class SAE(nn.Module):
         x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
         return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
 
+    @ambient.plainly()
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations (..., n_latents), for tools that want them; a (B, L) tensor, so mind its size."""
         acts, idx = self.encode_sparse(x)
         dense = acts.new_zeros(*acts.shape[:-1], self.config.n_latents)
         return dense.scatter(-1, idx.long(), acts)
 
+    @ambient.plainly()
     def decode(self, f: Tensor) -> Tensor:
         """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
         if f.shape[-1] != self.config.n_latents:
@@ -176,15 +181,17 @@ class SAE(nn.Module):
             f = f / self.decoder_norms()
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
+    @ambient.plainly()
     def forward(self, x: Tensor) -> SAEOutput:
         acts, idx = self.encode_sparse(x)
         return SAEOutput(self.decode_sparse(acts, idx), acts, idx)
 
+    @ambient.plainly()
     def decoder_norms(self) -> Tensor:
         """(n_latents,) norms of the decoder's rows."""
         return self.W_dec.norm(dim=1)
 
-    @torch.no_grad()
+    @ambient.plainly(grad=False)
     def normalize_decoder_(self) -> None:
         """Scales every decoder row to unit norm."""
         self.W_dec.div_(self.decoder_norms().clamp_min(torch.finfo(self.dtype).eps)[:, None])
@@ -244,6 +251,7 @@ def check_config_file(folder: Path) -> None:
         raise InputError(f"{file} is there and is no SAE's config: it is not overwritten; choose another folder")
 
 
+@ambient.plainly(grad=True)
 def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> SAE:
     """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.
 

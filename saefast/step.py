@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import rows, screen
+from saefast import ambient, rows, screen
 from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
 from saefast.gradient import Gradient, Model, Pass, serial_sum
@@ -52,6 +52,7 @@ class FusedStep:
         InputError: the SAE's dtype, or a setting only the autograd engine has.
     """
 
+    @ambient.plainly(grad=False)
     def __init__(
         self,
         sae: SAE,
@@ -134,6 +135,7 @@ class FusedStep:
         """Whether every row takes part in every update."""
         return self.sweep_every == 1
 
+    @ambient.plainly(grad=False)
     def initialise(self, rows: Tensor) -> None:
         """Sets b_dec, the encoder's scale and the loss's scale from rows (n, d_in), as the recipe says."""
         start_b_dec_(self.sae, rows, self.config.b_dec_init)
@@ -142,7 +144,7 @@ class FusedStep:
         if self.config.loss == "scaled_mse":
             self.mse_scale = inverse_variance(rows)
 
-    @torch.no_grad()
+    @ambient.plainly(grad=False)
     def step(self, x: Tensor) -> StepStats:
         """One update from x (B, d_in).
 
@@ -276,7 +278,7 @@ class FusedStep:
         correction = 1 - self.config.ema_decay**self.step_count
         return {name: average / correction for name, average in self.ema.items()}
 
-    @torch.no_grad()
+    @ambient.plainly(grad=False)
     def finish(self) -> None:
         """Settles all sleeping rows, and gives decoder rows the unit norm that SAEConfig promises."""
         self._bind()
@@ -301,7 +303,7 @@ class FusedStep:
             tensors |= {f"master.{name}": self.matrices[name].w for name in ("b_enc", "b_dec")}
         return tensors | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 
-    @torch.no_grad()
+    @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
         """Continues where another FusedStep stood; the SAE's weights must be those of the same moment.
 

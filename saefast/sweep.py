@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from saefast import ambient
 from saefast.errors import InputError
 from saefast.files import usable
 from saefast.progress import bar
@@ -21,6 +22,7 @@ class Member(NamedTuple):
     train_config: TrainConfig
 
 
+@ambient.plainly(grad=True)
 def train_many(
     members: Mapping[str, Member],
     out_dir: str | Path | None = None,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import checkpoint, rundir
+from saefast import ambient, checkpoint, rundir
 from saefast.data.origin import describe_data
 from saefast.data.source import Source
 from saefast.data.sources import HELDOUT, open_source
@@ -31,6 +31,7 @@ from saefast.trainer import Line, Run, RunState, Stopped, advance, finish, stopp
 __all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
 
 
+@ambient.plainly(grad=True)
 def train(
     batches: Any,
     sae_config: SAEConfig,

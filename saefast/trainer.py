@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from saefast import checkpoint, rundir
+from saefast import ambient, checkpoint, rundir
 from saefast.engine import Engine, StepStats
 from saefast.errors import InputError
 from saefast.feed import Feed
@@ -205,7 +205,8 @@ def _publish(run: Run, line: Line, shown: Bar) -> None:
         with rundir.writing(run.log.path):
             run.log.write(line)
     if run.on_log is not None:
-        run.on_log(line)
+        with ambient.theirs():
+            run.on_log(line)
     run.mark()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saefast import ambient
 from saefast.data.arrays import from_array
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
@@ -150,10 +151,11 @@ class IterableSource(Source):
         return rows if self._used else None
 
     def _restart(self) -> Iterator[Any]:
-        data = self._data if isinstance(self._data, Iterable) else self._data()
+        with ambient.theirs():
+            data = self._data if isinstance(self._data, Iterable) else self._data()
         if not isinstance(data, Iterable):
             raise InputError(f"{self.source_name}: the function returned a {type(data).__name__}, expected an iterator")
-        return iter(data)
+        return ambient.drawn(data)
 
     def _refuse_once(self, what: str) -> None:
         if self._once:

@@ -1,0 +1,228 @@
+"""The modes of torch that surround a call: plain ones while saefast computes, the caller's while their code runs.
+
+Autocast, gradients switched off, inference mode and a lower matmul precision change what a line of torch means. Inside
+`plain` none of them is in force, so that training, loading and evaluating give the same bits whatever surrounds them.
+But a source of data may be the caller's own generator, running a model that they put under autocast and no_grad on
+purpose: without those it would give other rows, or keep a graph of every batch. So `theirs` and `drawn` hand over:
+while the caller's code runs, the modes are those that it was running in.
+
+The default dtype and device, process-wide and a mode of other people's code, are never touched: all memory names its
+own (tests/test_memory.py). Deterministic algorithms may stay on: nothing here depends on them.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# Devices whose autocast can reach saefast's tensors.
+DEVICES = ("cpu", "cuda")
+
+
+class Modes(NamedTuple):
+    """What is in force in one thread."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[torch.dtype | None, ...]
+    """Per entry of DEVICES: the dtype autocast uses there, None where it is off."""
+
+
+def _in_force() -> Modes:
+    autocast = (torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in DEVICES)
+    return Modes(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), tuple(autocast))
+
+
+@contextlib.contextmanager
+def _under(modes: Modes) -> Iterator[None]:
+    """The block runs in these modes; afterwards those are back that were there before, whatever it leaves behind."""
+    before = _in_force()
+    try:
+        # The one mode that has no setter. It sets grad as well.
+        with torch.inference_mode(modes.inference):
+            _set(modes)
+            yield
+    finally:
+        _set(before)
+
+
+def _set(modes: Modes) -> None:
+    """Sets all but inference mode."""
+    torch.set_grad_enabled(modes.grad)
+    for device, dtype, now in zip(DEVICES, modes.autocast, _in_force().autocast, strict=True):
+        if dtype != now:
+            torch.set_autocast_enabled(device, dtype is not None)
+        if dtype is not None:
+            torch.set_autocast_dtype(device, dtype)
+
+
+class _Precision:
+    """How torch multiplies float32 matrices, which is one setting for the whole process: in full while any thread asks.
+
+    The first to ask keeps what was set, the last one sets it again: two trainings side by side leave it as it was.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._asking = threading.Lock(), 0
+        self._before: tuple[str | None, list[str]] | None = None
+
+    def _ask(self) -> None:
+        with self._lock:
+            self._asking += 1
+            if self._before is None and self._overall() != "highest":
+                self._before = self._overall(), [backend.fp32_precision for backend in _backends()]
+                torch.set_float32_matmul_precision("highest")
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._asking -= 1
+            if self._asking or self._before is None:
+                return
+            (overall, each), self._before = self._before, None
+            if overall is not None:
+                torch.set_float32_matmul_precision(overall)
+            for backend, precision in zip(_backends(), each, strict=True):
+                if backend.fp32_precision != precision:
+                    backend.fp32_precision = precision
+
+    @staticmethod
+    def _overall() -> str | None:
+        """None where a backend was set by itself, which torch then refuses to sum up in one word."""
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            return None
+
+    def untouched(self) -> bool:
+        """Whether it is full without our doing, so that no thread of ours is about to change it."""
+        return self._before is None and self._overall() == "highest"
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        self._ask()
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextlib.contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        self._leave()
+        try:
+            yield
+        finally:
+            self._ask()
+
+
+def _backends() -> tuple[Any, ...]:
+    backends: Any = torch.backends  # mkldnn's is made on the fly, which its types do not say
+    return backends.mkldnn.matmul, backends.cuda.matmul
+
+
+class _Thread(threading.local):
+    """The modes this thread came in with; None while it runs no code of ours, or the caller's again."""
+
+    theirs: Modes | None = None
+
+
+_precision = _Precision()
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def plain(grad: bool | None = None) -> Iterator[None]:
+    """Runs the block in torch's plain modes.
+
+    Args:
+        grad: whether gradients are recorded; inference mode is off then. None leaves both as the caller has them, for
+            methods whose derivative is the caller's business.
+    """
+    before, now = _thread.theirs, _in_force()
+    ours = Modes(now.grad, now.inference, _OFF) if grad is None else Modes(grad, False, _OFF)
+    if before is not None and ours.inference == now.inference:
+        # Inside another block: everything else is plain already.
+        with torch.set_grad_enabled(ours.grad):
+            yield
+        return
+    _thread.theirs = before if before is not None else now
+    try:
+        with _precision.full(), _under(ours):
+            yield
+    finally:
+        _thread.theirs = before
+
+
+_OFF = (None,) * len(DEVICES)
+
+
+def _is_plain() -> bool:
+    """Whether `plain(None)` would change nothing."""
+    return not any(map(torch.is_autocast_enabled, DEVICES)) and _precision.untouched()
+
+
+def plainly(grad: bool | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: the function runs inside `plain(grad)`."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if grad is None and _is_plain():  # at a tenth of the cost: an SAE's methods may be called for every token
+                return function(*args, **kwargs)
+            with plain(grad):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _handed_over(modes: Modes) -> Iterator[None]:
+    """Runs the caller's code in its own modes, in the middle of ours."""
+    kept = _thread.theirs
+    _thread.theirs = None
+    try:
+        with _under(modes), contextlib.nullcontext() if kept is None else _precision.as_it_was():
+            yield
+    finally:
+        _thread.theirs = kept
+
+
+@contextlib.contextmanager
+def theirs() -> Iterator[None]:
+    """Runs the block, which calls code of the caller's, in the modes that they came in with."""
+    modes = _thread.theirs
+    if modes is None:
+        yield
+        return
+    with _handed_over(modes):
+        yield
+
+
+_END = object()
+
+
+def drawn(given: Iterable[T]) -> Iterator[T]:
+    """Iterates over what the caller gave, running their code in their modes.
+
+    A generator that yields inside `with torch.no_grad():` leaves that mode behind, in a plain loop for whoever draws
+    from it. Here it is kept for the next draw, with each generator's own, and never reaches our side.
+    """
+    modes, iterator = _thread.theirs, None
+    if modes is None:
+        yield from given
+        return
+    while True:
+        with _handed_over(modes):
+            iterator = iter(given) if iterator is None else iterator
+            item = next(iterator, _END)
+            modes = _in_force()
+        if item is _END:
+            return
+        yield item  # type: ignore[misc]
