@@ -19,7 +19,7 @@ help:
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
 	@echo "make peers   the tests against SAELens, sparsify and dictionary_learning, in an environment of their own"
-	@echo "make gpu     on a CUDA machine: build, GPU tests, benchmarks, in at most 9 minutes"
+	@echo "make gpu     on a CUDA machine: are the kernels right, how fast, GPU tests, benchmarks; ARGS=\"--budget 540\" bounds it"
 	@echo "make clean   remove what the above built, environments excepted"
 
 env: $(ENV)
@@ -62,7 +62,7 @@ $(PEERS_ENV): constraints-peers.txt $(SOURCES)
 peers: $(PEERS_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
 
-# Uses the machine's own Python, which has torch for its GPU: nothing is installed.
+# Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:
 	$(PYTHON) -m bench.gpu $(ARGS)
 

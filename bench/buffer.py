@@ -16,8 +16,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +40,24 @@ BATCH = BATCHES[0]
 STORED = torch.bfloat16
 # Seconds between turns: the buffer reads a few batches ahead when its own is over.
 PAUSE = 0.1
+
+
+class Sizes(NamedTuple):
+    """How much of it all."""
+
+    widths: tuple[int, ...]
+    batches: tuple[int, ...]
+    data_bytes: int
+    drawn: int
+    """Batches a round."""
+    rounds: int
+    sorted_rows: int
+    memory_rows: int
+
+
+FULL = Sizes((768, 2304), BATCHES, 1 << 29, 200, 7, 1 << 17, 1 << 18)
+QUICK = FULL._replace(data_bytes=1 << 27, drawn=50, rounds=3, sorted_rows=1 << 15)
+TINY = Sizes((32,), (256,), 1 << 21, 4, 1, 1 << 11, 1 << 16)
 
 
 def write_shards(folder: Path, rows: Iterator[Tensor]) -> None:
@@ -91,17 +111,17 @@ def contenders(folder: Path, d: int, n: int, batch: int, device: str) -> dict[st
     }
 
 
-def speed(d: int, batch: int, device: str, quick: bool) -> list[dict[str, object]]:
+def speed(d: int, batch: int, device: str, sizes: Sizes) -> list[dict[str, object]]:
     """GB/s of rows of each contender, rounds interleaved."""
-    n = (1 << (27 if quick else 29)) // (2 * d) // batch * batch
+    n = sizes.data_bytes // (2 * d) // batch * batch
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "acts"
         write_shards(path, (torch.randn(part, d) for part in split(n, 1 << 16)))
         streams = {name: make() for name, make in contenders(path, d, n, batch, device).items()}
         # A DataLoader takes a second for what the others do in milliseconds; fewer batches measure it as well.
-        batches = {name: (2 if name == "dataloader" else 50 if quick else 200) for name in streams}
+        batches = {name: (2 if name == "dataloader" else sizes.drawn) for name in streams}
         seconds: dict[str, list[float]] = {name: [] for name in streams}
-        for number in range(1 + (3 if quick else 7)):
+        for number in range(1 + sizes.rounds):
             for name, stream in streams.items():
                 time.sleep(PAUSE)
                 start = time.perf_counter()
@@ -139,9 +159,9 @@ def sorted_rows(n: int, d: int) -> Tensor:
     return torch.einsum("nk,nkd->nd", weights, atoms[picks])
 
 
-def loss_by_reservoir(quick: bool) -> list[dict[str, object]]:
+def loss_by_reservoir(n: int) -> list[dict[str, object]]:
     """Held-out FVU of a small SAE on sorted data, trained through reservoirs of several sizes."""
-    n, d, batch = (1 << 15 if quick else 1 << 17), 64, 256
+    d, batch = 64, 256
     rows = sorted_rows(n + n // 16, d)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))
     held = rows[order[: n // 16]]
@@ -163,20 +183,23 @@ def loss_by_reservoir(quick: bool) -> list[dict[str, object]]:
     return out
 
 
-def memory(d: int) -> dict[str, object]:
+def memory(d: int, n: int) -> dict[str, object]:
     """Memory that drawing adds in a fresh process, against reservoir + ring."""
     draw = (
         "import sys; from bench import common; from bench.buffer import *\n"
-        "buffer = ShardBuffer(open_source(sys.argv[1], shuffle='mapped'), reservoir_rows=1 << 17, reuse_memory=True)\n"
+        "mapped = open_source(sys.argv[1], shuffle='mapped')\n"
+        "buffer = ShardBuffer(mapped, reservoir_rows=int(sys.argv[2]), reuse_memory=True)\n"
         "print(common.peak_bytes(lambda: drain(buffer.batches(BATCH, 0, 'cpu', STORED), 200, 'cpu'), 'cpu'))\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "acts"
-        write_shards(path, (torch.randn(part, d) for part in split(1 << 18, 1 << 14)))
-        child = subprocess.run([sys.executable, "-c", draw, str(path)], cwd=common.ROOT, capture_output=True, text=True)
+        write_shards(path, (torch.randn(part, d) for part in split(n, 1 << 14)))
+        child = subprocess.run(
+            [sys.executable, "-c", draw, str(path), str(n // 2)], cwd=common.ROOT, capture_output=True, text=True
+        )
     if child.returncode:
         raise SystemExit(child.stderr)
-    promised = ((1 << 17) + PREFETCH * BATCH) * d * STORED.itemsize
+    promised = (n // 2 + PREFETCH * BATCH) * d * STORED.itemsize
     return {"d": d, "grown_bytes": int(child.stdout), "reservoir_and_ring_bytes": promised}
 
 
@@ -184,16 +207,25 @@ def main(argv: list[str] | None = None) -> int:
     args = common.arguments("bench.buffer", __doc__, argv)
     if not args.no_check:
         common.check(args.device, "test_buffer.py")
-    results: dict[str, object] = {
-        "speed": [row for d in (768, 2304) for batch in BATCHES for row in speed(d, batch, args.device, args.quick)],
-        "memory": [memory(d) for d in (768, 2304)],
-        "loss_by_reservoir": loss_by_reservoir(args.quick),
+    sizes = TINY if args.rehearse else QUICK if args.quick else FULL
+    parts: dict[str, common.Call] = {
+        f"speed {d} {batch}": partial(speed, d, batch, args.device, sizes)
+        for d in sizes.widths
+        for batch in sizes.batches
     }
-    for name, rows in results.items():
-        print(f"\n{name}")
-        common.print_table(rows)
+    parts |= {f"memory {d}": partial(memory, d, sizes.memory_rows) for d in sizes.widths}
+    parts["loss_by_reservoir"] = partial(loss_by_reservoir, sizes.sorted_rows)
+    results: dict[str, list[object]] = {}
+    failed = False
+    for name, part in parts.items():
+        rows = common.attempt(name, part)
+        failed |= rows is None
+        if rows is not None:
+            print(f"\n{name}")
+            common.print_table(rows)
+            results.setdefault(name.split()[0], []).extend(rows if isinstance(rows, list) else [rows])
     common.write_results(args.out, args.device, "buffer", results)
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,20 @@ what is measured. No GPU has run this yet: the CUDA half is unproven.
 
 import argparse
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
-import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+from bench import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -77,8 +78,11 @@ def interleaved(calls: Mapping[str, Call], rounds: int) -> dict[str, Spread]:
     return {name: spread(times) for name, times in seconds.items()}
 
 
-def measure(calls: Mapping[str, Call], device: str, budget: float = 10.0) -> dict[str, Spread]:
-    """Spreads of all calls, in turn, with as many rounds (3 to 100) as take about `budget` seconds."""
+def measure(calls: Mapping[str, Call], device: str, budget: float = 10.0, *, capture: bool = True) -> dict[str, Spread]:
+    """Spreads of all calls, in turn, with as many rounds (3 to 100) as take about `budget` seconds.
+
+    On a GPU a call that can be captured is timed as a CUDA graph, unless `capture` is False.
+    """
     start = time.perf_counter()
     for call in calls.values():
         call()  # compiles, fills caches
@@ -87,7 +91,7 @@ def measure(calls: Mapping[str, Call], device: str, budget: float = 10.0) -> dic
     rounds = int(min(100, max(3, budget / max(1e-9, (time.perf_counter() - start) / 2))))
     if device != "cuda":
         return interleaved(calls, rounds)
-    return _events({name: graphed(call) for name, call in calls.items()}, rounds)
+    return _events({name: graphed(call) if capture else call for name, call in calls.items()}, rounds)
 
 
 def _events(calls: Mapping[str, Call], rounds: int) -> dict[str, Spread]:
@@ -136,33 +140,16 @@ def peak_bytes(call: Call, device: str) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident()
-    with _Sampler() as sampler:
-        call()
-    return max(0, sampler.peak - before)
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark starts anew
+    before = _resident("VmRSS")
+    call()
+    return max(0, _resident("VmHWM") - before)
 
 
-class _Sampler:
-    """The highest resident memory while it runs, looked at every millisecond."""
-
-    def __enter__(self) -> "_Sampler":
-        self.peak, self._done = _resident(), threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-        return self
-
-    def _run(self) -> None:
-        while not self._done.wait(1e-3):
-            self.peak = max(self.peak, _resident())
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.peak = max(self.peak, _resident())
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+def _resident(field: str) -> int:
+    """Bytes: VmRSS now, or VmHWM at its highest."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_in_child(module: str, *arguments: str) -> int:
@@ -206,12 +193,17 @@ def versions() -> dict[str, str | None]:
 
 def write_results(out: Path, device: str, what: str, results: object) -> Path:
     """Writes <out>/<device>-<what>.json: the machine, the versions and the results."""
-    name = device_name(device)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{what}.json"
-    text = json.dumps({"device": name, "what": what, "versions": versions(), "results": results}, indent=1)
-    path.write_text(text + "\n")
+    path = write_named(out, device_name(device), what, versions(), {"results": results})
     print(f"written: {path}")
+    return path
+
+
+def write_named(out: Path, device: str, what: str, of: Mapping[str, Any], body: Mapping[str, object]) -> Path:
+    """The same for a device of this name and versions `of` it, which need not be this machine's."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{what}.json"
+    text = json.dumps({"device": device, "what": what, "versions": of, **body}, indent=1)
+    path.write_text(text + "\n")
     return path
 
 
@@ -266,8 +258,24 @@ def check(device: str, *files: str) -> None:
     marker = "gpu" if device == "cuda" else "not gpu and not peers"
     tests = [str(ROOT / "tests" / file) for file in files]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marker, *tests]
-    if subprocess.run(command, cwd=ROOT).returncode:
+    # 5 says that no test of these is for this device.
+    if subprocess.run(command, cwd=ROOT).returncode not in (0, 5):
         raise SystemExit("the op's own tests fail: its timing means nothing (--no-check skips them)")
+
+
+Result = TypeVar("Result")
+
+
+def attempt(case: str, run: Callable[[], Result]) -> Result | None:
+    """A case's result, which is also a line where lines are kept; None if it fails, which stops no other."""
+    try:
+        found = run()
+    except (Exception, SystemExit) as error:
+        lines.record_failure(case, error)
+        traceback.print_exc()
+        return None
+    lines.record(case, result=found)
+    return found
 
 
 def arguments(module: str, description: str | None, argv: Sequence[str] | None, **extra: Any) -> argparse.Namespace:
@@ -279,10 +287,11 @@ def arguments(module: str, description: str | None, argv: Sequence[str] | None, 
         "--out", type=Path, help="folder of the results (default: bench/results, or build/bench with --quick)"
     )
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter timings")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes: whether it runs, no figures")
     parser.add_argument("--no-check", action="store_true", help="do not run the op's tests first")
     for name, settings in extra.items():
         parser.add_argument(f"--{name}", **settings)
     found = parser.parse_args(argv)
     if found.out is None:
-        found.out = QUICK_RESULTS if found.quick else RESULTS
+        found.out = QUICK_RESULTS if found.quick or found.rehearse else RESULTS
     return found

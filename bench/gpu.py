@@ -1,152 +1,124 @@
-"""`make gpu`, for a CUDA machine: build in place, the tests marked gpu, every benchmark, inside one time limit.
+"""`make gpu`, for a CUDA machine: smoke, encoder, step, GPU tests, the rest. Each measurement is a JSON line at once.
 
-Each step is a process of its own, so that one that crashes or hangs costs its share of the time and nothing else.
-Benchmarks are the modules of bench/ with a main(argv) that takes --device, --out and --quick; a new one is found by
-itself. Writes <out>/gpu_run.json: the machine, each step's outcome and last lines, and what the benchmarks wrote.
+    python -m bench.gpu [--out DIR] [--budget SECONDS] [--only STAGE ...] [--rehearse]
+    python -m bench.gpu --distil FILE.jsonl [--out bench/results]
+
+Each stage is a process of its own that appends to <out>/gpu-<time>.jsonl (bench/lines.py). One that crashes, hangs or
+loses its CUDA context costs the case it was at: it is started again behind that. The first line says what machine this
+is. Needs torch, triton, numpy, pytest and, for the C++ extension, a compiler.
+
+--rehearse runs the same plan at tiny sizes on a CPU, kernels in Triton's interpreter. --distil writes the files that
+are committed: <device>-<stage>.json.
 """
 
 import argparse
-import ast
-import contextlib
-import json
 import os
-import platform
-import signal
-import subprocess
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-NOT_BENCHMARKS = {"common", "gpu"}
-# The machine ends a command at ten minutes; what is written by then has to be complete.
-LIMIT_S = 540.0
-TESTS_SHARE = 0.4
-# A benchmark may use this many times its even share of what is left, since most need less.
-OVERDRAFT = 2.0
-TAIL_LINES = 25
+from bench import lines
+from bench.gpu_plan import Stage, plan
+from bench.gpu_process import ROOT, run_stage
+
+OUT, REHEARSAL = ROOT / "build" / "gpu", ROOT / "build" / "rehearsal"
+# A stage that says nothing for so long hangs; compiling for the first time takes a minute or two.
+PATIENCE_S = 600.0
 
 
-@dataclass
-class Step:
-    name: str
-    outcome: str
-    seconds: float
-    tail: list[str]
-
-    @property
-    def passed(self) -> bool:
-        return self.outcome == "passed"
-
-
-def benchmarks(folder: Path = ROOT / "bench") -> list[str]:
-    """Names of the modules that define main, in alphabetical order."""
-    names = []
-    for path in sorted(folder.glob("*.py")):
-        body = ast.parse(path.read_text()).body
-        if path.stem not in NOT_BENCHMARKS and any(isinstance(n, ast.FunctionDef) and n.name == "main" for n in body):
-            names.append(path.stem)
-    return names
+def run(stages: Sequence[Stage], file: Path, budget: float | None = None, patience: float = PATIENCE_S) -> None:
+    """All stages one after another. What is left of a budget is shared out by weight before each."""
+    deadline = None if budget is None else time.monotonic() + budget
+    for number, stage in enumerate(stages):
+        limit = None
+        if deadline is not None:
+            weights = [later.weight for later in stages[number:]]
+            limit = (deadline - time.monotonic()) * stage.weight / sum(weights)
+        run_stage(stage, file, limit, stage.patience or patience)
 
 
-def run_step(name: str, command: Sequence[str], seconds: float) -> Step:
-    """Runs a command for at most so many seconds; its whole process group ends with it."""
-    start = time.monotonic()
-    if seconds <= 0:
-        return Step(name, "no time left", 0.0, [])
-    print(f"--- {name} (at most {seconds:.0f} s)", flush=True)
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=env, start_new_session=True)
-        try:
-            code = process.wait(timeout=seconds)
-            outcome = "passed" if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped after {seconds:.0f} s"
-        finally:
-            end_group(process)
-        log.seek(0)
-        tail = log.read().splitlines()[-TAIL_LINES:]
-    print(*tail, sep="\n", flush=True)
-    step = Step(name, outcome, round(time.monotonic() - start, 1), tail)
-    print(f"--- {name}: {outcome}, {step.seconds} s", flush=True)
-    return step
+def new_file(out: Path, name: str) -> Path:
+    """A file that is not there yet: no run overwrites another's lines."""
+    out.mkdir(parents=True, exist_ok=True)
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
+        path = out / f"{name}-{stamp}{suffix}.jsonl"
+        if not path.exists():
+            return path
+    raise SystemExit(f"{out} holds a thousand files of this second")
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def summary(found: list[dict[str, Any]]) -> str:
+    """A line a stage, and what did not go well."""
+    text = []
+    for stage in dict.fromkeys(line["stage"] for line in found):
+        own = [line for line in found if line["stage"] == stage]
+        counts = Counter(line["outcome"] for line in own if line["case"] != "stage")
+        seconds = sum(line.get("seconds", 0) for line in own if line["case"] == "stage")
+        text.append(f"{stage:<16} {seconds:>7.1f} s  " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    for line in bad(found):
+        what = line.get("message") or line.get("error") or ""
+        text.append(f"{line['outcome']}: {line['stage']}: {line['case']}: {str(what).strip().splitlines()[-1:]}")
+    return "\n".join(text)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    import torch
-    import triton
-
-    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
-    return found
+def bad(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in found if line["outcome"] in ("failed", "stopped")]
 
 
-def written(out: Path, since: float) -> dict[str, Any]:
-    """The JSON files that the benchmarks left in a folder, by name."""
-    results = {}
-    for path in sorted(out.glob("*.json")):
-        if path.name != "gpu_run.json" and path.stat().st_mtime >= since:
-            try:
-                results[path.stem] = json.loads(path.read_text())
-            except ValueError as error:
-                results[path.stem] = f"not readable: {error}"
-    return results
+def distil(file: Path, out: Path) -> list[Path]:
+    """The lines of each stage, with the machine, as <device>-<stage>.json: medians, spreads, shapes, versions."""
+    from bench import common
+
+    found = lines.read(file)
+    machine = next((line for line in found if line["case"] == "machine"), None)
+    if machine is None or machine["outcome"] != "ok":
+        raise SystemExit(f"{file} does not say what machine it is from: nothing is written")
+    if machine["rehearsal"]:
+        raise SystemExit(f"{file} is a rehearsal's ({machine['device']}): its times are nobody's results")
+    paths = []
+    for stage in dict.fromkeys(line["stage"] for line in found):
+        own = [line for line in found if line["stage"] == stage and line["case"] not in ("machine", "stage")]
+        if own:
+            body = {"machine": machine, "results": [strip(line) for line in own]}
+            paths.append(common.write_named(out, machine["device"], f"gpu-{stage}", machine["versions"], body))
+    return paths
 
 
-def run_all(options: argparse.Namespace, deadline: float) -> list[Step]:
-    def left() -> float:
-        return deadline - time.monotonic()
-
-    python = sys.executable
-    steps = [run_step("build", [python, "setup.py", "build_ext", "--inplace"], min(120.0, left()))]
-    if not options.no_tests:
-        tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", "--continue-on-collection-errors"]
-        steps.append(run_step("tests", tests, left() * TESTS_SHARE))
-    names = [name for name in benchmarks() if not options.only or name in options.only]
-    for i, name in enumerate(names):
-        command = [python, "-m", f"bench.{name}", "--device", options.device, "--out", str(options.out)]
-        share = left() / (len(names) - i) * OVERDRAFT
-        steps.append(run_step(name, command + ["--quick"] * options.quick, min(share, left())))
-    return steps
+def strip(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("stage", "traceback")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--device", default="cuda", help="given to the benchmarks")
-    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for all of it")
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of the lines and logs (default: build/gpu)")
+    parser.add_argument("--budget", type=float, help="seconds for all of it, shared out by weight (default: no limit)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long a case measures")
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, help="silence after which a case is given up")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages only, after the machine's")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter timings")
-    parser.add_argument("--no-tests", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these benchmarks only")
+    parser.add_argument("--rehearse", action="store_true", help="the same plan at tiny sizes on a CPU")
+    parser.add_argument(
+        "--distil", type=Path, metavar="FILE", help="write a run's results for committing, measure nothing"
+    )
     options = parser.parse_args(argv)
-    options.out = options.out.resolve()
-    options.out.mkdir(parents=True, exist_ok=True)
-
-    began = time.time()
-    steps = run_all(options, time.monotonic() + options.limit)
-    report = {"machine": machine(), "steps": [asdict(step) for step in steps], "results": written(options.out, began)}
-    path = options.out / "gpu_run.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-
-    for step in steps:
-        print(f"{step.name:<20} {step.seconds:>7.1f} s  {step.outcome}")
-    print(f"written: {path}")
-    return 0 if all(step.passed for step in steps) else 1
+    if options.distil:
+        for path in distil(options.distil, options.out or ROOT / "bench" / "results"):
+            print(f"written: {path}")
+        return 0
+    out = (options.out or (REHEARSAL if options.rehearse else OUT)).resolve()
+    file = new_file(out, "rehearsal" if options.rehearse else "gpu")
+    print(f"lines go to {file}", flush=True)
+    stages = plan(out, seconds=options.seconds, quick=options.quick, rehearse=options.rehearse, only=options.only)
+    run(stages, file, options.budget, options.patience)
+    found = lines.read(file)
+    print(f"\n{summary(found)}\nwritten: {file}")
+    return 1 if bad(found) else 0
 
 
 if __name__ == "__main__":
+    os.chdir(ROOT)
     sys.exit(main())

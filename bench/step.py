@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -21,6 +22,11 @@ import torch
 
 from bench import common
 from bench.step_child import batches
+from bench.step_stages import by_stage, sweep_ms
+from saefast import hot
+from saefast.recipe import preset
+from saefast.sae import SAE
+from saefast.step import FusedStep
 
 PEERS_PYTHON = common.ROOT / ".peers" / "bin" / "python"
 OURS, OF_TORCH, PEERS = ("saefast", "saefast lean"), ("torch fp32", "torch bf16 autocast"), (
@@ -40,6 +46,8 @@ class Shape(NamedTuple):
 
 CPU_SHAPES = (Shape(1024, 768, 32768, 32), Shape(1024, 384, 16384, 32))
 GPU_SHAPES = (Shape(8192, 768, 32768, 32), Shape(8192, 4096, 131072, 64))
+TINY = (Shape(16, 24, 256, 4),)
+SWEEP = "sweep, a step's share"
 GROWTH = (8192, 16384, 32768, 65536)
 
 
@@ -88,17 +96,40 @@ def contenders(names: Sequence[str], shape: Shape, device: str) -> Iterator[list
         yield found
 
 
+def warm_up(name: str, device: str) -> int:
+    """Steps that are not timed. On a GPU ours choose hot latents after REFRESH_EVERY of them."""
+    return hot.REFRESH_EVERY + 10 if device == "cuda" and name in OURS else WARM_UP
+
+
+def groups(names: Sequence[str], device: str) -> list[list[str]]:
+    """Who takes turns with whom: all of them, or on a GPU, whose memory does not hold all, each with ours."""
+    if device == "cpu":
+        return [list(names)]
+    return [["saefast", name] for name in names if name != "saefast"] or [["saefast"]]
+
+
 def compare(names: Sequence[str], shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Interleaved rounds of all contenders at a shape."""
+    """All contenders at a shape; a group that fails is left out. Ours is timed in every group and stands here once."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups(names, device):
+        case = f"{', '.join(group)} {tuple(shape)}"
+        for row in common.attempt(case, partial(interleaved, group, shape, device, rounds)) or ():
+            found.setdefault(row["what"], row)
+    return list(found.values())
+
+
+def interleaved(names: Sequence[str], shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
+    """Interleaved rounds of some contenders, all of them in memory."""
     with contenders(names, shape, device) as found:
+        for one in found:
+            for _ in range(warm_up(one.name, device)):
+                one.ask("step")
         seconds: dict[str, list[float]] = {one.name: [] for one in found}
-        for number in range(WARM_UP + rounds):
+        for number in range(rounds):
             # Another one begins each round: what runs first finds other things in the caches.
             for one in found[number % len(found) :] + found[: number % len(found)]:
                 time.sleep(PAUSE if device == "cpu" else 0)
-                taken = one.ask("step")["seconds"]
-                if number >= WARM_UP:
-                    seconds[one.name].append(taken)
+                seconds[one.name].append(one.ask("step")["seconds"])
         peaks = {one.name: one.ask("memory")["peak"] for one in found}
     spreads = {name: common.spread(taken) for name, taken in seconds.items()}
     ours = spreads["saefast"].median
@@ -116,114 +147,62 @@ def compare(names: Sequence[str], shape: Shape, device: str, rounds: int) -> lis
 
 
 def verdict(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ours against the fastest and the leanest of the others."""
-    sweep = next(stage["ms"] for stage in stages if stage["stage"].startswith("sweep")) / 1e3
+    """Ours against the fastest and the leanest of the others, each measured beside ours."""
+    sweep = next(stage["ms"] for stage in stages if stage["stage"] == SWEEP) / 1e3
     others = [row for row in rows if row["what"] not in OURS]
-    fastest = min(others, key=lambda row: row["seconds"][0])
-    ours = next(row for row in rows if row["what"] == "saefast")
+    ours = next((row for row in rows if row["what"] == "saefast"), None)
+    if ours is None or not others:
+        return {"nothing to compare": [row["what"] for row in rows]}
+    fastest = min(others, key=lambda row: row["times saefast's"])
     return {
         "fastest other": fastest["what"],
-        "speed-up over it": round(fastest["seconds"][0] / ours["seconds"][0], 2),
-        "the same, sweeps counted": round(fastest["seconds"][0] / (ours["seconds"][0] + sweep), 2),
+        "speed-up over it": fastest["times saefast's"],
+        "the same, sweeps counted": round(
+            fastest["times saefast's"] * ours["seconds"][0] / (ours["seconds"][0] + sweep), 2
+        ),
         "lowest other peak MB": min(row["peak MB"] for row in others),
         "peak MB": ours["peak MB"],
     }
 
 
-class Stopwatch:
-    """Seconds by stage, of functions replaced by timed ones for as long as it is open."""
-
-    def __init__(self, device: str) -> None:
-        self.device, self.seconds = device, {}  # type: tuple[str, dict[str, float]]
-        self._undo: list[Callable[[], None]] = []
-
-    def watch(self, owner: Any, name: str, stage: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            result = original(*args, **kwargs)
-            common.synchronize(self.device)
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-            return result
-
-        setattr(owner, name, timed)
-        self._undo.append(lambda: setattr(owner, name, original))
-
-    def close(self) -> None:
-        for undo in self._undo:
-            undo()
+def new_engine(shape: Shape, device: str) -> FusedStep:
+    sae_config, config = preset("saefast", shape.D, shape.L, shape.k)
+    return FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000)
 
 
 def profile(shape: Shape, device: str, steps: int) -> list[dict[str, Any]]:
-    """Median milliseconds of each stage of our step, in this process."""
-    from saefast import gradient, rows
-    from saefast.recipe import preset
-    from saefast.sae import SAE
-    from saefast.step import FusedStep
-
-    sae_config, config = preset("saefast", shape.D, shape.L, shape.k)
-    engine = FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000)
-    data = batches(shape.B, shape.D, device)
-    for x in data[:WARM_UP]:
-        engine.step(x)
-    backend, lines = rows.backend(engine.enc.w), []
-    for number in range(steps):
-        watch = Stopwatch(device)
-        watch.watch(gradient.Pass, "_encode", "encode")
-        stages = {
-            "moments": "loss scale", "group_runs": "runs", "catch_up": "settle sleepers",
-            "decode_loss": "decode + loss", "weighted_row_sum": "b_dec gradient", "fill_entries": "entries",
-            "update_rows": "row update",
-        }  # fmt: skip
-        for name, stage in stages.items():
-            watch.watch(backend, name, stage)
-        begin = time.perf_counter()
+    """Median milliseconds of each stage of our step, in this process, and what a sweep adds to a step on average."""
+    engine, data = new_engine(shape, device), batches(shape.B, shape.D, device)
+    for number in range(warm_up("saefast", device)):
         engine.step(data[number % len(data)])
-        watch.seconds["whole step"] = time.perf_counter() - begin
-        watch.close()
-        lines.append(watch.seconds)
-    names = dict.fromkeys(name for line in lines for name in line)
-    table = {name: median(line.get(name, 0.0) for line in lines) for name in names}
-    whole = table.pop("whole step")
-    table["rest"] = whole - sum(table.values())
-    table["whole step"] = whole
-    # Medians do not see what happens at every fourth step only: timed where it would come next.
-    while (engine.step_count + 1) % engine.sweep_every:
-        engine.step(data[engine.step_count % len(data)])
-    begin = time.perf_counter()
-    backend.catch_up(engine.enc, engine._constants(engine.step_count))
-    common.synchronize(device)
-    table["sweep, a step's share"] = (time.perf_counter() - begin) / engine.sweep_every
-    return [{"stage": n, "ms": round(s * 1e3, 2), "share": round(s / whole, 3)} for n, s in table.items()]
+    table = by_stage(engine, data, device, steps)
+    whole = table["whole step"]
+    table[SWEEP] = sweep_ms(engine, data, device)
+    return [{"stage": name, "ms": round(ms, 2), "share": round(ms / whole, 3)} for name, ms in table.items()]
 
 
 def growth(shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
     """How the step's time grows with L, and the encoder's, and that of its product alone in bf16 (x Wᵀ, by torch)."""
-    from saefast import gradient
-    from saefast.recipe import preset
-    from saefast.sae import SAE
-    from saefast.step import FusedStep
-
-    data, engines, seconds = batches(shape.B, shape.D, device), {}, {}
-    for L in GROWTH:
-        sae_config, config = preset("saefast", shape.D, L, shape.k)
-        engines[L] = FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000)
-        seconds[L] = {"step ms": [], "encode ms": [], "product ms": []}
+    data = batches(shape.B, shape.D, device)
+    engines = {L: new_engine(shape._replace(L=L), device) for L in GROWTH}
+    found: dict[int, list[dict[str, float]]] = {L: [] for L in GROWTH}
     for number in range(WARM_UP + rounds):
         for L, engine in engines.items():
-            x, W = data[number % len(data)], engine.sae.W_enc.detach().bfloat16()
-            low = x.bfloat16()
-            watch = Stopwatch(device)
-            watch.watch(gradient.Pass, "_encode", "encode ms")
-            watch.watch(engine, "step", "step ms")
-            watch.watch(torch, "mm", "product ms")
-            engine.step(x)
-            torch.mm(low, W.T)
-            watch.close()
-            for name, taken in watch.seconds.items() if number >= WARM_UP else ():
-                seconds[L][name].append(taken * 1e3)
-    return [{"L": L} | {name: median(taken) for name, taken in table.items()} for L, table in seconds.items()]
+            x = data[number % len(data)]
+            table = by_stage(engine, [x], device, 1)
+            encode = sum(ms for name, ms in table.items() if name.startswith("encode_topk"))
+            product = product_ms(x.bfloat16(), engine.sae.W_enc.detach().bfloat16(), device)
+            if number >= WARM_UP:
+                found[L].append({"step ms": table["whole step"], "encode ms": encode, "product ms": product})
+    return [{"L": L} | {name: median(one[name] for one in lines) for name in lines[0]} for L, lines in found.items()]
+
+
+def product_ms(x: torch.Tensor, W: torch.Tensor, device: str) -> float:
+    common.synchronize(device)
+    begin = time.perf_counter()
+    torch.mm(x, W.T)
+    common.synchronize(device)
+    return (time.perf_counter() - begin) * 1e3
 
 
 def slopes(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -237,7 +216,7 @@ def slopes(lines: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     options = common.arguments(
         "bench.step", __doc__, argv,
         rounds=dict(type=int, default=9, help="steps of each contender that are timed"),
@@ -253,25 +232,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         names += PEERS
     elif not options.no_peers:
         print("the peers' environment is not there (make peers): they are left out")
-    shapes = CPU_SHAPES if device == "cpu" else GPU_SHAPES
-    results: list[dict[str, Any]] = []
-    for shape in shapes[-1:] if options.quick else shapes:
+    shapes = TINY if options.rehearse else CPU_SHAPES if device == "cpu" else GPU_SHAPES
+    if options.rehearse:
+        names, rounds = ["saefast", "torch fp32"], 1
+    results: list[dict[str, Any] | None] = []
+    for shape in shapes[-1:] if options.quick and device == "cpu" else shapes:
         print(f"\nB = {shape.B}, D = {shape.D}, L = {shape.L}, k = {shape.k}")
-        table = compare(names, shape, device, rounds)
-        common.print_timed(table)
-        stages = profile(shape, device, rounds)
-        print()
-        common.print_table(stages)
-        results.append({"shape": shape._asdict(), "steps": table, "verdict": verdict(table, stages), "profile": stages})
-        print(f"\n{results[-1]['verdict']}")
-    if not options.quick:
-        lines = growth(shapes[-1], device, rounds)
-        results.append({"growth": lines, "slopes": slopes(lines)})
-        print(f"\nGrowth with L at D = {shapes[-1].D}")
-        common.print_table(lines)
-        print(results[-1]["slopes"])
-    common.write_results(options.out, device, "step", results)
+        results.append(common.attempt(f"all of {tuple(shape)}", partial(at_shape, names, shape, device, rounds)))
+    if not options.quick and not options.rehearse:
+        lines = common.attempt("growth", partial(growth, shapes[-1 if device == "cpu" else 0], device, rounds))
+        if lines is not None:
+            results.append({"growth": lines, "slopes": slopes(lines)})
+            print("\nGrowth with L")
+            common.print_table(lines)
+            print(slopes(lines))
+    common.write_results(options.out, device, "step", [result for result in results if result])
+    return int(None in results)
+
+
+def at_shape(names: Sequence[str], shape: Shape, device: str, rounds: int) -> dict[str, Any]:
+    """The contenders' table, our step by stage, and what both come to."""
+    table, stages = compare(names, shape, device, rounds), profile(shape, device, rounds)
+    common.print_timed(table)
+    print()
+    common.print_table(stages)
+    found = verdict(table, stages)
+    print(f"\n{found}")
+    return {"shape": shape._asdict(), "steps": table, "verdict": found, "profile": stages}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,13 @@ if not torch.cuda.is_available():
 PEERS = ("sae_lens", "sparsify", "dictionary_learning")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m picks among the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        # Those that take the device run compiled kernels where there is a GPU, so `-m gpu` has to find them.
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_peers = pytest.mark.skip(reason="needs the peers' environment: make peers")
     has_peers = any(importlib.util.find_spec(name) for name in PEERS)

@@ -16,8 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from closeness import assert_close_to_reference
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from draws import given, settings, st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saefast import ops, reference, triton_encode, triton_ops

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from draws import given, settings, st
 from torch import Tensor
 
 from saefast import native

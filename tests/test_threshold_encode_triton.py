@@ -5,8 +5,7 @@ import math
 import interp
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from draws import given, settings, st
 
 from saefast import reference, triton_encode, triton_ops
 from saefast.errors import InputError

@@ -1,0 +1,67 @@
+"""Where a training step's time goes, by the functions it is made of: those of `saefast.ops` and of the row backend.
+
+Names come from the modules themselves, so a function that a step gains is found here without a change. What a step does
+between them counts as "rest".
+"""
+
+from inspect import isfunction
+from statistics import median
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from bench.kernel_times import Stages
+from saefast import ops, rows, screen
+from saefast.step import FusedStep
+
+
+def encode_label(name: str, *args: Any, **options: Any) -> str:
+    return f"{name} of the dead" if options.get("latents") is not None else name
+
+
+def row_functions(backend: ModuleType) -> list[str]:
+    """The row operations that a backend has: what `saefast.rows` declares, which every backend follows."""
+    return [name for name in rows.__all__ if name != "backend" and isfunction(getattr(backend, name, None))]
+
+
+def by_stage(engine: FusedStep, data: list[Tensor], device: str, steps: int, prepare: Any = None) -> dict[str, float]:
+    """Median milliseconds of each stage over `steps` steps, "rest" and "whole step" last.
+
+    Stages are told apart by stamps in the stream; the host waits for the device only between steps.
+    """
+    backend, stages = rows.backend(engine.enc.w), Stages(device)
+    stages.watch(screen, ["encode_topk_screened"], encode_label)
+    stages.watch(ops, ["encode_topk"], encode_label)
+    stages.watch(backend, row_functions(backend))
+    found: list[dict[str, float]] = []
+    try:
+        for number in range(steps):
+            if prepare is not None:
+                prepare()
+            stages.take()
+            with stages.stage("rest"):
+                engine.step(data[number % len(data)])
+            found.append(stages.take())
+    finally:
+        stages.close()
+    names = dict.fromkeys(name for one in found for name in one)
+    whole = median(sum(one.values()) for one in found)
+    table = {name: median(one.get(name, 0.0) for one in found) for name in names if name != "rest"}
+    return dict(sorted(table.items(), key=lambda item: -item[1])) | {
+        "rest": median(one["rest"] for one in found),
+        "whole step": whole,
+    }
+
+
+def sweep_ms(engine: FusedStep, data: list[Tensor], device: str) -> float:
+    """What a sweep adds to a step, spread over the steps between two: medians do not see every fourth step."""
+    backend, stages = rows.backend(engine.enc.w), Stages(device)
+    while (engine.step_count + 1) % engine.sweep_every:
+        engine.step(data[engine.step_count % len(data)])
+    stages.watch(backend, ["catch_up"], lambda name, matrix, *_, **__: "sweep" if matrix is engine.enc else name)
+    try:
+        engine.step(data[0])
+    finally:
+        stages.close()
+    return stages.take()["sweep"] / engine.sweep_every
