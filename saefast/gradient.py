@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import ops, rows, screen
+from saefast import auxk_block, ops, rows, screen
 from saefast.engine import not_finite
 from saefast.hot import Block, HotLatents
 from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
@@ -58,8 +58,8 @@ class Part:
 
 
 @dataclasses.dataclass
-class HotGradient:
-    """Dense gradient rows of the hot latents."""
+class BlockGradient:
+    """Dense gradient rows of latents that a block did: the hot ones, or AuxK's."""
 
     ids: Tensor
     """(H,) int32."""
@@ -73,10 +73,11 @@ class Gradient:
     """A batch's gradient, and what its step reports."""
 
     runs: Runs
-    """Of the entries below; hot latents have none."""
+    """Of the entries below; latents of a block have none."""
     for_dec: RowGradient
     for_enc: RowGradient
-    hot: HotGradient | None
+    blocks: list[BlockGradient]
+    """No latent is in two of them."""
     b_enc: Tensor
     """(L,)."""
     b_dec: Tensor
@@ -97,6 +98,7 @@ class Pass:
     def __init__(self, model: Model, x: Tensor) -> None:
         self.model, self.x, self.config = model, x, model.config
         self.backend = rows.backend(x)
+        self.aux: auxk_block.Block | None = None
         k = model.sae.k
         # Nested prefixes of the code, best latents first: k, and 4k where MultiTopK asks for it.
         self.bounds = [k, min(4 * k, model.sae.n_latents)] if self.config.multi_topk_coef else [k]
@@ -124,7 +126,7 @@ class Pass:
         main, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
         parts, auxk = [main], 0.0
         if dead_ids is not None:
-            part, auxk = self._auxk(dead_ids)
+            part, auxk = self._auxk(dead_ids, main)
             parts += [part] if part is not None else []
         loss += self.config.auxk_coef * auxk
         if not math.isfinite(loss):
@@ -208,14 +210,17 @@ class Pass:
         there = self.grad_hot.gather(1, hot.slot)
         return torch.where(hot.is_hot, there, decoded.grad_acts), decoded.squares
 
-    def _auxk(self, dead_ids: Tensor) -> tuple[Part | None, float]:
-        """AuxK: dead latents reconstruct the residual. Its part, if any latent is dead, and its value without coef."""
+    def _auxk(self, dead_ids: Tensor, main: Part) -> tuple[Part | None, float]:
+        """AuxK: dead latents reconstruct the residual. Its part, if there is one, and its value without coef."""
         assert self.error is not None
         config, plane, k = self.config, self.planes[-1], min(auxk_wanted(self.x.shape[1], self.config), len(dead_ids))
         weight = self._auxk_weight(self.error, len(dead_ids))
         if k == 0:
             torch.mul(self.error, config.auxk_coef * weight, out=plane)
             return None, weight * self.backend.moments(self.error)[1]
+        if not self.model.dense and len(self.bounds) == 1 and auxk_block.pays_off(self.x, k, len(dead_ids)):
+            self.aux = self._auxk_block(dead_ids, k, config.auxk_coef * weight, main)
+            return None, weight * serial_sum(self.aux.squares)
         acts, idx = self._encode(k, dead_ids, config.auxk_relu)
         self.model.wake(self._runs(idx, acts != 0).latents)
         decoded = self.backend.decode_loss(
@@ -224,6 +229,19 @@ class Pass:
             relu=config.auxk_relu,
         )
         return Part(acts, idx, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
+
+    def _auxk_block(self, dead_ids: Tensor, k: int, weight: float, main: Part) -> auxk_block.Block:
+        """AuxK by matrix products, which take over the main code's entries of dead latents if there may be any."""
+        assert self.error is not None
+        config, enc, dec = self.config, self.model.matrices["W_enc"], self.model.matrices["W_dec"]
+        self.model.wake(dead_ids.int())
+        encoder = auxk_block.Encoder(enc.w, self.model.matrices["b_enc"].w[0], dec.w, dec.norms)
+        # A latent that has just fired is not dead, if it was asked after that and if every activation counts as firing.
+        silent = config.dead_update_first and (config.fired_above is None or config.fired_above <= 0)
+        code = None if silent else auxk_block.Code(main.acts, main.idx, main.grad_acts, self.planes[0])
+        return auxk_block.auxk_block(
+            *(self.centred, self.error, self.planes[-1], encoder, dead_ids, k, weight), relu=config.auxk_relu, code=code
+        )
 
     def _auxk_weight(self, error: Tensor, n_dead: int) -> float:
         """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
@@ -236,33 +254,40 @@ class Pass:
         unexplained = self.backend.moments(error)[0]
         return few / unexplained if unexplained > 0 else 0.0
 
-    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, HotGradient | None, Tensor, Tensor]:
-        """The parts as entries grouped by latent, the hot latents' rows beside them, and the biases' gradients."""
-        (B, D), n_latents, hot = self.x.shape, self.model.sae.n_latents, self.hot
+    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
+        """The parts as entries grouped by latent, the blocks' rows beside them, and the biases' gradients."""
+        (B, D), n_latents = self.x.shape, self.model.sae.n_latents
         acts, idx, grad = (_joined(parts, name) for name in ("acts", "idx", "grad_acts"))
-        runs = self.runs
-        if hot is not None or len(parts) > 1:
+        runs, taken = self.runs, self._taken()
+        if taken or len(parts) > 1:
             keep = acts != 0
-            if hot is not None:
-                keep[: self.idx.numel()] &= ~hot.is_hot.flatten()
+            for entries_of_block in taken:
+                keep[: self.idx.numel()] &= ~entries_of_block.flatten()
             runs = self._runs(idx, keep)
         columns = [part.idx.shape[1] for part in parts]
         entries: Entries = self.backend.fill_entries(runs, acts, grad, columns, self.bounds, B, n_latents)
         offsets = runs.over_all(n_latents) if self.model.dense else runs.offsets
         for_dec = RowGradient(self.planes.view(-1, D), offsets, entries.dec_row, entries.dec_coef)
         for_enc = RowGradient(self.centred, offsets, entries.enc_row, entries.enc_coef)
-        b_enc = entries.grad_by_latent
-        if hot is not None:
-            b_enc[hot.ids] = self.grad_hot.sum(0)
-        return runs, for_dec, for_enc, self._hot_rows(hot), b_enc, self._b_dec(b_enc, runs)
+        b_enc, blocks = entries.grad_by_latent, []
+        if self.hot is not None:
+            b_enc[self.hot.ids] = self.grad_hot.sum(0)
+            blocks.append(self._hot_rows(self.hot))
+        if self.aux is not None:
+            b_enc[self.aux.ids] = self.aux.b_enc
+            blocks.append(BlockGradient(self.aux.ids.int(), self.aux.for_dec, self.aux.for_enc))
+        return runs, for_dec, for_enc, blocks, b_enc, self._b_dec(b_enc, [runs.latents, *(b.ids for b in blocks)])
 
-    def _hot_rows(self, hot: Block | None) -> HotGradient | None:
-        if hot is None:
-            return None
-        return HotGradient(hot.ids.int(), -2 * hot.acts.T @ self.planes[0], self.grad_hot.T @ self.centred)
+    def _taken(self) -> list[Tensor]:
+        """(B, K) bool masks of the code's entries that blocks have taken over."""
+        found = [] if self.hot is None else [self.hot.is_hot]
+        return found if self.aux is None or self.aux.taken is None else [*found, self.aux.taken]
 
-    def _b_dec(self, b_enc: Tensor, runs: Runs) -> Tensor:
-        """The gradient of b_dec (D,), from that of b_enc."""
+    def _hot_rows(self, hot: Block) -> BlockGradient:
+        return BlockGradient(hot.ids.int(), -2 * hot.acts.T @ self.planes[0], self.grad_hot.T @ self.centred)
+
+    def _b_dec(self, b_enc: Tensor, touched: list[Tensor]) -> Tensor:
+        """The gradient of b_dec (D,), from that of b_enc, which is 0 but for the latents touched."""
         grad: Tensor = -2 * self.backend.weighted_row_sum(self.planes[0])
         if self.config.auxk_b_dec_grad and len(self.planes) > len(self.bounds):
             grad -= 2 * self.backend.weighted_row_sum(self.planes[-1])
@@ -270,8 +295,7 @@ class Pass:
             return grad
         # b_dec is subtracted from what the encoder sees: -Σ over entries of grad · W_enc row, latent by latent.
         W_enc = self.model.matrices["W_enc"].w
-        groups = [runs.latents] if self.hot is None else [runs.latents, self.hot.ids.int()]
-        for latents in groups:
+        for latents in touched:
             grad -= self.backend.weighted_row_sum(W_enc, latents, b_enc[latents.long()])
         return grad
 

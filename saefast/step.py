@@ -226,9 +226,9 @@ class FusedStep:
         plain, none = self._constants(self.step_count + 1), g.b_dec.new_zeros(0)
         touched = None if self.dense else g.runs.latents
         jobs = [Job(self.dec, for_dec, g.for_dec, touched, none), Job(self.enc, plain, g.for_enc, touched, none)]
-        if g.hot is not None:
-            jobs.append(Job(self.dec, for_dec, given_rows(g.hot.for_dec), g.hot.ids, none))
-            jobs.append(Job(self.enc, plain, given_rows(g.hot.for_enc), g.hot.ids, none))
+        for block in g.blocks:
+            jobs.append(Job(self.dec, for_dec, given_rows(block.for_dec), block.ids, none))
+            jobs.append(Job(self.enc, plain, given_rows(block.for_enc), block.ids, none))
         jobs += [
             Job(self.matrices["b_enc"], plain, given_rows(g.b_enc[None]), None, none),
             Job(self.matrices["b_dec"], plain, given_rows(g.b_dec[None]), None, none),

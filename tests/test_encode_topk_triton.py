@@ -7,7 +7,6 @@ On a CPU the kernels run in Triton's interpreter; with a GPU the same tests run 
 
 import itertools
 import math
-import weakref
 
 import interp
 import numpy as np
@@ -15,9 +14,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from allocations import Allocations
 from closeness import assert_close_to_reference
 from draws import given, settings, st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from saefast import ops, reference, triton_encode, triton_ops
 from saefast.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
@@ -316,34 +315,6 @@ def test_operands_that_cannot_be_loaded_wide_take_the_library():
                 enc = triton_encode._encoder(torch.zeros(1, D).half(), W, None, None, None, "auto", "ieee")
                 # Without descriptors the compiler wants to see rows of a multiple of 16 elements.
                 assert enc.method == ("chunked" if arch == 80 and D == 1000 else expected), (arch, D)
-
-
-class Allocations(TorchDispatchMode):
-    """The most bytes that tensors made while it is on held at a time."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.held, self.peak, self.known = 0, 0, {t.untyped_storage()._cdata for t in given}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, torch.Tensor):
-                self.note(tensor.untyped_storage())
-        return made
-
-    def note(self, storage):
-        # The storage's own address: a view's tensor shares it, and a meta tensor has no memory to tell it by.
-        if storage._cdata in self.known:
-            return
-        self.known.add(storage._cdata)
-        self.held += storage.nbytes()
-        self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-
-    def freed(self, key, size):
-        self.known.discard(key)
-        self.held -= size
 
 
 TARGETS = [(8192, 768, 32768, 32), (8192, 4096, 131_072, 64), (8192, 4096, 1 << 20, 64), (8192, 768, 1 << 24, 32)]

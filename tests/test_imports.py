@@ -27,7 +27,7 @@ FLOORS = (
     ("init", "rows_triton"),
     ("sae",),
     ("recipe", "engine", "features"),
-    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot", "plan"),
+    ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot", "auxk_block", "plan"),
     ("autograd_step", "gradient", "limits", "rundir"),
     ("step",),
     ("trainer",),
