@@ -1,6 +1,7 @@
 """`saefast eval`: how good a run's SAE is, on rows it was never trained on."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +50,16 @@ def table(result: Evaluation) -> str:
     lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", ""]
     lines += _rows(result.metrics, METRICS)
     if result.lm:
-        lines += ["", f"spliced into {about['model']}", *_rows(result.lm, LM_METRICS)]
+        lines += ["", f"spliced into {about['model']}", *_rows(result.lm, LM_METRICS, result.lm_missing)]
     else:
         lines += ["", f"language-model loss left out: {result.lm_left_out}"]
     return "\n".join(lines)
 
 
-def _rows(values: dict[str, float], formulas: dict[str, Metric]) -> list[str]:
-    wide = max(map(len, formulas))
+def _rows(values: dict[str, float], formulas: dict[str, Metric], missing: Mapping[str, str] | None = None) -> list[str]:
+    wide, missing = max(map(len, formulas)), missing or {}
     return [
-        f"  {name:<{wide}}  {value:>10.5g}  {formulas[name].formula}  [{formulas[name].source}]"
+        f"  {name:<{wide}}  {'none' if name in missing else format(value, '.5g'):>10}  "
+        + missing.get(name, f"{formulas[name].formula}  [{formulas[name].source}]")
         for name, value in values.items()
     ]

@@ -20,7 +20,7 @@ from saefast.files import replacing, usable, write_json
 from saefast.metrics import METRICS, SAEMetrics, density_histogram
 from saefast.rundir import CHECKPOINTS
 from saefast.sae import SAE, WEIGHTS, load
-from saefast.splice import LM_METRICS, batch_sequences, lm_scores
+from saefast.splice import LM_METRICS, batch_sequences, lm_scores, why_missing
 
 EVAL, LATENTS = "eval.json", "latents.safetensors"
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
@@ -35,6 +35,7 @@ class Evaluation:
         metrics: floats named as in `saefast.metrics.METRICS`.
         lm: floats named as in `saefast.splice.LM_METRICS`, or empty.
         lm_left_out: why `lm` is empty, in one line.
+        lm_missing: why single figures of `lm` are NaN, by their names.
         accumulated: the accumulators, with per-latent counts.
         about: n_rows, data, hook, and what else is known of the rows.
     """
@@ -45,8 +46,12 @@ class Evaluation:
     lm: dict[str, float] = field(default_factory=dict)
     lm_left_out: str = ""
 
+    @property
+    def lm_missing(self) -> dict[str, str]:
+        return why_missing(self.lm)
+
     def to_dict(self) -> dict[str, Any]:
-        """What eval.json holds. Figures that do not exist (NaN) are null."""
+        """What eval.json holds. Figures that do not exist (NaN) are null; lm_missing says why."""
         sparsity = self.accumulated.sparsity
         edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
         formulas = METRICS | (LM_METRICS if self.lm else {})
@@ -55,6 +60,7 @@ class Evaluation:
             "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
             "lm": {name: _json_number(value) for name, value in self.lm.items()} or None,
             "lm_left_out": self.lm_left_out or None,
+            "lm_missing": self.lm_missing,
             "density_histogram": {"log10_edges": edges, "latents": heights, "never_fired": never},
             "formulas": {name: metric._asdict() for name, metric in formulas.items()},
         }

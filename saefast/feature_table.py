@@ -11,6 +11,7 @@ from saefast.data.rows_source import RowsSource
 from saefast.data.shards import SPLITS, ShardFolder, dequantise
 from saefast.features import LatentStats
 from saefast.sae import SAE
+from saefast.token_text import Texts, same_word
 
 # A token belongs to a latent when at least this share of the latent's activation falls on it.
 OWN_TOKEN = 0.04
@@ -155,13 +156,7 @@ def _centroids(tokens: OwnTokens, embedding: Tensor, counts: Tensor) -> Tensor:
     return means / means.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
-def same_word(a: str, b: str) -> bool:
-    """Forms of one word, roughly: they begin with the same three letters."""
-    a, b = a.strip().lower().lstrip("-"), b.strip().lower().lstrip("-")
-    return a == b or (min(len(a), len(b)) >= 3 and a[:3] == b[:3])
-
-
-def choose(stats: LatentStats, texts: "Texts", n: int = 10, embedding: Tensor | None = None) -> list[tuple[int, float]]:
+def choose(stats: LatentStats, texts: Texts, n: int = 10, embedding: Tensor | None = None) -> list[tuple[int, float]]:
     """The n most telling latents and their scores, best first; see SCORE. Without an embedding the cosine counts as 1.
 
     Where too few latents have three tokens of their own and are neither rare nor dense, the others follow, by F1.
@@ -198,62 +193,6 @@ def _different(ranked: list[int], tokens: OwnTokens, centroids: Tensor | None, n
         if len(chosen) == n:
             break
     return chosen
-
-
-class Texts:
-    """Token ids as text to read."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        # BERT's vocabulary marks what continues a word and forgets spaces; others keep them.
-        self._wordpiece = any(token.startswith("##") for token in tokenizer.get_vocab())
-
-    def token(self, token: int) -> str:
-        """A token by itself; -ize is one that continues a word."""
-        if self._wordpiece:
-            text = str(self._tokenizer.convert_ids_to_tokens(token))
-            return "-" + text[2:] if text.startswith("##") else text
-        return self._tokenizer.decode([token]).strip() or repr(self._tokenizer.decode([token]))
-
-    def n_words(self, tokens: list[int]) -> int:
-        """Different words of three letters or more among the tokens; forms of one word are one."""
-        words: list[str] = []
-        for token in tokens:
-            text = self.token(token)
-            if sum(map(str.isalpha, text)) >= 3 and not any(same_word(text, word) for word in words):
-                words.append(text)
-        return len(words)
-
-    def run(self, ids: list[int]) -> list[str]:
-        """Texts of consecutive tokens that, joined, read as the text they came from; special tokens are empty."""
-        pieces = [self._piece(token) for token in ids]
-        return _respaced(pieces) if self._wordpiece else pieces
-
-    def _piece(self, token: int) -> str:
-        if token in self._special:
-            return ""
-        if self._wordpiece:
-            text = str(self._tokenizer.convert_ids_to_tokens(token))
-            return text[2:] if text.startswith("##") else " " + text
-        return self._tokenizer.decode([token]).replace("\n", " ")
-
-
-# Signs with no space before them, and with none after; a lone quote could be either, except in don't and the like.
-_CLOSING, _OPENING = set(".,;:!?)]}%_-/"), set("([{_-/")
-_AFTER_APOSTROPHE = {"s", "t", "re", "ve", "ll", "d", "m"}
-
-
-def _respaced(pieces: list[str]) -> list[str]:
-    """Pieces that all begin with a space, without those that nobody would write."""
-    bare = [piece.strip() for piece in pieces]
-    for i, sign in enumerate(bare):
-        apostrophe = sign == "'" and i + 1 < len(bare) and bare[i + 1] in _AFTER_APOSTROPHE
-        before = bare[i - 1] if i else ""
-        short = before == "'" and sign in _AFTER_APOSTROPHE
-        if sign in _CLOSING or before in _OPENING or apostrophe or short:
-            pieces[i] = pieces[i].lstrip()
-    return pieces
 
 
 def make_table(
@@ -357,4 +296,10 @@ def _snippet(folder: ShardFolder, texts: Texts, acts: dict[Place, float], where:
     latent, seq, pos = where
     ids, peak = folder.context(seq, pos, BEFORE, AFTER)
     values = [acts.get((latent, seq, pos - peak + i), 0.0) for i in range(len(ids))]
-    return Snippet(texts.run(ids.tolist()), values, peak)
+    pieces = texts.run(ids.tolist())
+    for i in range(len(ids)):
+        # A character of several tokens is shown once, with the strongest of their activations.
+        if texts.continues(ids.tolist(), pieces, i):
+            values[i + 1] = max(values[i : i + 2])
+            peak = i + 1 if peak == i else peak
+    return Snippet(pieces, values, peak)

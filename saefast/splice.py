@@ -6,6 +6,7 @@ SAEs are not trained on them, and stay out of the averages, both as the token re
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ LM_METRICS: dict[str, Metric] = {
     "ce_zero": Metric("the same with 0 in place of x", "special tokens masked"),
     "delta_loss": Metric("CE(sae) − CE(clean)", "Gemma Scope, arXiv 2408.05147, delta LM loss"),
     "loss_recovered": Metric(
-        "(CE(zero) − CE(sae)) / (CE(zero) − CE(clean))",
+        "(CE(zero) − CE(sae)) / (CE(zero) − CE(clean)), where CE(zero) > CE(clean)",
         "SAELens ce_loss_score, dictionary_learning frac_recovered, SAEBench",
     ),
     "kl_sae": Metric("mean KL(clean ‖ sae) of next-token distributions", "SAELens"),
@@ -156,8 +157,17 @@ def _scores(means: list[float]) -> dict[str, float]:
         "ce_sae": sae,
         "ce_zero": zero,
         "delta_loss": sae - clean,
-        "loss_recovered": (zero - sae) / (zero - clean) if zero != clean else float("nan"),
+        "loss_recovered": (zero - sae) / (zero - clean) if zero > clean else float("nan"),
         "kl_sae": kl_sae,
         "kl_zero": kl_zero,
         "kl_score": (kl_zero - kl_sae) / kl_zero if kl_zero else float("nan"),
     }
+
+
+def why_missing(scores: dict[str, float]) -> dict[str, str]:
+    """For each of lm_scores' figures that does not exist (NaN), why."""
+    reasons = {
+        "loss_recovered": "zero-ablation hurts nothing, ce_zero is not above ce_clean: there is no loss to recover",
+        "kl_score": "zero-ablation changes nothing, kl_zero is 0",
+    }
+    return {name: reasons.get(name, "not a number") for name, value in scores.items() if math.isnan(value)}

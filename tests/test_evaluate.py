@@ -10,6 +10,8 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
+from saefast import evaluate as evaluate_module
+from saefast.cli_eval import table
 from saefast.data.harvest import HarvestConfig, harvest
 from saefast.data.origin import describe_data
 from saefast.data.sources import open_source
@@ -19,7 +21,7 @@ from saefast.metrics import METRICS
 from saefast.recipe import TrainConfig
 from saefast.rundir import read_config
 from saefast.sae import SAE, SAEConfig, SAEOutput
-from saefast.splice import LM_METRICS
+from saefast.splice import LM_METRICS, _scores
 from saefast.train import train
 
 CONFIG = dict(hooks=("layers.1",), ctx_len=24, dtype="float32", forward="float32", heldout=0.25, device="cpu")
@@ -29,6 +31,22 @@ def save_model(folder: Path, kind: str, head: bool) -> Path:
     tiny_models.model(kind, head=head).save_pretrained(folder)
     tiny_models.tokenizer(special=kind == "bert").save_pretrained(folder)
     return folder
+
+
+def fitted(folder: Path, texts: list[str]) -> None:
+    """The model in the folder after it has seen the texts a few times: it knows more than one without a middle."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), tiny_models.tokenizer(special=False)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(6):
+        for text in texts[:20]:
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            if ids.shape[1] > 1:
+                optimizer.zero_grad()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+    model.save_pretrained(folder)
 
 
 def make_run(folder: Path, data: Path, d_in: int = 16, seed: int = 0) -> Path:
@@ -43,6 +61,7 @@ def make_run(folder: Path, data: Path, d_in: int = 16, seed: int = 0) -> Path:
 def lm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lm")
     model = save_model(folder / "model", "gpt2", head=True)
+    fitted(model, tiny_models.documents(60))
     text = folder / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": document}) for document in tiny_models.documents(60)))
     run = folder / "run"
@@ -66,6 +85,7 @@ def test_figures_are_those_of_the_held_out_rows(lm_run: Path) -> None:
 def test_what_it_leaves_behind(lm_run: Path) -> None:
     result = evaluate_run(lm_run)
     written = json.loads((lm_run / "eval.json").read_text())
+    assert written["lm_missing"] == {}
     assert written["metrics"] == pytest.approx(result.metrics)
     assert written["lm"] == pytest.approx(result.lm)
     assert set(written["formulas"]) == set(METRICS) | set(LM_METRICS)
@@ -88,6 +108,19 @@ def test_language_model_loss_of_the_run(lm_run: Path, monkeypatch: pytest.Monkey
     assert same.lm["delta_loss"] == 0
     assert same.lm["loss_recovered"] == 1
     assert same.lm["ce_clean"] == result.lm["ce_clean"]
+
+
+def test_a_figure_that_means_nothing_is_null_with_a_reason(lm_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros in place of x do better than x itself: no share of a loss is recovered, whatever the SAE does."""
+    monkeypatch.setattr(evaluate_module, "lm_scores", lambda *_: _scores([4.0, 4.25, 3.9, 0.1, 0.4]) | {"lm_tokens": 9})
+    result = evaluate_run(lm_run)
+    written = json.loads((lm_run / "eval.json").read_text(encoding="utf-8"))
+    assert written["lm"]["loss_recovered"] is None
+    assert written["lm"]["ce_zero"] == 3.9
+    assert list(written["lm_missing"]) == ["loss_recovered"]
+    line = next(line for line in table(result).splitlines() if "loss_recovered" in line)
+    assert line.split()[1] == "none"
+    assert written["lm_missing"]["loss_recovered"] in line
 
 
 def test_less_text_for_the_language_model(lm_run: Path) -> None:

@@ -21,7 +21,7 @@ FLOORS = (
     ("counts", "devices", "files", "machine", "output", "placement", "reference", "kernels", "optim", "runs"),
     ("triton_launch", "chunks"),
     ("triton_encode",),
-    ("native", "triton_ops", "metrics"),
+    ("native", "triton_ops", "metrics", "token_text"),
     ("ops", "rows_native", "rows_lean"),
     ("autograd", "data", "splice", "rows", "screen"),
     ("init", "rows_triton"),

@@ -148,6 +148,9 @@ class Bert:
     def convert_ids_to_tokens(self, token: int) -> str:
         return self.names[token]
 
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens).replace(" ##", "")
+
 
 def test_word_pieces_read_as_text() -> None:
     texts = Texts(Bert())

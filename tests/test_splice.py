@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
-from saefast.splice import LM_METRICS, TokenBatch, batch_sequences, lm_scores, spliced
+from saefast.splice import LM_METRICS, TokenBatch, _scores, batch_sequences, lm_scores, spliced, why_missing
 
 BOS = 0
 
@@ -115,7 +115,8 @@ def test_tensor_tuple_and_list_outputs(kind: type) -> None:
     assert kind is Tensor or out[1] == "kept"
     assert not model.middle._forward_hooks
     scores = lm_scores(model, model.middle, lambda x: x, batch_sequences(text(2), 2), [BOS])
-    assert scores["loss_recovered"] == 1
+    assert scores["delta_loss"] == scores["kl_sae"] == 0
+    assert scores["kl_zero"] > 0
 
 
 def test_padding_and_special_tokens_count_nowhere(gpt2: nn.Module) -> None:
@@ -140,3 +141,19 @@ def test_nothing_to_score_is_said(gpt2: nn.Module) -> None:
     with pytest.raises(InputError, match="no text to score"):
         lm_scores(gpt2, block(gpt2), lambda x: x, [batch], [BOS])
     assert math.isfinite(lm_scores(gpt2, block(gpt2), lambda x: x, [batch], [])["ce_clean"])
+
+
+@pytest.mark.parametrize(("zero", "value"), [(5.0, 0.75), (4.0, None), (3.9, None)])
+def test_where_zero_ablation_hurts_nothing_there_is_nothing_to_recover(zero: float, value: float | None) -> None:
+    """CE(clean) 4 and CE(sae) 4.25; with CE(zero) below it the ratio would be 3.5, better than a perfect SAE's."""
+    scores = _scores([4.0, 4.25, zero, 0.1, 0.4])
+    if value is not None:
+        assert scores["loss_recovered"] == value
+        assert why_missing(scores) == {}
+        return
+    assert math.isnan(scores["loss_recovered"])
+    assert why_missing(scores) == {
+        "loss_recovered": "zero-ablation hurts nothing, ce_zero is not above ce_clean: there is no loss to recover"
+    }
+    assert why_missing({}) == {}
+    assert "kl_zero is 0" in why_missing(_scores([4.0, 4.0, 5.0, 0.0, 0.0]))["kl_score"]
