@@ -87,14 +87,15 @@ def break_even(flops: float, bandwidth: float) -> float:
 
 
 def auxk_block(
-    x: Tensor, error: Tensor, plane: Tensor, encoder: Encoder, ids: Tensor, k: int, weight: float, *, relu: bool,
-    code: Code | None,
+    x: Tensor, error: Tensor, plane: Tensor, encoder: Encoder, ids: Tensor, k: int, weight: float | Tensor, *,
+    relu: bool, code: Code | None,
 ) -> Block:  # fmt: skip
     """AuxK's loss weight · Σ (e - e_hat)² and its gradients.
 
     Args:
         x: (B, D) what the encoder sees. error: (B, D) e.
         plane: (B, D) out, weight · (e - e_hat).
+        weight: a number, or a 0-d tensor on x's device.
         ids: (n,) int64 ascending dead latents, of which each token takes its k best; ties go to the lower latent.
         relu: clip activations at zero.
         code: None where no dead latent can be in the batch's own code.
