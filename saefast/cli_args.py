@@ -13,7 +13,11 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from saefast.counts import HELP, count, meant
+from saefast.data.again import TOKENS, what_is_missing
+from saefast.data.origin import recorded_data
 from saefast.errors import InputError
+from saefast.rundir import read_config
+from saefast.sae import CONFIG
 
 T = TypeVar("T")
 
@@ -120,6 +124,16 @@ def named(files: list[Path], draw: Callable[[], list[Path]]) -> str:
         return ", ".join(map(str, files + draw()))
     except InputError as missing:
         return f"{', '.join(map(str, files))} (no pictures: {missing})"
+
+
+def announce_harvest(run: Path, data: str | None) -> None:
+    """Says so where a command begins with a harvest that nobody asked for: of a run that trained live."""
+    if data is not None or not (run / CONFIG).is_file():
+        return
+    live = what_is_missing(run, recorded_data(read_config(run)[0].metadata, run))
+    if live is not None:
+        texts = ", ".join(live["text"]) or "docstrings"
+        print(f"{run} trained live: {live['model']} reads {TOKENS:,} tokens of {texts} again, once", flush=True)
 
 
 def watched() -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from saefast.cli_args import named, parse
+from saefast.cli_args import announce_harvest, named, parse, watched
 from saefast.errors import InputError
 from saefast.evaluate import EVAL, LM_TOKENS, Evaluation, evaluate_run
 from saefast.metrics import METRICS, Metric
@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
     args = parse(EvalArgs, argv, "eval")
     if args.batch_size < 1 or args.lm_tokens < 0:
         raise InputError(f"batch_size is {args.batch_size}, lm_tokens {args.lm_tokens}: expected >= 1 and >= 0")
-    result = evaluate_run(args.run, args.data, batch_size=args.batch_size, lm_tokens=args.lm_tokens)
+    announce_harvest(args.run, args.data)
+    result = evaluate_run(args.run, args.data, batch_size=args.batch_size, lm_tokens=args.lm_tokens, progress=watched())
     print(table(result))
     print(f"\nwritten: {named([args.run / EVAL], lambda: draw_run(args.run, result))}")
     print(f"next: saefast features {shlex.quote(str(args.run))}")

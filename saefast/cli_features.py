@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from saefast.cli_args import named, parse, watched
+from saefast.cli_args import announce_harvest, named, parse, watched
 from saefast.data import models
 from saefast.data.rows_source import Located, RowsSource
 from saefast.errors import InputError
@@ -61,7 +61,8 @@ def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
         if getattr(args, name) < 1:
             raise InputError(f"{name} is {getattr(args, name)}: expected at least 1")
     sae = load_finished(args.run)
-    source = run_source(args.run, sae, args.data)
+    announce_harvest(args.run, args.data)
+    source = run_source(args.run, sae, args.data, watched())
     if not isinstance(source, RowsSource) or source.folder is None:
         raise InputError(f"{source.source_name} holds no tokens: features need a run trained on a harvest")
     index = source.folder.index

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +10,7 @@ from saefast.cli_args import parse, watched
 from saefast.data.harvest import HarvestReport, harvest
 from saefast.data.harvester import HarvestConfig
 from saefast.data.models import DEFAULT_MODEL
-from saefast.data.text import Text, open_text
+from saefast.data.text import Text, open_texts
 
 
 @dataclass
@@ -58,23 +57,6 @@ class HarvestArgs:
     """cpu, cuda, cuda:1 ...; auto is the GPU if there is one"""
 
 
-class Joined(Text):
-    """Several texts, one after the other."""
-
-    def __init__(self, texts: Sequence[Text]) -> None:
-        super().__init__(", ".join(text.name for text in texts))
-        self._texts = texts
-
-    def size(self) -> int | None:
-        sizes = [text.size() for text in self._texts]
-        return None if None in sizes else sum(size for size in sizes if size is not None)
-
-    def _documents(self) -> Iterator[str]:
-        for text in self._texts:
-            yield from text
-            self.skipped += text.skipped
-
-
 def main(argv: list[str]) -> int:
     args = parse(HarvestArgs, argv, "harvest")
     report = run_harvest(args)
@@ -101,7 +83,7 @@ def harvest_config(args: HarvestArgs) -> tuple[HarvestConfig, Text | None]:
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     values = {name: value for name, value in values.items() if name not in ("out", "text", "hook")}
     config = HarvestConfig(hooks=args.hook, text=args.text[0] if len(args.text) == 1 else None, **values)
-    text = Joined([open_text(part, args.text_column, args.seed) for part in args.text]) if len(args.text) > 1 else None
+    text = open_texts(args.text, args.text_column, args.seed) if len(args.text) > 1 else None
     return config, text
 
 

@@ -87,7 +87,7 @@ class TrainArgs:
     hooks: str | None = None
     """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side off one pass"""
     live: bool = False
-    """train while --model reads --text; nothing is written but the run (needs --n-tokens)"""
+    """train while --model reads --text; no activations are written (needs --n-tokens); eval harvests some"""
     shuffle: Shuffle = "auto"
     """mapped draws from the whole folder at random; buffer streams it through a reservoir, for folders over memory"""
     skip_bad_shards: bool = False
@@ -138,6 +138,7 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         check_names(names)
         if args.hook is not None:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
+    args = _as_recorded(args, names)
     members = _live_members(args, names) if args.live else _members(args, names)
     try:
         return _trained(args, names, members)
@@ -157,8 +158,6 @@ def _trained(args: TrainArgs, names: list[str], members: dict[str, Member]) -> d
     except Stopped as stop:
         again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if names else [])]
         go_on = f"saefast train {' '.join(again)}"
-        if args.live:
-            go_on = "the same command with --resume"
         raise KeyboardInterrupt(f"stopped at step {stop.step} and saved; go on with: {go_on}") from None
 
 
@@ -201,6 +200,7 @@ def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
 
 def _live_members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
     """What to train, by hook, off a model that is running."""
+    from saefast.data.again import describe_live
     from saefast.data.live import live_sources
 
     if args.data is not None:
@@ -208,11 +208,24 @@ def _live_members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
     asked = _harvest_args(args, names)
     config, text = harvest_config(asked)
     sources = live_sources(config, text=text)
-    metadata = {"model_name": asked.model, "dataset_path": ", ".join(asked.text) or "stdlib docstrings"}
     return {
-        name: Member(source, args.sae.config(source.d_in, metadata | {"hook_name": name}), args.train)
+        name: Member(source, args.sae.config(source.d_in, describe_live(config, asked.text, name)), args.train)
         for name, source in sources.items()
     }
+
+
+def _as_recorded(args: TrainArgs, names: list[str]) -> TrainArgs:
+    """The arguments of a resume that names no data, with the run's own where it trained live."""
+    run = args.out / names[0] if names else args.out
+    if not args.resume or args.live or args.data or args.model or args.text or not (run / CONFIG).is_file():
+        return args
+    kept = recorded_data(read_config(run)[0].metadata, run)
+    if kept is None or "live" not in kept:
+        return args
+    live, hook = kept["live"], None if names else kept.get("hook")
+    return dataclasses.replace(
+        args, live=True, model=live["model"], text=tuple(live["text"]), heldout=live["heldout"], hook=hook
+    )
 
 
 def _report_skipped(source: Source) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.checkpoint import list_steps
+from saefast.data.again import harvest_again
 from saefast.data.origin import recorded_data
 from saefast.data.rows_source import RowsSource
 from saefast.data.source import Source, first_bad_row
@@ -87,7 +88,13 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
 
 @ambient.plainly(grad=False)
 def evaluate_run(
-    run: str | Path, data: Any = None, *, batch_size: int = 2048, lm_tokens: int = LM_TOKENS, write: bool = True
+    run: str | Path,
+    data: Any = None,
+    *,
+    batch_size: int = 2048,
+    lm_tokens: int = LM_TOKENS,
+    write: bool = True,
+    progress: bool = False,
 ) -> Evaluation:
     """Evaluates the SAE in a run's folder on its held-out rows, and where its model is a language model, spliced in.
 
@@ -95,6 +102,7 @@ def evaluate_run(
         run: a folder with sae.safetensors.
         data: what to evaluate on, as open_source takes it; None is the data that the run says it was trained on.
         lm_tokens: about how much held-out text the language model reads; 0 leaves it out.
+        progress: show a bar where rows have to be harvested first (a run that trained live).
         write: leave eval.json and latents.safetensors (per latent: counts, total_act, max_act) in the folder.
 
     Raises:
@@ -102,7 +110,7 @@ def evaluate_run(
     """
     folder = usable(run)
     sae = load_finished(folder)
-    source = run_source(folder, sae, data)
+    source = run_source(folder, sae, data, progress)
     metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype))
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
@@ -138,14 +146,20 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
     write_json(folder / EVAL, result.to_dict())
 
 
-def run_source(folder: Path, sae: SAE, data: Any = None) -> Source:
-    """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had."""
+def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False) -> Source:
+    """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had.
+
+    A run that trained live has none until its model has read its text once more (data/again.py), which is done here;
+    progress shows a bar.
+    """
     kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
         hook = kept.get("hook") if kept is not None and has_hooks(data) else None
         return open_source(data, hook=hook, d_in=sae.config.d_in, shuffle="mapped")
     if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
+    if "live" in kept:
+        harvest_again(folder, kept, progress)
     here = folder / kept["path"]
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,45 @@ def test_train_straight_from_a_model(run: Run, model: Path) -> None:
     metadata = saefast.load("run").config.metadata
     assert metadata["data"]["path"] == "activations"
     assert run("eval", "run")[0] == 0
+
+
+def test_a_live_run_is_evaluated_and_looked_into_without_naming_its_data(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saefast.data.again.TOKENS", 700)
+    texts = ["--text", model / "one.jsonl", model / "two.jsonl"]
+    argv = ["train", "--live", "--model", model, *texts, "--hook", "layers.1", "--out", "live", *SMALL]
+    assert run(*argv, "--n-tokens", "1000")[0] == 0
+    assert not Path("live/activations").exists()
+    code, out, _ = run("eval", "live")
+    assert code == 0
+    assert "live trained live: " in out
+    assert "loss left out" not in out
+    written = json.loads(Path("live/eval.json").read_text(encoding="utf-8"))
+    assert written["about"]["heldout_rows"] > 20
+    assert written["lm"]["lm_tokens"] > 20
+    code, again, _ = run("eval", "live")
+    assert code == 0
+    assert "trained live" not in again  # the rows are there now
+    assert again == out[out.index("live on") :]
+    assert run("features", "live", "--n", "2")[0] == 0
+    assert "latent" in Path("live/features.html").read_text(encoding="utf-8")
+    # Goes on with what it was trained on, named nowhere.
+    assert run("train", "--out", "live", "--resume", "--n-tokens", "1500")[0] == 0
+    assert saefast.load("live").config.metadata["data"]["live"]["text"] == list(map(str, texts[1:]))
+
+
+def test_a_live_run_whose_text_is_gone_says_so(run: Run, model: Path, tmp_path: Path) -> None:
+    shutil.copy(model / "one.jsonl", tmp_path / "text.jsonl")
+    argv = ["train", "--live", "--model", model, "--text", "text.jsonl", "--hooks", "layers.0,layers.1"]
+    assert run(*argv, "--out", "live", *SMALL, "--n-tokens", "200")[0] == 0
+    (tmp_path / "text.jsonl").rename(tmp_path / "moved.jsonl")
+    code, _, err = run("eval", "live/layers.1")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert str(tmp_path / "text.jsonl") in err
+    (tmp_path / "moved.jsonl").rename(tmp_path / "text.jsonl")
+    assert run("eval", "live/layers.1")[0] == 0
 
 
 def test_flags_reach_the_configs(run: Run, rows: Path) -> None:

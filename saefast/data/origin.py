@@ -21,6 +21,15 @@ class Place(TypedDict):
     path: str
 
 
+class Live(TypedDict):
+    """What a run that trained live read, and with which model; beside it HarvestConfig's other fields."""
+
+    model: str
+    text: list[str]
+    heldout: float
+    seed: int
+
+
 class Recorded(Place, total=False):
     """What a run's config says of its data."""
 
@@ -28,6 +37,7 @@ class Recorded(Place, total=False):
     key: str | None
     heldout: float
     shuffle: Literal["auto", "buffer", "mapped"]
+    live: Live
 
 
 def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:

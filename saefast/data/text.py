@@ -8,7 +8,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,11 @@ def open_text(text: str | Path | Iterable[str] | None = None, column: str = "tex
     if looks_like_a_path:
         raise InputError(f"text {str(text)!r} does not exist")
     return Dataset(str(text), column)
+
+
+def open_texts(names: Iterable[str], column: str = "text", seed: int = 0) -> Text:
+    """Several texts as `open_text` takes them, one after the other."""
+    return Joined([open_text(name, column, seed) for name in names])
 
 
 class Strings(Text):
@@ -171,6 +176,23 @@ class Docstrings(Text):
             self._found = list(_library_docstrings(Path(sysconfig.get_paths()["stdlib"])))
             random.Random(self._seed).shuffle(self._found)
         return self._found
+
+
+class Joined(Text):
+    """Several texts, one after the other."""
+
+    def __init__(self, texts: Sequence[Text]) -> None:
+        super().__init__(", ".join(text.name for text in texts))
+        self._texts = texts
+
+    def size(self) -> int | None:
+        sizes = [text.size() for text in self._texts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+    def _documents(self) -> Iterator[str]:
+        for text in self._texts:
+            yield from text
+            self.skipped += text.skipped
 
 
 class Fingerprint:
