@@ -3,9 +3,12 @@
 import math
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from saefast.data.source import where_it_ends
 from saefast.errors import InputError
+from saefast.reference import accumulate_dtype
 from saefast.sae import SAE
 
 State = dict[str, Tensor | int | float]
@@ -68,11 +71,16 @@ def check_batch(x: Tensor, sae: SAE) -> None:
 def not_finite(step: int, loss: float, x: Tensor) -> InputError:
     """The error for a loss (or, where that is finite, a gradient) that is NaN or infinite, naming the likely cause."""
     bad = (~x.isfinite()).any(dim=1).nonzero()
+    squares, limits = float(x.double().square().sum()), torch.finfo(accumulate_dtype(x.dtype))
     what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
     if len(bad):
         cause = f"row {int(bad[0])} of the batch holds NaN or inf ({len(bad)} such rows): drop them from the data"
+        cause += where_it_ends(x[bad[0]])
     elif bool((x == x[:1]).all()):
         cause = "all rows of the batch are equal, so their variance is 0: shuffle the data or use larger batches"
+    elif not limits.tiny < squares < limits.max**0.75:
+        size = f"{float(x.abs().max()):.1e} at most, and {limits.dtype} cannot hold their squares"
+        cause = f"the inputs are too {'small' if squares < 1 else 'large'} ({size}): normalize='sqrt_d' scales them"
     else:
         cause = "the inputs are finite, so training diverged: lower lr or set max_grad_norm"
     return InputError(f"{what} is not finite at step {step}: {cause}. The weights are still those before this step")

@@ -1,5 +1,6 @@
 """The training loop's side of a source: batches checked, scaled and timed, and the position after each."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.source import Source, first_bad_row
+from saefast.data.source import Source, first_bad_row, where_it_ends
 from saefast.errors import InputError
 from saefast.recipe import TrainConfig
 from saefast.reference import accumulate_dtype
@@ -91,8 +92,17 @@ class Feed:
         return self._scaled(x)
 
     def heldout(self) -> Iterator[Tensor]:
-        """The held-out rows as `next` would give them."""
+        """The held-out rows as `next` would give them.
+
+        Raises:
+            InputError: a row holds NaN or inf.
+        """
+        seen = 0
         for x in ambient.drawn(self.source.heldout(self._batch_size, self.device, self._raw_dtype)):
+            if (bad := first_bad_row(x)) is not None:
+                where = f"held-out row {seen + bad} holds NaN or inf: {self.source.describe_heldout(seen + bad)}"
+                raise InputError(f"{where}; drop or repair that row{where_it_ends(x[bad])}")
+            seen += len(x)
             yield self._scaled(x)
 
     def confirm(self) -> None:
@@ -121,7 +131,7 @@ class Feed:
         if not self.deferred:
             bad = first_bad_row(x)
             if bad is not None:
-                raise InputError(self._describe(step, bad))
+                raise InputError(self._describe(step, bad, x))
         else:
             self._note(x, step)
         self._drawn = self.source.state_dict()
@@ -147,11 +157,11 @@ class Feed:
             bad = None
         if bad is None:
             return f"step {step}: the batch from {self.source.source_name} holds NaN or inf; drop or repair its rows"
-        return self._describe(step, bad)
+        return self._describe(step, bad, x)
 
-    def _describe(self, step: int, row: int) -> str:
-        where = self.source.describe_row(row)
-        return f"step {step}: row {row} of the batch holds NaN or inf: {where}; drop or repair that row"
+    def _describe(self, step: int, row: int, x: Tensor) -> str:
+        where = f"row {row} of the batch holds NaN or inf: {self.source.describe_row(row)}"
+        return f"step {step}: {where}; drop or repair that row{where_it_ends(x[row])}"
 
     def _scaled(self, x: Tensor) -> Tensor:
         return (x * self.scale if self.scale != 1 else x).to(self.dtype)
@@ -163,12 +173,27 @@ def input_scale(rows: Tensor, kind: str) -> float:
     "sqrt_d": mean ‖s·x‖ = √d. "unit_mean_square": mean ‖s·x‖² = 1. "none": 1.
 
     Raises:
-        InputError: all rows are zero.
+        InputError: all rows are zero, or too small for their dtype.
     """
     if kind == "none":
         return 1.0
-    sq_norms = rows.double().square().sum(1)
-    size = float(sq_norms.sqrt().mean()) / rows.shape[1] ** 0.5 if kind == "sqrt_d" else float(sq_norms.mean()) ** 0.5
+    size = _size(rows, kind)
+    if not 0 < size < math.inf:  # squares that vanish or overflow even in float64
+        largest = float(rows.abs().max())
+        size = largest * _size(rows.double() / largest, kind) if largest > 0 else 0.0
     if not size > 0:
-        raise InputError(f"the first {len(rows)} rows are all zero: inputs cannot be scaled to a norm; check the data")
+        raise InputError(
+            f"the first {len(rows)} rows are all zero in {rows.dtype}: they cannot be scaled to a norm; check the data"
+        )
+    if size < torch.finfo(rows.dtype).tiny:
+        raise InputError(
+            f"the first {len(rows)} rows are too small for {rows.dtype} ({size:.1e}, and it holds numbers in full from "
+            f"{torch.finfo(rows.dtype).tiny:.1e}): multiply the data by a constant"
+        )
     return 1.0 / size
+
+
+def _size(rows: Tensor, kind: str) -> float:
+    """What input_scale sets to 1."""
+    sq_norms = rows.double().square().sum(1)
+    return float(sq_norms.sqrt().mean()) / rows.shape[1] ** 0.5 if kind == "sqrt_d" else float(sq_norms.mean()) ** 0.5

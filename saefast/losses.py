@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from saefast import autograd
+from saefast.errors import InputError
 from saefast.recipe import TrainConfig
 from saefast.reference import accumulate_dtype
 from saefast.sae import SAE
@@ -33,8 +34,18 @@ def total_variance(x: Tensor) -> Tensor:
 
 
 def inverse_variance(rows: Tensor) -> float:
-    """1 / mean of (rows - column means)²: OpenAI's mse_scale, fixed at the start of a run. rows (n, D)."""
-    return rows.numel() / float(total_variance(rows))
+    """1 / mean of (rows - column means)²: OpenAI's mse_scale, fixed at the start of a run. rows (n, D).
+
+    Raises:
+        InputError: the rows do not differ.
+    """
+    variance = float(total_variance(rows))
+    if not variance > 0:
+        raise InputError(
+            f"the first {len(rows)} rows are all equal, and loss 'scaled_mse' divides by their variance: shuffle the "
+            "data, or use loss='sum'"
+        )
+    return rows.numel() / variance
 
 
 def reconstruction_weight(

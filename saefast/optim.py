@@ -201,7 +201,8 @@ class DriftTable:
 
     def __init__(self, beta1: float, beta2: float, eps: float) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
-        self.ratio = beta1 / math.sqrt(beta2) if beta2 > 0 else math.inf
+        # What a term falls by from step to step, in the sum of weights and in that of the means of eps.
+        self.ratio, self.eps_ratio = (beta1 / beta2**power if beta1 > 0 else 0.0 for power in (0.5, 1.0))
         self.steps = 0
         # Row 0: Σ weight. Row 1: Σ weight · √c2 β2^(-n/2).
         self.sums = torch.zeros(2, 1024, dtype=torch.float64, device="cpu")
@@ -211,7 +212,7 @@ class DriftTable:
 
     def _window(self) -> int:
         """How many steps after s a term still counts."""
-        falls = max(self.ratio, self.beta1 / self.beta2 if self.beta2 > 0 else math.inf)
+        falls = max(self.ratio, self.eps_ratio)
         if falls <= 0:
             return 1
         return math.ceil(math.log(NEGLIGIBLE) / math.log(falls)) if falls < 1 else 2**31
@@ -224,10 +225,10 @@ class DriftTable:
         first = max(t - self.window, 0)
         n = torch.arange(t - first, 0, -1, dtype=torch.float64, device="cpu")
         c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
-        weight = lr * math.sqrt(c2) / c1 * self.ratio**n
-        part = slice(first, t)
-        self.sums[0, part] += weight
-        self.sums[1, part] += weight * math.sqrt(c2) * self.beta2 ** (-n / 2)
+        rate, part = lr * math.sqrt(c2) / c1, slice(first, t)
+        self.sums[0, part] += rate * self.ratio**n
+        # weight · √c2 β2^(-n/2) in one power: apart, one factor vanishes and the other overflows for long sleeps.
+        self.sums[1, part] += rate * math.sqrt(c2) * self.eps_ratio**n
         self._read(part)
 
     def _read(self, part: slice) -> None:

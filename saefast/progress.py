@@ -1,6 +1,7 @@
 """What a run tells while it goes: metrics.jsonl for programs and plots, a progress bar for the person who waits."""
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,8 @@ METRICS = "metrics.jsonl"
 
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, each with "step", in ascending order; flushed as it is written.
+
+    Strict JSON: a figure that is NaN or infinite is null.
 
     Args:
         folder: where the file lies.
@@ -36,7 +39,7 @@ class MetricsLog:
         # Not tell(): in append mode that is the end only after a write.
         size = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps({name: _number(value) for name, value in line.items()}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError:
             # What the buffer still holds would be tried again at close; the file ends with its last whole line.
@@ -67,6 +70,11 @@ class MetricsLog:
                     break
                 keep += len(raw)
         os.truncate(self.path, keep)
+
+
+def _number(value: Any) -> Any:
+    """A figure that does not exist (NaN, inf) is null: JSON has no word for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(raw: bytes) -> float:

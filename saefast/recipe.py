@@ -146,6 +146,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"{name} is {value!r}: expected a number from 0 up to, not including, 1")
+        if 0 < self.beta1 >= self.beta2**0.5:
+            raise InputError(
+                f"beta1 is {self.beta1!r} and beta2 {self.beta2!r}: expected beta1 < √beta2, for Adam forgets squares "
+                "faster than momentum otherwise, and a latent that rests moves ever faster; raise beta2 or lower beta1"
+            )
+        if self.fired_above is not None and not math.isfinite(self.fired_above):
+            raise InputError(f"fired_above is {self.fired_above!r}: expected a finite number, or None")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm is {self.max_grad_norm!r}: expected more than 0, or None to not clip")
 

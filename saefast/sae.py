@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -159,9 +160,10 @@ class SAE(nn.Module):
     @ambient.plainly()
     def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
         """acts, idx (..., K) -> x_hat (..., d_in)."""
-        flat_acts, flat_idx = acts.reshape(-1, acts.shape[-1]), idx.reshape(-1, idx.shape[-1])
+        n_rows = math.prod(acts.shape[:-1])  # reshape cannot tell where K is 0
+        flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
         if self.config.rescale_acts_by_decoder_norm:
-            flat_acts = flat_acts / self.decoder_norms()[flat_idx.long()]
+            flat_acts = flat_acts / self._units()[flat_idx.long()]
         x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
         return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
 
@@ -177,8 +179,9 @@ class SAE(nn.Module):
         """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
         if f.shape[-1] != self.config.n_latents:
             raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
+        _require_real("f", f)
         if self.config.rescale_acts_by_decoder_norm:
-            f = f / self.decoder_norms()
+            f = f / self._units()
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
     @ambient.plainly()
@@ -191,6 +194,11 @@ class SAE(nn.Module):
         """(n_latents,) norms of the decoder's rows."""
         return self.W_dec.norm(dim=1)
 
+    def _units(self) -> Tensor:
+        """(n_latents,) what activations are measured in: the norms, 1 for a row of zeros, which decodes to zeros."""
+        norms = self.decoder_norms()
+        return torch.where(norms > 0, norms, 1)
+
     @ambient.plainly(grad=False)
     def normalize_decoder_(self) -> None:
         """Scales every decoder row to unit norm."""
@@ -202,6 +210,7 @@ class SAE(nn.Module):
             raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
         if x.device != self.device:
             raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
+        _require_real("x", x)
         flat = x.reshape(-1, self.config.d_in).to(self.dtype)
         return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
 
@@ -238,6 +247,11 @@ class SAE(nn.Module):
         if self.device.type == "meta":
             raise InputError("the SAE is on the meta device, where tensors have no values: there is nothing to save")
         return dataclasses.replace(self.config, dtype=names[0])
+
+
+def _require_real(name: str, tensor: Tensor) -> None:
+    if tensor.is_complex():
+        raise InputError(f"{name} is {tensor.dtype}: expected real numbers; pass {name}.real, or {name}.abs()")
 
 
 def check_config_file(folder: Path) -> None:

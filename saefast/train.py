@@ -26,7 +26,7 @@ from saefast.placement import pick_device
 from saefast.progress import MetricsLog, bar
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig, load
-from saefast.trainer import Line, Run, RunState, Stopped, advance, finish, stopped
+from saefast.trainer import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
 
 __all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
 
@@ -181,6 +181,7 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     rows = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
     feed.scale = input_scale(rows, config.normalize)
     engine.initialise((rows * feed.scale).to(sae.dtype))
+    check_heldout(feed)
     return Run(sae, engine, feed, config, total_steps)
 
 

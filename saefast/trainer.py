@@ -234,6 +234,9 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
     """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none.
 
     In mid-run the SAE is taken as it is: an engine may owe sleeping rows some updates, which only `finish` settles.
+
+    Raises:
+        InputError: a row holds NaN or inf.
     """
     reconstruction, fired, n_rows = Reconstruction(), 0.0, 0
     for x in feed.heldout():
@@ -246,6 +249,24 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
         return {}
     fvu = reconstruction.compute()["fvu"]
     return {"heldout/fvu": fvu, "heldout/explained_variance": 1 - fvu, "heldout/l0": fired / n_rows}
+
+
+def check_heldout(feed: Feed) -> None:
+    """At the start of a run: raises InputError where one of the rows that `evaluate_heldout` looks at is not finite."""
+    n_rows = 0
+    for x in feed.heldout():
+        n_rows += len(x)
+        if n_rows >= HELDOUT_ROWS:
+            return
+
+
+def _last_heldout(run: Run) -> Line:
+    """The held-out figures of the finished SAE, which is handed over even where a row met on the way is not finite."""
+    try:
+        return evaluate_heldout(run.sae, run.feed)
+    except InputError as error:
+        warnings.warn(f"no held-out figures: {error}", RuntimeWarning, stacklevel=4)
+        return {}
 
 
 def _save(run: Run) -> None:
@@ -289,7 +310,7 @@ def finish(run: Run, shown: Bar) -> SAE:
     averaged = getattr(run.engine, "averaged", lambda: None)()
     run.engine.finish()
     if run.line is not None:
-        _publish(run, run.line | evaluate_heldout(run.sae, run.feed), shown)
+        _publish(run, run.line | _last_heldout(run), shown)
     sae = fold(run.sae, run.feed.scale)
     if run.folder is not None:
         with rundir.writing(run.folder):

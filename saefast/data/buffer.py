@@ -310,6 +310,9 @@ class ShardBuffer(Source):
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         return self._mapped.heldout(batch_size, device, dtype)
 
+    def describe_heldout(self, i: int) -> str:
+        return self._mapped.describe_heldout(i)
+
     def describe_row(self, i: int) -> str:
         if isinstance(self._open, DeviceReservoir):
             return self._mapped.describe_number(int(self._open.rows[i]))

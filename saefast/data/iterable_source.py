@@ -209,6 +209,13 @@ class IterableSource(Source):
         if not self._once:
             self._iterator = None
 
+    def describe_heldout(self, i: int) -> str:
+        for place, rows in enumerate(self._held):
+            if i < len(rows):
+                return f"batch {(place + 1) * self._every - 1} of {self.source_name}, row {i}"
+            i -= len(rows)
+        raise IndexError(i)
+
     def describe_row(self, i: int) -> str:
         for epoch, number, start, rows in self._last:
             if i < rows:

@@ -152,14 +152,21 @@ class RowsSource(Source):
 
     def describe_number(self, number: int) -> str:
         """File, row, sequence and position of a row of the training share, by its number in it."""
-        segment, place = self.train.locate(number)
-        text = f"{segment.name} row {segment.first + place}"
-        if segment.seq is None or segment.pos is None:
-            return text
-        return f"{text} (sequence {int(segment.seq[place])}, position {int(segment.pos[place])})"
+        return _describe(self.train, number)
+
+    def describe_heldout(self, i: int) -> str:
+        return _describe(self.held, i)
 
     def tokens(self, seq: int) -> Tensor:
         return super().tokens(seq) if self.folder is None else self.folder.tokens(seq)
+
+
+def _describe(rows: Rows, number: int) -> str:
+    segment, place = rows.locate(number)
+    text = f"{segment.name} row {segment.first + place}"
+    if segment.seq is None or segment.pos is None:
+        return text
+    return f"{text} (sequence {int(segment.seq[place])}, position {int(segment.pos[place])})"
 
 
 def _gather(segment: Segment, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,13 @@ def first_bad_row(batch: Tensor) -> int | None:
     return int(rows[0]) if len(rows) else None
 
 
+def where_it_ends(row: Tensor) -> str:
+    """A remark on a row with inf and no NaN: it may have been finite in a dtype of more range."""
+    if bool(row.isnan().any()):
+        return ""
+    return f" (numbers beyond {torch.finfo(row.dtype).max:.1e} are inf in {str(row.dtype).removeprefix('torch.')})"
+
+
 class Source(ABC):
     """Rows to train on, and a held-out share that is never trained on.
 
@@ -61,6 +68,10 @@ class Source(ABC):
     def close(self) -> None:
         """Ends the threads and frees the memory of drawing; iterators handed out are dead. Held-out rows stay."""
         return
+
+    def describe_heldout(self, i: int) -> str:
+        """Where row i of heldout() comes from, counted over its batches."""
+        return f"held-out row {i} of {self.source_name}"
 
     def tokens(self, seq: int) -> Tensor:
         """Token ids (length,) int32 of a sequence; only shard folders know them."""
