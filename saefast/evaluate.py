@@ -197,7 +197,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
     except InputError as error:
         result.lm_left_out = str(error)
         return
-    special = [] if index.get("keep_special_tokens") else tokenizer.all_special_ids
+    special = [] if source.folder.keeps_special_tokens else tokenizer.all_special_ids
     batches = batch_sequences(_heldout_sequences(source, lm_tokens), batch_size=8, pad_id=tokenizer.pad_token_id or 0)
     result.lm = lm_scores(model, module, lambda x: sae(x).x_hat, batches, special)
 

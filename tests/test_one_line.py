@@ -18,9 +18,12 @@ from saefast import placement
 from saefast.cli import main
 from saefast.data import shardfile
 from saefast.data.capture import HookedRunner, ModuleRunner
+from saefast.data.harvest import harvest
+from saefast.data.origin import describe_data
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ShardFolder
 from saefast.data.sources import open_source
+from saefast.data.text import open_text
 from saefast.errors import InputError
 from saefast.files import read_json, usable, write_sealed_json
 from saefast.progress import read_metrics
@@ -204,6 +207,14 @@ def test_a_mask_that_is_no_tensor_is_left_out(tmp_path: Path) -> None:
     assert open_source(tmp_path, heldout=0).n_rows == 4
 
 
+def test_a_line_of_text_that_is_no_json_is_skipped_by_its_number(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text("\n".join([DEEP, '{"text": ' + "9" * 5000 + "}", "{", '{"text": "kept"}']))
+    text = open_text(file)
+    assert list(text) == ["kept"]
+    assert [line.split(" is not JSON")[0] for line in text.skipped] == [f"{file} line {n}" for n in (1, 2, 3)]
+
+
 # --- index.json ---------------------------------------------------------------------------------------------------
 
 INDEX: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -252,6 +263,18 @@ def test_an_index_of_before_there_were_digests_is_read_and_a_changed_one_is_not(
     assert ShardFolder(tmp_path).n_rows(hook="layers.1") == 40
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_harvest_kept_is_read_from_its_settings(tmp_path: Path, kept: bool) -> None:
+    """It was looked for where no harvest writes it, so that special tokens counted as left out whatever was asked."""
+    with ShardWriter(tmp_path, HOOKS[:1], settings={"keep_special_tokens": kept}) as writer:
+        writer.add("train", {"layers.1": torch.randn(40, 6)}, torch.zeros(40), torch.arange(40))
+        writer.commit({})
+    assert ShardFolder(tmp_path).keeps_special_tokens == kept
+    source = open_source(tmp_path, shuffle="mapped")
+    facts = describe_data(tmp_path, tmp_path / "run", source, hook=None, key=None, heldout=0.05)
+    assert facts["exclude_special_tokens"] == (not kept)
+
+
 def test_tokens_that_do_not_fit_the_index_are_named(tmp_path: Path) -> None:
     file = harvested(tmp_path) / "index.json"
     index = json.loads(file.read_text())
@@ -282,6 +305,15 @@ def test_a_position_outside_its_sequence_is_named(tmp_path: Path) -> None:
 
 
 # --- paths --------------------------------------------------------------------------------------------------------
+
+
+def test_a_harvest_without_a_folder_does_not_write_into_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(lambda: harvest("", model=object()), "is no path of a file or folder")
+    assert list(tmp_path.iterdir()) == []
+
 
 PATHS = ["", "a\0b", "x" * 5000, "\ud800", "~nobody-of-this-name/x"]
 

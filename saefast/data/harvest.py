@@ -13,6 +13,7 @@ from saefast.data.sequences import Window
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import read_index
 from saefast.errors import InputError
+from saefast.files import usable
 from saefast.schema import Count, check
 
 __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
@@ -63,7 +64,7 @@ def harvest(
     were finished stay.
     """
     config = config or HarvestConfig()
-    folder = Path(out_dir)
+    folder = usable(out_dir)
     finished = _finished(folder, config, model, text)
     if finished:
         return finished

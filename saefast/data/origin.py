@@ -80,6 +80,6 @@ def _shard_facts(folder: ShardFolder, hook: str | None) -> dict[str, Any]:
         "hf_hook_name": entry.get("hf_name"),
         "context_size": index.get("ctx_len"),
         "dataset_path": index.get("text"),
-        "exclude_special_tokens": not index.get("keep_special_tokens", False),
+        "exclude_special_tokens": not folder.keeps_special_tokens,
     }
     return {key: value for key, value in facts.items() if value is not None}

@@ -120,7 +120,6 @@ class IndexFacts(TypedDict, total=False):
     text: str | None
     ctx_len: Count | None
     forward: str | None
-    keep_special_tokens: bool
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,11 @@ class ShardFolder:
     def dtype(self) -> torch.dtype:
         """dtype of the stored rows; torch.int8 means codes with a scale per row."""
         return ACT_DTYPES[self.index["dtype"]]
+
+    @property
+    def keeps_special_tokens(self) -> bool:
+        """Whether the harvest kept the activations of special tokens; not known of a folder that no harvest made."""
+        return bool(self.index.get("settings", {}).get("keep_special_tokens"))
 
     def hook(self, name: str | None = None) -> str:
         """The full name of a hook: `name` may be the user's name or the module path; None where there is one hook."""

@@ -125,8 +125,9 @@ class Files(Text):
                 continue
             try:
                 value = json.loads(line)
-            except json.JSONDecodeError as error:
-                self.skipped.append(f"{file} line {number} is not JSON ({error.msg})")
+            except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets by the thousand
+                reason = getattr(error, "msg", None) or str(error).split(";")[0]
+                self.skipped.append(f"{file} line {number} is not JSON ({reason})")
                 continue
             yield _field(value, self._column, f"{file} line {number}")
 
