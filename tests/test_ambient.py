@@ -166,12 +166,19 @@ def test_an_engine_alone_is_the_same_too(mode: str, engine: type[FusedStep | Aut
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-def test_autocast_would_change_a_median_and_bf16_products_a_decode() -> None:
-    # The tests above say nothing where a mode changes nothing.
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert (ROWS.T @ ROWS).dtype == torch.bfloat16
+@pytest.mark.parametrize("mode", ["autocast", "matmul precision", "bf16 products"])
+def test_a_product_is_as_outside_of_the_mode(mode: str) -> None:
+    """At a size where torch takes its fast products: the tests above say nothing where a mode changes nothing."""
+    sae = SAE(SAEConfig(256, 1024, 8), seed=0)
+    f = sae.encode(torch.randn(256, 256, generator=torch.Generator().manual_seed(0)))
+    expected, bare = sae.decode(f), f @ sae.W_dec
+    with MODES[mode]():
+        assert torch.equal(sae.decode(f), expected)
         with ambient.plain():
-            assert (ROWS.T @ ROWS).dtype == torch.float32
+            assert torch.equal(f @ sae.W_dec, bare)
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        if mode == "autocast" or has_bf16:
+            assert not torch.equal((f @ sae.W_dec).float(), bare)
 
 
 class Spy:
