@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_a_live_run_is_evaluated_and_looked_into_without_naming_its_data(
     texts = ["--text", model / "one.jsonl", model / "two.jsonl"]
     argv = ["train", "--live", "--model", model, *texts, "--hook", "layers.1", "--out", "live", *SMALL]
     assert run(*argv, "--n-tokens", "1000")[0] == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saefast-")]
     assert not Path("live/activations").exists()
     code, out, _ = run("eval", "live")
     assert code == 0
