@@ -62,6 +62,18 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def each_device(request: pytest.FixtureRequest) -> torch.device:
+    """For what runs on either: a test once on the CPU, and once more on a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def on_each_device(request: pytest.FixtureRequest, each_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets the test file's DEVICE, which its helpers make tensors on."""
+    monkeypatch.setattr(request.module, "DEVICE", each_device)
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills with what no right answer contains: NaN, the smallest integer, True."""
     if tensor.is_floating_point() or tensor.is_complex():

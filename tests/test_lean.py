@@ -1,10 +1,12 @@
 """The lean optimiser: C++ against plain torch, what its rounding does, its bytes, and whole steps with it."""
 
+import importlib
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from on_gpu import Moved
 from torch import Tensor
 
 from saefast import native, rows, rows_lean
@@ -23,10 +25,15 @@ def cpp() -> ModuleType:
     return rows_native
 
 
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "plain"]
+CPP, GPU = pytest.param("cpp", marks=needs_cpp), pytest.param("gpu", marks=pytest.mark.gpu)
+BACKENDS, KERNELS = [CPP, "plain", GPU], [CPP, GPU]
+DEVICE = torch.device("cpu")
+on_each_device = pytest.mark.usefixtures("on_each_device")
 
 
-def backend(name: str) -> ModuleType:
+def backend(name: str) -> Any:
+    if name == "gpu":
+        return Moved(importlib.import_module("saefast.rows_triton"), "cuda")
     return cpp() if name == "cpp" else rows
 
 
@@ -64,14 +71,14 @@ def copied(one: Job) -> Job:
 OPTIONS = [dict(), dict(project=True, norm=Norm.after_update), dict(norm=Norm.before_update, grad_scale=0.1)]
 
 
-@needs_cpp
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("D", [1, 40, 513, 1100])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_update(D: int, options: dict[str, Any]) -> None:
+def test_update(name: str, D: int, options: dict[str, Any]) -> None:
     """The same random bits: results differ by a rounding flip at most where the two round sums differently."""
     ours = job(matrix_with_past(20, D), constants(8, **options))
     plain = copied(ours)
-    cpp().update_rows([ours])
+    backend(name).update_rows([ours])
     rows.update_rows([plain])
     a, b = ours.matrix, plain.matrix
     assert isinstance(a, LeanMatrix)
@@ -88,12 +95,12 @@ def test_update(D: int, options: dict[str, Any]) -> None:
     assert torch.equal(a.last_step, b.last_step)
 
 
-@needs_cpp
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("norm", list(Norm))
-def test_catch_up_and_norms(norm: Norm) -> None:
+def test_catch_up_and_norms(name: str, norm: Norm) -> None:
     ours = job(matrix_with_past(30, 70), constants(12, norm=norm))
     plain = copied(ours)
-    for module, one in ((cpp(), ours), (rows, plain)):
+    for module, one in ((backend(name), ours), (rows, plain)):
         module.catch_up(one.matrix, one.step, one.rows)
         module.normalise_rows(one.matrix, one.step, one.rows[:3])
     a, b = ours.matrix, plain.matrix
@@ -193,7 +200,7 @@ D, L, K, B = 32, 256, 6, 128
 def batches(n: int) -> list[Tensor]:
     sources = torch.randn(100, D)
     code = torch.rand(n, B, 100) * (torch.rand(n, B, 100) < 0.05)
-    return list(code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D))
+    return list((code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D)).to(DEVICE))
 
 
 def engine(first: Tensor, optimizer: str = "adam-lean", name: str = "saefast", **settings: Any) -> FusedStep:
@@ -201,7 +208,7 @@ def engine(first: Tensor, optimizer: str = "adam-lean", name: str = "saefast", *
     if name in ("openai", "saelens"):
         settings["dead_after"] = 3
     sae_config, config = preset(name, D, L, K, optimizer=optimizer, **settings)
-    found = FusedStep(SAE(sae_config, seed=1), config, 200, sweep_every=4)
+    found = FusedStep(SAE(sae_config, seed=1, device=DEVICE), config, 200, sweep_every=4)
     found.initialise(first)
     return found
 
@@ -217,6 +224,7 @@ def assert_identical(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert torch.equal(value, b[name]) if isinstance(value, Tensor) else value == b[name], name
 
 
+@on_each_device
 @pytest.mark.parametrize("name", ["saefast", "sparsify", "dictionary_learning", "saelens"])
 def test_learns_about_as_adam_does(name: str) -> None:
     data = batches(150)
@@ -229,6 +237,7 @@ def test_learns_about_as_adam_does(name: str) -> None:
     assert lean.sae.config.dtype == "bfloat16"
 
 
+@on_each_device
 def test_same_bits_again_on_any_threads_and_after_a_resume() -> None:
     data, before, ends = batches(20), torch.get_num_threads(), []
     try:
@@ -252,6 +261,7 @@ def test_same_bits_again_on_any_threads_and_after_a_resume() -> None:
     assert_identical(everything(second), ends[0])
 
 
+@on_each_device
 def test_seeds_round_differently() -> None:
     data = batches(3)
     ends = []
@@ -263,6 +273,7 @@ def test_seeds_round_differently() -> None:
     assert not torch.equal(*ends)
 
 
+@on_each_device
 def test_bad_rows_change_nothing() -> None:
     data = batches(4)
     one = engine(data[0])

@@ -1,10 +1,13 @@
 """The row operations: C++ against plain torch, plain torch against autograd, the same bits on any number of threads."""
 
+import importlib
 import itertools
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from on_gpu import Moved
 from torch import Tensor
 
 from saefast import native, rows, runs
@@ -17,6 +20,14 @@ def cpp() -> ModuleType:
     from saefast import rows_native
 
     return rows_native
+
+
+CPP, GPU = pytest.param("cpp", marks=needs_cpp), pytest.param("gpu", marks=pytest.mark.gpu)
+on_kernels = pytest.mark.parametrize("kernels", [CPP, GPU])
+
+
+def backend(name: str) -> Any:
+    return cpp() if name == "cpp" else Moved(importlib.import_module("saefast.rows_triton"), "cuda")
 
 
 def code(B: int, K: int, L: int) -> tuple[Tensor, Tensor]:
@@ -32,12 +43,12 @@ def threads() -> "itertools.chain[int]":
     torch.set_num_threads(before)
 
 
-@needs_cpp
+@on_kernels
 @pytest.mark.parametrize(("n", "L"), [(0, 7), (1, 1), (1000, 5), (1000, 3000), (5000, 1 << 23)])
-def test_runs(n: int, L: int) -> None:
+def test_runs(kernels: str, n: int, L: int) -> None:
     idx = torch.randint(L, (n,), dtype=torch.int32)
     keep = torch.rand(n) < 0.7
-    ours, plain = cpp().group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
+    ours, plain = backend(kernels).group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert ours.order.dtype == ours.latents.dtype == ours.offsets.dtype == torch.int32
     # Stable: batch order within a run; and every kept entry is in its latent's run.
@@ -98,10 +109,10 @@ def test_plain_decode_loss_is_autograds(by_latent: bool, P: int, relu: bool) -> 
     torch.testing.assert_close(error.square().sum(1), squares[0])
 
 
-@needs_cpp
+@on_kernels
 @pytest.mark.parametrize(("B", "K", "L", "D"), [(1, 1, 1, 1), (5, 3, 9, 17), (33, 8, 50, 130), (3, 6, 6, 64)])
 @pytest.mark.parametrize("kind", ["top-k", "multi", "matryoshka", "aux"])
-def test_decode_loss(B: int, K: int, L: int, D: int, kind: str) -> None:
+def test_decode_loss(kernels: str, B: int, K: int, L: int, D: int, kind: str) -> None:
     acts, idx = code(B, K, L)
     acts = torch.randn(B, K) if kind == "aux" else acts
     x, W, b = torch.randn(B, D), torch.randn(L, D), torch.randn(D)
@@ -109,7 +120,7 @@ def test_decode_loss(B: int, K: int, L: int, D: int, kind: str) -> None:
     bounds = {"multi": [1 + K // 3, 1 + K], "matryoshka": [1 + L // 3, L + 1]}.get(kind, [K])
     args = (x, acts, idx, W, None if kind == "aux" else b, [0.5, 0.25][: len(bounds)], bounds)
     results = []
-    for module, dtype in ((cpp(), torch.float32), (rows, torch.float32), (rows, torch.float64)):
+    for module, dtype in ((backend(kernels), torch.float32), (rows, torch.float32), (rows, torch.float64)):
         cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         residual, error = torch.empty(len(bounds), B, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
         found = module.decode_loss(*cast, residual, by_latent=by_latent, relu=relu, error=error)
@@ -128,17 +139,17 @@ def test_decode_loss_refuses_a_latent_out_of_range() -> None:
         )
 
 
-@needs_cpp
-def test_sums() -> None:
+@on_kernels
+def test_sums(kernels: str) -> None:
     x = torch.randn(700, 37) + 3
-    variance, squares = cpp().moments(x)
+    variance, squares = backend(kernels).moments(x)
     wide = x.double()
     assert variance == pytest.approx(float((wide - wide.mean(0)).square().sum()), rel=1e-12)
     assert squares == pytest.approx(float(wide.square().sum()), rel=1e-12)
     ids, coef = torch.randint(700, (900,), dtype=torch.int32), torch.randn(900)
     for args in ((x,), (x, ids), (x, ids, coef)):
         exact = rows.weighted_row_sum(*(a.double() if a.is_floating_point() else a for a in args))
-        torch.testing.assert_close(cpp().weighted_row_sum(*args), exact.float(), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(backend(kernels).weighted_row_sum(*args), exact.float(), rtol=1e-5, atol=1e-3)
 
 
 def table(steps: int, lr: float = 1e-3) -> DriftTable:
@@ -194,15 +205,15 @@ OPTIONS = [
 ]
 
 
-@needs_cpp
+@on_kernels
 @pytest.mark.parametrize("D", [1, 19, 64, 130])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_update_rows(D: int, options: dict[str, object]) -> None:
+def test_update_rows(kernels: str, D: int, options: dict[str, object]) -> None:
     """Sleeping rows, long runs, projection, clipping and norms, against the plain backend in float64."""
     job = random_job(random_matrix(40, D), touched=23, entries=700, **options)
     wide = copied(job, torch.float64)
     narrow = copied(job, torch.float32)
-    cpp().update_rows([job])
+    backend(kernels).update_rows([job])
     rows.update_rows([wide])
     rows.update_rows([narrow])
     for name in ("w", "m", "v", "norms"):
@@ -214,11 +225,11 @@ def test_update_rows(D: int, options: dict[str, object]) -> None:
     assert torch.equal(job.matrix.shadow, job.matrix.w.bfloat16())
 
 
-@needs_cpp
-def test_untouched_rows_stay_untouched() -> None:
+@on_kernels
+def test_untouched_rows_stay_untouched(kernels: str) -> None:
     job = random_job(random_matrix(40, 16), touched=11, entries=30, norm=Norm.after_update)
     before = copied(job, torch.float32)
-    cpp().update_rows([job])
+    backend(kernels).update_rows([job])
     others = torch.ones(40, dtype=torch.bool)
     others[job.rows.long()] = False
     for name in ("w", "m", "v", "last_step", "norms"):
@@ -226,32 +237,32 @@ def test_untouched_rows_stay_untouched() -> None:
         assert not torch.equal(getattr(job.matrix, name)[~others], getattr(before.matrix, name)[~others])
 
 
-@needs_cpp
-def test_the_norm_pass_says_what_the_update_says() -> None:
+@on_kernels
+def test_the_norm_pass_says_what_the_update_says(kernels: str) -> None:
     job = random_job(random_matrix(40, 24), touched=23, entries=700, project=True)
     before = copied(job, torch.float32)
-    cpp().catch_up(job.matrix, job.step._replace(step=7), job.rows)
+    backend(kernels).catch_up(job.matrix, job.step._replace(step=7), job.rows)
     first = job._replace(squares=torch.empty_like(job.squares))
-    cpp().gradient_squares(first)
-    cpp().update_rows([job])
+    backend(kernels).gradient_squares(first)
+    backend(kernels).update_rows([job])
     assert torch.equal(first.squares, job.squares)
     rows.catch_up(before.matrix, before.step._replace(step=7), before.rows)
     rows.gradient_squares(before)
     torch.testing.assert_close(before.squares, job.squares, rtol=1e-4, atol=1e-4)
 
 
-@needs_cpp
+@on_kernels
 @pytest.mark.parametrize("norm", list(Norm))
-def test_catch_up_and_norms(norm: Norm) -> None:
+def test_catch_up_and_norms(kernels: str, norm: Norm) -> None:
     L, D = 40, 33
     for chosen in (None, torch.arange(0, L, 3, dtype=torch.int32)):
         ours = random_matrix(L, D)
         drift = table(9)
         step = AdamStep(9, 0.9, 0.999, 1e-3, 1e-8, drift.drift, drift.drift_eps, norm=norm)
         plain = copied(Job(ours, step, RowGradient(*[torch.empty(0)] * 4), None, torch.empty(0)), torch.float32).matrix
-        cpp().catch_up(ours, step, chosen)
+        backend(kernels).catch_up(ours, step, chosen)
         rows.catch_up(plain, step, chosen)
-        cpp().normalise_rows(ours, step, torch.tensor([1, 5], dtype=torch.int32))
+        backend(kernels).normalise_rows(ours, step, torch.tensor([1, 5], dtype=torch.int32))
         rows.normalise_rows(plain, step, torch.tensor([1, 5], dtype=torch.int32))
         for name in ("w", "m", "v", "norms"):
             torch.testing.assert_close(getattr(ours, name), getattr(plain, name), rtol=1e-5, atol=1e-6)
@@ -287,10 +298,10 @@ def test_gradient_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(rows.gradient_rows(job.gradient), whole)
 
 
-@needs_cpp
+@on_kernels
 @pytest.mark.parametrize("bounds", [[5], [2, 5]])
 @pytest.mark.parametrize("aux", [0, 3])
-def test_entries(bounds: list[int], aux: int) -> None:
+def test_entries(kernels: str, bounds: list[int], aux: int) -> None:
     """Rows, weights and sums of every entry, for a code with nested prefixes and one with AuxK's entries behind it."""
     B, K, L = 11, 5, 30
     acts, idx = code(B, K, L)
@@ -298,9 +309,9 @@ def test_entries(bounds: list[int], aux: int) -> None:
     flat = torch.cat([acts.flatten(), extra_acts.flatten()])
     ids = torch.cat([idx.flatten(), extra_idx.flatten()])
     grad = torch.randn(len(flat)) * (flat != 0)
-    grouped = cpp().group_runs(ids, flat != 0, L)
+    grouped = backend(kernels).group_runs(ids, flat != 0, L)
     columns = [K, aux] if aux else [K]
-    ours = cpp().fill_entries(grouped, flat, grad, columns, bounds, B, L)
+    ours = backend(kernels).fill_entries(grouped, flat, grad, columns, bounds, B, L)
     plain = rows.fill_entries(grouped, flat, grad, columns, bounds, B, L)
     for name, a, b in zip(ours._fields, ours, plain, strict=True):
         torch.testing.assert_close(a, b, msg=name)
@@ -310,3 +321,15 @@ def test_entries(bounds: list[int], aux: int) -> None:
         assert int(ours.dec_row[i]) == plane * B + token
         assert float(ours.dec_coef[i]) == -2 * float(flat[e])
     torch.testing.assert_close(ours.grad_by_latent, torch.zeros(L).index_add(0, ids.long(), grad))
+
+
+def test_what_another_device_wrote_comes_back() -> None:
+    """The go-between of the gpu variants above, from one device to itself: results, and all that is written in place."""
+    job = random_job(random_matrix(40, 8), touched=23, entries=100, norm=Norm.after_update)
+    alone = copied(job, torch.float32)
+    Moved(rows, "cpu").update_rows([job])
+    rows.update_rows([alone])
+    for name in ("w", "m", "v", "norms", "last_step", "shadow"):
+        assert torch.equal(getattr(job.matrix, name), getattr(alone.matrix, name)), name
+    assert torch.equal(job.squares, alone.squares)
+    assert Moved(rows, "cpu").moments(job.gradient.source) == rows.moments(job.gradient.source)

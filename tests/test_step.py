@@ -16,6 +16,8 @@ from saefast.recipe import preset
 from saefast.sae import SAE
 from saefast.step import FusedStep, uninterrupted
 
+DEVICE = torch.device("cpu")
+on_each_device = pytest.mark.usefixtures("on_each_device")
 D, L, K, B, STEPS = 32, 256, 6, 128, 50
 TOTAL = 60
 
@@ -43,14 +45,14 @@ def batches(n: int = STEPS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Rows with structure to learn and a mean that is not zero."""
     sources = torch.randn(100, D)
     code = torch.rand(n, B, 100) * (torch.rand(n, B, 100) < 0.05)
-    return list((code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D)).to(dtype))
+    return list((code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D)).to(DEVICE, dtype))
 
 
 def engine(recipe: str, data: list[Tensor], kind: type = FusedStep, **options: Any) -> Any:
     name, settings = RECIPES[recipe]
     dtype = str(data[0].dtype).removeprefix("torch.")
     sae_config, config = preset(name, D, L, K, engine="autograd", dtype=dtype, **settings)
-    found = kind(SAE(sae_config, seed=1), config, TOTAL, **options)
+    found = kind(SAE(sae_config, seed=1, device=DEVICE), config, TOTAL, **options)
     found.initialise(data[0])
     with torch.no_grad():
         # A third of the latents starts too low to be chosen and too high to be silent, so AuxK has work to do.
@@ -81,6 +83,7 @@ def worst(ours: list[StepStats], theirs: list[StepStats], name: str) -> float:
     return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
 
 
+@on_each_device
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("dtype", "screened"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
 def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, screened: bool) -> None:
@@ -103,6 +106,7 @@ def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, s
         assert sum(float(s.auxk_loss) > 0 for s in stats) >= 15, "AuxK never ran, so nothing was tested"
 
 
+@on_each_device
 @pytest.mark.parametrize("recipe", ["saefast", "openai", "dictionary_learning"])
 @pytest.mark.parametrize("sweep_every", [2, 16])
 def test_what_sleeping_costs(recipe: str, sweep_every: int) -> None:
@@ -114,6 +118,7 @@ def test_what_sleeping_costs(recipe: str, sweep_every: int) -> None:
     assert abs(float(stats[-1].dead_share) - float(expected[-1].dead_share)) <= 0.03
 
 
+@on_each_device
 def test_one_step_of_drift_is_all_that_is_missing() -> None:
     """Right after a sweep the rows stand where dense Adam has them, to the one step they missed while being read."""
     data = batches(6, torch.float64)
@@ -126,6 +131,7 @@ def test_one_step_of_drift_is_all_that_is_missing() -> None:
     assert (ours.sae.W_enc - dense.sae.W_enc).abs().max() <= 1e-12
 
 
+@on_each_device
 @pytest.mark.parametrize(("recipe", "tolerance"), [("raw rows", 1e-9), ("saefast", 1e-5)])
 def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: float) -> None:
     """With the encoder swept after every step, only decoder rows sleep, and none is read before it has caught up.
@@ -142,6 +148,7 @@ def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: f
     assert slept > 100
 
 
+@on_each_device
 @pytest.mark.parametrize("recipe", ["saefast", "sparsify, all losses"])
 def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
     data, before, runs = batches(20), torch.get_num_threads(), []
@@ -158,6 +165,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
     assert_identical(runs[0], runs[2])
 
 
+@on_each_device
 @pytest.mark.parametrize("recipe", ["saefast", "openai", "saelens"])
 @pytest.mark.parametrize("cut", [1, 13])
 def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
@@ -176,6 +184,7 @@ def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
     assert_identical(everything(second), everything(whole))
 
 
+@on_each_device
 def test_finish_settles_every_row() -> None:
     data = batches(9)
     ours = engine("openai", data, sweep_every=100)
@@ -185,9 +194,10 @@ def test_finish_settles_every_row() -> None:
     ours.finish()
     assert (ours.enc.last_step == 9).all()
     assert (ours.dec.last_step == 9).all()
-    torch.testing.assert_close(ours.sae.W_dec.norm(dim=1), torch.ones(L))
+    torch.testing.assert_close(ours.sae.W_dec.norm(dim=1), torch.ones(L, device=DEVICE))
 
 
+@on_each_device
 def test_weights_changed_from_outside_are_seen() -> None:
     data = batches(4)
     ours, other = (engine("saefast", data, screened=True, sweep_every=1) for _ in range(2))
@@ -199,6 +209,7 @@ def test_weights_changed_from_outside_are_seen() -> None:
     assert ours.step(data[1]).loss == other.step(data[1]).loss
 
 
+@on_each_device
 def test_nothing_dead_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One encode a step while nothing is dead, two once something is; only dead rows are looked at then."""
     calls: list[Tensor | None] = []
@@ -227,6 +238,7 @@ def poisoned(x: Tensor, value: float) -> Tensor:
     return bad
 
 
+@on_each_device
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e25, 3e38])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bad_rows_are_refused_and_change_nothing(recipe: str, value: float) -> None:
@@ -243,6 +255,7 @@ def test_bad_rows_are_refused_and_change_nothing(recipe: str, value: float) -> N
     ours.step(data[8])
 
 
+@on_each_device
 def test_a_batch_of_equal_rows_is_refused() -> None:
     data = batches(2)
     ours = engine("saefast", data)
@@ -250,6 +263,7 @@ def test_a_batch_of_equal_rows_is_refused() -> None:
         ours.step(data[0][:1].expand(B, D))
 
 
+@on_each_device
 def test_diverged_weights_are_refused() -> None:
     data = batches(2)
     ours = engine("saefast", data)
@@ -309,6 +323,7 @@ class Flaky:
 FALLIBLE = ("moments", "group_runs", "decode_loss", "weighted_row_sum", "gradient_squares")
 
 
+@on_each_device
 @pytest.mark.parametrize("where", FALLIBLE)
 def test_running_out_of_memory_half_way_changes_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that allocates comes before the first write. (Rows that were due may be settled: same meaning.)"""
