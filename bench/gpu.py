@@ -12,7 +12,6 @@ are committed: <device>-<stage>.json.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import Counter
@@ -120,5 +119,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     sys.exit(main())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shares of a budget. What a stage leaves goes to those behind it.
-WEIGHTS = {"machine": 4, "smoke": 20, "kernels": 20, "step": 24, "build": 12, "tests": 24, "sanitizer": 8}
+WEIGHTS = {"machine": 4, "smoke": 20, "kernels": 20, "step": 24, "build": 20, "tests": 24, "sanitizer": 8}
 OTHER_WEIGHT = 5
 # Test files that say most about kernels, first; the rest follows by name.
 FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "step", "lean", "hot", "rows")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import common
+from bench import common, lines
 from bench.cases import Case, Settings, run_cases
 
 
@@ -82,8 +82,11 @@ def cases(stage: str, settings: Settings) -> list[Case]:
     return found
 
 
-def interpret() -> None:
-    """Lets Triton's interpreter serve CPU tensors wherever a GPU's would go to a kernel, engines included."""
+def interpret() -> set[str]:
+    """Lets Triton's interpreter serve CPU tensors wherever a GPU's would go to a kernel, engines included.
+
+    Returns the names of the kernels launched from now on.
+    """
     sys.path.append(str(common.ROOT / "tests"))
     import interp
 
@@ -99,6 +102,21 @@ def interpret() -> None:
 
     ops.backend = kernels_or(reference, triton_ops)
     rows.backend = kernels_or(rows, rows_triton)
+    return launches()
+
+
+def launches() -> set[str]:
+    """A set that gets the name of every kernel the interpreter launches."""
+    from triton.runtime.interpreter import GridExecutor
+
+    launch, names = GridExecutor.__call__, set()
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.add(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    GridExecutor.__call__ = noted
+    return names
 
 
 def main() -> int:
@@ -110,9 +128,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0)
     options = parser.parse_args()
     settings = Settings(options.device, options.rehearse, options.small, options.seconds)
-    if settings.rehearse and options.stage != "machine":
-        interpret()
+    launched = interpret() if settings.rehearse and options.stage != "machine" else None
     run_cases(cases(options.stage, settings), settings.device)
+    if launched:
+        lines.record("kernels launched", names=sorted(launched))
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_aot
 
 from bench import gpu, gpu_process, lines
 from bench.gpu_plan import ROOT, Stage, benchmarks, plan
@@ -270,5 +271,9 @@ def test_a_rehearsal_runs_the_whole_plan_around_stages_that_fail(tmp_path: Path)
     assert {"encode_topk fused float16", "encode_topk chunked float32", "update_rows lean", "decode_loss"} <= cases
     for name in ("dense", "clipped", "swept", "lean", "hot", "AuxK"):
         assert any(case.startswith(f"three steps {name} ") for case in cases), name
+    smoke = next(line for line in own if line["stage"] == "smoke" and line["case"] == "kernels launched")
+    # The interpreter serves the encoder's other form; what is compiled ahead of time is all that is ever launched.
+    compiled = {name.split()[0] for name in test_aot.REGISTERS} - {"tiles_descriptor"}
+    assert compiled <= set(smoke["names"]), f"no smoke case launches {sorted(compiled - set(smoke['names']))}"
     by_stage = next(line for line in own if line["case"].startswith("step adam by stage"))
     assert {"update_rows", "decode_loss", "rest", "whole step"} <= by_stage["ms"].keys()

@@ -324,7 +324,7 @@ def test_entries(kernels: str, bounds: list[int], aux: int) -> None:
 
 
 def test_what_another_device_wrote_comes_back() -> None:
-    """The go-between of the gpu variants above, from one device to itself: results, and all that is written in place."""
+    """The go-between of the gpu variants above, from one device to itself: results, and what is written in place."""
     job = random_job(random_matrix(40, 8), touched=23, entries=100, norm=Norm.after_update)
     alone = copied(job, torch.float32)
     Moved(rows, "cpu").update_rows([job])
