@@ -57,7 +57,7 @@ def note_of(stage: Stage, file: Path) -> Any:
     def note(case: str, outcome: str, **fields: Any) -> None:
         if stage.first and not (file.exists() and file.stat().st_size):
             # The machine's stage could not say what machine this is; the first line does as far as Python knows.
-            fields |= {"system": platform.platform(), "python": platform.python_version()}
+            fields |= {"system": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
             case = "machine"
         device = {"device": stage.device} if stage.device else {}
         head = {"time": lines.now(), "stage": stage.name, "case": case, "outcome": outcome}

@@ -31,7 +31,7 @@ def facts(settings: Settings) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "rehearsal": settings.rehearse,
     }
-    found["system"] = platform.platform()
+    found["system"] = f"{platform.system()} {platform.machine()}"
     if settings.device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         found |= {
