@@ -68,7 +68,7 @@ def save(folder: Path, step: int, sae: SAE, state: dict[str, Any], keep: int = 2
     remove_leftovers(folder)
     temporary.mkdir(parents=True)
     try:
-        sae.save(temporary)
+        sae.save_files(temporary)
         tensors: dict[str, Tensor] = {}
         numbers = _pack(state, "", tensors)
         written = write_file(temporary / ENGINE, {name: Column.of(tensor) for name, tensor in tensors.items()})

@@ -1,8 +1,17 @@
 """The one error saefast raises for what a caller can put right."""
 
+# A path may have thousands of characters, and a value millions.
+_LONGEST = 700
+
 
 class InputError(ValueError):
     """Bad input: one line naming the argument, what was seen, what was expected and what to do.
 
-    A ValueError, so callers need not know this class; the command line prints its text and exits with code 2.
+    A ValueError, so callers need not know this class; the command line prints its text and exits with code 2. Line
+    breaks, which a path may hold, are written as \\n, and the middle of a text beyond measure is left out.
     """
+
+    def __init__(self, message: object = "") -> None:
+        line = "\\n".join(str(message).splitlines())
+        half = _LONGEST // 2
+        super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}")

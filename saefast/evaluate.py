@@ -22,6 +22,7 @@ from saefast.metrics import METRICS, SAEMetrics, density_histogram
 from saefast.rundir import CHECKPOINTS
 from saefast.sae import SAE, WEIGHTS, load
 from saefast.splice import LM_METRICS, batch_sequences, lm_scores, why_missing
+from saefast.typed import typed
 
 EVAL, LATENTS = "eval.json", "latents.safetensors"
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
@@ -67,16 +68,18 @@ class Evaluation:
         }
 
 
+@typed
 @ambient.plainly(grad=False)
 def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
     """Streams rows x (B, d_in) through the SAE.
 
     Raises:
-        InputError: a batch of another width, or with NaN or inf.
+        InputError: a batch that is no tensor, of another width, or with NaN or inf.
     """
     metrics = SAEMetrics(sae.config.n_latents, sae.device)
     seen = 0
-    for x in ambient.drawn(batches):
+    for x in ambient.drawn([batches] if isinstance(batches, Tensor) else batches):
+        _check_batch(x, seen, sae)
         x = x.to(sae.device)
         if (bad := first_bad_row(x)) is not None:
             raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf: drop or repair it")
@@ -86,6 +89,14 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
     return metrics
 
 
+def _check_batch(x: Any, seen: int, sae: SAE) -> None:
+    if isinstance(x, Tensor) and x.dim() == 2 and x.device.type != "meta":
+        return
+    what = f"is of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+    raise InputError(f"the batch after {seen} rows {what}: expected a tensor (B, {sae.config.d_in})")
+
+
+@typed
 @ambient.plainly(grad=False)
 def evaluate_run(
     run: str | Path,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from saefast import native, reference
 from saefast.errors import InputError
+from saefast.placement import require_memory
+from saefast.typed import typed
 
 Method = Literal["auto", "fused", "chunked"]
 Precision = Literal["ieee", "tf32"]
@@ -36,6 +38,7 @@ def backend(x: Tensor) -> ModuleType:
     return reference
 
 
+@typed
 def encode_topk(
     x: Tensor,
     W_enc: Tensor,
@@ -100,6 +103,7 @@ def encode_topk(
     return acts, idx
 
 
+@typed
 def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +126,7 @@ def threshold_encode(
     return row_ptr, idx, acts
 
 
+@typed
 def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     """Sparse @ dense: out[b] = Σ_j acts[b, j] · W[idx[b, j]], summed in fp32 (fp64 for fp64 W).
 
@@ -138,6 +143,7 @@ def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     return backend(W).spmm(acts.contiguous(), idx.contiguous(), W.contiguous())
 
 
+@typed
 def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     """Sampled dot products: out[b, j] = x[b] · W[idx[b, j]].
 
@@ -150,22 +156,29 @@ def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     Raises:
         InputError: shapes, dtypes or devices that do not fit, or (on a CPU) an index out of range.
     """
-    _check_code(None, idx, W, rows=x.shape[0])
     _check_width("x", x, W)
+    _check_code(None, idx, W, rows=x.shape[0])
     return backend(x).sddmm(x.contiguous(), idx.contiguous(), W.contiguous())
 
 
+@typed
 def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
     """Transposed product: out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j] · x[b]. -> dense (n_latents, D).
 
     The gradient of a weight matrix, for the autograd engine; the fused step works on runs. Repeats bit for bit.
     """
+    _check_entries(acts, idx, n_latents)
+    _check_dense(x=x)
+    if x.dim() != 2 or x.shape[0] != acts.shape[0] or x.dtype not in FLOATS or x.device != acts.device:
+        raise InputError(f"x is {_of(x)}: expected floats (batch, D) with a row for each of acts' {_of(acts)}")
     # torch adds by atomics on a GPU, in whatever order they come.
     return _transposed(x).spmm_t(acts.contiguous(), idx.contiguous(), x.contiguous(), n_latents)
 
 
+@typed
 def sum_by_latent(acts: Tensor, idx: Tensor, n_latents: int) -> Tensor:
     """out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j]: the gradient of b_enc. Repeats bit for bit."""
+    _check_entries(acts, idx, n_latents)
     return _transposed(acts).sum_by_latent(acts.contiguous(), idx.contiguous(), n_latents)
 
 
@@ -173,8 +186,40 @@ def _transposed(x: Tensor) -> ModuleType:
     return backend(x) if x.is_cuda else reference
 
 
+def _check_entries(acts: Tensor, idx: Tensor, n_latents: int) -> None:
+    """A code of which only the number of latents is known."""
+    _check_dense(acts=acts, idx=idx)
+    if acts.dim() != 2 or acts.shape != idx.shape or acts.dtype not in FLOATS or acts.device != idx.device:
+        raise InputError(f"acts is {_of(acts)} and idx {_of(idx)}: expected floats and ints, both (batch, k)")
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise InputError(f"idx is {_of(idx)}: expected int32 or int64")
+    if not 1 <= n_latents < 2**31:
+        raise InputError(f"n_latents is {n_latents}: expected an int from 1 to 2**31 - 1")
+    require_memory(acts.device, n_latents * 4, f"one number for each of n_latents = {n_latents}")
+    _check_range(idx, n_latents)
+
+
+def _of(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _check_range(idx: Tensor, n_latents: int) -> None:
+    """On a GPU the check would stall the stream."""
+    if idx.device.type == "cpu" and idx.numel():
+        low, high = torch.aminmax(idx)
+        if int(low) < 0 or int(high) >= n_latents:
+            raise InputError(f"idx holds {int(low)}..{int(high)}: expected values in [0, {n_latents})")
+
+
+def _check_dense(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; use {name}.to_dense()")
+
+
 def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
     """Checks shapes, dtypes and devices of an encoder's arguments and returns L."""
+    _check_dense(x=x, W_enc=W_enc)
     if W_enc.dim() != 2 or W_enc.shape[0] == 0:
         raise InputError(f"W_enc has shape {tuple(W_enc.shape)}: expected (n_latents, d_in) with n_latents >= 1")
     _check_width("x", x, W_enc)
@@ -188,6 +233,7 @@ def _check_encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
 
 
 def _check_vector(name: str, vector: Tensor, W: Tensor) -> None:
+    _check_dense(**{name: vector})
     if vector.shape != W.shape[:1]:
         raise InputError(f"{name} has shape {tuple(vector.shape)}: expected ({W.shape[0]},), one value per latent")
     if vector.dtype not in FLOATS or vector.device != W.device:
@@ -195,6 +241,7 @@ def _check_vector(name: str, vector: Tensor, W: Tensor) -> None:
 
 
 def _check_width(name: str, x: Tensor, W: Tensor) -> None:
+    _check_dense(**{name: x})
     if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1]:
         raise InputError(f"{name} has shape {tuple(x.shape)} and W {tuple(W.shape)}: expected (batch, D) and (L, D)")
     if x.device != W.device:
@@ -202,6 +249,7 @@ def _check_width(name: str, x: Tensor, W: Tensor) -> None:
 
 
 def _check_latents(latents: Tensor, W: Tensor) -> None:
+    _check_dense(latents=latents)
     if latents.dim() != 1 or latents.dtype not in (torch.int32, torch.int64) or latents.device != W.device:
         raise InputError(
             f"latents is {latents.dtype} of shape {tuple(latents.shape)} on {latents.device}: "
@@ -214,6 +262,7 @@ def _check_latents(latents: Tensor, W: Tensor) -> None:
 
 
 def _check_code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = None) -> None:
+    _check_dense(idx=idx, W=W, **({} if acts is None else {"acts": acts}))
     if W.dim() != 2 or W.dtype not in FLOATS:
         raise InputError(f"W is {W.dtype} of shape {tuple(W.shape)}: expected a floating (n_latents, D) tensor")
     if idx.dim() != 2 or idx.dtype not in (torch.int32, torch.int64):
@@ -226,7 +275,4 @@ def _check_code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = 
         raise InputError(f"idx has {idx.shape[0]} rows and x {rows}: expected as many")
     if idx.device != W.device or (acts is not None and acts.device != W.device):
         raise InputError(f"acts and idx must be on W's device {W.device}, idx is on {idx.device}")
-    if idx.device.type == "cpu" and idx.numel():
-        low, high = torch.aminmax(idx)
-        if int(low) < 0 or int(high) >= W.shape[0]:
-            raise InputError(f"idx holds {int(low)}..{int(high)}: expected values in [0, {W.shape[0]})")
+    _check_range(idx, W.shape[0])

@@ -18,14 +18,21 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = require_device(name)
+    if device.type == "meta":
+        raise InputError("device is 'meta', whose tensors have no values: try 'auto'")
+    return device
+
+
+def require_device(name: str | torch.device) -> torch.device:
+    """The device of a name, "meta" included. Raises InputError for one that is not there."""
     try:
         device = torch.device(name)
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = (str(error).splitlines() or [repr(error)])[0]
-        raise InputError(f"device is {name!r}, which is not there ({reason}): try 'auto'") from None
-    if device.type == "meta":
-        raise InputError("device is 'meta', whose tensors have no values: try 'auto'")
+        shown = ascii(str(name))
+        raise InputError(f"device is {shown}, which is not there ({reason}): try 'auto', or 'cpu'") from None
     return device
 
 

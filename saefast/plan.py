@@ -20,6 +20,8 @@ from saefast.errors import InputError
 from saefast.optim import LeanMatrix, Matrix
 from saefast.recipe import TrainConfig
 from saefast.sae import SAEConfig
+from saefast.schema import check_fields
+from saefast.typed import typed
 
 # Shares of a device's peak that well-made kernels reach.
 MATRIX_SHARE, TRAFFIC_SHARE = 0.85, 0.60
@@ -92,8 +94,10 @@ class Plan:
         return self.args.batch_size / self.seconds
 
 
+@typed
 def make_plan(args: PlanArgs) -> Plan:
     """Raises InputError where a size is below 1, or k exceeds n_latents or batch."""
+    check_fields(args)
     SAEConfig(d_in=args.d_in, n_latents=args.n_latents, k=args.k)
     TrainConfig(batch_size=args.batch_size, n_tokens=args.n_tokens)
     if args.price is not None and not args.price >= 0:

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from saefast.errors import InputError
 from saefast.files import parse_json, usable
 from saefast.schema import check
+from saefast.typed import typed
 
 METRICS = "metrics.jsonl"
 
@@ -85,6 +86,7 @@ def _step_of(raw: bytes) -> float:
         return float("inf")
 
 
+@typed
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl (the file, or the folder it lies in). An unfinished last line is left out.
 

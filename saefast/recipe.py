@@ -13,6 +13,7 @@ from saefast.errors import InputError
 from saefast.init import BiasInit
 from saefast.sae import SAEConfig
 from saefast.schema import Seed, check, check_argument, check_fields
+from saefast.typed import typed
 
 Preset = Literal["saefast", "openai", "sparsify", "dictionary_learning", "saelens"]
 
@@ -126,6 +127,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_argument("seed", self.seed, Seed)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise InputError(f"{field.name} is {value!r}: expected less than 2**63")
         self._check_numbers()
         if self.reproduce_bugs and self.engine == "fused":
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
@@ -211,6 +216,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@typed
 def preset(name: str, d_in: int, n_latents: int, k: int = 32, **overrides: Any) -> tuple[SAEConfig, TrainConfig]:
     """The SAEConfig and TrainConfig of a recipe: "saefast" (ours) or a peer's, see PRESETS.
 

@@ -20,6 +20,7 @@ from saefast.files import read_json, usable, write_json
 from saefast.progress import METRICS
 from saefast.recipe import TrainConfig
 from saefast.sae import CONFIG, WEIGHTS, SAEConfig, check_config_file
+from saefast.typed import typed
 
 CHECKPOINTS, EMA = "checkpoints", "ema"
 TRAIN = "train"
@@ -31,6 +32,7 @@ def write_config(folder: Path, sae_config: SAEConfig, train_config: TrainConfig)
     write_json(folder / CONFIG, sae_config.to_dict() | {TRAIN: train_config.to_dict()})
 
 
+@typed
 def read_config(path: str | Path) -> tuple[SAEConfig, TrainConfig]:
     """The settings of a run, from its folder or its config.json, ready to be given to `train` again.
 

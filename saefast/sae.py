@@ -17,8 +17,9 @@ from saefast.data.shardfile import Column, map_tensor, read_header, read_metadat
 from saefast.errors import InputError
 from saefast.files import parse_json, read_json, usable, write_json
 from saefast.init import Init, init_weights
-from saefast.placement import pick_device, require_memory
+from saefast.placement import pick_device, require_device, require_memory
 from saefast.schema import Seed, check, check_argument, check_fields
+from saefast.typed import typed
 
 WEIGHTS, CONFIG = "sae.safetensors", "config.json"
 DType = Literal["float32", "bfloat16", "float16", "float64"]
@@ -115,12 +116,14 @@ class SAE(nn.Module):
         seed: of the random weights; None draws from torch's global generator.
     """
 
+    @typed
     @ambient.plainly(grad=True)
     def __init__(self, config: SAEConfig, seed: int | None = None, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.config = config
         dtype = DTYPES[config.dtype]
         check_argument("seed", seed, Seed | None)
+        device = require_device(device)
         weights = 2 * config.n_latents * config.d_in * dtype.itemsize
         require_memory(device, weights, f"an SAE of n_latents = {config.n_latents} and d_in = {config.d_in}")
         if torch.device(device).type == "meta":  # a shape to load weights into
@@ -142,6 +145,7 @@ class SAE(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.W_enc.dtype
 
+    @typed
     @ambient.plainly()
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., d_in) -> acts (..., k) fp32 (fp64 for fp64 weights) and idx (..., k) int32.
@@ -157,9 +161,14 @@ class SAE(nn.Module):
         shape = (*x.shape[:-1], self.config.k)
         return acts.reshape(shape), idx.reshape(shape)
 
+    @typed
     @ambient.plainly()
     def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
-        """acts, idx (..., K) -> x_hat (..., d_in)."""
+        """acts, idx (..., K) -> x_hat (..., d_in). Raises InputError for other shapes, dtypes and ids."""
+        if acts.dim() == 0 or acts.shape != idx.shape:
+            raise InputError(f"acts is {tuple(acts.shape)}, idx {tuple(idx.shape)}: expected one shape (..., k)")
+        _require_real("acts", acts)
+        _require_real("idx", idx)
         n_rows = math.prod(acts.shape[:-1])  # reshape cannot tell where K is 0
         flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
         if self.config.rescale_acts_by_decoder_norm:
@@ -167,6 +176,7 @@ class SAE(nn.Module):
         x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
         return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
 
+    @typed
     @ambient.plainly()
     def encode(self, x: Tensor) -> Tensor:
         """Dense activations (..., n_latents), for tools that want them; a (B, L) tensor, so mind its size."""
@@ -174,16 +184,20 @@ class SAE(nn.Module):
         dense = acts.new_zeros(*acts.shape[:-1], self.config.n_latents)
         return dense.scatter(-1, idx.long(), acts)
 
+    @typed
     @ambient.plainly()
     def decode(self, f: Tensor) -> Tensor:
         """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
-        if f.shape[-1] != self.config.n_latents:
+        if f.dim() == 0 or f.shape[-1] != self.config.n_latents:
             raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
+        if f.device != self.device:
+            raise InputError(f"f is on {f.device}, the SAE on {self.device}: move one with .to()")
         _require_real("f", f)
         if self.config.rescale_acts_by_decoder_norm:
             f = f / self._units()
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
+    @typed
     @ambient.plainly()
     def forward(self, x: Tensor) -> SAEOutput:
         acts, idx = self.encode_sparse(x)
@@ -214,14 +228,22 @@ class SAE(nn.Module):
         flat = x.reshape(-1, self.config.d_in).to(self.dtype)
         return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
 
+    @typed
     def save(self, path: str | Path) -> None:
         """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder.
 
         Raises:
-            InputError: as `save_weights`, or the folder's config.json is of something else.
+            InputError: as `save_weights`, or the folder cannot be written, or its config.json is of something else.
         """
         folder = usable(path)
         check_config_file(folder)
+        try:
+            self.save_files(folder)
+        except OSError as error:
+            raise InputError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
+
+    def save_files(self, folder: Path) -> None:
+        """What `save` writes. Raises OSError where the folder cannot be written, for whoever has more to say then."""
         self.save_weights(folder / WEIGHTS)
         write_json(folder / CONFIG, self.config_as_is().to_dict())
 
@@ -250,6 +272,8 @@ class SAE(nn.Module):
 
 
 def _require_real(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; pass {name}.to_dense()")
     if tensor.is_complex():
         raise InputError(f"{name} is {tensor.dtype}: expected real numbers; pass {name}.real, or {name}.abs()")
 
@@ -265,6 +289,7 @@ def check_config_file(folder: Path) -> None:
         raise InputError(f"{file} is there and is no SAE's config: it is not overwritten; choose another folder")
 
 
+@typed
 @ambient.plainly(grad=True)
 def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> SAE:
     """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.

@@ -23,7 +23,7 @@ def check(value: Any, declared: Any, file: object) -> Any:
     Args:
         value: what a JSON parser returned.
         declared: a TypedDict (unknown keys are allowed), list[T], dict[str, T], a union, Literal, int, float (which
-            takes an int too), bool, str, None, Any, or Annotated[int, range(...)].
+            takes an int too), bool, str, None, Any, tuple[T, ...], or Annotated[int, range(...)].
         file: named in the message.
 
     Raises:
@@ -65,8 +65,8 @@ def words(declared: Any) -> str:
         return f"one of {', '.join(map(str, inner))}"
     if origin is Annotated:
         return f"{words(inner[0])} from {inner[1].start} to {inner[1].stop - 1}"
-    if origin is list:
-        return f"a list of {words(inner[0])}"
+    if origin in (list, tuple):
+        return f"a {origin.__name__} of {words(inner[0])}"
     if origin is dict:
         return "an object" if inner[1] is Any else f"an object of {words(inner[1])}"
     return "None" if declared is type(None) else str(declared.__name__)
@@ -83,7 +83,7 @@ def _problem(value: object, declared: Any, field: str) -> str | None:
         parts = [(value[key], hint, _join(field, key)) for key, hint in hints.items() if key in value]
     elif get_origin(declared) is dict and isinstance(value, dict):
         parts = [(item, inner[1], _join(field, key)) for key, item in value.items()]
-    elif get_origin(declared) is list and isinstance(value, list):
+    elif (kind := get_origin(declared)) in (list, tuple) and isinstance(value, kind):
         parts = [(item, inner[0], f"{field}[{place}]") for place, item in enumerate(value)]
     elif not _fits_plain(value, declared):
         return f"{field or 'its content'} is {_shown(value)}, expected {words(declared)}"

@@ -12,6 +12,7 @@ from saefast.progress import bar
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig
 from saefast.train import Run, Stopped, advance, finish, opened, stop_signals, stopped
+from saefast.typed import typed
 
 
 class Member(NamedTuple):
@@ -22,6 +23,7 @@ class Member(NamedTuple):
     train_config: TrainConfig
 
 
+@typed
 @ambient.plainly(grad=True)
 def train_many(
     members: Mapping[str, Member],
@@ -65,6 +67,8 @@ def train_many(
 
 def check_names(names: Collection[str]) -> None:
     """Raises InputError for no names, and for those that are no folders of their own inside a run's folder."""
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise InputError(f"members has the name {odd[0]!r}: expected text, which becomes a folder")
     places = [PurePosixPath(name) for name in names]
     if not places:
         raise InputError("members is empty: name at least one SAE to train")
@@ -83,7 +87,9 @@ def _enter(
     resume: bool,
     keep_checkpoints: int,
 ) -> Run:
-    folder = None if out_dir is None else usable(out_dir) / name
+    if not isinstance(member, tuple) or len(member) != len(Member._fields):
+        raise InputError(f"{name} is a {type(member).__name__}: expected Member(batches, SAEConfig, TrainConfig)")
+    folder = None if out_dir is None else usable(usable(out_dir) / name)
     try:
         return stack.enter_context(opened(*member, folder, resume, keep_checkpoints, None))
     except InputError as error:

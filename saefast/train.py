@@ -27,10 +27,12 @@ from saefast.progress import MetricsLog, bar
 from saefast.recipe import TrainConfig
 from saefast.sae import SAE, SAEConfig, load
 from saefast.trainer import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
+from saefast.typed import typed
 
 __all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
 
 
+@typed
 @ambient.plainly(grad=True)
 def train(
     batches: Any,

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # kernels and reference are held to more: see the tests below.
 FLOORS = (
     ("errors",),
-    ("ambient", "schema"),
+    ("ambient", "schema", "typed"),
     ("counts", "devices", "files", "machine", "output", "placement", "reference", "kernels", "optim", "runs"),
     ("triton_launch", "chunks"),
     ("triton_encode",),

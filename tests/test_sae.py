@@ -105,7 +105,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("saefast.data.shardfile._Hashing.write_tensor", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         make(d_in=7).save(tmp_path)
     assert (tmp_path / "sae.safetensors").read_bytes() == whole
     assert len(list(tmp_path.iterdir())) == 2

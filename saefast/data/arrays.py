@@ -45,7 +45,9 @@ def from_array(name: str, array: Any) -> Segment:
     if isinstance(array, np.ndarray):
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise InputError(f"{name} has dtype {array.dtype}, expected float16, float32 or float64")
-        tensor = torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+        native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+        # torch has no strides that run backwards.
+        tensor = torch.from_numpy(native if min(native.strides, default=0) >= 0 else native.copy())
     elif isinstance(array, Tensor):
         tensor = array.detach()
     else:

@@ -22,6 +22,7 @@ from saefast.data.shards import dequantise
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
 from saefast.native import extension
+from saefast.placement import require_memory
 
 # Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
 LAG = 8
@@ -49,6 +50,8 @@ class Reservoir:
                 f"the reservoir has {rows} rows: batches of {batch_size} need at least {least}; "
                 "raise reservoir_rows or lower batch_size"
             )
+        needed = (rows + PREFETCH * batch_size) * row_bytes
+        require_memory("cpu", needed, f"a reservoir of {rows} rows, with batches of {batch_size} rows,")
         # Made first, so that it goes first: its threads write into the two tensors until it has gone.
         self._native: Any = None
         self.batch_size, self.row_bytes, self.rows = batch_size, row_bytes, rows

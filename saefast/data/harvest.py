@@ -15,6 +15,7 @@ from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
 from saefast.schema import Count, check
+from saefast.typed import typed
 
 __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
 
@@ -47,6 +48,7 @@ class HarvestReport:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+@typed
 def harvest(
     out_dir: str | Path,
     config: HarvestConfig | None = None,

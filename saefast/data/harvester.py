@@ -15,6 +15,7 @@ from saefast.data.sequences import Sequencer, Window, batches_of, pad
 from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD
 from saefast.data.text import Fingerprint, Text, open_text, skip_documents
 from saefast.errors import InputError
+from saefast.schema import Seed, check_fields
 
 DROPPED = ("special", "padding", "outlier_norm")
 _MOST_POSITIONS = 1 << 15
@@ -56,13 +57,16 @@ class HarvestConfig:
     keep_special_tokens: bool = False
     max_norm_multiple: float | None = None
     prepend_bos: bool | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     max_tokens: int | None = None
     batch_tokens: int = 8192
     rows_per_shard: int = ROWS_PER_SHARD
     commit_seconds: float = 600.0
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class HarvestBatch(NamedTuple):
@@ -237,12 +241,16 @@ def check_config(config: HarvestConfig) -> None:
         raise InputError(f"forward is {config.forward!r}, expected auto, {', '.join(_FORWARD)}")
     if config.dtype not in ACT_DTYPES:
         raise InputError(f"dtype is {config.dtype!r}, expected one of {', '.join(ACT_DTYPES)}")
-    if config.max_norm_multiple is not None and config.max_norm_multiple <= 0:
+    if config.max_norm_multiple is not None and not config.max_norm_multiple > 0:
         raise InputError(f"max_norm_multiple is {config.max_norm_multiple}, expected a positive number")
-    for name in ("max_tokens", "batch_tokens", "ctx_len"):
+    if not config.commit_seconds >= 0:
+        raise InputError(f"commit_seconds is {config.commit_seconds}, expected at least 0")
+    for name in ("max_tokens", "batch_tokens", "ctx_len", "rows_per_shard"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}, expected at least 1")
+        if value is not None and value >= 2**63:
+            raise InputError(f"{name} is {value}, expected less than 2**63")
 
 
 def _dtype_of(model: Any) -> str | None:
@@ -251,6 +259,8 @@ def _dtype_of(model: Any) -> str | None:
 
 
 def _context(config: HarvestConfig, model: Any, tokenizer: Any) -> int:
+    if not isinstance(getattr(tokenizer, "model_max_length", None), int | float):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: expected the one that belongs to the model")
     # Position is stored in 16 bits; and some models count positions from 2, which only their tokenizer knows.
     limit = min(context_limit(model) or _MOST_POSITIONS, int(tokenizer.model_max_length), _MOST_POSITIONS)
     if config.ctx_len is None:
@@ -290,5 +300,5 @@ def _usual(rows: dict[str, Tensor], multiple: float) -> Tensor:
     usual = []
     for values in rows.values():
         norms = values.float().norm(dim=1)
-        usual.append((norms <= multiple * norms.median() if len(norms) else norms.bool()).cpu())
+        usual.append((norms <= float(multiple) * norms.median() if len(norms) else norms.bool()).cpu())
     return torch.stack(usual).all(0)

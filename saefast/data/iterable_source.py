@@ -1,6 +1,7 @@
 """Batches that come from a Python iterable: a list, a generator, a DataLoader, a model that is running."""
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,17 @@ from saefast.errors import InputError
 
 # Held-out rows of an iterable live in memory; once there are this many, all other batches are trained on.
 HELDOUT_ROWS = 1 << 16
+
+
+def _needs_nothing(function: Callable[..., Any]) -> bool:
+    """Whether a function can be called without arguments, as far as it says."""
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    except ValueError:  # some functions of C do not say
+        pass
+    return True
 
 
 class IterableSource(Source):
@@ -34,6 +46,8 @@ class IterableSource(Source):
         name: str = "the iterable",
     ) -> None:
         self.source_name, self.n_rows = name, None
+        if not isinstance(data, Iterable) and not _needs_nothing(data):
+            raise InputError(f"{name} is a function that needs arguments: expected one that is called with none")
         self._data = data
         self._once = isinstance(data, Iterator)
         self._every = _every(data, heldout)
@@ -230,5 +244,5 @@ def _every(data: object, heldout: float) -> int:
     if not heldout:
         return 0
     every = max(round(1 / heldout), 2)
-    size = len(data) if hasattr(data, "__len__") else every
+    size = len(data) if isinstance(data, Sized) else every
     return min(every, size) if size >= 2 else 0

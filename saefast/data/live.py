@@ -14,8 +14,10 @@ from saefast.data.harvester import HarvestBatch, HarvestConfig, Harvester
 from saefast.data.iterable_source import HELDOUT_ROWS
 from saefast.data.source import Device, Source
 from saefast.errors import InputError
+from saefast.typed import typed
 
 
+@typed
 def live_sources(
     config: HarvestConfig,
     *,

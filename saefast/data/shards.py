@@ -22,6 +22,7 @@ from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor
 from saefast.errors import InputError
 from saefast.files import read_sealed_json, usable
 from saefast.schema import Count, check
+from saefast.typed import typed
 
 FORMAT = "saefast-activations"
 VERSION = 1
@@ -168,6 +169,7 @@ class ShardFolder:
     skipped: list[BadShard] = field(default_factory=list)
     index: dict[str, Any] = field(init=False)
 
+    @typed
     def __init__(self, path: str | Path, *, skip_bad_shards: bool = False, verify: bool = False) -> None:
         self.path, self.skip_bad_shards, self.verify_on_open = usable(path), skip_bad_shards, verify
         self.skipped = []

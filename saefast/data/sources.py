@@ -18,6 +18,7 @@ from saefast.data.source import Source, first_bad_row
 from saefast.errors import InputError
 from saefast.files import usable
 from saefast.native import available
+from saefast.typed import typed
 
 Shuffle = Literal["auto", "buffer", "mapped"]
 # The share of a file's rows that is held out.
@@ -26,6 +27,7 @@ HELDOUT = 0.05
 __all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row", "open_source"]
 
 
+@typed
 def open_source(
     data: Any,
     *,

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from saefast.errors import InputError
+from saefast.files import usable
+from saefast.typed import typed
 
 # Longer files are cut into documents at blank lines, so that the held-out share can be whole documents.
 DOCUMENT_CHARS = 16_384
@@ -49,6 +51,7 @@ class Text(Iterable[str]):
         raise NotImplementedError
 
 
+@typed
 def open_text(text: str | Path | Iterable[str] | None = None, column: str = "text", seed: int = 0) -> Text:
     """Text from a path (file or folder), a `datasets` name ("owner/name[:config[:split]]"), strings, or None.
 
@@ -61,7 +64,7 @@ def open_text(text: str | Path | Iterable[str] | None = None, column: str = "tex
         return text
     if not isinstance(text, str | Path):
         return Strings(text)
-    path = Path(text).expanduser()
+    path = usable(text)
     if path.exists():
         return Files(path, column)
     looks_like_a_path = isinstance(text, Path) or text.startswith((".", "/", "~")) or path.suffix in (".txt", ".jsonl")
