@@ -1,0 +1,530 @@
+"""Odd arguments to every public function and command: each works, or is refused in one line, and harms nothing.
+
+A case runs in a folder of its own, filled with files of other people; they are compared before and after.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import shutil
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_models
+import torch
+from attack import odd, outcome, readers
+from attack.odd import Make
+from attack.pool import HANG, Room, run_all
+from attack.summary import Row
+
+from saefast import cli, ops
+from saefast.cli_eval import EvalArgs
+from saefast.cli_features import FeaturesArgs
+from saefast.cli_harvest import HarvestArgs
+from saefast.cli_train import SAEFlags, TrainArgs
+from saefast.data.harvest import HarvestConfig, harvest
+from saefast.data.live import live_sources
+from saefast.data.shards import ShardFolder
+from saefast.data.sources import open_source
+from saefast.data.text import open_text
+from saefast.errors import InputError
+from saefast.evaluate import evaluate, evaluate_run
+from saefast.plan import PlanArgs, make_plan
+from saefast.progress import read_metrics
+from saefast.recipe import TrainConfig, preset
+from saefast.rundir import read_config
+from saefast.sae import SAE, SAEConfig, load
+from saefast.sweep import Member, train_many
+from saefast.train import train
+
+D_IN = readers.D_IN
+ENCODINGS = ("utf-8", "ascii", "cp1252")
+
+
+# The text may be all of Python's docstrings.
+SHORT = dataclasses.replace(readers.HARVEST, max_tokens=200)
+THEIRS = "the caller's own exception"
+
+
+class Enough(Exception):
+    """Training that does not refuse an odd setting is let go after a few steps."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function, arguments that it takes, and for each of them what it is given instead. mine: what it may write."""
+
+    subject: str
+    function: Callable[..., Any]
+    good: dict[str, Make]
+    instead: dict[str, dict[str, Make]]
+    mine: tuple[str, ...] = ("out",)
+
+    def cases(self) -> Iterator["Case"]:
+        for name, values in self.instead.items():
+            for label, make in values.items():
+                yield Case(self, f"{name} = {label}", self.good | {name: make})
+
+
+@dataclass(frozen=True)
+class Case:
+    call: Call
+    what: str
+    arguments: dict[str, Make]
+
+    def run(self) -> Any:
+        return self.call.function(**{name: make() for name, make in self.arguments.items()})
+
+
+def rows(n: int = 200) -> torch.Tensor:
+    return readers.rows(n)
+
+
+def small() -> SAEConfig:
+    return readers.SMALL
+
+
+def briefly(line: Any) -> None:
+    if line["step"] >= 4:
+        raise Enough
+
+
+# --- what is called
+
+
+def api() -> list[Call]:
+    """Every public function."""
+    path = odd.VALUES | odd.PATHS
+    x = rows(20)
+    data = path | odd.tensors(rows()) | BATCHES
+    calls = [
+        *_settings(),
+        Call(
+            "train", functools.partial(train, progress=False),
+            dict(batches=rows, sae_config=small, train_config=lambda: _brief(), out_dir=lambda: "out"),
+            dict(batches=data, sae_config=odd.VALUES, train_config=odd.VALUES, out_dir=path | FOLDERS,
+                 resume=odd.VALUES, keep_checkpoints=odd.VALUES, progress=odd.VALUES, on_log=odd.VALUES),
+        ),
+        Call(
+            "train_many", functools.partial(train_many, progress=False),
+            dict(members=lambda: {"a": Member(rows(), small(), _brief())}, out_dir=lambda: "out"),
+            dict(members=odd.VALUES | MEMBERS, out_dir=path, resume=odd.VALUES, keep_checkpoints=odd.VALUES),
+        ),
+        Call(
+            "open_source", lambda **given: readers.drawn(open_source(**given)),
+            dict(data=lambda: "shards", hook=lambda: "layers.0"),
+            dict(data=data, heldout=odd.VALUES, hook=odd.VALUES, key=odd.VALUES, d_in=odd.VALUES,
+                 skip_bad_shards=odd.VALUES, verify=odd.VALUES, shuffle=odd.VALUES),
+        ),
+        Call("load", load, dict(path=lambda: "run"), dict(path=path, device=odd.VALUES | DEVICES, verify=odd.VALUES)),
+        Call("SAE", SAE, dict(config=small), dict(config=odd.VALUES, seed=odd.VALUES, device=odd.VALUES | DEVICES)),
+        Call("SAE.save", lambda path: SAE(small(), seed=0).save(path), {}, dict(path=path)),
+        Call("preset", preset, dict(name=lambda: "saefast", d_in=lambda: 6, n_latents=lambda: 24, k=lambda: 3),
+             dict.fromkeys(("name", "d_in", "n_latents", "k", "lr", "unknown"), odd.VALUES)),
+        *[
+            Call(f"SAE.{name}", lambda x, name=name: getattr(SAE(small(), seed=0), name)(x), {},
+                 dict(x=odd.VALUES | odd.tensors(rows(5))))
+            for name in ("encode_sparse", "encode", "forward")
+        ],
+        Call("SAE.decode", lambda f: SAE(small(), seed=0).decode(f), {},
+             dict(f=odd.VALUES | odd.tensors(torch.rand(4, readers.LATENTS)))),
+        Call("SAE.decode_sparse", lambda acts, idx: SAE(small(), seed=0).decode_sparse(acts, idx), code(4, 3),
+             dict(acts=odd.VALUES | odd.tensors(torch.rand(4, 3)), idx=odd.VALUES | odd.tensors(code(4, 3)["idx"]()))),
+        Call("evaluate", evaluate, dict(sae=lambda: SAE(small(), seed=0), batches=lambda: [x]),
+             dict(sae=odd.VALUES, batches=odd.VALUES | BATCHES | odd.tensors(x))),
+        Call("evaluate_run", evaluate_run, dict(run=lambda: "run", lm_tokens=lambda: 0),
+             dict(run=path, data=data, batch_size=odd.VALUES, lm_tokens=odd.VALUES, write=odd.VALUES),
+             ("run/eval.json", "run/latents.safetensors")),
+        Call("harvest", functools.partial(harvest, progress=False, **readers.language_model()),
+             dict(out_dir=lambda: "out", config=lambda: SHORT, text=lambda: tiny_models.documents(9)),
+             dict(out_dir=path | FOLDERS, config=odd.VALUES, text=path | TEXTS, model=odd.VALUES,
+                  tokenizer=odd.VALUES)),
+        Call("live_sources", _draw_live, dict(config=lambda: readers.HARVEST, text=lambda: tiny_models.documents(9)),
+             dict(config=odd.VALUES, text=odd.VALUES | TEXTS, reservoir_rows=odd.NUMBERS)),
+        Call("ShardFolder", lambda path: ShardFolder(path).verify(), {}, dict(path=path)),
+        Call("open_text", lambda text, column: list(open_text(text, column)),
+             dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=path | TEXTS, column=odd.VALUES)),
+        Call("read_config", read_config, {}, dict(path=path)),
+        Call("read_metrics", read_metrics, {}, dict(path=path)),
+        *_ops(),
+    ]  # fmt: skip
+    return calls
+
+
+def _brief(**changes: Any) -> TrainConfig:
+    return readers.settings(6, **changes)
+
+
+def _settings() -> list[Call]:
+    """Every field of every config: made, and where it is not refused, used."""
+
+    def trained(**changes: Any) -> None:
+        with contextlib.suppress(Enough):
+            train(rows(), small(), _brief(**changes), "out", progress=False, on_log=briefly)
+
+    def configured(**changes: Any) -> None:
+        config = SAEConfig(**dict(d_in=D_IN, n_latents=readers.LATENTS, k=3) | changes)
+        SAE(config, seed=0).encode_sparse(torch.ones(2, config.d_in))
+        config.to_dict()
+
+    def harvested(**changes: Any) -> None:
+        config = dataclasses.replace(readers.HARVEST, **changes)
+        harvest("out", config, text=tiny_models.documents(9), progress=False, **readers.language_model())
+
+    def planned(**changes: Any) -> None:
+        make_plan(PlanArgs(**dict(device="h100") | changes))
+
+    fields = {
+        "TrainConfig": (trained, TrainConfig),
+        "SAEConfig": (configured, SAEConfig),
+        "HarvestConfig": (harvested, HarvestConfig),
+        "PlanArgs": (planned, PlanArgs),
+    }
+    return [
+        Call(name, use, {}, {item.name: odd.VALUES | CHOICES.get(item.name, {}) for item in dataclasses.fields(config)})
+        for name, (use, config) in fields.items()
+    ]
+
+
+def code(n: int, k: int) -> dict[str, Make]:
+    return {"acts": lambda: torch.rand(n, k), "idx": lambda: torch.arange(n * k, dtype=torch.int32).view(n, k)}
+
+
+def _ops() -> list[Call]:
+    """The ops, whose tensors reach C++."""
+    W, x, b = torch.randn(24, 6), torch.randn(5, 6), torch.randn(24)
+    acts, idx = torch.rand(5, 3), torch.arange(15, dtype=torch.int32).view(5, 3)
+    latents = torch.tensor([1, 5, 9])
+    encoder = {"x": lambda: x, "W_enc": lambda: W, "b_enc": lambda: b}
+    odd_encoder = {name: odd.VALUES | odd.tensors(make()) for name, make in encoder.items()}
+    pair = {"acts": lambda: acts, "idx": lambda: idx}
+    odd_pair = {name: odd.VALUES | odd.tensors(make()) for name, make in pair.items()}
+    matrices = {"W": odd.VALUES | odd.tensors(W), "x": odd.VALUES | odd.tensors(x)}
+    return [
+        Call(
+            "ops.encode_topk", ops.encode_topk, encoder | {"k": lambda: 3},
+            odd_encoder | dict.fromkeys(("k", "relu", "method", "precision", "max_scratch_bytes"), odd.VALUES)
+            | {"latents": odd.VALUES | odd.tensors(latents), "scale": odd.VALUES | odd.tensors(b.abs())},
+        ),
+        Call("ops.threshold_encode", ops.threshold_encode, encoder | {"threshold": lambda: 0.5},
+             odd_encoder | {"threshold": odd.VALUES | odd.tensors(b)}),
+        Call("ops.spmm", ops.spmm, pair | {"W": lambda: W}, odd_pair | {"W": matrices["W"]}),
+        Call("ops.sddmm", ops.sddmm, {"x": lambda: x, "idx": lambda: idx, "W": lambda: W},
+             matrices | {"idx": odd_pair["idx"]}),
+        Call("ops.spmm_t", ops.spmm_t, pair | {"x": lambda: x, "n_latents": lambda: 24},
+             odd_pair | {"x": matrices["x"], "n_latents": odd.VALUES}),
+        Call("ops.sum_by_latent", ops.sum_by_latent, pair | {"n_latents": lambda: 24},
+             odd_pair | {"n_latents": odd.VALUES}),
+    ]  # fmt: skip
+
+
+def _draw_live(**given: Any) -> None:
+    sources = live_sources(**given | readers.language_model())
+    try:
+        for source in sources.values():
+            next(source.batches(8))
+    finally:
+        for source in sources.values():
+            source.close()
+
+
+# --- what else may be given
+
+DEVICES: dict[str, Make] = {name: lambda name=name: name for name in ("meta", "cuda", "cuda:99", "mps", "cpu:7", "x:y")}
+FOLDERS: dict[str, Make] = {
+    "a run": lambda: "run",
+    "a harvest": lambda: "shards",
+    "a folder with a config.json": lambda: "foreign",
+    "here": lambda: ".",
+    "above": lambda: "..",
+}
+TEXTS: dict[str, Make] = {
+    "no documents": list,
+    "empty documents": lambda: ["", " ", "\n"],
+    "numbers": lambda: [1, 2],
+    "surrogates": lambda: ["w1 \ud800 w2"] * 9,
+    "NUL": lambda: ["w1 \0 w2"] * 9,
+    "one endless word": lambda: ["a" * 100_000],
+    "a text file": lambda: "text.txt",
+    "lines": lambda: "text.jsonl",
+    "weights": lambda: "run/sae.safetensors",
+}
+BATCHES: dict[str, Make] = {
+    "no batches": list,
+    "empty batches": lambda: [rows(0)] * 3,
+    "batches of other widths": lambda: [rows(8), rows(8)[:, :3]],
+    "batches that are lists": lambda: [[[1.0] * D_IN] * 8] * 3,
+    "batches in tuples": lambda: [(rows(8), torch.zeros(8))],
+    "batches of numbers": lambda: [1, 2, 3],
+    "a function that raises": lambda: _raising,
+    "a function of an argument": lambda: lambda batch: batch,
+    "an iterator that raises": lambda: (_raising() if i == 2 else rows(16) for i in range(9)),
+    "an iterator": lambda: iter([rows(16)] * 20),
+    "NaN at the end": lambda: torch.cat([rows(), torch.full((1, D_IN), float("nan"))]),
+    "an int array": lambda: np.ones((50, D_IN), np.int32),
+    "an object array": lambda: np.array([[object()] * D_IN] * 50),
+    "a masked array": lambda: np.ma.masked_all((50, D_IN), np.float32),
+    "a big-endian array": lambda: np.ones((200, D_IN), ">f4"),
+    "a complex array": lambda: np.ones((50, D_IN), np.complex64),
+    "a backwards array": lambda: np.ones((200, D_IN), np.float32)[::-1, ::-1],
+    "a read-only array": lambda: np.broadcast_to(np.float32(1), (200, D_IN)),
+}
+MEMBERS: dict[str, Make] = {
+    name: lambda name=name: {name: Member(rows(), small(), _brief())}
+    for name in ("", ".", "..", "../x", "/proc/saefast", "a/b", "nul\0", "\udcff", "n" * 300)
+} | {
+    "one folder twice": lambda: {name: Member(rows(), small(), _brief()) for name in ("a", "./a")},
+    "no member": lambda: {"a": None},
+    "a number": lambda: {1: Member(rows(), small(), _brief())},
+    "of a tuple": lambda: {"a": (rows(), small(), _brief())},
+}
+CHOICES: dict[str, dict[str, Make]] = {
+    "engine": {"autograd": lambda: "autograd"},
+    "optimizer": {"adam-lean": lambda: "adam-lean"},
+    "device": DEVICES,
+    "dtype": {name: lambda name=name: name for name in ("float16", "float64", "bfloat16", "int8", "complex64")},
+    "hooks": {
+        "no hook": tuple,
+        "the same twice": lambda: ("layers.0", "layers.0"),
+        "unknown": lambda: ("layers.99",),
+        "the last": lambda: ("layers.2",),
+        "with NUL": lambda: ("nul\0",),
+        "everything": lambda: ("",),
+        "a string": lambda: "layers.0",
+    },
+}
+
+
+def _raising() -> Any:
+    raise RuntimeError(THEIRS)
+
+
+# --- command lines
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command line that works, in words; each flag in turn gets every odd word. mine: what it may write."""
+
+    verb: str
+    words: tuple[str, ...]
+    flags: tuple[str, ...]
+    mine: tuple[str, ...] = ("out",)
+    more: tuple[tuple[str, ...], ...] = field(default=())
+
+    def cases(self) -> Iterator["Case"]:
+        for i, flag in enumerate(self.flags):
+            for j, word in enumerate(odd.WORDS):
+                yield self._case((*self.words, f"--{flag}", word), ENCODINGS[(i + j) % 3])
+        lines = [("--help",), ("--no-such-flag",), (*self.words, "stray"), (), *self.more]
+        lines += [(word, *self.words[1:]) for word in odd.WORDS]
+        for i, line in enumerate(lines):
+            yield self._case(line, ENCODINGS[i % 3])
+
+    def _case(self, line: tuple[str, ...], encoding: str) -> "Case":
+        call = Call(f"saefast {self.verb}", typed, {}, {}, self.mine)
+        return Case(
+            call,
+            f"{' '.join(line)!a} to {encoding}",
+            {"argv": lambda: [self.verb, *line], "encoding": lambda: encoding},
+        )
+
+
+def typed(argv: list[str], encoding: str) -> None:
+    """A command line in this process, its output in an encoding that may lack signs. InputError for exit code 2."""
+    said, complaint = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complaint):
+        code = cli.main(argv)
+    complaint.seek(0)
+    lines = [
+        line
+        for line in complaint.read().splitlines()
+        if not line.startswith(("saefast: warning:", "saefast: skipped:"))
+    ]
+    if code == cli.BAD_INPUT:
+        raise InputError("\n".join(lines))
+    if code:
+        raise AssertionError(f"exit code {code}: {lines[-1:]}")
+
+
+def flags_of(*kinds: type) -> tuple[str, ...]:
+    names = [item.name for kind in kinds for item in dataclasses.fields(kind)]
+    return tuple(name.replace("_", "-") for name in names if name not in ("sae", "train", "data", "run"))
+
+
+TRAIN = (
+    "x.npy",
+    "--out",
+    "out",
+    "--n-latents",
+    "24",
+    "--k",
+    "3",
+    "--n-tokens",
+    "96",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+)
+HARVEST = ("--out", "out", "--model", "model", "--text", "text.txt", "--hook", "layers.0", "--device", "cpu")
+LIVE = (
+    "--live", "--out", "out", "--model", "model", "--text", "text.txt", "--hook", "layers.0", "--n-tokens", "64",
+    "--batch-size", "16", "--device", "cpu",
+)  # fmt: skip
+RUN = ("run/eval.json", "run/latents.safetensors", "run/curves.png", "run/density.png", "run/features.")
+
+
+def commands() -> list[Command]:
+    return [
+        Command("train", TRAIN, (*flags_of(TrainArgs, SAEFlags, TrainConfig), "no-resume"), more=(
+            ("--out", "out"), ("--out", "run", "--resume"), ("--out", "out", "--resume"), ("--resume",),
+            ("shards", "--out", "out", "--hooks", "layers.0,layers.1", "--n-tokens", "64", "--batch-size", "16"),
+            ("shards", "--out", "out", "--hooks", "layers.0,layers.0", "--n-tokens", "64", "--batch-size", "16"),
+            ("shards", "--out", "out", "--hooks", "../../x", "--n-tokens", "64"),
+            ("x.npy", "--out", "out", "--hooks", "a,b"), ("x.npy", "--out", "foreign"), ("x.npy", "--out", ""),
+            ("x.npy", "--out", "out", "--live"), LIVE,
+        ), mine=("out", "run")),
+        Command("harvest", HARVEST, flags_of(HarvestArgs)),
+        Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
+        Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
+        Command("plan", ("--device", "h100"), flags_of(PlanArgs)),
+        Command("demo", ("--max-tokens", "0"), ("out", "n-latents", "k", "n-tokens", "max-tokens")),
+        Command("bench", ("no-such-benchmark",), ()),
+        Command("no-such-command", (), ()),
+    ]  # fmt: skip
+
+
+# --- the room
+
+
+class Arguments:
+    """A room (see pool.py)."""
+
+    def __init__(self, place: str, only: str = "") -> None:
+        torch.set_num_threads(1)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        self._place = Path(place, str(os.getpid()))
+        self._cases = all_cases(only)
+        make_template(self._place / "template")
+
+    def run(self, number: int) -> dict[str, str]:
+        case = self._cases[number]
+        here = self._place / "here"
+        shutil.rmtree(here, ignore_errors=True)
+        copy(self._place / "template", here)
+        os.chdir(here)
+        before = snapshot(here)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            found, detail = self._outcome(case)
+        os.chdir(self._place)
+        return _answer(case, *self._harm(case, before, snapshot(here), found, detail))
+
+    def show(self, number: int) -> str:
+        """The case again, for a person: raises whatever it raises."""
+        case = self._cases[number]
+        copy(self._place / "template", self._place / "here")
+        os.chdir(self._place / "here")
+        print(f"{case.call.subject}: {case.what}")
+        return f"works: {case.run()!r:.300}"
+
+    def _outcome(self, case: Case) -> tuple[str, str]:
+        try:
+            case.run()
+        except InputError as error:
+            return outcome.refusal(error)
+        except BaseException as error:
+            if str(error) == THEIRS:  # which is none of saefast's business, and may come in the middle of a run
+                return outcome.WORKS, THEIRS
+            return outcome.TRACEBACK, outcome.frame_of(error)
+        return outcome.WORKS, ""
+
+    def _harm(
+        self, case: Case, before: dict[str, str], after: dict[str, str], found: str, detail: str
+    ) -> tuple[str, str]:
+        if found in outcome.FAULTS:
+            return found, detail
+        changed = [name for name in before if after.get(name) != before[name] and not name.startswith(case.call.mine)]
+        if changed:
+            return outcome.ALTERED, f"{', '.join(changed)} changed; {detail}"
+        new = [name for name in after if name not in before]
+        if found == outcome.REFUSED and new:
+            return outcome.LITTER, f"{', '.join(new)[:200]} left by what was refused: {detail}"
+        return found, detail
+
+
+def _answer(case: Case, found: str, detail: str) -> dict[str, str]:
+    return {
+        "subject": case.call.subject,
+        "outcome": found,
+        "what": f"{case.call.subject}, {case.what}",
+        "detail": detail,
+    }
+
+
+@functools.cache
+def all_cases(only: str = "") -> list[Case]:
+    """All in one order, so that a number names a case."""
+    found = [case for call in [*api(), *commands()] for case in call.cases()]
+    return [case for case in found if only in case.call.subject]
+
+
+def make_template(folder: Path) -> None:
+    """Other people's files, a harvest, a run, a model, data, and things that are no files."""
+    folder.mkdir(parents=True)
+    np.save(folder / "x.npy", rows().numpy())
+    (folder / "none.npy").write_bytes(b"")
+    for name in ("foreign", "empty", "shards"):
+        (folder / name).mkdir()
+    (folder / "foreign" / "config.json").write_text('{"theirs": 1}')
+    (folder / "foreign" / "notes.txt").write_text("theirs")
+    (folder / "foreign" / "sae.safetensors").write_bytes(b"theirs")
+    readers.make_shards(folder / "shards")
+    readers.make_finished(folder)
+    readers.language_model()["model"].save_pretrained(folder / "model")
+    readers.language_model()["tokenizer"].save_pretrained(folder / "model")
+    documents = tiny_models.documents(20)
+    (folder / "text.txt").write_text("\n\n".join(documents))
+    (folder / "text.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in documents))
+    (folder / "loop").symlink_to("loop")
+    (folder / "dead").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+
+
+def copy(template: Path, here: Path) -> None:
+    shutil.copytree(template, here, symlinks=True, ignore=lambda _, names: [n for n in names if n == "pipe"])
+    os.mkfifo(here / "pipe")
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """What every file holds, by its name; links and pipes by what they are."""
+    found = {}
+    for path in folder.rglob("*"):
+        kind = "link" if path.is_symlink() else "folder" if path.is_dir() else "file" if path.is_file() else "other"
+        name = os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace")
+        found[name] = sha256(path.read_bytes()).hexdigest() if kind == "file" else kind
+    return found
+
+
+def open_room(**arguments: typing.Any) -> Arguments:
+    return Arguments(**arguments)
+
+
+def run(place: str, numbers: Iterable[int] | None = None, workers: int = 1, only: str = "") -> Iterator[Row]:
+    """What came of every case, in whatever order they are done."""
+    cases = all_cases(only)
+    room = Room("attack.arguments", {"place": place, "only": only})
+    for number, answer in run_all(room, range(len(cases)) if numbers is None else numbers, workers):
+        if isinstance(answer, str):
+            answer = _answer(cases[number], outcome.HANG if answer == HANG else outcome.CRASH, answer)
+        filtered = f' --only "{only}"' if only else ""
+        yield Row(**answer, again=f"make attack ARGS='--part arguments{filtered} --case {number}'")
