@@ -243,6 +243,13 @@ def test_tests_that_take_the_device_are_a_gpus_where_there_is_one(
         assert [item.marks for item in items] == [["gpu"] if there else [], []]
 
 
+def test_the_rehearsal_that_is_committed_is_one_and_went_well() -> None:
+    found = lines.read(ROOT / "bench" / "results" / "rehearsal.jsonl")
+    assert found[0]["case"] == "machine"
+    assert all(line["device"] == "cpu, interpreter" for line in found)
+    assert gpu.bad(found) == []
+
+
 @pytest.mark.slow
 def test_a_rehearsal_runs_the_whole_plan_around_stages_that_fail(tmp_path: Path) -> None:
     """Every stage of `make gpu` at tiny sizes in the interpreter, with three bad ones among them."""
