@@ -258,7 +258,7 @@ def test_a_folder_or_a_loop_of_links_in_a_files_place_falls_back(tmp_path: Path,
         assert checkpoint.latest(tmp_path) == old
 
 
-@pytest.mark.parametrize("missing", RunState.__required_keys__)
+@pytest.mark.parametrize("missing", sorted(RunState.__required_keys__))
 def test_resume_falls_back_past_a_state_without_one_of_its_entries(tmp_path: Path, missing: str) -> None:
     train(train_job.rows(), train_job.SAE, settings(), tmp_path)
     whole = dict(load(tmp_path).state_dict())
