@@ -12,6 +12,7 @@ are committed: <device>-<stage>.json.
 """
 
 import argparse
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,6 +38,12 @@ def run(stages: Sequence[Stage], file: Path, budget: float | None = None, patien
             weights = [later.weight for later in stages[number:]]
             limit = (deadline - time.monotonic()) * stage.weight / sum(weights)
         run_stage(stage, file, limit, stage.patience or patience)
+
+
+def has_gpu() -> bool:
+    """Whether there is anything to run on; asked in a process of its own, so that this one holds no device."""
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
 def new_file(out: Path, name: str) -> Path:
@@ -108,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in distil(options.distil, options.out or ROOT / "bench" / "results"):
             print(f"written: {path}")
         return 0
+    if not options.rehearse and not has_gpu():
+        raise SystemExit("torch finds no CUDA device here: --rehearse runs the same plan on a CPU")
     out = (options.out or (REHEARSAL if options.rehearse else OUT)).resolve()
     file = new_file(out, "rehearsal" if options.rehearse else "gpu")
     print(f"lines go to {file}", flush=True)

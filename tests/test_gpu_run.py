@@ -172,6 +172,13 @@ def test_the_plan_begins_with_what_says_most(tmp_path: Path) -> None:
         plan(tmp_path, seconds=3, only=["stepp"])
 
 
+def test_without_a_gpu_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(SystemExit, match="no CUDA device here: --rehearse"):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
 def test_lines_are_strict_json_and_half_ones_are_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "lines"
     lines.append(file, {"a": float("nan"), "b": [1.5, float("-inf")], "path": file})
