@@ -15,6 +15,7 @@ from bench.cases import Case, Settings
 from bench.gpu_smoke_rows import OPERATIONS, row_operation
 from bench.gpu_smoke_steps import STEPS, three_steps
 from saefast import reference, rows, rows_triton, triton_ops
+from saefast.kernels import tuning
 from saefast.reference import stable_topk
 
 
@@ -77,6 +78,8 @@ def ops_at(size: Size, settings: Settings) -> Iterator[Named]:
     for kind in ("adam", "lean"):
         for name in OPERATIONS:
             yield f"{name} {kind}", lambda k=kind, o=name: row_operation(size.D, device, k, o, n)
+        # Wider than a program holds.
+        yield f"update_rows {kind} wide", lambda k=kind: row_operation(tuning.MAX_ROW + 8, device, k, "update_rows", 8)
 
 
 def integers(*shape: int, dtype: torch.dtype, device: str) -> Tensor:

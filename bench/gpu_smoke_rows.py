@@ -55,7 +55,7 @@ def new_job(D: int, device: str, kind: str, n: int) -> Job:
         torch.randint(50, (entries,), dtype=torch.int32, device=device),
         torch.randn(entries, device=device),
     )
-    drift = DriftTable(0.9, 0.999, 1e-8)
+    drift = DriftTable(0.9, 0.999, 1e-8, device)
     for _ in range(STEP):
         drift.add(1e-3)
     step = AdamStep(STEP, 0.9, 0.999, 1e-3, 1e-8, drift.drift, drift.drift_eps, project=True, norm=Norm.after_update)

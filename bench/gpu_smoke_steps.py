@@ -94,6 +94,7 @@ def make_hot(engine: FusedStep, x: Tensor, n: int) -> None:
     ids = counts.argsort(descending=True, stable=True)[:n].sort().values
     engine.hot.slot.fill_(-1)
     engine.hot.slot[ids] = torch.arange(n, dtype=torch.int32, device=ids.device)
+    engine.hot.loaded()
 
 
 def make_dead(engine: FusedStep | AutogradStep, every: int = 2) -> None:

@@ -3,7 +3,7 @@
 One program per row and block of columns; what needs a whole row (projection, norms) is asked for with one block only.
 A run longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
 walks a long run, and the order of additions is fixed, so results repeat bit for bit.
-What a row still owes for the steps it slept (moments' decay, drift: saefast.optim) comes as five numbers a row.
+What a row still owes for the steps it slept (moments' decay, drift) is looked up in the table of saefast.optim.
 Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
@@ -89,6 +89,31 @@ def piece_sums(
 
 
 @triton.jit
+def gradient_rows(
+    source_ptr,
+    offsets_ptr,
+    row_ptr,
+    coef_ptr,
+    pieces_ptr,
+    first_ptr,
+    out_ptr,  # (n, D) fp32
+    D,
+    BLOCK_D: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """The gradient rows themselves, for rows that are too wide for what follows."""
+    pid = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(D, BLOCK_D)
+    r = pid // blocks
+    offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < D
+    g = run_gradient(
+        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+    )
+    tl.store(out_ptr + r * D + offs_d, g, mask=mask_d)
+
+
+@triton.jit
 def unit(w):
     """w at unit norm, as saefast.rows_lean.unit."""
     return tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1.1920928955078125e-07))
@@ -102,14 +127,46 @@ def project_out(g, w):
 
 
 @triton.jit
-def settle(w, m, v, owed_ptr, r, n, NORM: tl.constexpr):
-    """What the row owes, paid: see saefast.rows.catch_up. owed (5, n): steps slept, drift, drift_eps, two decays."""
-    slept = tl.load(owed_ptr + r) > 0
-    drift, eps = tl.load(owed_ptr + n + r), tl.load(owed_ptr + 2 * n + r)
+def row_of(rows_ptr, r):
+    """The matrix's row of a job's r-th row; negative for those that only fill the job up to a fixed size."""
+    return r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+
+
+@triton.jit
+def owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2):
+    """What row i owes up to step `until` (saefast.optim.DriftTable): whether anything, drift, drift_eps, two decays."""
+    since = tl.minimum(tl.load(last_ptr + i), until)
+    slept = (until - since).to(tl.float32)
+    late = slept > 0
+    drift = tl.load(drift_ptr + since).to(tl.float32)
+    # Entries that the table does not have yet are 0, and so may v be.
+    eps = tl.where(late, tl.load(drift_eps_ptr + since).to(tl.float32), 1.0)
+    # 1 where nothing is owed, whatever 0 times the logarithm of a beta of 0 is.
+    return late, drift, eps, tl.where(late, tl.exp2(slept * log1), 1.0), tl.where(late, tl.exp2(slept * log2), 1.0)
+
+
+@triton.jit
+def settle(w, m, v, late, drift, eps, decay1, decay2, NORM: tl.constexpr):
+    """What the row owes, paid: see saefast.rows.catch_up."""
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - drift * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     moved = unit(moved) if NORM == AFTER else moved
-    return tl.where(slept, moved, w), m * tl.load(owed_ptr + 3 * n + r), v * tl.load(owed_ptr + 4 * n + r)
+    return tl.where(late, moved, w), m * decay1, v * decay2
+
+
+@triton.jit(do_not_specialize=["n", "step"])
+def mark_rows(
+    rows_ptr,  # (n,) int32
+    last_ptr,  # (R,) int32
+    n,
+    step,
+    BLOCK: tl.constexpr,
+):
+    """The rows stand at `step` now, or at a later one as before."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.load(rows_ptr + offs, mask=offs < n, other=-1)
+    last = tl.load(last_ptr + i, mask=i >= 0, other=0)
+    tl.store(last_ptr + i, tl.maximum(last, step), mask=i >= 0)
 
 
 @triton.jit
@@ -143,25 +200,31 @@ def gradient_squares(
     r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
+    i = row_of(rows_ptr, r)
     g = run_gradient(
         source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
     )
     if PROJECT:
-        i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+        # A row that is not there has no entry either: nothing to project.
+        mask_d = mask_d & (i >= 0)
         g = project_out(g, tl.load(w_ptr + i * D + offs_d, mask=mask_d, other=0.0).to(tl.float32))
     tl.store(squares_ptr + pid, tl.sum(g * g, 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["until", "log1", "log2"])
 def settle_rows(
-    rows_ptr,  # (n,) int32, or None
-    owed_ptr,  # (5, n) fp32, or None: nothing is owed, rows are scaled to unit norm only
+    rows_ptr,  # (n,) int32, or None; negative ones are passed over
+    last_ptr,  # (R,) int32, or None: nothing is owed, rows are scaled to unit norm only
+    drift_ptr,  # (steps + 1,) fp64
+    drift_eps_ptr,
     w_ptr,
     m_ptr,
     v_ptr,
     shadow_ptr,  # (R, D) bf16, or None
     norms_ptr,  # (R,) fp32, or None
-    n,
+    until,
+    log1,  # log2 β1
+    log2,
     D,
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -169,25 +232,29 @@ def settle_rows(
     """catch_up and normalise_rows."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(D, BLOCK_D)
-    r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    i = row_of(rows_ptr, pid // blocks)
     at = i * D + offs_d
-    if owed_ptr is None:
-        w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0))
-        store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
-    elif tl.load(owed_ptr + r) > 0:
-        # A column beyond the row has drift_eps below its v of 0: no 0 / 0 there, for rows that slept.
-        w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
-        w, m, v = settle(w, m, v, owed_ptr, r, n, NORM)
-        store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
-        tl.store(m_ptr + at, m, mask=mask_d)
-        tl.store(v_ptr + at, v, mask=mask_d)
+    if i >= 0:
+        if last_ptr is None:
+            w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0))
+            store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+        else:
+            late, drift, eps, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+            if late:
+                # A column beyond the row has drift_eps below its v of 0: no 0 / 0 there.
+                w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+                w, m, v = settle(w, m, v, late, drift, eps, decay1, decay2, NORM)
+                store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+                tl.store(m_ptr + at, m, mask=mask_d)
+                tl.store(v_ptr + at, v, mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["n", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"])
+@triton.jit(
+    do_not_specialize=["until", "log1", "log2", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"]
+)
 def row_update(
     source_ptr,
     offsets_ptr,
@@ -196,14 +263,18 @@ def row_update(
     pieces_ptr,  # (pieces, D) of `piece_sums`, or None: no run was cut
     first_ptr,
     rows_ptr,
-    owed_ptr,  # (5, n) fp32 up to the step before
+    last_ptr,
+    drift_ptr,
+    drift_eps_ptr,
     w_ptr,
     m_ptr,
     v_ptr,
     shadow_ptr,
     norms_ptr,
-    squares_ptr,  # (n, blocks) out
-    n,
+    squares_ptr,  # (n, blocks) out; rows that are passed over leave theirs
+    until,  # the step before
+    log1,
+    log2,
     D,
     grad_scale,
     lerp1,  # 1 - β1
@@ -222,25 +293,27 @@ def row_update(
     r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g = run_gradient(
-        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
-    )
-    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    i = row_of(rows_ptr, r)
     at = i * D + offs_d
-    w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
-    v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
-    w, m, v = settle(w, m, v, owed_ptr, r, n, NORM)
-    w = unit(w) if NORM == BEFORE else w
-    g = project_out(g, w) if PROJECT else g
-    tl.store(squares_ptr + pid, tl.sum(g * g, 0))
-    g *= grad_scale
-    m += (g - m) * lerp1
-    v = v * beta2 + lerp2 * g * g
-    w -= rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
-    w = unit(w) if NORM == AFTER else w
-    store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
-    tl.store(m_ptr + at, m, mask=mask_d)
-    tl.store(v_ptr + at, v, mask=mask_d)
+    if i >= 0:
+        g = run_gradient(
+            source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+        )
+        late, drift, due, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+        w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+        w, m, v = settle(w, m, v, late, drift, due, decay1, decay2, NORM)
+        w = unit(w) if NORM == BEFORE else w
+        g = project_out(g, w) if PROJECT else g
+        tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+        g *= grad_scale
+        m += (g - m) * lerp1
+        v = v * beta2 + lerp2 * g * g
+        w -= rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+        w = unit(w) if NORM == AFTER else w
+        store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
+        tl.store(m_ptr + at, m, mask=mask_d)
+        tl.store(v_ptr + at, v, mask=mask_d)
 
 
 # saefast.rows_lean: the hash of a row and of a column.
@@ -306,26 +379,28 @@ def lean_store_moment(m, bits, m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH: t
 
 
 @triton.jit
-def lean_settle(w, m, v, owed_ptr, r, n, NORM: tl.constexpr):
+def lean_settle(w, m, v, late, drift, eps, decay1, decay2, NORM: tl.constexpr):
     """settle, with one second moment for the whole row."""
-    slept = tl.load(owed_ptr + r) > 0
-    drift, eps = tl.load(owed_ptr + n + r), tl.load(owed_ptr + 2 * n + r)
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - tl.div_rn(drift, tl.sqrt_rn(v) + eps) * m
     moved = unit(moved) if NORM == AFTER else moved
-    return tl.where(slept, moved, w), m * tl.load(owed_ptr + 3 * n + r), v * tl.load(owed_ptr + 4 * n + r)
+    return tl.where(late, moved, w), m * decay1, v * decay2
 
 
-@triton.jit(do_not_specialize=["n", "when"])
+@triton.jit(do_not_specialize=["until", "log1", "log2", "when"])
 def lean_settle_rows(
-    rows_ptr,  # (n,) int32, or None
-    owed_ptr,  # (5, n) fp32, or None: rows are scaled to unit norm only
+    rows_ptr,  # (n,) int32, or None; negative ones are passed over
+    last_ptr,  # (R,) int32, or None: rows are scaled to unit norm only
+    drift_ptr,
+    drift_eps_ptr,
     w_ptr,  # (R, D) bf16
     m_ptr,  # (R, D) int8
     scale_ptr,  # (R, BLOCKS) bf16
     v_ptr,  # (R,) fp32
     norms_ptr,
-    n,
+    until,
+    log1,
+    log2,
     D,
     when,  # the hash of seed and step
     NORM: tl.constexpr,
@@ -335,33 +410,42 @@ def lean_settle_rows(
     BLOCK_D: tl.constexpr,
 ):
     """catch_up and normalise_rows of a lean matrix, a row a program."""
-    r = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    i = row_of(rows_ptr, tl.program_id(0).to(tl.int64))
     at = i * D + offs_d
-    if owed_ptr is None:
-        w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32))
-        lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
-    elif tl.load(owed_ptr + r) > 0:
-        w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
-        m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
-        v = tl.load(v_ptr + i)
-        offs_b = tl.arange(0, ROOM)
-        scale_ptrs, mask_b = scale_ptr + i * BLOCKS + offs_b, offs_b < BLOCKS
-        scale = tl.load(scale_ptrs, mask=mask_b, other=0.0).to(tl.float32)
-        # Every warp has read v and the scales before one of them overwrites either.
-        tl.debug_barrier()
-        w, _, v = lean_settle(w, m, v, owed_ptr, r, n, NORM)
-        lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
-        tl.store(v_ptr + i, v)
-        # Only the scales shrink: the 8-bit values stay. Rounded to nearest bf16, ties to even, bit by bit.
-        words = (scale * tl.load(owed_ptr + 3 * n + r)).to(tl.uint32, bitcast=True)
-        words = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16
-        tl.store(scale_ptrs, as_float(words).to(tl.bfloat16), mask=mask_b)
+    if i >= 0:
+        if last_ptr is None:
+            w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32))
+            lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
+        else:
+            late, drift, eps, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+            if late:
+                w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
+                m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+                v = tl.load(v_ptr + i)
+                offs_b = tl.arange(0, ROOM)
+                scale_ptrs, mask_b = scale_ptr + i * BLOCKS + offs_b, offs_b < BLOCKS
+                scale = tl.load(scale_ptrs, mask=mask_b, other=0.0).to(tl.float32)
+                # Every warp has read v and the scales before one of them overwrites either.
+                tl.debug_barrier()
+                w, _, v = lean_settle(w, m, v, late, drift, eps, decay1, decay2, NORM)
+                lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
+                tl.store(v_ptr + i, v)
+                # Only the scales shrink: the 8-bit values stay.
+                tl.store(scale_ptrs, nearest(scale * decay1).to(tl.bfloat16), mask=mask_b)
 
 
-@triton.jit(do_not_specialize=["n", "when", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"])
+@triton.jit
+def nearest(x):
+    """x rounded to the nearest bf16, ties to even, bit by bit; in fp32, so that no cast rounds it otherwise."""
+    words = x.to(tl.uint32, bitcast=True)
+    return as_float(((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16)
+
+
+@triton.jit(
+    do_not_specialize=["until", "log1", "log2", "when", "grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps"]
+)
 def lean_row_update(
     source_ptr,
     offsets_ptr,
@@ -370,14 +454,18 @@ def lean_row_update(
     pieces_ptr,
     first_ptr,
     rows_ptr,
-    owed_ptr,
+    last_ptr,
+    drift_ptr,
+    drift_eps_ptr,
     w_ptr,
     m_ptr,
     scale_ptr,
     v_ptr,
     norms_ptr,
     squares_ptr,  # (n,) out
-    n,
+    until,
+    log1,
+    log2,
     D,
     when,
     grad_scale,
@@ -398,23 +486,26 @@ def lean_row_update(
     r = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g = run_gradient(
-        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
-    )
-    i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
+    i = row_of(rows_ptr, r)
     at = i * D + offs_d
-    w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
-    m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
-    w, m, v = lean_settle(w, m, tl.load(v_ptr + i), owed_ptr, r, n, NORM)
-    w = unit(w) if NORM == BEFORE else w
-    g = project_out(g, w) if PROJECT else g
-    tl.store(squares_ptr + r, tl.sum(g * g, 0))
-    g *= grad_scale
-    m += (g - m) * lerp1
-    v = v * beta2 + lerp2 * (tl.sum(g * g, 0) / D)
-    w -= tl.div_rn(rate, tl.div_rn(tl.sqrt_rn(v), root2) + eps) * m
-    w = unit(w) if NORM == AFTER else w
-    bits = random_bits(when, i, offs_d)
-    lean_store_weights(w, bits, w_ptr, norms_ptr, i, at, mask_d)
-    lean_store_moment(m, bits, m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
-    tl.store(v_ptr + i, v)
+    if i >= 0:
+        g = run_gradient(
+            source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
+        )
+        late, drift, due, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+        w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
+        m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+        w, m, v = lean_settle(w, m, tl.load(v_ptr + i), late, drift, due, decay1, decay2, NORM)
+        w = unit(w) if NORM == BEFORE else w
+        g = project_out(g, w) if PROJECT else g
+        tl.store(squares_ptr + r, tl.sum(g * g, 0))
+        g *= grad_scale
+        m += (g - m) * lerp1
+        v = v * beta2 + lerp2 * (tl.sum(g * g, 0) / D)
+        w -= tl.div_rn(rate, tl.div_rn(tl.sqrt_rn(v), root2) + eps) * m
+        w = unit(w) if NORM == AFTER else w
+        bits = random_bits(when, i, offs_d)
+        lean_store_weights(w, bits, w_ptr, norms_ptr, i, at, mask_d)
+        lean_store_moment(m, bits, m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
+        # The sums over the row stand between this and the loads of v and the scales by other warps.
+        tl.store(v_ptr + i, v)

@@ -51,6 +51,15 @@ class DecodeLoss(NamedTuple):
     warps: int
 
 
+class Moments(NamedTuple):
+    """moments: rows a program adds up, how many are on their way at once, columns."""
+
+    rows: int
+    unroll: int
+    block_d: int
+    warps: int
+
+
 class Rows(NamedTuple):
     """row_update and its kin."""
 
@@ -176,6 +185,16 @@ def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
 
 
+def moments(D: int) -> Moments:
+    """Four columns a thread; as many rows as leave the partial sums a small share of the batch's bytes."""
+    block = min(256, max(32, _power_of_2(D)))
+    return Moments(128, 8, block, max(1, block // 128))
+
+
+# Entries that one program of fill_entries writes, and rows that one of mark_rows marks.
+ENTRIES = 1024
+# Entries of a run that sum_runs adds at a time.
+RUN = 32
 # Entries of a run that one program adds up; part of the order of additions, so of the bits.
 CUT = 256
 # Widest row that one program of row_update holds whole.

@@ -18,7 +18,7 @@ from saefast.hot import Block, HotLatents
 from saefast.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
 from saefast.optim import AnyMatrix, RowGradient
 from saefast.recipe import TrainConfig
-from saefast.runs import Entries, Runs
+from saefast.runs import Entries, Number, Runs
 from saefast.sae import SAEConfig
 
 # Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything is looked at.
@@ -70,7 +70,10 @@ class BlockGradient:
 
 @dataclasses.dataclass
 class Gradient:
-    """A batch's gradient, and what its step reports."""
+    """A batch's gradient, and what its step reports. Its loss is for the caller to look at before anything is written.
+
+    Numbers lie where they were worked out, so that a step makes the host wait for all of them at once.
+    """
 
     runs: Runs
     """Of the entries below; latents of a block have none."""
@@ -86,10 +89,10 @@ class Gradient:
     """(L,) the dead-latent counters after the batch."""
     code: Runs
     """Of the batch's whole code, AuxK's entries left out."""
-    loss: float
-    fvu: float
-    auxk: float
-    l0: float
+    loss: Number
+    fvu: Number
+    auxk: Number
+    l0: Number
 
 
 class Pass:
@@ -109,29 +112,23 @@ class Pass:
         """The whole pass.
 
         Raises:
-            InputError: x, the code or the loss is not finite.
+            InputError: x or the code is not finite.
         """
-        self.variance, squares = self.backend.moments(self.x)
-        if not 0 < self.variance <= squares * (1 + 1e-6) < OVERFLOW:
-            raise not_finite(self.model.step, math.nan, self.x)
+        variance, squares = self.backend.moments(self.x)
         self.acts, self.idx = self._encode(self.bounds[-1])
-        self._refuse_overflow()
         self.runs = self._runs(self.idx, self.acts != 0)
         since = self._counters()
-        dead_ids = self._dead_ids(since)
-        if self.model.hot is not None and dead_ids is not None and self.model.hot.has(dead_ids):
-            self.model.hot = None  # a latent's gradient has to come from one place
+        dead_ids = self._look(variance, squares, self._dead(since))
         self.model.wake(self.runs.latents)
 
         main, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
-        parts, auxk = [main], 0.0
+        parts: list[Part] = [main]
+        auxk: Number = 0.0
         if dead_ids is not None:
             part, auxk = self._auxk(dead_ids, main)
             parts += [part] if part is not None else []
-        loss += self.config.auxk_coef * auxk
-        if not math.isfinite(loss):
-            raise not_finite(self.model.step, loss, self.x)
-        return Gradient(*self._entries(parts), since, self.runs, loss, fvu, auxk, self._l0())
+        loss = loss + self.config.auxk_coef * auxk
+        return Gradient(*self._entries(parts), since, self.runs, loss, fvu, auxk, self._fired() / len(self.x))
 
     def _counters(self) -> Tensor:
         """The dead-latent counters after this batch."""
@@ -139,12 +136,37 @@ class Pass:
         if self.config.fired_above != 0 or len(self.bounds) > 1:
             return dead.after(self.acts[:, :k], self.idx[:, :k])
         # What fired is what has a run: no need to look for it again.
-        since = dead.since + (len(self.x) if self.config.dead_unit == "tokens" else 1)
-        return since.index_fill_(0, self.runs.latents.long(), 0)
+        return dead.unless(self.runs.counts(self.model.sae.n_latents) > 0, len(self.x))
 
-    def _l0(self) -> float:
-        n = len(self.runs.order) if len(self.bounds) == 1 else int((self.acts[:, : self.model.sae.k] > 0).sum())
-        return n / len(self.x)
+    def _dead(self, since: Tensor) -> Tensor | None:
+        """(n_latents,) bool: what AuxK may revive; None where there is no AuxK."""
+        dead = self.model.dead
+        return dead.mask(since if self.config.dead_update_first else dead.since) if self.config.auxk_coef else None
+
+    def _look(self, variance: Number, squares: Number, dead: Tensor | None) -> Tensor | None:
+        """The first wait for a GPU: refuses a batch before any row is settled, and counts what is dead.
+
+        Returns:
+            (n_dead,) ids for AuxK to revive, or None where it has nothing to say.
+        """
+        hot = self.model.hot
+        clashes: Number = hot.has(dead) if hot is not None and dead is not None else 0.0
+        self.variance, squares, reach, n_dead, clashing = fetched(
+            variance, squares, self._reach(), 0.0 if dead is None else dead.sum(), clashes
+        )
+        if not 0 < self.variance <= squares * (1 + 1e-6) < OVERFLOW:
+            raise not_finite(self.model.step, math.nan, self.x)
+        if not reach * reach * len(self.x) < OVERFLOW:
+            raise not_finite(self.model.step, math.nan if math.isnan(reach) else math.inf, self.x)
+        if clashing:
+            self.model.hot = None  # a latent's gradient has to come from one place
+        return placed(dead, int(n_dead)) if dead is not None and auxk_runs(int(n_dead), self.config) else None
+
+    def _fired(self) -> Number:
+        """How many latents fired, over all tokens."""
+        if len(self.bounds) > 1:
+            return (self.acts[:, : self.model.sae.k] > 0).sum()
+        return self.runs.offsets[-1]
 
     def _encode(self, k: int, latents: Tensor | None = None, relu: bool = True) -> tuple[Tensor, Tensor]:
         enc, b_enc = self.model.matrices["W_enc"], self.model.matrices["b_enc"].w[0]
@@ -153,34 +175,24 @@ class Pass:
             return ops.encode_topk(self.centred, enc.w, b_enc, k, **options)
         return screen.encode_topk_screened(self.centred, enc.shadow, enc.w, b_enc, k, **options)
 
-    def _refuse_overflow(self) -> None:
-        """Raises for a code that is not finite, or so large that the loss could not be, before any row is settled."""
+    def _reach(self) -> Number:
+        """How far a token's code may reach: NaN or inf for a code that is not finite, 0-d."""
         norms = self.model.matrices["W_dec"].norms
         largest = self.acts[:, 0].max() if norms is None else self.acts[:, 0].max() * norms.max()
-        reach = float(largest) * self.acts.shape[1]
-        if not reach * reach * len(self.x) < OVERFLOW:
-            raise not_finite(self.model.step, math.nan if math.isnan(reach) else math.inf, self.x)
-
-    def _dead_ids(self, since: Tensor) -> Tensor | None:
-        """(n_dead,) ids for AuxK to revive, or None where it has nothing to say."""
-        if not self.config.auxk_coef:
-            return None
-        dead = self.model.dead
-        ids = dead.ids(since if self.config.dead_update_first else dead.since)
-        return ids if auxk_runs(len(ids), self.config) else None
+        return largest.double() * self.acts.shape[1]
 
     def _runs(self, idx: Tensor, keep: Tensor) -> Runs:
         found: Runs = self.backend.group_runs(idx.flatten(), keep.flatten(), self.model.sae.n_latents)
         return found
 
-    def _reconstruct(self, *, with_error: bool) -> tuple[Part, float, float]:
+    def _reconstruct(self, *, with_error: bool) -> tuple[Part, Number, Number]:
         """Decode and the reconstruction losses: their part of the entries, their value, and the FVU.
 
         Makes `planes` (P or P + 1, B, D), the weighted residuals; the last one is AuxK's to fill.
         """
         (B, D), P, shape = self.x.shape, len(self.bounds), self.x.shape
         variance = torch.tensor(self.variance, dtype=torch.float64, device="cpu")
-        weight = [float(reconstruction_weight(shape, variance, self.config, self.model.mse_scale))]
+        weight: list[Number] = [float(reconstruction_weight(shape, variance, self.config, self.model.mse_scale))]
         if self.config.multi_topk_coef:
             weight.append(self.config.multi_topk_coef / self.variance)
         self.planes = self.model.buffer("planes", P + with_error, B, D)
@@ -193,7 +205,7 @@ class Pass:
             sums[0] / self.variance,
         )
 
-    def _decode(self, weight: list[float]) -> tuple[Tensor, Tensor]:
+    def _decode(self, weight: list[Number]) -> tuple[Tensor, Tensor]:
         """decode_loss, with the hot latents taken out and done as matrix products."""
         W_dec, planes = self.model.matrices["W_dec"].w, self.planes[: len(self.bounds)]
         hot = self.hot = None if self.model.hot is None else self.model.hot.block(self.acts, self.idx)
@@ -210,7 +222,7 @@ class Pass:
         there = self.grad_hot.gather(1, hot.slot)
         return torch.where(hot.is_hot, there, decoded.grad_acts), decoded.squares
 
-    def _auxk(self, dead_ids: Tensor, main: Part) -> tuple[Part | None, float]:
+    def _auxk(self, dead_ids: Tensor, main: Part) -> tuple[Part | None, Number]:
         """AuxK: dead latents reconstruct the residual. Its part, if there is one, and its value without coef."""
         assert self.error is not None
         config, plane, k = self.config, self.planes[-1], min(auxk_wanted(self.x.shape[1], self.config), len(dead_ids))
@@ -230,7 +242,7 @@ class Pass:
         )
         return Part(acts, idx, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
 
-    def _auxk_block(self, dead_ids: Tensor, k: int, weight: float, main: Part) -> auxk_block.Block:
+    def _auxk_block(self, dead_ids: Tensor, k: int, weight: Number, main: Part) -> auxk_block.Block:
         """AuxK by matrix products, which take over the main code's entries of dead latents if there may be any."""
         assert self.error is not None
         config, enc, dec = self.config, self.model.matrices["W_enc"], self.model.matrices["W_dec"]
@@ -243,7 +255,7 @@ class Pass:
             *(self.centred, self.error, self.planes[-1], encoder, dead_ids, k, weight), relu=config.auxk_relu, code=code
         )
 
-    def _auxk_weight(self, error: Tensor, n_dead: int) -> float:
+    def _auxk_weight(self, error: Tensor, n_dead: int) -> Number:
         """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
         B, D = error.shape
         few = min(n_dead / auxk_wanted(D, self.config), 1.0) if self.config.auxk_scale_few_dead else 1.0
@@ -251,7 +263,9 @@ class Pass:
             return few / B
         if self.config.auxk_denominator == "inputs":
             return few / self.variance
-        unexplained = self.backend.moments(error)[0]
+        unexplained: Number = self.backend.moments(error)[0]
+        if isinstance(unexplained, Tensor):
+            return torch.where(unexplained > 0, few / unexplained, 0.0)
         return few / unexplained if unexplained > 0 else 0.0
 
     def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
@@ -305,8 +319,26 @@ def _joined(parts: list[Part], name: str) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def serial_sum(values: Tensor) -> float:
+def serial_sum(values: Tensor) -> Number:
     """Σ values in float64 and in an order that does not depend on the number of threads."""
     if values.device.type != "cpu":
-        return float(values.double().sum())
+        return values.double().sum()
     return float(values.double().numpy().sum())
+
+
+def fetched(*values: Number) -> list[float]:
+    """The numbers, on the host, which waits once for those that lie on a GPU."""
+    away = [v for v in values if isinstance(v, Tensor) and v.device.type != "cpu"]
+    if not away:
+        return [float(v) for v in values]
+    # One after the other they would cost a wait each. In float64, which holds counts below 2**53 too.
+    found = iter(torch.stack([v.double() for v in away]).tolist())
+    return [next(found) if any(v is a for a in away) else float(v) for v in values]
+
+
+def placed(mask: Tensor, n: int) -> Tensor:
+    """(n,) ascending int64: where the n true values of mask (L,) are."""
+    if mask.device.type == "cpu":
+        return mask.nonzero().squeeze(1)
+    # Their number is known, so the host need not wait for it again.
+    return torch.searchsorted(mask.cumsum(0), torch.arange(1, n + 1, dtype=torch.int64, device=mask.device))

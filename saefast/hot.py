@@ -3,7 +3,8 @@
 An entry of the sparse code costs the bytes of one row; a column of a dense block costs the arithmetic of B entries.
 With BW bytes and F operations a second the two meet at a firing share of (bytes of a weight / 2) · BW / F. Latents
 above it form a block A (B, H): decode gains A W_hot, gradients come from three products, and the rest stays sparse.
-Same results within rounding.
+Same results within rounding, for the block's products run in fp32 whatever dtype the weights have: in bf16 they would
+round the largest activations of all to 8 bits. So F is fp32's rate.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from saefast.devices import DEVICES, find
-from saefast.runs import Runs
 
 REFRESH_EVERY = 100
 # The block's columns come in multiples of this, the hottest latents first.
@@ -27,8 +27,9 @@ def threshold(device: torch.device, dtype: torch.dtype) -> float | None:
     key = find(torch.cuda.get_device_name(device))
     if key is None:
         return None
-    known = DEVICES[key]
-    return break_even(known.flops if dtype == torch.bfloat16 else known.flops_fp32, known.bandwidth, dtype.itemsize)
+    # By bf16's rate an H200 would take latents from 0.5 % of tokens on: at (4096, 131k, k = 64) some 1,200, whose block
+    # takes 5 ms in fp32 and spares 0.8 ms of gathers.
+    return break_even(DEVICES[key].flops_fp32, DEVICES[key].bandwidth, dtype.itemsize)
 
 
 def break_even(flops: float, bandwidth: float, weight_bytes: int) -> float:
@@ -61,29 +62,32 @@ class HotLatents:
         self.rate = torch.zeros(n_latents, dtype=torch.float32, device=device)
         self.slot = torch.full((n_latents,), -1, dtype=torch.int32, device=device)
 
-    @property
-    def ids(self) -> Tensor:
-        """(H,) int64, ascending."""
+        self.ids = self._chosen()
+
+    def _chosen(self) -> Tensor:
+        """(H,) int64, ascending. The host waits for their number."""
         return (self.slot >= 0).nonzero().squeeze(1)
 
-    def has(self, ids: Tensor) -> bool:
-        """Whether one of ids (n,) is hot."""
-        return bool((self.slot[ids] >= 0).any())
+    def has(self, mask: Tensor) -> Tensor:
+        """Whether a latent of mask (n_latents,) bool is hot, 0-d."""
+        return ((self.slot >= 0) & mask).any()
 
-    def count(self, runs: Runs, n_tokens: int, step: int) -> None:
-        """Takes note of the runs of a batch's code, and picks anew every REFRESH_EVERY steps."""
-        fired = torch.zeros_like(self.rate)
-        fired[runs.latents.long()] = (runs.offsets[1:] - runs.offsets[:-1]).to(fired.dtype)
-        self.rate.lerp_(fired / n_tokens, 1 / min(step + 1, REFRESH_EVERY))
+    def after(self, counts: Tensor, n_tokens: int, step: int) -> Tensor:
+        """The rates as they stand after a batch with counts (n_latents,) of entries; see `take`."""
+        return self.rate.lerp(counts.to(self.rate.dtype) / n_tokens, 1 / min(step + 1, REFRESH_EVERY))
+
+    def above(self, rate: Tensor, step: int) -> Tensor | float:
+        """How many latents are to be hot after a step with these rates, 0-d; 0 where none are chosen after it."""
+        return (rate > self.share).sum() if (step + 1) % REFRESH_EVERY == 0 else 0.0
+
+    def take(self, rate: Tensor, above: int, step: int) -> None:
+        """Takes over a step's `after` and `above`, and chooses anew every REFRESH_EVERY steps."""
+        self.rate = rate
         if (step + 1) % REFRESH_EVERY == 0:
-            self._pick()
-
-    def _pick(self) -> None:
-        above = int((self.rate > self.share).sum())
-        order = self.rate.argsort(descending=True, stable=True)
-        ids = order[: above // COLUMNS * COLUMNS].sort().values
-        self.slot.fill_(-1)
-        self.slot[ids] = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+            order = rate.argsort(descending=True, stable=True)
+            self.ids = order[: above // COLUMNS * COLUMNS].sort().values
+            self.slot.fill_(-1)
+            self.slot[self.ids] = torch.arange(len(self.ids), dtype=torch.int32, device=rate.device)
 
     def block(self, acts: Tensor, idx: Tensor) -> Block | None:
         """The hot part of a code acts, idx (B, K); None while nothing is hot."""
@@ -99,3 +103,7 @@ class HotLatents:
 
     def state(self) -> dict[str, Tensor]:
         return {"hot.rate": self.rate, "hot.slot": self.slot}
+
+    def loaded(self) -> None:
+        """The tensors of `state` were given other values."""
+        self.ids = self._chosen()

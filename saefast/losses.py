@@ -117,19 +117,28 @@ class DeadLatents:
 
     def after(self, acts: Tensor, idx: Tensor) -> Tensor:
         """The counters as they stand after a batch's code (B, k); assign them to `since` once the step is sure."""
-        n_rows = acts.shape[0]
-        above = self.config.fired_above
-        fired = (idx if above is None else idx[acts > above]).flatten().long()
+        n_latents, above = len(self.since), self.config.fired_above
+        fired = idx if above is None else torch.where(acts > above, idx, n_latents)
+        # One place more, for what did not fire: to leave it out would make the host count the rest.
+        hit = self.since.new_zeros(n_latents + 1, dtype=torch.bool)
+        return self.unless(hit.index_fill_(0, fired.flatten().long(), True)[:-1], acts.shape[0])
+
+    def unless(self, fired: Tensor, n_rows: int) -> Tensor:
+        """The counters after a batch of n_rows in which the latents of fired (n_latents,) bool fired."""
         since = self.since + (n_rows if self.config.dead_unit == "tokens" else 1)
-        return since.index_fill_(0, fired, 0)
+        return since.masked_fill_(fired, 0)
+
+    def mask(self, since: Tensor) -> Tensor:
+        """(n_latents,) bool: which latents these counters call dead."""
+        return since >= self.config.dead_after
 
     def ids(self, since: Tensor) -> Tensor:
         """(n_dead,) ascending int64 ids of the latents that these counters call dead."""
-        return (since >= self.config.dead_after).nonzero().squeeze(1)
+        return self.mask(since).nonzero().squeeze(1)
 
     def share(self) -> Tensor:
         """Dead latents over all latents, 0-d."""
-        return (self.since >= self.config.dead_after).float().mean()
+        return self.mask(self.since).float().mean()
 
 
 class Losses(NamedTuple):

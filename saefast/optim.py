@@ -174,7 +174,10 @@ AnyMatrix = Matrix | LeanMatrix
 
 
 class Job(NamedTuple):
-    """One matrix's part in an update: `rows` (n,) int32 ascending, or None for all, with a gradient row for each."""
+    """One matrix's part in an update: `rows` (n,) int32 ascending, or None for all, with a gradient row for each.
+
+    Where `rows` comes from `Runs.latents`, -1 may follow the last row: there is nothing to update.
+    """
 
     matrix: AnyMatrix
     step: AdamStep
@@ -197,17 +200,20 @@ class DriftTable:
     drift_eps[s] = eps · Σ(weight · √c2 β2^(-n/2)) / Σ weight, which is right to first order in eps / √v and errs by at
     most a share eps / (√v + eps) of the drift where eps dominates. A decoder whose rows are set to unit norm after
     each step is scaled once after the whole drift, which differs to second order in the drift.
+
+    Args:
+        device: where the table lies and is kept up to date: that of the rows that are settled by it.
     """
 
-    def __init__(self, beta1: float, beta2: float, eps: float) -> None:
-        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+    def __init__(self, beta1: float, beta2: float, eps: float, device: torch.device | str = "cpu") -> None:
+        self.beta1, self.beta2, self.eps, self.device = beta1, beta2, eps, device
         # What a term falls by from step to step, in the sum of weights and in that of the means of eps.
         self.ratio, self.eps_ratio = (beta1 / beta2**power if beta1 > 0 else 0.0 for power in (0.5, 1.0))
         self.steps = 0
         # Row 0: Σ weight. Row 1: Σ weight · √c2 β2^(-n/2).
-        self.sums = torch.zeros(2, 1024, dtype=torch.float64, device="cpu")
+        self.sums = torch.zeros(2, 1024, dtype=torch.float64, device=device)
         # As read: drift and drift_eps. Entry `steps` is 0, for nothing is owed there.
-        self.table = torch.zeros(2, 1024, dtype=torch.float64, device="cpu")
+        self.table = torch.zeros(2, 1024, dtype=torch.float64, device=device)
         self.window = self._window()
 
     def _window(self) -> int:
@@ -223,7 +229,7 @@ class DriftTable:
         self._grow()
         t = self.steps
         first = max(t - self.window, 0)
-        n = torch.arange(t - first, 0, -1, dtype=torch.float64, device="cpu")
+        n = torch.arange(t - first, 0, -1, dtype=torch.float64, device=self.device)
         c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
         rate, part = lr * math.sqrt(c2) / c1, slice(first, t)
         self.sums[0, part] += rate * self.ratio**n
@@ -259,7 +265,7 @@ class DriftTable:
             raise InputError(f"drift is {sums.dtype} {tuple(sums.shape)}: expected float64 (2, steps + 1)")
         self.steps = sums.shape[1] - 1
         capacity = max(1024, 1 << (self.steps + 1).bit_length())
-        self.sums = torch.zeros(2, capacity, dtype=torch.float64, device="cpu")
-        self.sums[:, : self.steps + 1] = sums.cpu()
+        self.sums = torch.zeros(2, capacity, dtype=torch.float64, device=self.device)
+        self.sums[:, : self.steps + 1] = sums
         self.table = torch.zeros_like(self.sums)
         self._read(slice(0, self.steps))

@@ -14,7 +14,7 @@ from torch import Tensor
 from saefast import native, rows_lean
 from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.reference import accumulate_dtype
-from saefast.runs import Decoded, Entries, Runs, group_runs
+from saefast.runs import Decoded, Entries, Number, Runs, group_runs
 
 __all__ = [
     "Decoded",
@@ -96,7 +96,7 @@ def decode_loss(
     idx: Tensor,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    weight: list[float],
+    weight: list[Number],
     bounds: list[int],
     residual: Tensor,
     *,
@@ -198,9 +198,8 @@ def _copies(matrix: Matrix, ids: Tensor) -> None:
         matrix.norms[ids] = matrix.w[ids].norm(dim=1)
 
 
-def _projected(job: Job) -> Tensor:
-    """The job's gradient rows, without their part along the weights' rows where the step asks for that."""
-    grad = gradient_rows(job.gradient)
+def _projected(job: Job, grad: Tensor) -> Tensor:
+    """The job's gradient rows (n, D), without their part along the weights' rows where the step asks for that."""
     if not job.step.project:
         return grad
     w = job.matrix.w if job.rows is None else job.matrix.w[job.rows.long()]
@@ -209,25 +208,35 @@ def _projected(job: Job) -> Tensor:
 
 def gradient_squares(job: Job) -> None:
     """Fills job.squares and nothing else: the first pass of clipping by the global norm."""
-    torch.sum(_projected(job).square(), dim=1, out=job.squares)
+    squares_of(job, gradient_rows(job.gradient))
+
+
+def squares_of(job: Job, grad: Tensor) -> None:
+    """gradient_squares with the gradient rows (n, D) given."""
+    torch.sum(_projected(job, grad).square(), dim=1, out=job.squares)
 
 
 def update_rows(jobs: list[Job]) -> None:
     """One step for the rows of every job, each caught up to the step before first. Fills job.squares."""
     for job in jobs:
-        if isinstance(job.matrix, LeanMatrix):
-            rows_lean.update(job, job.matrix, gradient_rows(job.gradient))
-        else:
-            _adam(job, job.matrix)
+        update_by(job, gradient_rows(job.gradient))
 
 
-def _adam(job: Job, matrix: Matrix) -> None:
+def update_by(job: Job, grad: Tensor) -> None:
+    """A job of update_rows with the gradient rows (n, D) given, which it may overwrite."""
+    if isinstance(job.matrix, LeanMatrix):
+        rows_lean.update(job, job.matrix, grad)
+    else:
+        _adam(job, job.matrix, grad)
+
+
+def _adam(job: Job, matrix: Matrix, grad: Tensor) -> None:
     step = job.step
     catch_up(matrix, step._replace(step=step.step - 1), job.rows)
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if job.rows is None else job.rows.long()
     if step.norm == Norm.before_update:
         matrix.w[ids] = rows_lean.unit(matrix.w[ids])
-    grad = _projected(job)
+    grad = _projected(job, grad)
     torch.sum(grad.square(), dim=1, out=job.squares)
     grad *= step.grad_scale
     w, m, v = matrix.w[ids], matrix.m[ids], matrix.v[ids]

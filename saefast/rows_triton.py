@@ -1,12 +1,14 @@
 """The row operations on a GPU: `saefast.rows`' functions over kernels/decode_loss.py and kernels/row_update.py.
 
-On plain torch, because no kernel of theirs exists: `moments`, `group_runs` (one stable sort), and matrices whose rows
-are wider than one program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does) or
-whose weights are neither float32 nor lean. Everything repeats bit for bit: no float atomics, sums in fixed order.
-What sleeping rows owe is read from the drift table, which is copied to the device at every call: 8 bytes a step taken.
+Everything repeats bit for bit: no float atomics, sums in fixed order. Nothing makes the host wait for the GPU, so jobs
+may name more rows than there are (`Runs.latents`): those of -1 are passed over. The exception is rows wider than one
+program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does): plain torch takes
+them, some at a time, with gradient rows that the kernels sum.
 No GPU has run this module yet: it is unproven on a GPU.
 """
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,13 +16,13 @@ import triton
 from torch import Tensor
 
 from saefast import rows as plain
+from saefast.batch_triton import constant, fill_entries, group_runs, moments
 from saefast.kernels import decode_loss as decode_kernels
 from saefast.kernels import row_update as row_kernels
 from saefast.kernels import tuning
 from saefast.optim import AdamStep, AnyMatrix, Job, LeanMatrix, Norm, RowGradient
-from saefast.rows import group_runs, moments
 from saefast.rows_lean import COLUMN, NORMALISED, WORD, mix
-from saefast.runs import Decoded, Entries, Runs
+from saefast.runs import Decoded, Number
 from saefast.triton_launch import architecture, on_device, readable, sweeps
 
 __all__ = [
@@ -50,23 +52,15 @@ class Pieces(NamedTuple):
     """(runs + 1,) int32."""
 
 
-def fill_entries(
-    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
-) -> Entries:
-    found = plain.fill_entries(runs, acts, grad, columns, bounds, n_tokens, n_latents)
-    # index_add_ adds in no fixed order on a GPU.
-    sums = acts.new_zeros(n_latents)
-    if len(runs.latents):
-        lengths = (runs.offsets[1:] - runs.offsets[:-1]).long()
-        sums[runs.latents.long()] = torch.segment_reduce(found.enc_coef, "sum", lengths=lengths, unsafe=True)
-    return found._replace(grad_by_latent=sums)
-
-
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
+    """As `saefast.rows.weighted_row_sum`; rows of -1 add nothing."""
     n = len(W) if rows is None else len(rows)
+    if rows is not None and coef is not None:
+        rows, coef = rows.clamp_min(0), torch.where(rows < 0, 0, coef)
     if W.dtype not in (torch.float32, torch.bfloat16) or n <= tuning.CUT:
         return plain.weighted_row_sum(W, rows, coef)
-    pieces = _cut(readable(W), torch.tensor([0, n], dtype=torch.int32, device=W.device), rows, coef, n)
+    ends = torch.arange(0, n + 1, n, dtype=torch.int32, device=W.device)
+    pieces = _cut(readable(W), ends, rows, coef, n)
     assert pieces is not None
     return pieces.sums[: -(-n // tuning.CUT)].sum(0)
 
@@ -77,7 +71,7 @@ def decode_loss(
     idx: Tensor,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    weight: list[float],
+    weight: list[Number],
     bounds: list[int],
     residual: Tensor,
     *,
@@ -93,12 +87,13 @@ def decode_loss(
     squares, grad_acts = x.new_empty(P, B), x.new_empty(B, K)
     if B == 0:
         return Decoded(squares, grad_acts)
+    # Filled in on the device: to copy them there would make the host wait.
+    weights = torch.stack([w.float() if isinstance(w, Tensor) else x.new_full((), w) for w in weight])
 
     def launch(config: tuning.DecodeLoss) -> None:
         decode_kernels.decode_loss[(B,)](
             x.contiguous(), acts.contiguous(), idx.contiguous(), readable(W_dec), b_dec,
-            x.new_tensor(weight), torch.tensor(bounds, dtype=torch.int32, device=x.device),
-            residual, error, squares, grad_acts, B, D, K,
+            weights, constant(tuple(bounds), x.device), residual, error, squares, grad_acts, B, D, K,
             P=P, BY_LATENT=by_latent, RELU=relu, BLOCK_P=triton.next_power_of_2(P), BLOCK_K=config.block_k,
             BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1, enable_fp_fusion=FUSION,
         )  # fmt: skip
@@ -114,107 +109,152 @@ def decode_loss(
 
 def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     if not _served(matrix, step):
-        return plain.catch_up(matrix, step, rows)
-    owed = _owed(matrix, step, step.step, rows)
-    _settle(matrix, step, rows, owed)
-    if rows is None:
-        matrix.last_step.clamp_min_(step.step)
-    else:
-        ids = rows.long()
-        matrix.last_step[ids] = matrix.last_step[ids].clamp_min(step.step)
-    return None
+        for part in _few(matrix, rows):
+            plain.catch_up(matrix, step, part)
+        return
+    _settle(matrix, step, rows, owing=True)
+    _mark(matrix, rows, step.step)
 
 
 def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
-    if not _served(matrix, step._replace(norm=Norm.after_update)):
-        return plain.normalise_rows(matrix, step, rows)
-    return _settle(matrix, step._replace(norm=Norm.after_update), rows, None)
-
-
-def gradient_squares(job: Job) -> None:
-    matrix, gradient = job.matrix, job.gradient
-    if not _served(matrix, job.step):
-        return plain.gradient_squares(job)
-    n, D = len(gradient.offsets) - 1, matrix.w.shape[1]
-    if n == 0:
-        return None
-    config, blocks, squares = _launch(matrix, job.step, n)
-    pieces = _cut(gradient.source, gradient.offsets, gradient.row, gradient.coef, len(gradient.row))
-    with on_device(matrix.w):
-        row_kernels.gradient_squares[(n * blocks,)](
-            *_gradient(gradient, pieces), job.rows, matrix.w, squares, D, PROJECT=job.step.project,
-            UNROLL=config.unroll, **_options(config),
-        )  # fmt: skip
-    return _add_squares(job, squares)
+    step = step._replace(norm=Norm.after_update)
+    if _served(matrix, step):
+        return _settle(matrix, step, rows, owing=False)
+    for part in _few(matrix, rows):
+        plain.normalise_rows(matrix, step, part)
+    return None
 
 
 class Prepared(NamedTuple):
     """A job with all the memory it takes, so that running out of it comes before the first row is written."""
 
     job: Job
-    owed: Tensor
     pieces: Pieces | None
     squares: Tensor
+    """(n, blocks a row) of fp32 zeros."""
+
+
+def gradient_squares(job: Job) -> None:
+    prepared = _prepare(job)
+    _, pieces, squares = prepared
+    if len(squares) == 0:
+        return
+    if not _served(job.matrix, job.step):
+        for part, grad in _wide(prepared):
+            plain.squares_of(part, grad)
+        return
+    config, D = _config(job.matrix, job.step), job.matrix.w.shape[1]
+    with on_device(squares):
+        row_kernels.gradient_squares[(squares.numel(),)](
+            *_gradient(job.gradient, pieces), job.rows, job.matrix.w, squares, D, PROJECT=job.step.project,
+            UNROLL=config.unroll, **_options(config),
+        )  # fmt: skip
+    torch.sum(squares, dim=1, out=job.squares)
 
 
 def update_rows(jobs: list[Job]) -> None:
-    served = [_served(job.matrix, job.step) for job in jobs]
-    prepared = [_prepare(job) for job, by_kernel in zip(jobs, served, strict=True) if by_kernel]
-    for part in prepared:
-        _update(part)
-    plain.update_rows([job for job, by_kernel in zip(jobs, served, strict=True) if not by_kernel])
+    for prepared in [_prepare(job) for job in jobs]:
+        if len(prepared.squares) == 0:
+            continue
+        if _served(prepared.job.matrix, prepared.job.step):
+            _update(prepared)
+        else:
+            for part, grad in _wide(prepared):
+                plain.update_by(part, grad)
 
 
 def _prepare(job: Job) -> Prepared:
-    gradient, n = job.gradient, len(job.gradient.offsets) - 1
-    squares = _launch(job.matrix, job.step, n)[2]
-    pieces = _cut(gradient.source, gradient.offsets, gradient.row, gradient.coef, len(gradient.row)) if n else None
-    return Prepared(job, _owed(job.matrix, job.step, job.step.step - 1, job.rows), pieces, squares)
+    g, n, D = job.gradient, len(job.gradient.offsets) - 1, job.matrix.w.shape[1]
+    blocks = triton.cdiv(D, _config(job.matrix, job.step).block_d)
+    squares = torch.zeros((n, blocks), dtype=torch.float32, device=job.matrix.w.device)
+    return Prepared(job, _cut(g.source, g.offsets, g.row, g.coef, len(g.row)) if n else None, squares)
 
 
 def _update(prepared: Prepared) -> None:
-    job, owed, pieces, squares = prepared
-    matrix, step, n = job.matrix, job.step, len(job.gradient.offsets) - 1
-    if n == 0:
-        return
-    config, blocks, _ = _launch(matrix, step, 0)
+    job, pieces, squares = prepared
+    matrix, step, D = job.matrix, job.step, job.matrix.w.shape[1]
+    config = _config(matrix, step)
     rate, root2 = step.lr / (1 - step.beta1**step.step), (1 - step.beta2**step.step) ** 0.5
     numbers = (float(step.grad_scale), 1 - step.beta1, step.beta2, 1 - step.beta2, rate, root2, step.eps)
     options = dict(PROJECT=step.project, NORM=int(step.norm), UNROLL=config.unroll, **_options(config))
-    given, D = (*_gradient(job.gradient, pieces), job.rows, owed), matrix.w.shape[1]
+    given, until = (*_gradient(job.gradient, pieces), job.rows, *_owing(matrix, step)), _until(step, step.step - 1)
     with on_device(matrix.w):
         if isinstance(matrix, LeanMatrix):
-            row_kernels.lean_row_update[(n,)](
-                *given, *_lean(matrix), squares, n, D, _when(matrix, step), *numbers, **_blocks(matrix), **options
-            )
+            row_kernels.lean_row_update[(len(squares),)](
+                *given, *_lean(matrix), squares, *until, D, _when(matrix, step), *numbers,
+                **_blocks(matrix), **options,
+            )  # fmt: skip
         else:
-            row_kernels.row_update[(n * blocks,)](
-                *given, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, squares, n, D, *numbers, **options
-            )
-    if job.rows is None:
-        matrix.last_step.fill_(step.step)
-    else:
-        matrix.last_step[job.rows.long()] = step.step
-    _add_squares(job, squares)
+            row_kernels.row_update[(squares.numel(),)](
+                *given, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, squares, *until, D, *numbers,
+                **options,
+            )  # fmt: skip
+    _mark(matrix, job.rows, step.step)
+    torch.sum(squares, dim=1, out=job.squares)
 
 
-def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, owed: Tensor | None) -> None:
+def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, *, owing: bool) -> None:
     n, D = len(matrix.w) if rows is None else len(rows), matrix.w.shape[1]
     if n == 0:
         return
-    config, blocks, _ = _launch(matrix, step, 0)
+    config = _config(matrix, step)
     options = dict(NORM=int(step.norm), **_options(config))
+    given, until = (rows, *(_owing(matrix, step) if owing else (None,) * 3)), _until(step, step.step)
     with on_device(matrix.w):
         if isinstance(matrix, LeanMatrix):
-            salt = 0 if owed is not None else NORMALISED
             row_kernels.lean_settle_rows[(n,)](
-                rows, owed, *_lean(matrix), n, D, _when(matrix, step, salt), **_blocks(matrix),
+                *given, *_lean(matrix), *until, D, _when(matrix, step, 0 if owing else NORMALISED), **_blocks(matrix),
                 ROOM=triton.next_power_of_2(matrix.scale.shape[1]), **options,
             )  # fmt: skip
         else:
-            row_kernels.settle_rows[(n * blocks,)](
-                rows, owed, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, n, D, **options
+            row_kernels.settle_rows[(n * triton.cdiv(D, config.block_d),)](
+                *given, matrix.w, matrix.m, matrix.v, matrix.shadow, matrix.norms, *until, D, **options
             )
+
+
+def _owing(matrix: AnyMatrix, step: AdamStep) -> tuple[Tensor, ...]:
+    return matrix.last_step, step.drift, step.drift_eps
+
+
+def _until(step: AdamStep, until: int) -> tuple[int, float, float]:
+    """The step that rows are settled up to, and the logarithms of the decays."""
+    log1, log2 = (math.log2(beta) if beta > 0 else -math.inf for beta in (step.beta1, step.beta2))
+    return until, log1, log2
+
+
+def _mark(matrix: AnyMatrix, rows: Tensor | None, step: int) -> None:
+    """Rows stand at `step` now. Apart from what moves them: the programs of a row's blocks all read where it stood."""
+    if rows is None:
+        matrix.last_step.clamp_min_(step)
+    elif len(rows):
+        with on_device(rows):
+            row_kernels.mark_rows[(triton.cdiv(len(rows), tuning.ENTRIES),)](
+                rows, matrix.last_step, len(rows), step, BLOCK=tuning.ENTRIES, num_warps=4, num_stages=1
+            )
+
+
+def _few(matrix: AnyMatrix, rows: Tensor | None) -> Iterator[Tensor]:
+    """The rows, as many at a time as plain torch's temporaries should hold. Waits for their number."""
+    every = torch.arange(len(matrix.w), dtype=torch.int32, device=matrix.w.device)
+    rows = every if rows is None else rows[rows >= 0]
+    yield from (part for part in rows.split(max(plain.GATHER // matrix.w.shape[1], 1)) if len(part))
+
+
+def _wide(prepared: Prepared) -> Iterator[tuple[Job, Tensor]]:
+    """A job in parts of `_few` rows each, and their gradient rows (n, D)."""
+    job, pieces, _ = prepared
+    D, begin = job.matrix.w.shape[1], 0
+    job.squares.zero_()  # of rows that are not there too
+    config = tuning.rows(D, False)
+    for rows in _few(job.matrix, job.rows):
+        part, grad = slice(begin, begin := begin + len(rows)), rows.new_empty((len(rows), D), dtype=torch.float32)
+        runs = job.gradient._replace(offsets=job.gradient.offsets[part.start :])
+        cut = pieces and pieces._replace(first=pieces.first[part.start :])
+        with on_device(grad):
+            row_kernels.gradient_rows[(len(rows) * triton.cdiv(D, config.block_d),)](
+                *_gradient(runs, cut), grad, D, UNROLL=config.unroll, **_options(config)
+            )
+        yield job._replace(rows=rows, squares=job.squares[part]), grad
 
 
 def _lean(matrix: LeanMatrix) -> tuple[Tensor | None, ...]:
@@ -245,34 +285,17 @@ def _served(matrix: AnyMatrix, step: AdamStep) -> bool:
     return known and (matrix.w.shape[1] <= tuning.MAX_ROW or not _whole_rows(matrix, step))
 
 
-def _launch(matrix: AnyMatrix, step: AdamStep, n: int) -> tuple[tuning.Rows, int, Tensor]:
-    """Settings, blocks a row, and room for the squares of each block."""
+def _config(matrix: AnyMatrix, step: AdamStep) -> tuning.Rows:
     D = matrix.w.shape[1]
-    config = tuning.rows(D, _whole_rows(matrix, step))
-    blocks = triton.cdiv(D, config.block_d)
-    return config, blocks, matrix.w.new_empty((n, blocks), dtype=torch.float32)
+    return tuning.rows(D, _whole_rows(matrix, step) and D <= tuning.MAX_ROW)
 
 
 def _options(config: tuning.Rows) -> dict[str, int]:
     return dict(BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1, maxnreg=tuning.ROW_REGISTERS)
 
 
-def _add_squares(job: Job, squares: Tensor) -> None:
-    torch.sum(squares, dim=1, out=job.squares)
-
-
 def _gradient(g: RowGradient, pieces: Pieces | None) -> tuple[Tensor | None, ...]:
     return g.source, g.offsets, g.row, g.coef, *(pieces or (None, None))
-
-
-def _owed(matrix: AnyMatrix, step: AdamStep, until: int, rows: Tensor | None) -> Tensor:
-    """(5, n) fp32: steps each row slept up to `until`, its drift and drift_eps, and the decays of m and v."""
-    since = (matrix.last_step if rows is None else matrix.last_step[rows.long()]).clamp_max(until).long()
-    slept = (until - since).double()
-    table = torch.stack([step.drift[: until + 1], step.drift_eps[: until + 1]]).float().to(since.device)
-    drift, eps = table[:, since]
-    eps = torch.where(slept > 0, eps, 1)  # entries the table does not have yet are 0, and so may v be
-    return torch.stack([slept.float(), drift, eps, (step.beta1**slept).float(), (step.beta2**slept).float()])
 
 
 def _cut(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | None, n_entries: int) -> Pieces | None:

@@ -8,22 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# A number on the host, or 0-d on the device that it was worked out on: the host need not wait for it.
+Number = float | Tensor
+
 
 class Runs(NamedTuple):
     """Entries grouped by latent, in the order of the batch within a latent."""
 
     order: Tensor
-    """(n,) int32: positions in the flattened code, latent by latent."""
+    """(n,) int32: positions in the flattened code, latent by latent. Those beyond offsets[-1] belong to none."""
     latents: Tensor
-    """(U,) int32, ascending: latents that have an entry."""
+    """(U,) int32, ascending: latents that have an entry. On a GPU, where counting them would make the host wait, as
+    many as there may be: -1, with an empty run, follows the last one."""
     offsets: Tensor
     """(U + 1,) int32: run r is order[offsets[r] : offsets[r + 1]]."""
 
+    def counts(self, n_latents: int) -> Tensor:
+        """(n_latents,) int32: entries of every latent."""
+        counts = self.offsets.new_zeros(n_latents + 1)
+        # A latent of -1 writes its count of 0 behind those of all others.
+        counts[self.latents.long()] = self.offsets.diff()
+        return counts[:-1]
+
     def over_all(self, n_latents: int) -> Tensor:
         """(n_latents + 1,) int32: offsets of every latent's run, empty ones included."""
-        counts = self.offsets.new_zeros(n_latents + 1)
-        counts[self.latents.long() + 1] = self.offsets[1:] - self.offsets[:-1]
-        return counts.cumsum(0).int()
+        offsets = self.offsets.new_zeros(n_latents + 1)
+        torch.cumsum(self.counts(n_latents), 0, dtype=torch.int32, out=offsets[1:])
+        return offsets
 
 
 class Entries(NamedTuple):

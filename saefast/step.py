@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +18,14 @@ from torch import Tensor
 from saefast import ambient, rows, screen
 from saefast.engine import State, StepStats, check_batch, not_finite
 from saefast.errors import InputError
-from saefast.gradient import Gradient, Model, Pass, serial_sum
+from saefast.gradient import Gradient, Model, Pass, fetched, serial_sum
 from saefast.hot import HotLatents, threshold
 from saefast.init import scale_encoder_, start_b_dec_
 from saefast.losses import DeadLatents, inverse_variance
 from saefast.optim import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 from saefast.recipe import TrainConfig, lr_factor
 from saefast.reference import accumulate_dtype
+from saefast.runs import Number
 from saefast.sae import SAE
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -80,7 +81,7 @@ class FusedStep:
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
-        self.drift = DriftTable(config.beta1, config.beta2, config.eps)
+        self.drift = DriftTable(config.beta1, config.beta2, config.eps, sae.device)
         self.matrices = self._new_state(screened)
         self.hot = self._new_hot(hot_share)
         self.ema: dict[str, Tensor] | None = None
@@ -156,14 +157,14 @@ class FusedStep:
         x = x.to(self.dtype).contiguous()
         gradient = self._gradient(x)
         lr, jobs = self.lr(), self._jobs(gradient)
+        sure = self._look(gradient, jobs, x)
         if self.config.max_grad_norm is not None:
-            norm = self._norm_first(jobs, gradient, x)
-            scale = min(1.0, self.config.max_grad_norm / (norm + 1e-6))
+            scale = min(1.0, self.config.max_grad_norm / (sure.norm + 1e-6))
             jobs = [job._replace(step=job.step._replace(grad_scale=scale)) for job in jobs]
         with uninterrupted():
-            self._commit(gradient, jobs, lr, len(x))
+            self._commit(gradient, sure, jobs, lr)
         norm = total_norm(jobs)
-        return StepStats(gradient.loss, gradient.fvu, gradient.l0, self.dead.share(), gradient.auxk, norm, lr)
+        return StepStats(sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr)
 
     def lr(self) -> float:
         """The learning rate of the step to come."""
@@ -235,16 +236,28 @@ class FusedStep:
         ]
         return [j._replace(squares=g.b_dec.new_zeros(len(j.gradient.offsets) - 1)) for j in jobs]
 
-    def _norm_first(self, jobs: list[Job], g: Gradient, x: Tensor) -> float:
-        """The gradients' global norm, for clipping, before anything is written."""
-        for job in jobs:
-            rows.backend(job.matrix.w).gradient_squares(job)
-        norm = total_norm(jobs)
-        if not math.isfinite(norm):
-            raise not_finite(self.step_count, g.loss, x)
-        return norm
+    def _look(self, g: Gradient, jobs: list[Job], x: Tensor) -> "Sure":
+        """The second wait for a GPU: what a step has to know of its gradient before anything is written.
 
-    def _commit(self, g: Gradient, jobs: list[Job], lr: float, n_tokens: int) -> None:
+        Raises:
+            InputError: the loss, or the norm that is clipped, is not finite.
+        """
+        norm: Number = 0.0
+        above: Number = 0.0
+        rate = None
+        if self.config.max_grad_norm is not None:
+            for job in jobs:
+                rows.backend(job.matrix.w).gradient_squares(job)
+            norm = total_norm(jobs)
+        if self.hot is not None:
+            rate = self.hot.after(g.code.counts(self.sae.config.n_latents), len(x), self.step_count)
+            above = self.hot.above(rate, self.step_count)
+        sure = Sure(rate, *fetched(g.loss, g.fvu, g.auxk, g.l0, norm, above))
+        if not (math.isfinite(sure.loss) and math.isfinite(sure.norm)):
+            raise not_finite(self.step_count, sure.loss, x)
+        return sure
+
+    def _commit(self, g: Gradient, sure: "Sure", jobs: list[Job], lr: float) -> None:
         """From gradients to new weights, counters and average. Nothing here is expected to fail."""
         backend = rows.backend(self.enc.w)
         if self.ema is not None and self.config.ema_decay is not None:
@@ -257,8 +270,8 @@ class FusedStep:
         self.drift.add(lr)
         self.step_count += 1
         self.dead.since = g.since
-        if self.hot is not None:
-            self.hot.count(g.code, n_tokens, self.step_count - 1)
+        if self.hot is not None and sure.rate is not None:
+            self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
         if self.lean:
             self._round_biases()
         if not self.dense and self.step_count % self.sweep_every == 0:
@@ -312,14 +325,32 @@ class FusedStep:
         """
         wanted = self._tensors()
         found = {name: _taken(state, name, like) for name, like in wanted.items()}
-        table, drift = DriftTable(self.config.beta1, self.config.beta2, self.config.eps), state.get("drift")
+        table = DriftTable(self.config.beta1, self.config.beta2, self.config.eps, self.sae.device)
+        drift = state.get("drift")
         if not isinstance(drift, Tensor):
             raise InputError("state of engine 'fused': drift is missing; it belongs to another engine")
         table.load(drift)
         self.drift, self.step_count, self.mse_scale = table, int(state["step_count"]), float(state["mse_scale"])
         for name, like in wanted.items():
             like.copy_(found[name])
+        if self.hot is not None:
+            self.hot.loaded()
         self._versions = ()
+
+
+class Sure(NamedTuple):
+    """A step's numbers on the host, before anything is written."""
+
+    rate: Tensor | None
+    """`HotLatents.after`."""
+    loss: float
+    fvu: float
+    auxk: float
+    l0: float
+    norm: float
+    """0 where gradients are not clipped: it comes with the update then."""
+    above: float
+    """`HotLatents.above`."""
 
 
 def given_rows(grad: Tensor) -> RowGradient:
@@ -328,9 +359,10 @@ def given_rows(grad: Tensor) -> RowGradient:
     return RowGradient(grad, n, n[:-1], torch.ones_like(grad[:, 0]))
 
 
-def total_norm(jobs: list[Job]) -> float:
-    """The global norm of the gradients whose squares the jobs hold. Waits for a GPU once."""
-    return math.sqrt(serial_sum(torch.cat([job.squares for job in jobs])))
+def total_norm(jobs: list[Job]) -> Number:
+    """The global norm of the gradients whose squares the jobs hold."""
+    squares = serial_sum(torch.cat([job.squares for job in jobs]))
+    return squares.sqrt() if isinstance(squares, Tensor) else math.sqrt(squares)
 
 
 @contextlib.contextmanager

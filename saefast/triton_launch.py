@@ -39,7 +39,7 @@ def interpreted() -> bool:
 
 def readable(t: Tensor) -> Tensor:
     """The interpreter computes on the bit patterns of bf16, so there it gets the same values in fp32."""
-    return t.float() if t.dtype == torch.bfloat16 and not t.is_cuda else t
+    return t.float() if t.dtype == torch.bfloat16 and interpreted() else t
 
 
 def aligned(t: Tensor) -> Tensor:

@@ -26,7 +26,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from saefast import rows_triton
-from saefast.kernels import decode_loss, encode_tiles, fill_csr, merge_topk, row_update, sddmm, spmm, tuning
+from saefast.kernels import (
+    decode_loss,
+    encode_tiles,
+    fill_csr,
+    fill_entries,
+    merge_topk,
+    moments,
+    row_update,
+    sddmm,
+    spmm,
+    tuning,
+)  # fmt: skip
 from saefast.optim import LEAN_BLOCK
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -74,6 +85,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield from merge_cases()
     yield from sparse_cases()
     yield from decode_cases()
+    yield from batch_cases()
     yield from row_cases()
     yield from lean_cases()
 
@@ -186,13 +198,18 @@ def decode_cases() -> Iterator[Case]:
         yield Case(name, decode_loss.decode_loss, types, constants, config.warps, 1, fusion=rows_triton.FUSION)
 
 
+# Where a row's debts for the steps it slept are looked up.
+OWED = {"last_ptr": "*i32", "drift_ptr": "*fp64", "drift_eps_ptr": "*fp64"}
+OWED |= {"until": "i32", "log1": "fp32", "log2": "fp32"}
+
+
 def row_cases() -> Iterator[Case]:
     gradient = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
     cut = {"pieces_ptr": "*fp32", "first_ptr": "*i32"}
-    matrix = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32") | {"rows_ptr": "*i32", "D": "i32", "n": "i32"}
+    matrix = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32") | {"rows_ptr": "*i32", "D": "i32"}
     copies = {"shadow_ptr": "*bf16", "norms_ptr": "*fp32"}
     numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
-    updates = gradient | cut | matrix | dict.fromkeys(numbers, "fp32") | {"owed_ptr": "*fp32", "squares_ptr": "*fp32"}
+    updates = gradient | cut | matrix | OWED | dict.fromkeys(numbers, "fp32") | {"squares_ptr": "*fp32"}
     squares = gradient | cut | {"w_ptr": "*fp32", "rows_ptr": "*i32", "squares_ptr": "*fp32", "D": "i32"}
     pieces = gradient | {"first_ptr": "*i32", "run_ptr": "*i32", "out_ptr": "*fp32", "n": "i32", "D": "i32"}
     for D, whole in ((768, True), (4096, False), (2304, True), (tuning.MAX_ROW, True)):
@@ -204,7 +221,7 @@ def row_cases() -> Iterator[Case]:
         yield Case(f"row_update {kind}", row_update.row_update, updates | extra, summed | how, *options)
         how = {"PROJECT": whole}
         yield Case(f"gradient_squares {kind}", row_update.gradient_squares, squares, summed | how, *options)
-        types, how = matrix | extra | {"owed_ptr": "*fp32"}, {"NORM": 2 * whole}
+        types, how = matrix | extra | OWED, {"NORM": 2 * whole}
         yield Case(f"settle_rows {kind}", row_update.settle_rows, types, settled | how, *options)
         # No run was cut: no pieces, so nothing of what reads them.
         short = {name: kind for name, kind in updates.items() if name not in cut}
@@ -215,13 +232,32 @@ def row_cases() -> Iterator[Case]:
         yield Case(f"gradient_squares {kind} uncut", row_update.gradient_squares, short, summed | how, *options)
         if not whole:
             yield Case(f"piece_sums {kind}", row_update.piece_sums, pieces, summed | {"CUT": tuning.CUT}, *options)
+            types = gradient | cut | {"out_ptr": "*fp32", "D": "i32"}
+            yield Case(f"gradient_rows {kind}", row_update.gradient_rows, types, summed, *options)
+    types = {"rows_ptr": "*i32", "last_ptr": "*i32", "n": "i32", "step": "i32"}
+    yield Case("mark_rows", row_update.mark_rows, types, {"BLOCK": tuning.ENTRIES}, 4, 1)
+
+
+def batch_cases() -> Iterator[Case]:
+    for D in (768, 4096):
+        config = tuning.moments(D)
+        types = {"x_ptr": "*fp32", "origin_ptr": "*fp32", "B": "i32", "D": "i32"}
+        types |= dict.fromkeys(("shifted_ptr", "spread_ptr", "squares_ptr"), "*fp64")
+        sizes = {"ROWS": config.rows, "UNROLL": config.unroll, "BLOCK_D": config.block_d}
+        yield Case(f"moments D={D}", moments.moments, types, sizes, config.warps, 1)
+    types = dict.fromkeys(("acts_ptr", "grad_ptr", "dec_coef_ptr", "enc_coef_ptr"), "*fp32")
+    types |= dict.fromkeys(("order_ptr", "bounds_ptr", "dec_row_ptr", "enc_row_ptr"), "*i32")
+    types |= dict.fromkeys(("n", "n_tokens", "K", "K_more"), "i32")
+    yield Case("fill_entries", fill_entries.fill_entries, types, {"P": 2, "BLOCK": tuning.ENTRIES}, 4, 1)
+    types = {"coef_ptr": "*fp32", "offsets_ptr": "*i32", "latents_ptr": "*i32", "out_ptr": "*fp32"}
+    yield Case("sum_runs", fill_entries.sum_runs, types, {"BLOCK": tuning.RUN}, 1, 1)
 
 
 def lean_cases() -> Iterator[Case]:
     types = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
     types |= {"pieces_ptr": "*fp32", "first_ptr": "*i32", "squares_ptr": "*fp32"}
     matrix = {"w_ptr": "*bf16", "m_ptr": "*i8", "scale_ptr": "*bf16", "v_ptr": "*fp32", "norms_ptr": "*fp32"}
-    matrix |= {"rows_ptr": "*i32", "owed_ptr": "*fp32"} | dict.fromkeys(("n", "D", "when"), "i32")
+    matrix |= OWED | {"rows_ptr": "*i32"} | dict.fromkeys(("D", "when"), "i32")
     numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
     for D in (768, 4096, tuning.MAX_ROW):
         config, blocks = tuning.rows(D, True), -(-D // LEAN_BLOCK)
@@ -311,7 +347,8 @@ def specialised() -> dict[str, list[str]]:
     """By kernel, the integers whose value (1, or a multiple of 16) the launcher compiles for."""
     kernels = (
         encode_tiles.tiles_pointer, encode_tiles.tiles_descriptor, encode_tiles.tiles_library, merge_topk.merge_topk,
-        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm, decode_loss.decode_loss, row_update.piece_sums,
+        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm, decode_loss.decode_loss, moments.moments, fill_entries.fill_entries,
+        fill_entries.sum_runs, row_update.mark_rows, row_update.piece_sums, row_update.gradient_rows,
         row_update.gradient_squares, row_update.settle_rows, row_update.row_update, row_update.lean_settle_rows,
         row_update.lean_row_update,
     )  # fmt: skip

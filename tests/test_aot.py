@@ -36,6 +36,11 @@ REGISTERS = {
     "gradient_squares": 112,
     "settle_rows": 112,
     "piece_sums": 80,
+    "gradient_rows": 112,
+    "moments": 128,
+    "fill_entries": 64,
+    "sum_runs": 32,
+    "mark_rows": 48,
     "lean_row_update": 128,
     "lean_settle_rows": 128,
 }
@@ -46,9 +51,9 @@ if IS_NEWER:
     REGISTERS |= {"tiles_pointer": 192, "tiles_library": 160, "fill_csr": 112, "sddmm": 88}
 SPILLS = {(100, "tiles_descriptor half (128, 128, 64, 8, 3, 1) group=32 scale"): 2} if IS_NEWER else {}
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
-ROWS = ("row_update", "gradient_squares", "piece_sums", "lean_row_update")
+ROWS = ("row_update", "gradient_squares", "gradient_rows", "piece_sums", "lean_row_update")
 SETTLE = ("settle_rows", "lean_settle_rows")
-GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", *SETTLE, *ROWS)
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "moments", *SETTLE, *ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +165,12 @@ def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
         "spmm": ["D"],
         "sddmm": ["D"],
         "decode_loss": ["D"],
+        "moments": ["D"],
+        "fill_entries": [],
+        "sum_runs": [],
+        "mark_rows": [],
         "piece_sums": ["D"],
+        "gradient_rows": ["D"],
         "gradient_squares": ["D"],
         "settle_rows": ["D"],
         "row_update": ["D"],

@@ -70,7 +70,7 @@ def test_a_dead_latent_is_never_computed_twice() -> None:
     skipped = 0
     for x in data:
         assert block.hot is not None
-        skipped += block.hot.has((block.dead.since >= 1).nonzero().squeeze(1))
+        skipped += bool(block.hot.has(block.dead.since >= 1))
         assert block.step(x).loss == pytest.approx(plain.step(x).loss, rel=1e-10)
     assert skipped > 0
 
@@ -107,6 +107,13 @@ def test_where_costs_meet() -> None:
     assert share * B * (2 * D) / bandwidth == pytest.approx(2 * B * D / low)
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.086), (torch.float32, 0.172)])
+def test_the_rate_is_that_of_the_products(dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block's products run in fp32 for weights of either dtype, so both are held to fp32's rate."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert hot.threshold(torch.device("cuda"), dtype) == pytest.approx(share, rel=0.01)
+
+
 def test_a_cpu_has_no_hot_latents() -> None:
     assert hot.threshold(torch.device("cpu"), torch.float32) is None
     assert engine(batches(1, torch.float32), None).hot is None
@@ -117,7 +124,8 @@ def test_picks_the_hottest_in_whole_columns() -> None:
     idx = torch.arange(20, dtype=torch.int32).expand(20, 20)
     on = (torch.arange(20)[:, None] < torch.arange(20)).contiguous()  # latent l fires on l tokens of 20
     for step in range(5):
-        found.count(group_runs(idx.flatten(), on.flatten(), 20), 20, step)
+        rate = found.after(group_runs(idx.flatten(), on.flatten(), 20).counts(20), 20, step)
+        found.take(rate, int(found.above(rate, step)), step)
     assert found.ids.tolist() == list(range(8, 20))  # 15 fire on more than 0.2 of the tokens: 12 fill whole columns
     block = found.block(torch.ones(20, 20), idx)
     assert block is not None

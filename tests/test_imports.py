@@ -24,8 +24,8 @@ FLOORS = (
     ("native", "triton_ops", "metrics", "token_text"),
     ("ops", "rows_native", "rows_lean"),
     ("autograd", "data", "splice", "rows", "screen"),
-    ("init", "rows_triton"),
-    ("sae",),
+    ("init", "batch_triton"),
+    ("sae", "rows_triton"),
     ("recipe", "engine", "features"),
     ("losses", "feed", "progress", "checkpoint", "feature_table", "plots", "hot", "auxk_block", "plan"),
     ("autograd_step", "gradient", "limits", "rundir"),
@@ -42,7 +42,7 @@ FLOORS = (
 # The fused step exists to do without autograd: it stands above it and still does not use it.
 NEVER = {"step": {"autograd"}, "gradient": {"autograd"}, "rows": {"autograd"}, "screen": {"autograd"}}
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
-TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops", "rows_triton")
+TRITON = ("kernels", "triton_launch", "triton_encode", "triton_ops", "batch_triton", "rows_triton")
 # Each sub-command's module is imported by cli when that sub-command was typed.
 COMMANDS = [room for floor in FLOORS for room in floor if room.startswith("cli_")]
 MAY_BE_HEAVY = {name: {"triton"} for name in TRITON} | {name: {"tyro"} for name in COMMANDS}

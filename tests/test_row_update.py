@@ -34,7 +34,7 @@ def cut_soon(request, monkeypatch):
 
 def constants(step: int, **options) -> AdamStep:
     """Of a run whose learning rate moved."""
-    drift = DriftTable(0.9, 0.999, 1e-8)
+    drift = DriftTable(0.9, 0.999, 1e-8, "cuda" if torch.cuda.is_available() else "cpu")
     for past in range(step - 1):
         drift.add(1e-3 * (1 + past % 3))
     return AdamStep(step, 0.9, 0.999, 1e-3, 1e-8, drift.drift, drift.drift_eps, **options)
@@ -114,13 +114,64 @@ def test_wide_rows_without_norms_are_cut_into_blocks(device):
     assert_close_to_plain(update, job)
 
 
-def test_rows_wider_than_a_program_holds_are_plain_torchs(device, monkeypatch):
+def without_some(job: Job) -> Job:
+    """The same job with room for more rows than it has."""
+    n, g, device = len(job.rows), job.gradient, job.rows.device
+    more = torch.full((n + 5,), -1, dtype=torch.int32, device=device)
+    more[:n] = job.rows
+    offsets = torch.cat([g.offsets, g.offsets[-1:].expand(5)])
+    squares = torch.full((n + 5,), torch.nan, device=device)
+    return job._replace(rows=more, gradient=g._replace(offsets=offsets), squares=squares)
+
+
+@pytest.mark.parametrize("max_row", [tuning.MAX_ROW, 32])
+@pytest.mark.parametrize("lean", [False, True])
+def test_rows_that_are_not_there_are_passed_over(max_row, lean, device, monkeypatch):
+    """The same bits as without them, in whole rows and in rows wider than a program holds."""
+    monkeypatch.setattr(tuning, "MAX_ROW", max_row)
+    matrix = lean_matrix(20, 40, 7, device) if lean else random_matrix(20, 40, 7, device)
+    job = random_job(matrix, [2, 0, CUT + 1, 3], project=True, norm=Norm.after_update)
+    exact, copy = job, lean_copy(job) if lean else copied(job)
+    padded = without_some(copy)
+    for operation in (
+        lambda j: rows_triton.catch_up(j.matrix, j.step._replace(step=6), j.rows),
+        lambda j: rows_triton.normalise_rows(j.matrix, j.step, j.rows),
+        rows_triton.gradient_squares,
+        lambda j: rows_triton.update_rows([j]),
+    ):
+        operation(exact)
+        operation(padded)
+        for name in (*exact.matrix.state(), "w", "norms"):
+            assert torch.equal(getattr(exact.matrix, name), getattr(padded.matrix, name)), name
+    assert torch.equal(exact.squares, padded.squares[:4])
+    assert (padded.squares[4:] == 0).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:], ids=str)
+@pytest.mark.parametrize("lean", [False, True])
+def test_rows_wider_than_a_program_holds(options, lean, device, monkeypatch):
+    """Some at a time by plain torch, gradient rows by kernels: plain torch's results, without adding by atomics."""
     monkeypatch.setattr(tuning, "MAX_ROW", 32)
-    job = random_job(random_matrix(6, 40, 7, device), [2, 3], project=True)
-    ours, plain = copied(job), copied(job)
-    update(rows_triton, ours)
-    update(rows, plain)
-    assert all(torch.equal(getattr(ours.matrix, name), getattr(plain.matrix, name)) for name in STATE)
+    monkeypatch.setattr(rows, "GATHER", 80)
+    monkeypatch.setattr(torch.Tensor, "index_add_", lambda *args: pytest.fail("added by atomics"))
+    matrix = lean_matrix(9, 40, 7, device) if lean else random_matrix(9, 40, 7, device)
+    ours = random_job(matrix, [2, 3, 0, 2 * CUT, CUT + 1], **options)
+    plain = lean_copy(ours) if lean else copied(ours)
+    sources = [ours.gradient.source[ours.gradient.row.long()] * ours.gradient.coef[:, None]]
+    rows_triton.update_rows([ours])
+    rows.update_by(
+        plain, torch.stack([part.sum(0) for part in sources[0].split(ours.gradient.offsets.diff().tolist())])
+    )
+    step = ours.step._replace(step=ours.step.step + 3)
+    for module, job in ((rows_triton, ours), (rows, plain)):
+        module.catch_up(job.matrix, step)
+        module.normalise_rows(job.matrix, step)
+    if lean:
+        assert_same_rounding(ours.matrix, plain.matrix)
+    else:
+        for name in STATE:
+            torch.testing.assert_close(getattr(ours.matrix, name), getattr(plain.matrix, name), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.squares, plain.squares, rtol=1e-4, atol=1e-4)
 
 
 def test_a_latent_that_fires_on_every_token(device):

@@ -144,11 +144,41 @@ def move_rows(f: Far) -> None:
         f.number(ROWS, "first_ptr")
         f.shift(ROWS, pieces_ptr=f["D"])
     each = f.column_blocks
-    f.by_program(each, offsets_ptr=1, first_ptr=1, rows_ptr=1, owed_ptr=1, squares_ptr=each)
+    f.by_program(each, offsets_ptr=1, first_ptr=1, rows_ptr=1, squares_ptr=each, out_ptr=f["D"])
     f.number(ROWS, "rows_ptr")
     rows, D = f.rows if f["rows_ptr"] is None else ROWS, f["D"]
     lean = f["scale_ptr"] is not None
     f.shift(rows, w_ptr=D, m_ptr=D, shadow_ptr=D, norms_ptr=1, v_ptr=1 if lean else D, scale_ptr=f["BLOCKS"] or 0)
+    f.shift(rows, last_ptr=1)
+
+
+def move_mark_rows(f: Far) -> None:
+    f.number(ROWS, "rows_ptr")
+    f.shift(ROWS, last_ptr=1)
+
+
+def move_moments(f: Far) -> None:
+    each = f.column_blocks
+    rows, D = f["ROWS"], f["D"]
+    f.by_program(each, PROGRAM_ROWS // rows, x_ptr=rows * D, shifted_ptr=D, spread_ptr=each, squares_ptr=each)
+    f.number(f.rows * rows, "B")
+
+
+def move_fill_entries(f: Far) -> None:
+    block = f["BLOCK"]
+    f.by_program(
+        1, ENTRIES // block, order_ptr=block, dec_row_ptr=block, dec_coef_ptr=block, enc_row_ptr=block,
+        enc_coef_ptr=block,
+    )  # fmt: skip
+    f.number(f.rows * block, "n")
+
+
+def move_sum_runs(f: Far) -> None:
+    f.number(ENTRIES, "offsets_ptr")
+    f.shift(ENTRIES, coef_ptr=1)
+    f.number(ROWS, "latents_ptr")
+    f.shift(ROWS, out_ptr=1)
+    f.by_program(offsets_ptr=1, latents_ptr=1)
 
 
 MOVES: dict[str, Callable[[Far], None]] = {
@@ -161,8 +191,13 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "merge_topk": move_merge_topk,
     "fill_csr": move_fill_csr,
     "piece_sums": move_piece_sums,
+    "mark_rows": move_mark_rows,
+    "moments": move_moments,
+    "fill_entries": move_fill_entries,
+    "sum_runs": move_sum_runs,
     **dict.fromkeys(
-        ("gradient_squares", "settle_rows", "row_update", "lean_settle_rows", "lean_row_update"), move_rows
+        ("gradient_rows", "gradient_squares", "settle_rows", "row_update", "lean_settle_rows", "lean_row_update"),
+        move_rows,
     ),
 }
 # What depends on row numbers otherwise: rounding by random bits of theirs, and scratch that holds columns in keys.
