@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from saefast import native, rows
 from saefast.errors import InputError
@@ -183,6 +185,30 @@ def test_the_table_comes_back_bit_for_bit() -> None:
     assert torch.equal(first.state(), second.state())
     assert torch.equal(first.drift[:2201], second.drift[:2201])
     assert torch.equal(first.drift_eps[:2200], second.drift_eps[:2200])
+
+
+class Made(TorchDispatchMode):
+    """Counts the elements that torch's operations write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.elements += sum(t.numel() for t in tree_leaves(found) if isinstance(t, Tensor))
+        return found
+
+
+def test_a_step_costs_the_table_as_much_in_a_long_run_as_in_a_short_one() -> None:
+    made = []
+    for steps in (1_500, 300_000):
+        table = DriftTable(0.9, 0.999, 1e-8)
+        table.load(torch.ones(2, steps + 1, dtype=torch.float64))
+        with Made() as mode:
+            table.add(1e-3)
+            _ = table.drift, table.drift_eps
+        made.append(mode.elements)
+    assert 0 < made[0] == made[1] <= 20 * table.window
 
 
 def test_a_table_of_another_shape_is_refused() -> None:

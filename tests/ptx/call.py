@@ -12,7 +12,7 @@ ELEMENTS = {
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "int8": "i8", "int16": "i16",
     "int32": "i32", "int64": "i64", "uint8": "u8", "bool": "i1",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # What Triton's launcher takes where a launch does not say.
 DEFAULTS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
 
