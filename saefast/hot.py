@@ -1,7 +1,7 @@
 """Hot latents: those that fire on so many tokens that a dense block on the matrix units beats gathering row by row.
 
 An entry of the sparse code costs the bytes of one row; a column of a dense block costs the arithmetic of B entries.
-With BW bytes and F operations a second the two meet at a firing share of (bytes of a weight / 2) · BW / F. Latents
+With BW bytes and F operations a second the two meet at a firing share of 2 · BW / (bytes of a weight · F). Latents
 above it form a block A (B, H): decode gains A W_hot, gradients come from three products, and the rest stays sparse.
 Same results within rounding, for the block's products run in fp32 whatever dtype the weights have: in bf16 they would
 round the largest activations of all to 8 bits. So F is fp32's rate.
@@ -34,7 +34,7 @@ def threshold(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def break_even(flops: float, bandwidth: float, weight_bytes: int) -> float:
     """The firing share at which one entry's bytes take as long as one column's arithmetic."""
-    return weight_bytes / 2 * bandwidth / flops
+    return 2 * bandwidth / (weight_bytes * flops)
 
 
 class Block(NamedTuple):

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when a kernel's module is imported, so it is set before any test can do that.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C and hands that down: processes under test would never hear theirs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PEERS = ("sae_lens", "sparsify", "dictionary_learning")
 
