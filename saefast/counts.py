@@ -34,9 +34,10 @@ def meant(text: str) -> str | None:
     """What a written count was taken for, in words: "128k is 128,000 (128Ki is 131,072)"; None for plain digits."""
     if re.fullmatch(r"\s*[+-]?\d+\s*", text):
         return None
-    unit = text.strip()[-1]
-    binary = f" ({text.strip()}i is {_whole(text.strip() + 'i')})" if unit in "kKmMgGtT" else ""
-    return f"{text.strip()} is {count(text):,}{binary}"
+    written = text.strip()
+    binary = f"{written[:-1]}{written[-1].upper()}i"
+    other = f" ({binary} is {_whole(binary)})" if written[-1] in "kKmMgGtT" else ""
+    return f"{written} is {count(text):,}{other}"
 
 
 def _whole(text: str) -> str:

@@ -55,7 +55,7 @@ def test_what_means_no_count(text: str) -> None:
 
 def test_what_was_meant_is_said_where_it_could_be_in_doubt() -> None:
     assert meant("128000") is None
-    assert meant("128k") == "128k is 128,000 (128ki is 131,072)"
+    assert meant("128k") == "128k is 128,000 (128Ki is 131,072)"
     assert meant("1e6") == "1e6 is 1,000,000"
     assert meant("16Mi") == "16Mi is 16,777,216"
     assert meant("0.0015M") == "0.0015M is 1,500 (0.0015Mi is no whole number)"
@@ -101,7 +101,7 @@ def value(args: object, name: str) -> object:
 def test_the_number_chosen_is_printed_and_the_help_explains(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--device", "h200", "--n-latents", "128k", "--n-tokens", "1B"]) == 0
     out, err = capsys.readouterr()
-    assert err.splitlines() == ["saefast: 128k is 128,000 (128ki is 131,072)", "saefast: 1B is 1,000,000,000"]
+    assert err.splitlines() == ["saefast: 128k is 128,000 (128Ki is 131,072)", "saefast: 1B is 1,000,000,000"]
     assert "128,000 latents" in out
     for command in KINDS:
         assert cli.main([command, "--help"]) == 0
