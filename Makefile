@@ -10,12 +10,13 @@ PEERS_ENV := $(PEERS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help env demo test attack lint format peers gpu clean
+.PHONY: help env demo test attack ptx lint format peers gpu clean
 
 help:
 	@echo "make demo    harvest a real model's activations and train an SAE on them, under 5 minutes on two cores"
 	@echo "make test    the test suite (CPU; GPU kernels run in Triton's interpreter)"
 	@echo "make attack  kills, damaged files and bad arguments against saefast: a table of what came of it"
+	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
 	@echo "make peers   the tests against SAELens, sparsify and dictionary_learning, in an environment of their own"
@@ -41,6 +42,10 @@ test: $(ENV)
 # Kills, damaged files, bad arguments, a soak: what docs/attack.md shows. ARGS="--part fuzz" for one part.
 attack: $(ENV)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(VENV)/bin/python -m attack --out docs/attack.json $(ARGS)
+
+# Everything that the tests launch, as compiled code on this CPU (docs/ptx.md). ARGS=--write renews the page's tables.
+ptx: $(ENV)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=0 PYTHONPATH=tests:. $(VENV)/bin/python -m ptx $(ARGS)
 
 lint: $(ENV)
 	$(VENV)/bin/ruff check .

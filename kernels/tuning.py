@@ -181,7 +181,8 @@ def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
     """
     block_k = _power_of_2(k)
     warps = 4 if block_k < 64 else 8 if block_k < 256 else 16
-    block_d = max(1, min(512, warps * (1024 if planes == 1 else 512) // block_k))
+    # 512 columns of 4 or 8 rows spill a few words on sm_80 and sm_90.
+    block_d = max(1, min(256, warps * (1024 if planes == 1 else 512) // block_k))
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
 
 

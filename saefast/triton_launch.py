@@ -66,6 +66,11 @@ def sweeps(t: Tensor) -> bool:
     return t.is_cuda and tuning.sweeping()
 
 
+def written(dtype: torch.dtype, W: Tensor) -> torch.dtype:
+    """What a kernel writes for results of a dtype. The interpreter truncates on its way to bf16: there torch rounds."""
+    return dtype if W.is_cuda else torch.float32
+
+
 def architecture(device: torch.device) -> int:
     return tuning.architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None)
 

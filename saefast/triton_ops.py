@@ -12,7 +12,16 @@ from saefast.kernels import sddmm as sddmm_kernels
 from saefast.kernels import spmm as spmm_kernels
 from saefast.kernels import tuning
 from saefast.triton_encode import encode_topk, threshold_encode
-from saefast.triton_launch import MAX_PROGRAMS, architecture, check_device, on_device, parts, readable, sweeps
+from saefast.triton_launch import (
+    MAX_PROGRAMS,
+    architecture,
+    check_device,
+    on_device,
+    parts,
+    readable,
+    sweeps,
+    written,
+)
 
 __all__ = ["encode_topk", "sddmm", "spmm", "spmm_t", "sum_by_latent", "threshold_encode"]
 
@@ -73,8 +82,7 @@ def _spmm(acts: Tensor, idx: Tensor, row_ptr: Tensor | None, W: Tensor, B: int, 
     check_device(W)
     D = W.shape[1]
     acts, W = readable(acts), readable(W)
-    # The interpreter truncates on its way to bf16, so there torch rounds.
-    out = W.new_empty((B, D), dtype=dtype if W.is_cuda else torch.float32)
+    out = W.new_empty((B, D), dtype=written(dtype, W))
     if not out.numel():
         return out.to(dtype)
 

@@ -3,12 +3,13 @@
     python tests/aot.py [80 90 100 120]        # without TRITON_INTERPRET
 
 Runs in a process of its own, because a process either interprets or compiles. Needs no driver: Triton's wheel carries
-ptxas, cuobjdump and nvdisasm. Types and divisibilities are those the launcher would derive from the tensors that
-`saefast.triton_ops` passes; without them the compiler would emit scalar loads and the numbers would mean nothing.
+ptxas, cuobjdump and nvdisasm. What is compiled is what training and encoding launch, with every None, constant, dtype
+and divisibility as the launcher would see it: `ptx.record` notes it, nothing is listed by hand.
 """
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import inspect as python
 import json
@@ -19,48 +20,20 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import triton
+from ptx.build import kernel_of
+from ptx.call import Argument, Call, specialised
+from ptx.record import distinct, encodings_launched, launched_kernels, steps_launched
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saefast import rows_triton
-from saefast.kernels import (
-    decode_loss,
-    encode_tiles,
-    fill_csr,
-    fill_entries,
-    merge_topk,
-    moments,
-    row_update,
-    sddmm,
-    spmm,
-    tuning,
-)  # fmt: skip
-from saefast.optim import LEAN_BLOCK
+from saefast.kernels import tuning
 
 ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-ELEMENTS = {"half": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}
-# Integers a launch passes that are multiples of 16 whenever the model's width is.
-DIVISIBLE = ("D", "stride")
-
-
-@dataclasses.dataclass
-class Case:
-    """One compilation: a kernel, its argument types, what is fixed at compile time, and launch options."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    registers: int | None = None
-    per_sm: int = 0
-    aligned: bool = True
-    fusion: bool = True
+LAUNCH = ("num_warps", "num_stages")
+KINDS = {"bf16": "half", "fp16": "fp16", "fp32": "tf32"}
 
 
 @dataclasses.dataclass
@@ -74,226 +47,112 @@ class Report:
     instructions: int
     opcodes: dict[str, int]
     wide_loads: int
+    least: int
     warps: int
     per_sm: int
     seconds: float
 
 
-def cases(arch: int) -> Iterator[Case]:
-    """Every kernel and every checked-in setting for an architecture."""
-    yield from tile_cases(arch)
-    yield from merge_cases()
-    yield from sparse_cases()
-    yield from decode_cases()
-    yield from batch_cases()
-    yield from row_cases()
-    yield from lean_cases()
+# Where every combination of Nones and constants is compiled; elsewhere each kernel and setting is.
+WHOLE = 90
+ENCODER = ("tiles_pointer", "tiles_descriptor", "tiles_library", "merge_topk")
 
 
-def tile_cases(arch: int) -> Iterator[Case]:
-    for kind in ("half", "tf32", "ieee"):
-        for config in dict.fromkeys(tuning.TILES[arch, kind]):
-            yield tile_case(kind, config, 32)
-        pointer = tuning.pointer_tiles(arch, kind, 768)
-        if kind != "ieee":
-            yield tile_case(kind, pointer, 32, latents=True)
-    narrow, wide = tuning.TILES[arch, "half"]
-    yield tile_case("fp16", narrow, 32)
-    yield tile_case("half", wide, 64)
-    lean = tuning.tiles(arch, "half", 4096, plain=False)
-    yield tile_case("half", lean, 32, scale=True)
-    yield tile_case("half", lean, 32, count=True)
-    for count in (False, True):
-        types = vectors(count, False) | dict.fromkeys(("B", "n", "start", "stride", "threshold_step", "span"), "i32")
-        constants = {"BLOCK_B": 64, "BLOCK_L": 128, "GROUP": 32, "COUNT": count, "scale_ptr": None}
-        yield Case(f"tiles_library count={count}", encode_tiles.tiles_library, types, constants, 4, 3)
+def calls(arch: int) -> list[Call]:
+    """What is compiled for an architecture. What a step launches beside the encoder has the same settings on all."""
+    return distinct([*beside_the_encoder(arch == WHOLE), *encodings_launched(arch)])
 
 
-def tile_case(
-    kind: str, config: tuning.Tiles, group: int, *, latents: bool = False, scale: bool = False, count: bool = False
-) -> Case:
-    element = ELEMENTS[kind]
-    types = vectors(count, scale)
-    constants: dict[str, Any] = {"GROUP": group, "COUNT": count, "PRECISION": "tf32" if kind == "tf32" else "ieee"}
-    constants |= {"BLOCK_B": config.block_b, "BLOCK_L": config.block_l, "BLOCK_D": config.block_d}
-    described = config.per_sm > 0 and not latents
-    if described:
-        types["x_desc"] = f"tensordesc<{element}[{config.block_b}, {config.block_d}]>"
-        types["W_desc"] = f"tensordesc<{element}[{config.block_l}, {config.block_d}]>"
-    else:
-        types |= {"x_ptr": f"*{element}", "W_ptr": f"*{element}"}
-        types |= {"latents_ptr": "*i32"} if latents else {}
-    types |= dict.fromkeys(("B", "n", "start", "D", "stride", "threshold_step", "span"), "i32")
-    kernel = encode_tiles.tiles_descriptor if described else encode_tiles.tiles_pointer
-    extra = f"{' latents' * latents}{' scale' * scale}{' count' * count}"
-    name = f"{'tiles_descriptor' if described else 'tiles_pointer'} {kind} {tuple(config)} group={group}{extra}"
-    return Case(name, kernel, types, constants, config.warps, config.stages, per_sm=config.per_sm * described)
+@functools.cache
+def beside_the_encoder(every: bool) -> list[Call]:
+    return [call for call in steps_launched(every) if call.kernel not in ENCODER]
 
 
-def vectors(count: bool, scale: bool) -> dict[str, str]:
-    types = dict.fromkeys(("bias_ptr", "threshold_ptr", "scratch_ptr"), "*fp32")
-    return types | {"groups_ptr": "*i32" if count else "*fp32"} | ({"scale_ptr": "*fp32"} if scale else {})
+def name_of(call: Call, arch: int) -> str:
+    """The kernel and what its form is."""
+    a = call.arguments
+    words = tile_words(call, arch) if call.kernel.startswith("tiles_") else plain_words(call)
+    without = [n.removesuffix("_ptr") for n, x in a.items() if x.kind == "constant" and x.value is None]
+    narrow = [n.removesuffix("_ptr") for n, x in a.items() if x.kind == "pointer" and not x.aligned]
+    words += [f"without {','.join(without)}"] * bool(without) + [f"unaligned {','.join(narrow)}"] * bool(narrow)
+    return " ".join([call.kernel, *words])
 
 
-def merge_cases() -> Iterator[Case]:
-    types = dict.fromkeys(("groups_ptr", "scratch_ptr", "acts_ptr", "tau_ptr"), "*fp32")
-    types |= {"list_ptr": "*i32", "idx_ptr": "*i32", "keys_ptr": "*i64"}
-    types |= dict.fromkeys(("n", "start", "K", "stride"), "i32")
-    # (run, group, first chunk, groups its bound sorts, scaled)
-    for run, group, first, bound, scaled in (
-        (32, 32, True, 128, False),
-        (64, 64, False, 0, True),
-        (128, 32, False, 0, False),
-        (512, 64, False, 0, False),
-        (2048, 64, True, 4096, False),
-    ):
-        config = tuning.merge(run, group)
-        constants = {"FIRST": first, "BOUND": bound, "LOG": run.bit_length() - 1, "GROUP": group}
-        constants |= {"BLOCK_G": config.block_g, "VISIT": config.visit}
-        extra = {"scale_ptr": "*fp32"} if scaled else {}
-        name = f"merge_topk run={run} group={group} bound={bound}{' scale' * scaled}"
-        yield Case(name, merge_topk.merge_topk, types | extra, constants, config.warps, 1, config.registers)
+def tile_words(call: Call, arch: int) -> list[str]:
+    a = call.arguments
+    flags = [flag for flag, on in (
+        ("latents", "latents_ptr" in a and a["latents_ptr"].kind == "pointer"),
+        ("scale", a["scale_ptr"].kind == "pointer"),
+        ("count", a["COUNT"].value),
+    ) if on]  # fmt: skip
+    if call.kernel == "tiles_library":
+        return flags
+    element = (a["x_desc"] if "x_desc" in a else a["x_ptr"]).type.partition("[")[0]
+    kind = "ieee" if element == "fp32" and a["PRECISION"].value == "ieee" else KINDS[element]
+    shape = *(a[n].value for n in ("BLOCK_B", "BLOCK_L", "BLOCK_D")), *(call.options[n] for n in LAUNCH)
+    return [kind, str((*shape, per_sm(call, arch))), f"group={a['GROUP'].value}", *flags]
 
 
-def sparse_cases() -> Iterator[Case]:
-    for element, out, D in (("bf16", "bf16", 4096), ("bf16", "bf16", 768), ("fp32", "fp32", 4096)):
-        config = tuning.spmm(D)
-        types = {"acts_ptr": "*fp32", "idx_ptr": "*i32", "W_ptr": f"*{element}", "out_ptr": f"*{out}"}
-        types |= {"D": "i32", "K": "i32"}
-        sizes = {"BLOCK_D": config.block_d, "UNROLL": config.unroll}
-        yield Case(f"spmm {element} D={D}", spmm.spmm, types, sizes, config.warps, 1)
-        dots = tuning.sddmm(D, 64)
-        types = {"x_ptr": f"*{element}", "idx_ptr": "*i32", "W_ptr": f"*{element}", "out_ptr": "*fp32"}
-        types |= {"D": "i32", "K": "i32"}
-        sizes = {"BLOCK_K": dots.block_k, "BLOCK_D": dots.block_d}
-        yield Case(f"sddmm {element} D={D}", sddmm.sddmm, types, sizes, dots.warps, 1)
-    config = tuning.spmm(4096)
-    types = {"acts_ptr": "*fp32", "idx_ptr": "*i64", "row_ptr": "*i64", "W_ptr": "*bf16", "out_ptr": "*fp32"}
-    types |= {"D": "i32", "K": "i32"}
-    yield Case("spmm rows bf16 D=4096", spmm.spmm, types, {"BLOCK_D": config.block_d, "UNROLL": config.unroll}, 4, 1)
-    types = dict.fromkeys(("scratch_ptr", "threshold_ptr", "acts_ptr"), "*fp32")
-    types |= {"counts_ptr": "*i32", "ends_ptr": "*i64", "idx_ptr": "*i32"}
-    types |= dict.fromkeys(("n", "start", "stride", "threshold_step"), "i32")
-    yield Case("fill_csr", fill_csr.fill_csr, types, {"GROUP": 32, "VISIT": 64}, 4, 3)
+def per_sm(call: Call, arch: int) -> int:
+    """Blocks on an SM that the setting of a persistent grid counts on."""
+    a = call.arguments
+    if "x_desc" not in a:
+        return 0
+    known = [s for (at, _), pair in tuning.TILES.items() if at == arch for s in pair] + list(tuning.LEAN_TILES.values())
+    shape = tuple(a[n].value for n in ("BLOCK_B", "BLOCK_L", "BLOCK_D"))
+    same = [
+        s
+        for s in known
+        if (*s[:3], s.warps, s.stages) == (*shape, call.options["num_warps"], call.options["num_stages"])
+    ]
+    return max(s.per_sm for s in same)
 
 
-def decode_cases() -> Iterator[Case]:
-    floats = ("x_ptr", "acts_ptr", "b_ptr", "weight_ptr", "residual_ptr", "squares_ptr", "grad_ptr")
-    for element, D, k, planes, extra in (
-        ("fp32", 768, 32, 1, {}),
-        ("bf16", 4096, 64, 1, {"error_ptr": "*fp32"}),
-        ("fp32", 768, 128, 2, {"error_ptr": "*fp32"}),
-        ("fp32", 4096, 512, 1, {}),
-        ("fp32", 4096, 2048, 1, {}),
-        ("bf16", 4096, 2048, 1, {}),
-        ("fp32", 8192, 4096, 1, {}),
-        ("fp32", 768, 64, 4, {}),
-    ):
-        config = tuning.decode_loss(D, k, planes)
-        types = dict.fromkeys(floats, "*fp32") | {"idx_ptr": "*i32", "bounds_ptr": "*i32", "W_ptr": f"*{element}"}
-        types |= extra | dict.fromkeys(("B", "D", "K"), "i32")
-        constants = {"P": planes, "BY_LATENT": planes > 1, "RELU": True, "BLOCK_P": planes}
-        constants |= {"BLOCK_K": config.block_k, "BLOCK_D": config.block_d}
-        name = f"decode_loss {element} D={D} k={k} planes={planes}"
-        yield Case(name, decode_loss.decode_loss, types, constants, config.warps, 1, fusion=rows_triton.FUSION)
+def plain_words(call: Call) -> list[str]:
+    """Types of the matrices, the width, and constants."""
+    a = call.arguments
+    types = [a[n].type for n in ("w_ptr", "W_ptr", "x_ptr") if n in a and a[n].kind == "pointer"]
+    numbers = [f"{n}={a[n].value}" for n in ("D",) if n in a]
+    constants = [f"{n}={x.value}" for n, x in a.items() if x.kind == "constant" and x.value is not None and n != "D"]
+    return [*types, *numbers, *constants]
 
 
-# Where a row's debts for the steps it slept are looked up.
-OWED = {"last_ptr": "*i32", "drift_ptr": "*fp64", "drift_eps_ptr": "*fp64"}
-OWED |= {"until": "i32", "log1": "fp32", "log2": "fp32"}
+# By kernel: whose rows are gathered, and how many are on their way at once.
+GATHERED = {
+    "spmm": ("W_ptr", "UNROLL"),
+    "sddmm": ("W_ptr", "BLOCK_K"),
+    "decode_loss": ("W_ptr", "BLOCK_K"),
+    "piece_sums": ("source_ptr", "UNROLL"),
+    "gradient_rows": ("source_ptr", "UNROLL"),
+    "gradient_squares": ("source_ptr", "UNROLL"),
+    "row_update": ("source_ptr", "UNROLL"),
+    "lean_row_update": ("source_ptr", "UNROLL"),
+}
 
 
-def row_cases() -> Iterator[Case]:
-    gradient = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
-    cut = {"pieces_ptr": "*fp32", "first_ptr": "*i32"}
-    matrix = dict.fromkeys(("w_ptr", "m_ptr", "v_ptr"), "*fp32") | {"rows_ptr": "*i32", "D": "i32"}
-    copies = {"shadow_ptr": "*bf16", "norms_ptr": "*fp32"}
-    numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
-    updates = gradient | cut | matrix | OWED | dict.fromkeys(numbers, "fp32") | {"squares_ptr": "*fp32"}
-    squares = gradient | cut | {"w_ptr": "*fp32", "rows_ptr": "*i32", "squares_ptr": "*fp32", "D": "i32"}
-    pieces = gradient | {"first_ptr": "*i32", "run_ptr": "*i32", "out_ptr": "*fp32", "n": "i32", "D": "i32"}
-    for D, whole in ((768, True), (4096, False), (2304, True), (tuning.MAX_ROW, True)):
-        config = tuning.rows(D, whole)
-        options, settled = (config.warps, 1, tuning.ROW_REGISTERS), {"BLOCK_D": config.block_d}
-        summed = settled | {"UNROLL": config.unroll}
-        kind, extra = f"D={D} whole={whole}", copies if whole else {"shadow_ptr": "*bf16"}
-        how = {"PROJECT": whole, "NORM": 2 * whole}
-        yield Case(f"row_update {kind}", row_update.row_update, updates | extra, summed | how, *options)
-        how = {"PROJECT": whole}
-        yield Case(f"gradient_squares {kind}", row_update.gradient_squares, squares, summed | how, *options)
-        types, how = matrix | extra | OWED, {"NORM": 2 * whole}
-        yield Case(f"settle_rows {kind}", row_update.settle_rows, types, settled | how, *options)
-        # No run was cut: no pieces, so nothing of what reads them.
-        short = {name: kind for name, kind in updates.items() if name not in cut}
-        how = {"PROJECT": whole, "NORM": 2 * whole}
-        yield Case(f"row_update {kind} uncut", row_update.row_update, short | extra, summed | how, *options)
-        short = {name: kind for name, kind in squares.items() if name not in cut}
-        how = {"PROJECT": whole}
-        yield Case(f"gradient_squares {kind} uncut", row_update.gradient_squares, short, summed | how, *options)
-        if not whole:
-            yield Case(f"piece_sums {kind}", row_update.piece_sums, pieces, summed | {"CUT": tuning.CUT}, *options)
-            types = gradient | cut | {"out_ptr": "*fp32", "D": "i32"}
-            yield Case(f"gradient_rows {kind}", row_update.gradient_rows, types, summed, *options)
-    types = {"rows_ptr": "*i32", "last_ptr": "*i32", "n": "i32", "step": "i32"}
-    yield Case("mark_rows", row_update.mark_rows, types, {"BLOCK": tuning.ENTRIES}, 4, 1)
+def least_wide_loads(call: Call) -> int:
+    """128-bit loads of a thread if gathered rows are loaded 16 bytes at a time: what the code must have at least."""
+    a = call.arguments
+    matrix, rows = GATHERED.get(call.kernel, ("w_ptr", ""))
+    if "D" not in a or matrix not in a or a["D"].value % 16:
+        return 0
+    count = a[rows].value if rows else 1
+    width = {"fp32": 4, "bf16": 2, "fp16": 2}[a[matrix].type]
+    return int(count * a["BLOCK_D"].value * width // (16 * 32 * call.options["num_warps"]))
 
 
-def batch_cases() -> Iterator[Case]:
-    for D in (768, 4096):
-        config = tuning.moments(D)
-        types = {"x_ptr": "*fp32", "origin_ptr": "*fp32", "B": "i32", "D": "i32"}
-        types |= dict.fromkeys(("shifted_ptr", "spread_ptr", "squares_ptr"), "*fp64")
-        sizes = {"ROWS": config.rows, "UNROLL": config.unroll, "BLOCK_D": config.block_d}
-        yield Case(f"moments D={D}", moments.moments, types, sizes, config.warps, 1)
-    types = dict.fromkeys(("acts_ptr", "grad_ptr", "dec_coef_ptr", "enc_coef_ptr"), "*fp32")
-    types |= dict.fromkeys(("order_ptr", "bounds_ptr", "dec_row_ptr", "enc_row_ptr"), "*i32")
-    types |= dict.fromkeys(("n", "n_tokens", "K", "K_more"), "i32")
-    yield Case("fill_entries", fill_entries.fill_entries, types, {"P": 2, "BLOCK": tuning.ENTRIES}, 4, 1)
-    types = {"coef_ptr": "*fp32", "offsets_ptr": "*i32", "latents_ptr": "*i32", "out_ptr": "*fp32"}
-    yield Case("sum_runs", fill_entries.sum_runs, types, {"BLOCK": tuning.RUN}, 1, 1)
-
-
-def lean_cases() -> Iterator[Case]:
-    types = {"source_ptr": "*fp32", "offsets_ptr": "*i32", "row_ptr": "*i32", "coef_ptr": "*fp32"}
-    types |= {"pieces_ptr": "*fp32", "first_ptr": "*i32", "squares_ptr": "*fp32"}
-    matrix = {"w_ptr": "*bf16", "m_ptr": "*i8", "scale_ptr": "*bf16", "v_ptr": "*fp32", "norms_ptr": "*fp32"}
-    matrix |= OWED | {"rows_ptr": "*i32"} | dict.fromkeys(("D", "when"), "i32")
-    numbers = ("grad_scale", "lerp1", "beta2", "lerp2", "rate", "root2", "eps")
-    for D in (768, 4096, tuning.MAX_ROW):
-        config, blocks = tuning.rows(D, True), -(-D // LEAN_BLOCK)
-        options = (config.warps, 1, tuning.ROW_REGISTERS)
-        how = {"NORM": 2, "WIDTH": -(-D // blocks), "BLOCKS": blocks, "BLOCK_D": config.block_d}
-        room = {"ROOM": triton.next_power_of_2(blocks)}
-        yield Case(f"lean_settle_rows D={D}", row_update.lean_settle_rows, matrix, how | room, *options)
-        # W_enc's sweep: no norms, so no sum over the row whose barriers would come for nothing.
-        plain = {name: kind for name, kind in matrix.items() if name != "norms_ptr"}
-        sweep = how | room | {"NORM": 0}
-        yield Case(f"lean_settle_rows D={D} sweep", row_update.lean_settle_rows, plain, sweep, *options)
-        updates = types | matrix | dict.fromkeys(numbers, "fp32")
-        summed = how | {"PROJECT": True, "UNROLL": config.unroll}
-        yield Case(f"lean_row_update D={D}", row_update.lean_row_update, updates, summed, *options)
-        short = {name: kind for name, kind in updates.items() if name not in ("pieces_ptr", "first_ptr")}
-        yield Case(f"lean_row_update D={D} uncut", row_update.lean_row_update, short, summed, *options)
-
-
-def compile_case(case: Case, arch: int) -> Report:
+def compile_call(call: Call, arch: int, name: str = "") -> Report:
     start = time.perf_counter()
-    names = case.kernel.arg_names
-    constants = case.constants | {name: None for name in names if name not in case.types | case.constants}
-    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
-    divisible = [name for name in names if signature[name].startswith("*") or name in DIVISIBLE]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible if case.aligned}
-    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
-    options["enable_fp_fusion"] = case.fusion
-    source = ASTSource(case.kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = kernel_of(call)
+    source = ASTSource(kernel, *specialised(kernel, call.arguments))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=call.options)
     usage, opcodes, wide = inspect(compiled.asm["cubin"])
-    spills = sum(count for name, count in opcodes.items() if name.split(".")[0] in ("STL", "LDL"))
+    spills = sum(count for opcode, count in opcodes.items() if opcode.split(".")[0] in ("STL", "LDL"))
     instructions = sum(opcodes.values()) - opcodes["FMNMX without NAN"]
     seconds = round(time.perf_counter() - start, 2)
     return Report(
-        case.name, arch, usage["REG"], usage["STACK"], spills, compiled.metadata.shared, instructions,
-        opcodes, wide, case.warps, case.per_sm, seconds,
+        name or name_of(call, arch), arch, usage["REG"], usage["STACK"], spills, compiled.metadata.shared, instructions,
+        opcodes, wide, least_wide_loads(call), call.options["num_warps"], per_sm(call, arch), seconds,
     )  # fmt: skip
 
 
@@ -335,38 +194,35 @@ def run_tool(tool: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def broken_cases() -> Iterator[Case]:
+def broken_calls(good: list[Call]) -> Iterator[tuple[str, Call]]:
     """Compiled as they should not be, for the tests to see that they would notice."""
-    sparse = next(case for case in sparse_cases() if case.name.startswith("spmm"))
-    yield dataclasses.replace(sparse, name="spmm unaligned", aligned=False)
-    merge = next(case for case in merge_cases() if "run=64" in case.name)
-    yield dataclasses.replace(merge, name="merge_topk with 32 registers", registers=32)
+    sparse = next(call for call in good if call.kernel == "spmm" and call.arguments["D"].value >= 768)
+    narrow = {n: dataclasses.replace(a, aligned=False) for n, a in sparse.arguments.items()}
+    narrow["D"] = Argument("integer", value=770)
+    yield "spmm unaligned", dataclasses.replace(sparse, arguments=narrow)
+    merge = next(call for call in good if call.kernel == "merge_topk" and call.arguments["LOG"].value == 6)
+    yield "merge_topk with 32 registers", dataclasses.replace(merge, options=merge.options | {"maxnreg": 32})
 
 
-def specialised() -> dict[str, list[str]]:
+def integers_compiled_for() -> dict[str, list[str]]:
     """By kernel, the integers whose value (1, or a multiple of 16) the launcher compiles for."""
-    kernels = (
-        encode_tiles.tiles_pointer, encode_tiles.tiles_descriptor, encode_tiles.tiles_library, merge_topk.merge_topk,
-        fill_csr.fill_csr, spmm.spmm, sddmm.sddmm, decode_loss.decode_loss, moments.moments, fill_entries.fill_entries,
-        fill_entries.sum_runs, row_update.mark_rows, row_update.piece_sums, row_update.gradient_rows,
-        row_update.gradient_squares, row_update.settle_rows, row_update.row_update, row_update.lean_settle_rows,
-        row_update.lean_row_update,
-    )  # fmt: skip
     return {
-        kernel.fn.__name__: [
+        name: [
             p.name
             for p in kernel.params
             if not (p.is_constexpr or p.do_not_specialize or p.name.endswith(("_ptr", "_desc")))
         ]
-        for kernel in kernels
+        for name, kernel in launched_kernels().items()
     }
 
 
 def main(arguments: list[str]) -> None:
     architectures = [int(argument) for argument in arguments] or list(ARCHITECTURES)
-    reports = [compile_case(case, arch) for arch in architectures for case in cases(arch)]
-    broken = [compile_case(case, architectures[0]) for case in broken_cases()]
-    found = {"reports": reports, "broken": broken, "specialised": specialised()}
+    every = {arch: calls(arch) for arch in architectures}
+    reports = [compile_call(call, arch) for arch in architectures for call in every[arch]]
+    first = architectures[0]
+    broken = [compile_call(call, first, name) for name, call in broken_calls(every[first])]
+    found = {"reports": reports, "broken": broken, "specialised": integers_compiled_for()}
     json.dump(found, sys.stdout, default=dataclasses.asdict)
 
 

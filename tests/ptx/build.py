@@ -3,9 +3,8 @@
 import importlib
 import json
 import re
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -15,8 +14,7 @@ from ptx.call import Call, specialised
 from ptx.parse import Program, parse
 
 
-@dataclass(frozen=True)
-class Binary:
+class Binary(NamedTuple):
     program: Program
     parameters: tuple[str, ...]
     """Names of the arguments that were not constants, in order."""

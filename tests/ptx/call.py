@@ -4,7 +4,7 @@ Made where kernels are interpreted or compiled alike; `specialised` is what Trit
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +12,8 @@ ELEMENTS = {
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "fp64", "int8": "i8", "int16": "i16",
     "int32": "i32", "int64": "i64", "uint8": "u8", "bool": "i1",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 # What Triton's launcher takes where a launch does not say.
-DEFAULTS = {"num_warps": 4, "num_stages": 3, "maxnreg": None}
+DEFAULTS = {"num_warps": 4, "num_stages": 3}
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,14 @@ def bound(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> di
     return inspect.getcallargs(function, *args, **{k: v for k, v in kwargs.items() if k in names})
 
 
-def options_of(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return DEFAULTS | {k: v for k, v in kwargs.items() if k in OPTIONS and v is not None}
+def options_of(names: Collection[str], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a launch says beside its kernel's arguments."""
+    return DEFAULTS | {k: v for k, v in kwargs.items() if k not in names and v is not None}
 
 
 def call_of(function: Any, constexprs: set[str], given: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Call:
     arguments = {name: described(value, name in constexprs) for name, value in given.items()}
-    return Call(function.__module__, function.__name__, arguments, options_of(kwargs))
+    return Call(function.__module__, function.__name__, arguments, options_of(given, kwargs))
 
 
 def specialised(

@@ -1,8 +1,6 @@
 """Every kernel at row numbers beyond 32 bits of addresses: the same results, and nothing touched but the far rows."""
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,20 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ptx.compiled_training import batches, trained
 from ptx.emulate import Emulation, Watched, emulated, run
 from ptx.far import MOVES, OTHERWISE, ROWS, moved
-from saefast import kernels, triton_encode, triton_ops
-from saefast.kernels import tuning
-
-
-def launched_kernels() -> Iterator[str]:
-    """Kernels that a launch may name: those that no other kernel of their module calls."""
-    for module in pkgutil.iter_modules(kernels.__path__):
-        names = vars(importlib.import_module(f"saefast.kernels.{module.name}"))
-        functions = {n: f for n, f in names.items() if isinstance(f, triton.JITFunction)}
-        called = {name for f in functions.values() for name in f.fn.__code__.co_names}
-        yield from (n for n in functions if n not in called)
+from ptx.record import launched_kernels
+from ptx.scenes import encoding, soon, training
 
 
 def test_every_kernel_can_be_moved() -> None:
@@ -51,51 +39,33 @@ class Mover:
         self.seen.add(key)
         self.kernels.add(name)
         far = moved(name, launch.before, launch.grid[0])
-        result = run(launch.binary, far.given, (far.grid,), far.shifts, far.first)
+        result = run(launch.binary, far.given, (far.grid,), shifts=far.shifts, first=far.first)
         assert not result.faults, (name, result.faults.lines())
         for argument, near in launch.given.items():
             if isinstance(near, torch.Tensor) and argument not in OTHERWISE.get(name, ()):
                 assert same(argument, near, far.given[argument], far.raised), (name, argument)
 
 
-def encodes(dtype: torch.dtype, method: str) -> None:
-    """Top-k in several chunks, of a list and with scales, thresholds, and the sparse products behind an encode."""
-    x, W, b = torch.randn(6, 48).to(dtype), torch.randn(300, 48).to(dtype), torch.randn(300)
-    scale, latents = torch.rand(300), torch.randperm(300)[:100].sort().values.int()
-    triton_encode.encode_topk(x, W, b, 8, scale=scale, chunk=96, method=method)
-    triton_encode.encode_topk(x, W, b, 8, latents=latents, method=method)
-    triton_encode.threshold_encode(x, W, b, torch.full((300,), 9.0), method=method)
-    acts, idx = triton_encode.encode_topk(x, W, b, 8, method=method)
-    triton_ops.spmm(acts, idx, W)
-    triton_ops.sddmm(x, idx, W)
-    triton_ops.spmm_t(acts, idx, x, 300)
-
-
-def several_steps(recipe: str) -> Callable[[], Any]:
-    return lambda: trained(recipe, batches())
-
-
 SCENES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "fused encode": (
-        lambda: encodes(torch.bfloat16, "fused"),
+        lambda: encoding(torch.bfloat16, "fused"),
         {"tiles_descriptor", "tiles_pointer", "merge_topk", "fill_csr", "spmm", "sddmm"},
     ),
-    "chunked encode": (lambda: encodes(torch.float32, "chunked"), {"tiles_library", "merge_topk", "fill_csr"}),
+    "chunked encode": (lambda: encoding(torch.float32, "chunked"), {"tiles_library", "merge_topk", "fill_csr"}),
     "clipped": (
-        several_steps("hot"),
+        training("hot"),
         {"decode_loss", "gradient_squares", "row_update", "settle_rows", "piece_sums"},
     ),
-    "several prefixes": (several_steps("several prefixes"), {"decode_loss", "row_update", "settle_rows"}),
-    "lean": (several_steps("lean"), {"decode_loss", "lean_row_update", "lean_settle_rows", "piece_sums"}),
+    "several prefixes": (training("several prefixes"), {"decode_loss", "row_update", "settle_rows"}),
+    "lean": (training("lean"), {"decode_loss", "lean_row_update", "lean_settle_rows", "piece_sums"}),
 }
 
 
 @pytest.mark.parametrize("scene", SCENES)
-def test_far_rows(scene: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_rows(scene: str) -> None:
     launches, expected = SCENES[scene]
-    monkeypatch.setattr(tuning, "CUT", 12)
     mover = Mover()
-    with emulated(90, mover) as found:
+    with soon(), emulated(90, mover) as found:
         launches()
     assert not found.faults, found.faults
     assert mover.kernels >= expected
@@ -112,7 +82,7 @@ def narrow(idx_ptr, x_ptr, out_ptr, D, BLOCK_D: tl.constexpr):
 def test_a_product_of_32_bits_is_found() -> None:
     def watch(launch: Watched) -> None:
         launch.before["idx_ptr"] += ROWS
-        result = run(launch.binary, launch.before, launch.grid, {"x_ptr": ROWS * 48})
+        result = run(launch.binary, launch.before, launch.grid, shifts={"x_ptr": ROWS * 48})
         assert result.faults.kinds == {"bounds"}
         checked.append(launch)
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,11 @@ from triton import JITFunction
 from ptx.build import Binary, compiled
 from ptx.call import Call, bound, call_of
 from ptx.faults import Fault
-from ptx.launch import Result, judged
+from ptx.launch import Result, execute, judged
+from ptx.machine import Schedule
 from ptx.memory import Memory
 from ptx.poison import Poison
+from ptx.storage import bytes_of
 from ptx.tma import TensorMap
 
 
@@ -76,13 +78,23 @@ def copied(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    binary: Binary, given: dict[str, Any], grid: tuple[int, ...], shifts: Mapping[str, int] = {}, first: int = 0
+    binary: Binary,
+    given: dict[str, Any],
+    grid: tuple[int, ...],
+    *,
+    shifts: Mapping[str, int] = {},
+    first: int = 0,
+    programs: int | None = None,
+    schedule: Schedule = None,
+    judge: bool = True,
 ) -> Result:
     """Runs a launch on its tensors' bytes.
 
     Args:
         shifts: elements that a pointer lies before its tensor's start, for addresses far away.
         first: number of the first program, of a grid with one axis.
+        programs: how many of them run, on one axis; None: all.
+        schedule: one order of threads; None: all together, and others where there are races if they are judged.
     """
     memory, at, storages = Memory(), {}, {}
     for name, value in given.items():
@@ -99,13 +111,15 @@ def run(
     for name in binary.parameters:
         far = shifts.get(name, 0)
         arguments += words_of(given[name], binary.types[name], lambda t, far=far: address(t) - far * t.element_size())
-    blocks = [(first + n, 0, 0) for n in range(grid[0])] if first else None
+    whole = not first and programs is None
+    blocks = None if whole else [(first + n, 0, 0) for n in range(min(grid[0], programs or grid[0]))]
     sizes = (grid[0] + first, *grid[1:])
     poison = Poison(binary.unfilled) if binary.unfilled else None
-    result = judged(
-        binary.program, memory, arguments, grid=sizes, warps=binary.warps, shared=binary.shared, blocks=blocks,
-        poison=poison,
-    )  # fmt: skip
+    launch = dict(grid=sizes, warps=binary.warps, shared=binary.shared, blocks=blocks, poison=poison)
+    if schedule is None and judge:
+        result = judged(binary.program, memory, arguments, **launch)
+    else:
+        result = execute(binary.program, memory, arguments, schedule=schedule, **launch)
     for storage, raw in storages.items():
         np.copyto(raw, memory.take(at[storage], raw))
     return result
@@ -123,12 +137,6 @@ def words_of(value: Any, kind: str, address: Any) -> list[Any]:
     return [float(value)] if kind == "fp32" else [int(value)]
 
 
-def bytes_of(tensor: Tensor) -> np.ndarray:
-    """The bytes of a tensor's whole storage, shared with it."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)).numpy()
-
-
 @contextmanager
 def emulated(sm: int, watch: Callable[[Watched], None] | None = None) -> Iterator[Emulation]:
     found = Emulation(sm, watch=watch)
@@ -142,9 +150,13 @@ def emulated(sm: int, watch: Callable[[Watched], None] | None = None) -> Iterato
         yield found
 
 
-def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int) -> None:
-    """saefast's drivers take CPU tensors of fp32 and 2-byte types for those of a GPU of architecture sm."""
-    from saefast import ops, rows, rows_triton, triton_launch, triton_ops
+def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, ops_backend: Any = None) -> None:
+    """saefast takes CPU tensors of fp32 and 2-byte types for those of a GPU of architecture sm.
+
+    Args:
+        rows_backend, ops_backend: what serves them; None: the GPU's drivers.
+    """
+    from saefast import ops, rows, rows_triton, screen, triton_launch, triton_ops
 
     plain_rows, plain_ops = rows.backend, ops.backend
 
@@ -154,6 +166,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int) -> None:
     replaced = {
         triton_launch.check_device: lambda x: None,
         triton_launch.readable: lambda t: t,
+        triton_launch.written: lambda dtype, W: dtype,
         triton_launch.architecture: lambda device: sm,
     }
     for module in list(sys.modules.values()):
@@ -161,8 +174,11 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int) -> None:
             for name, value in list(vars(module).items()):
                 if callable(value) and (other := _lookup(replaced, value)) is not None:
                     patch.setattr(module, name, other)
-    patch.setattr(rows, "backend", lambda w: rows_triton if served(w) else plain_rows(w))
-    patch.setattr(ops, "backend", lambda x: triton_ops if served(x) else plain_ops(x))
+    # Candidates by bf16 products, as on every GPU, and not by the CPU's own.
+    patch.setattr(screen, "pays_off", lambda W: W.dtype == torch.float32)
+    patch.setattr(screen, "native", SimpleNamespace(supports=lambda dtype: False))
+    patch.setattr(rows, "backend", lambda w: (rows_backend or rows_triton) if served(w) else plain_rows(w))
+    patch.setattr(ops, "backend", lambda x: (ops_backend or triton_ops) if served(x) else plain_ops(x))
 
 
 def _lookup(table: dict[Any, Any], value: Any) -> Any:

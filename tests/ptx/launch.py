@@ -1,6 +1,6 @@
 """Runs a grid of a program on a CPU, and says which of its races a GPU would notice."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import reduce
 from math import gcd
@@ -11,14 +11,14 @@ import numpy as np
 # Every module that adds opcodes.
 from ptx import access, arithmetic, lanes, tensorcore, tma  # noqa: F401
 from ptx.faults import Fault, Faults
-from ptx.machine import WARP, Block, Divergence, Run, Schedule, threads_checked
+from ptx.machine import FIRST_WINS, WARP, Block, Divergence, Run, Schedule, threads_checked
 from ptx.memory import GlobalSpace, Memory
 from ptx.operations import HANDLERS
 from ptx.parse import Program, parse
 from ptx.tma import TensorMap
 
-# Orders of warps that a race is tried in.
-ORDERS: tuple[Schedule, ...] = ("rising", "falling", 1, 2)
+# Orders of threads that a race is tried in.
+ORDERS: tuple[Schedule, ...] = ("rising", "falling", FIRST_WINS, 1, 2)
 
 
 @dataclass
@@ -26,8 +26,10 @@ class Result:
     faults: Faults
     steps: int
     executed: set[int]
+    rounds: int
+    """fp32 roundings of the longest block."""
     formal: list[Fault] = field(default_factory=list)
-    """Races that no order of warps turned into another stored byte."""
+    """Races that no order of threads turned into another stored byte."""
 
 
 def execute(
@@ -39,7 +41,7 @@ def execute(
     shared: int = 0,
     *,
     schedule: Schedule = None,
-    blocks: Iterable[tuple[int, int, int]] | None = None,
+    blocks: Collection[tuple[int, int, int]] | None = None,
     poison: Any = None,
 ) -> Result:
     """Runs a grid; memory is what it leaves behind.
@@ -62,13 +64,12 @@ def execute(
     run.poison = poison
     if blocks is None:
         blocks = [(x, y, z) for z in range(sizes[2]) for y in range(sizes[1]) for x in range(sizes[0])]
-    chosen, steps = list(blocks), 0
-    space.one_block = len(chosen) == 1
+    steps, space.one_block = 0, len(blocks) == 1
     with np.errstate(all="ignore"):
-        for n, block in enumerate(chosen):
+        for n, block in enumerate(blocks):
             space.block = n + 1
             steps += Block(run, block, HANDLERS).execute()
-    return Result(faults, steps, run.executed)
+    return Result(faults, steps, run.executed, run.rounds)
 
 
 def smallest_access(program: Program) -> int:
@@ -105,7 +106,7 @@ def as_bytes(argument: Any, size: int) -> bytes:
 
 
 def judged(ptx: str | Program, memory: Memory, arguments: Iterable[Any], **launch: Any) -> Result:
-    """`execute`, in orders of warps as well where there are races: a race counts if one of them changes a byte."""
+    """`execute`, in other orders of threads where there are races: a race counts if one of them changes a byte."""
     program, arguments = parse(ptx) if isinstance(ptx, str) else ptx, list(arguments)
     before = memory.bytes.copy()
     try:
@@ -124,7 +125,7 @@ def judged(ptx: str | Program, memory: Memory, arguments: Iterable[Any], **launc
 def any_order_differs(
     program: Program, memory: Memory, before: np.ndarray, arguments: list[Any], launch: dict[str, Any]
 ) -> bool:
-    """Whether some order of warps leaves other bytes behind than `memory` holds."""
+    """Whether some order of threads leaves other bytes behind than `memory` holds."""
     for schedule in ORDERS:
         other = Memory()
         other.bytes, other.spans = before.copy(), memory.spans

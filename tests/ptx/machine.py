@@ -26,6 +26,8 @@ MAP_TOKEN = 1 << 60
 TURN = 64
 SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid", "%clusterid", "%cluster_ctarank")
 Schedule = str | int | None
+# All together, but of threads that store to one place at once the first wins.
+FIRST_WINS = "first wins"
 # Handlers get the threads that an instruction's guard lets through; None is every thread of the block.
 Mask = np.ndarray | None
 
@@ -65,6 +67,8 @@ class Run:
     """Tensor maps by their parameter's offset."""
     executed: set[int] = field(default_factory=set)
     """Numbers of the instructions that ran."""
+    rounds: int = 0
+    """fp32 roundings that the longest block went through."""
     poison: Any = None
     offsets: dict[str, int] = field(default_factory=dict)
 
@@ -82,6 +86,7 @@ class Block:
         self.program, self.faults, self.space, self.n = run.program, run.faults, run.space, run.threads
         self.shared = SharedSpace(run.shared, run.unit, run.faults)
         self.shared.one_warp = self.space.one_warp = self.n <= WARP
+        self.shared.winner = self.space.winner = -1 if run.schedule == FIRST_WINS else 1
         self.shared.epoch = self.space.epoch
         self.warp, self.lane = np.arange(self.n) // WARP, np.arange(self.n) % WARP
         self.registers: dict[str, np.ndarray] = {}
@@ -98,7 +103,7 @@ class Block:
         self.random = None if seed is None else random.Random(seed)
 
     def _teams(self) -> list[Team]:
-        if self.run.schedule is None:
+        if self.run.schedule in (None, FIRST_WINS):
             return [Team(np.arange(self.n), None, np.arange(self.n // WARP))]
         masks = [self.warp == w for w in range(self.n // WARP)]
         return [Team(np.flatnonzero(m), m if len(masks) > 1 else None, np.array([w])) for w, m in enumerate(masks)]
@@ -177,7 +182,7 @@ class Block:
 
     def execute(self) -> int:
         """Runs the block to its end; the number of instructions."""
-        steps = 0
+        steps, self.rounds = 0, 0
         while any(team.state != "done" for team in self.teams):
             moved = False
             for team in self._order():
@@ -194,6 +199,7 @@ class Block:
                 self.faults.report("hang", self.program.body[stuck.at], f"warp {stuck.warps[0]} waits for ever")
                 break
         self._release()
+        self.run.rounds = max(self.run.rounds, self.rounds)
         return steps
 
     def _order(self) -> list[Team]:
@@ -243,6 +249,7 @@ class Block:
                 raise Unsupported(i.text)
             if self.sums and not self.sums.isdisjoint(i.names) and i.op[0] != "wgmma":
                 self.faults.report("async", i, "touches the sums of a wgmma under way")
+            self.rounds += i.rounds
             handler(self, i, mask)
             if self.run.poison is not None:
                 self.run.poison.follow(self, i, mask)

@@ -42,6 +42,8 @@ class Space:
         self.cells = bytes_.view(UNSIGNED[unit])
         size = len(self.cells)
         self.epoch, self.one_warp = 0, False
+        # Threads that store to one place at once: 1 lets the last of them win, -1 the first. PTX does not say which.
+        self.winner = 1
         self.wrote, self.read = np.full(size, -1, np.int64), np.full(size, -1, np.int64)
         # The instructions that did, for reports.
         self.wrote_at, self.read_at = np.zeros(size, np.int32), np.zeros(size, np.int32)
@@ -78,7 +80,11 @@ class Space:
         a.data = np.ascontiguousarray(data).view(self.cells.dtype)
         if not self.one_warp:
             self.check_write(a)
-        self.cells[a.where] = a.data
+        if self.winner == 1:
+            self.cells[a.where] = a.data
+        else:
+            # Copies: numpy may walk a reversed view forwards.
+            self.cells[a.where[::-1].copy()] = a.data[::-1].copy()
         differ = self.cells[a.where] != a.data
         if differ.any():
             at = self.place(int(a.where[differ][0]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 WIDTHS = {"64": 8, "32": 4, "16": 2, "8": 1}
+ROUNDS = ("add", "sub", "mul", "fma", "div", "sqrt", "rcp", "rsqrt", "ex2", "lg2", "mma", "wgmma")
 NAME = re.compile(r"%?[\w$.]+")
 
 
@@ -44,6 +45,8 @@ class Instruction:
     """Its place in the program."""
     names: frozenset[str] = field(default=frozenset())
     """Every register it mentions."""
+    rounds: bool = False
+    """Whether it rounds to fp32."""
 
     @property
     def kind(self) -> str:
@@ -61,11 +64,13 @@ class Program:
     shared: list[str] = field(default_factory=list)
     """Arrays of shared memory; Triton has one, and it starts at 0."""
 
-    def without(self, number: int) -> "Program":
-        """A copy in which one instruction does nothing."""
-        old = self.body[number]
-        nothing = Instruction(("nop",), (), None, False, old.place, old.spot, f"// {old.text}", number)
-        return replace(self, body=[*self.body[:number], nothing, *self.body[number + 1 :]])
+    def without(self, *numbers: int) -> "Program":
+        """A copy in which some instructions do nothing."""
+        body = list(self.body)
+        for number in numbers:
+            old = body[number]
+            body[number] = Instruction(("nop",), (), None, False, old.place, old.spot, f"// {old.text}", number)
+        return replace(self, body=body)
 
 
 def parse(ptx: str) -> Program:
@@ -127,6 +132,7 @@ def _add(program: Program, text: str, place: str, spot: tuple[str, int, int]) ->
     parsed, inverted = tuple(_operand(o.strip()) for o in operands), bool(guard and guard[1])
     i = Instruction(tuple(op.split(".")), parsed, guard and guard[2], inverted, place, spot, " ".join(text.split()))
     i.number, i.names = len(program.body), names
+    i.rounds = i.kind == "f32" and i.op[0] in ROUNDS
     program.body.append(i)
 
 

@@ -257,6 +257,14 @@ def test_a_race_counts_if_an_order_of_warps_changes_a_byte():
     assert {fault.kind for fault in hidden.formal} == {"race"}
 
 
+def test_which_lane_wins_counts_as_an_order():
+    body = "and.b32 %r2, %r1, 1; st.global.b32 [%rd1], {%r2};"
+    memory = Memory()
+    at = memory.add(np.zeros(4, np.float32), "v")
+    result = judged(HEAD + body + TAIL, memory, [at], grid=(1,), warps=1, shared=16)
+    assert {fault.kind for fault in result.faults.found} == {"race"}
+
+
 def test_what_is_not_modelled_says_so():
     with pytest.raises(Unsupported, match="fictitious"):
         run("fictitious.b32 %r2, %r1;")

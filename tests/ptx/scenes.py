@@ -1,0 +1,101 @@
+"""What training and encoding launch: recipes that together ask for every form of every kernel."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saefast import hot, triton_encode, triton_ops
+from saefast.kernels import tuning
+from saefast.recipe import preset
+from saefast.sae import SAE
+from saefast.step import FusedStep
+
+
+@dataclass(frozen=True)
+class Sizes:
+    D: int = 48
+    L: int = 96
+    K: int = 6
+    B: int = 16
+    steps: int = 3
+
+
+SMALL = Sizes()
+SOON = dict(lr=1e-3, dead_after=2 * SMALL.B)
+
+LEAN_OPENAI = dict(lr=1e-3, dead_after=2, auxk_k=20, ema_decay=None, optimizer="adam-lean")
+RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "saefast": ("saefast", SOON),
+    "lean": ("saefast", SOON | dict(optimizer="adam-lean")),
+    "hot": ("saefast", SOON | dict(max_grad_norm=0.01)),
+    "lean and hot": ("saefast", SOON | dict(optimizer="adam-lean", max_grad_norm=0.01)),
+    "several prefixes": ("sparsify", SOON | dict(auxk_coef=1 / 32, multi_topk_coef=1 / 8)),
+    "norm before the step": ("openai", dict(lr=1e-3, dead_after=2, auxk_k=20, ema_decay=0.9)),
+    "norm after the step": ("dictionary_learning", SOON),
+    "acts rescaled": ("saelens", dict(lr=1e-3, dead_after=2)),
+    "raw rows": ("saefast", dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, lr=1e-3)),
+    "raw rows, clipped": ("saefast", dict(decoder_norm="never", project_decoder_grad=False, max_grad_norm=1.0)),
+    "AuxK of any sign": ("saefast", SOON | dict(auxk_relu=False, auxk_b_dec_grad=True, apply_b_dec_to_input=False)),
+    "every row": ("saefast", SOON),
+    "every row, several prefixes": ("saefast", SOON | dict(multi_topk_coef=0.5, max_grad_norm=0.01)),
+    "lean, every row": ("saefast", SOON | dict(optimizer="adam-lean")),
+    "lean, norm before the step": ("openai", LEAN_OPENAI),
+    "lean, norm after the step": ("dictionary_learning", SOON | dict(optimizer="adam-lean")),
+    "lean, acts rescaled": ("saelens", dict(lr=1e-3, dead_after=2, optimizer="adam-lean")),
+    "lean, raw rows": ("saefast", dict(decoder_norm="never", project_decoder_grad=False, optimizer="adam-lean")),
+    "lean, several prefixes": ("sparsify", SOON | dict(multi_topk_coef=1 / 8, optimizer="adam-lean")),
+}
+
+
+@contextmanager
+def soon(cut: int = 12) -> Iterator[None]:
+    """What comes late in a run comes at once: hot latents, and runs long enough to be cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hot, "REFRESH_EVERY", 1)
+        patch.setattr(hot, "COLUMNS", 4)
+        patch.setattr(tuning, "CUT", cut)
+        yield
+
+
+def batches(sizes: Sizes = SMALL) -> list[Tensor]:
+    """Some latents fire on nearly every token, others hardly ever."""
+    sources, share = torch.randn(60, sizes.D), torch.logspace(-2.5, -0.1, 60)
+    code = torch.rand(sizes.steps, sizes.B, 60) * (torch.rand(sizes.steps, sizes.B, 60) < share)
+    return list(code @ sources + 0.05 * torch.randn(sizes.steps, sizes.B, sizes.D))
+
+
+def trained(recipe: str, data: list[Tensor], sizes: Sizes = SMALL) -> tuple[FusedStep, list[float]]:
+    """The engine after its steps, and the losses."""
+    name, settings = RECIPES[recipe]
+    sae_config, config = preset(name, sizes.D, sizes.L, sizes.K, engine="fused", **settings)
+    share, every = 0.05 if "hot" in recipe else None, 1 if "every row" in recipe else 2
+    engine = FusedStep(SAE(sae_config, seed=1), config, sizes.steps, sweep_every=every, hot_share=share)
+    engine.initialise(data[0])
+    losses = [float(engine.step(x).loss) for x in data]
+    engine.finish()
+    return engine, losses
+
+
+def training(recipe: str, sizes: Sizes = SMALL) -> Callable[[], Any]:
+    return lambda: trained(recipe, batches(sizes), sizes)
+
+
+def encoding(dtype: torch.dtype, method: str, D: int = 48, k: int = 8, L: int = 300, precision: str = "ieee") -> None:
+    """Top-k in several chunks, of a list and with scales, thresholds, and the sparse products behind an encode."""
+    x, W, b = torch.randn(6, D).to(dtype), torch.randn(L, D).to(dtype), torch.randn(L)
+    scale, latents = torch.rand(L), torch.randperm(L)[: L // 3].sort().values.int()
+    how = dict(method=method, precision=precision)
+    triton_encode.encode_topk(x, W, b, k, scale=scale, chunk=L // 3, **how)
+    triton_encode.encode_topk(x, W, None, k, latents=latents, **how)
+    triton_encode.threshold_encode(x, W, b, torch.full((L,), 9.0), **how)
+    triton_encode.threshold_encode(x, W, b, 9.0, **how)
+    acts, idx = triton_encode.encode_topk(x, W, b, k, **how)
+    triton_ops.spmm(acts, idx, W)
+    triton_ops.sddmm(x, idx, W)
+    triton_ops.spmm_t(acts, idx, x, L)
+    triton_ops.sum_by_latent(acts, idx, L)
