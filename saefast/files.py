@@ -109,11 +109,18 @@ def parse_json(data: bytes | str, path: object) -> Any:
 
 def _read(path: str | Path) -> bytes:
     try:
-        return usable(path).read_bytes()
+        return no_pipe(usable(path)).read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def no_pipe(path: Path) -> Path:
+    """The path, for whoever is about to open it. Raises InputError for a pipe or device: nothing may ever come."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path} cannot be read: it is a pipe or a device, expected a file")
+    return path
 
 
 def usable(path: str | Path) -> Path:

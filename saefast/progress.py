@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from saefast.errors import InputError
-from saefast.files import parse_json, usable
+from saefast.files import no_pipe, parse_json, usable
 from saefast.schema import check
 from saefast.typed import typed
 
@@ -65,7 +65,7 @@ class MetricsLog:
         if not self.path.exists():
             return
         keep = 0
-        with self.path.open("rb") as file:
+        with no_pipe(self.path).open("rb") as file:
             for raw in file:
                 if not raw.endswith(b"\n") or _step_of(raw) > after:
                     break

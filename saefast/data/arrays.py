@@ -11,6 +11,7 @@ from torch import Tensor
 from saefast.data.shardfile import map_tensor, read_header
 from saefast.data.shards import Shard
 from saefast.errors import InputError
+from saefast.files import no_pipe
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SUFFIXES = (".npy", ".pt", ".pth", ".safetensors")
@@ -121,6 +122,7 @@ def _open_npy(path: Path) -> np.ndarray:
 
 
 def open_pt(path: Path) -> Any:
+    no_pipe(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from saefast.data.arrays import Segment, from_array, open_pt
 from saefast.data.shardfile import map_tensor, read_header
 from saefast.errors import InputError
-from saefast.files import read_json
+from saefast.files import no_pipe, read_json, usable
 from saefast.schema import Count
 
 # numpy has no bfloat16: its bits lie there as int16.
@@ -121,7 +121,7 @@ def _read_memmap(file: Path) -> Segment:
     if name not in STORED:
         raise InputError(f"{beside}: dtype is {name[:60]!a}, expected one of {', '.join(STORED)}")
     stored = np.dtype(STORED[name])
-    size, expected = file.stat().st_size, math.prod(shape) * stored.itemsize
+    size, expected = no_pipe(usable(file)).stat().st_size, math.prod(shape) * stored.itemsize
     if size != expected or not size:
         raise InputError(f"{file} has {size} bytes, its .meta promises {shape} {name} = {expected}: it is truncated")
     rows = torch.from_numpy(np.memmap(file, stored, mode="c", shape=shape))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.files import SEAL, parse_json, replacing, usable
+from saefast.files import SEAL, no_pipe, parse_json, replacing, usable
 from saefast.schema import Count, check
 
 PAGE = 4096
@@ -134,7 +134,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def _raw_header(path: Path) -> tuple[bytes, int]:
     """The header's JSON, undecoded, and the size of the file."""
     try:
-        with usable(path).open("rb") as file:
+        with no_pipe(usable(path)).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):

@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from attack import fuzz, kill, summary
+from attack import arguments, fuzz, kill, soak, summary
 from attack.outcome import FAULTS
 from attack.summary import Row
 
 
 def main(argv: list[str]) -> int:
-    args = arguments(argv)
+    args = parse(argv)
     if args.case is not None:
         return again(args)
     parts = args.part or list(PARTS)
@@ -37,13 +37,16 @@ def main(argv: list[str]) -> int:
     return 1 if results.faults(parts) else 0
 
 
-def arguments(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("make attack", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--part", choices=list(PARTS), action="append", help="only this part; may be given again")
     parser.add_argument("--kills", type=int, default=200, help="processes to kill")
     parser.add_argument("--mutations", type=int, default=20_000, help="files to damage")
+    parser.add_argument("--rounds", type=int, default=150, help="of the soak")
     parser.add_argument("--first", type=int, default=0, help="number of the first damaged file")
-    parser.add_argument("--case", type=int, help="one damaged file, in this process, with its traceback")
+    parser.add_argument(
+        "--case", type=int, help="one damaged file, or odd argument, in this process, with its traceback"
+    )
     parser.add_argument("--only", default="", help="only readers, or conditions, with this in their names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that read damaged files")
@@ -52,9 +55,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def again(args: argparse.Namespace) -> int:
-    """One case of the fuzz in this process, with all that it says."""
+    """One damaged file or odd argument in this process, with all that it says."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
-        room = fuzz.Fuzz(place, args.seed, args.only)
+        odd = args.part == ["arguments"]
+        room = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only)
         try:
             print(room.show(args.case))
         except BaseException:
@@ -73,7 +77,21 @@ def run_fuzz(args: argparse.Namespace) -> Iterator[Row]:
     return fuzz.run(range(args.first, args.first + args.mutations), args.seed, args.workers, args.only)
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {"kill": run_kill, "fuzz": run_fuzz}
+def run_arguments(args: argparse.Namespace) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
+        yield from arguments.run(place, workers=args.workers, only=args.only)
+
+
+def run_soak(args: argparse.Namespace) -> Iterator[Row]:
+    return soak.run(args.rounds)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "kill": run_kill,
+    "fuzz": run_fuzz,
+    "arguments": run_arguments,
+    "soak": run_soak,
+}
 
 
 if __name__ == "__main__":

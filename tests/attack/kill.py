@@ -122,7 +122,7 @@ class Killer:
     """Kills runs of each condition; the uninterrupted ones are made once."""
 
     def __init__(self, place: Path, conditions: list[Condition]) -> None:
-        self._place, self._server = place, Server(*{c.job["task"] for c in conditions if "task" in c.job})
+        self.place, self._server = place, Server(*{c.job["task"] for c in conditions if "task" in c.job})
         self._whole: dict[str, tuple[Any, int, int]] = {}
         (place / "acts").mkdir(parents=True)
         jobs.prepare(place / "acts")
@@ -134,8 +134,8 @@ class Killer:
         """One run, killed at most `most` times, then left alone to its end."""
         expected, calls, changes = self._untouched(condition)
         report, rng = Report(condition.name, seed), random.Random(f"{condition.name}/{seed}")
-        folder = self._place / f"{condition.name} {seed}"
-        job, patience = condition.job | {"out_dir": str(folder), "acts": str(self._place / "acts")}, 0.02
+        folder = self.place / f"{condition.name} {seed}"
+        job, patience = condition.job | {"out_dir": str(folder), "acts": str(self.place / "acts")}, 0.02
         try:
             for number in range(most + 1):
                 kind = rng.choice([CALL, DISK, CLOCK]) if number < most else ""
@@ -171,8 +171,8 @@ class Killer:
     def _untouched(self, condition: Condition) -> tuple[Any, int, int]:
         """What an uninterrupted run leaves, and how many calls and changes on disk it makes."""
         if condition.name not in self._whole:
-            folder, counted = self._place / f"{condition.name} whole", self._place / "counted.json"
-            job = condition.job | {"out_dir": str(folder), "acts": str(self._place / "acts")}
+            folder, counted = self.place / f"{condition.name} whole", self.place / "counted.json"
+            job = condition.job | {"out_dir": str(folder), "acts": str(self.place / "acts")}
             if self._server.run(**job, count=str(counted)) != 0:
                 raise RuntimeError(f"{condition.name}: {self._error(folder)}")
             condition.check(folder)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 SAME, REFUSED, FELL_BACK, NO_DIGEST, WORKS = "same", "refused", "fell back", "changed, no digest", "works"
 SILENT, VAGUE, TRACEBACK, ALTERED, LITTER = "silent change", "vague", "traceback", "altered", "litter"
+GROWTH = "growth"
 # In the order of the table. same: as if nothing had happened. refused: InputError in one line that names the file. fell
 # back: another part or checkpoint was used, and a warning says so. changed, no digest: another result, where the format
 # has no digest that could tell. works: an odd argument that means something.
 GOOD = (SAME, WORKS, REFUSED, FELL_BACK, NO_DIGEST)
 # silent change: another result although a digest covers the bytes. vague: refused in several lines, or without naming
-# the file. altered: somebody else's file was changed. litter: files left over that belong to nobody.
-FAULTS = (SILENT, VAGUE, TRACEBACK, CRASH, HANG, ALTERED, LITTER)
+# the file. altered: somebody else's file was changed. litter: files left over that belong to nobody. growth: of memory,
+# threads or open files.
+FAULTS = (SILENT, VAGUE, TRACEBACK, CRASH, HANG, ALTERED, LITTER, GROWTH)
 LONGEST_LINE = 800
 
 

@@ -53,14 +53,14 @@ class Worker:
         os.close(theirs)
         self._unread = b""
 
-    def run(self, number: int, seconds: float = HANG_SECONDS) -> dict[str, Any] | str:
+    def run(self, number: int) -> dict[str, Any] | str:
         """The room's answer; CRASH with the signal, or HANG, after which this worker is of no further use."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{number}\n".encode())
             self._process.stdin.flush()
         while b"\n" not in self._unread:
-            if not select.select([self._answers], [], [], seconds)[0]:
+            if not select.select([self._answers], [], [], HANG_SECONDS)[0]:
                 return HANG
             got = os.read(self._answers, 1 << 16)
             if not got:

@@ -13,6 +13,9 @@ from attack.outcome import FAULTS, GOOD
 from attack.pool import ROOT
 
 
+ORDER = ("kill", "fuzz", "arguments", "soak")
+
+
 @dataclass(frozen=True)
 class Row:
     """One case: what was attacked, what came of it, how in one line, and the command that does it again.
@@ -74,7 +77,7 @@ def table(parts: dict[str, Any]) -> str:
     seen = {name for part in parts.values() for counts in part["counts"].values() for name in counts}
     columns = [name for name in GOOD if name in seen] + list(FAULTS)
     lines = [f"| | cases | {' | '.join(columns)} |", "|---|" + "--:|" * (len(columns) + 1)]
-    for part, figures in parts.items():
+    for part, figures in sorted(parts.items(), key=lambda item: ORDER.index(item[0])):
         total: Counter[str] = Counter()
         for counts in figures["counts"].values():
             total.update(counts)
