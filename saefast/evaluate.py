@@ -1,6 +1,6 @@
 """Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,11 @@ class Evaluation:
 
 @typed
 @ambient.plainly(grad=False)
-def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
+def evaluate(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None = None) -> SAEMetrics:
     """Streams rows x (B, d_in) through the SAE.
+
+    Args:
+        describe: says where a row came from, by its number, for the error about one that is not finite.
 
     Raises:
         InputError: a batch that is no tensor, of another width, or with NaN or inf.
@@ -82,7 +85,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> SAEMetrics:
         _check_batch(x, seen, sae)
         x = x.to(sae.device)
         if (bad := first_bad_row(x)) is not None:
-            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf: drop or repair it")
+            where = f": {describe(seen + bad)}" if describe else ""
+            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}; drop or repair it")
         x_hat, acts, idx = sae(x)
         metrics.update(x, x_hat, acts, idx)
         seen += len(x)
@@ -122,7 +126,7 @@ def evaluate_run(
     folder = usable(run)
     sae = load_finished(folder)
     source = run_source(folder, sae, data, progress)
-    metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype))
+    metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")

@@ -108,18 +108,21 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process is training into it, or it cannot be written.
     """
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)  # a folder can be locked like a file, and leaves no lock file
-    try:
+    new = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    with contextlib.ExitStack() as stack:
+        stack.callback(_remove_empty, new)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)  # a folder can be locked like a file, and leaves no lock file
+        stack.callback(os.close, descriptor)
         _lock(descriptor, folder)
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for path in folders:
         with contextlib.suppress(OSError):
-            for path in new:
-                path.rmdir()
+            path.rmdir()
 
 
 @contextlib.contextmanager
@@ -173,7 +176,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _intact(path: Path) -> str:
-    folder = next((p for p in (path, *path.parents) if (p / CHECKPOINTS).is_dir()), None)
+    folder = next((p for p in (path, *path.parents) if os.path.isdir(p / CHECKPOINTS)), None)
     steps = checkpoint.list_steps(folder / CHECKPOINTS) if folder else []
     if not steps:
         return "nothing was saved; free space or choose another out_dir"

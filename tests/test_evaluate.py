@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -194,3 +195,15 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected d_in = 8"):
         evaluate_run(tmp_path / "bare", str(tmp_path / "wide.pt"))
     assert not (tmp_path / "bare" / "eval.json").exists()
+
+
+def test_a_heldout_row_that_is_not_finite_is_named_with_its_file(tmp_path):
+    x = np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    run = tmp_path / "run"
+    config = TrainConfig(n_tokens=64, batch_size=16, device="cpu")
+    train(str(tmp_path / "x.npy"), SAEConfig(d_in=8, n_latents=16, k=2), config, run, progress=False)
+    x[-3, 2] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(InputError, match=r"row 17 of the held-out rows holds NaN or inf: .*x.npy row 397"):
+        evaluate_run(run)

@@ -77,3 +77,10 @@ def test_a_bad_member_is_named_and_no_folder_stays(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="members is empty"):
         train_many({})
+
+
+def test_a_name_that_no_folder_can_have_leaves_nothing(tmp_path):
+    member = members()["small"]
+    with pytest.raises(InputError, match="File name too long"):
+        train_many({"n" * 300: member}, tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())

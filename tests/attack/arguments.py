@@ -457,7 +457,9 @@ class Arguments:
         if changed:
             return outcome.ALTERED, f"{', '.join(changed)} changed; {detail}"
         new = [name for name in after if name not in before]
-        if found == outcome.REFUSED and new:
+        # A run that ends in bad rows keeps what it saved before.
+        begun = any("/checkpoints/step_" in name for name in new)
+        if found == outcome.REFUSED and new and not begun:
             return outcome.LITTER, f"{', '.join(new)[:200]} left by what was refused: {detail}"
         return found, detail
 

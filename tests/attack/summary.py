@@ -12,7 +12,6 @@ from typing import Any
 from attack.outcome import FAULTS, GOOD
 from attack.pool import ROOT
 
-
 ORDER = ("kill", "fuzz", "arguments", "soak")
 
 
@@ -58,6 +57,9 @@ class Results:
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._file.write_text(json.dumps({"parts": self._parts}, indent=2) + "\n")
+            page = self._file.with_suffix(".md")
+            if page.exists():
+                page.write_text(with_table(page.read_text(encoding="utf-8"), self.table()), encoding="utf-8")
 
     def faults(self, parts: list[str]) -> int:
         return sum(
@@ -84,6 +86,15 @@ def table(parts: dict[str, Any]) -> str:
         lines.append(_line(f"**{part}** ({figures['commit']}, {figures['seconds']} s)", total, columns))
         lines += [_line(subject, counts, columns) for subject, counts in figures["counts"].items()]
     return "\n".join(lines)
+
+
+def with_table(page: str, lines: str) -> str:
+    """A page of Markdown with this table between its marks."""
+    before, mark, rest = page.partition("<!-- attack -->\n")
+    _, end, after = rest.partition("<!-- /attack -->")
+    if not (mark and end):
+        raise ValueError("the page has no place for the table")
+    return f"{before}{mark}{lines}\n{end}{after}"
 
 
 def _line(subject: str, counts: Any, columns: list[str]) -> str:
