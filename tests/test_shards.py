@@ -289,7 +289,11 @@ def test_a_folder_of_other_settings_is_refused(tmp_path):
             ShardWriter(
                 tmp_path, hooks, **{"rows_per_shard": 80, "settings": {"model": "one", "ctx_len": 128}} | options
             )
-    # A refused writer holds no lock.
+    other = [{**hook, "hf_name": "elsewhere"} for hook in HOOKS]
+    with pytest.raises(InputError, match=r"now layers.1 \(the module elsewhere\), layers.2 \(the module elsewhere\)"):
+        ShardWriter(tmp_path, other, rows_per_shard=80, settings={"model": "one", "ctx_len": 128})
+    # A refused writer holds no lock, and leaves no file.
+    assert not (tmp_path / ".lock").exists()
     ShardWriter(tmp_path, HOOKS, rows_per_shard=80, settings={"model": "one", "ctx_len": 128}).close()
 
 

@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+import torch
 
 from saefast.data.text import (
     DOCUMENT_CHARS,
@@ -159,3 +160,8 @@ def test_skipping_checks_that_the_text_is_the_same():
     for changed in (["a", "x", "c"], ["b", "a"], ["a"], ["ab", ""]):
         with pytest.raises(InputError, match="is not what the harvest began with"):
             skip_documents(iter(changed), 2, Fingerprint(), before.value, "t")
+
+
+def test_what_cannot_be_read_as_documents_is_named():
+    with pytest.raises(InputError, match="text is a Tensor, expected documents"):
+        open_text(torch.tensor(2))

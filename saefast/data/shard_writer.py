@@ -72,7 +72,7 @@ class ShardWriter:
             self._clear_leftovers()
             self._moments = self._load_moments()
         except BaseException:
-            self._lock.close()
+            self._unlock()
             raise
         self._spools: dict[str, _Spool] = {}
         self._sequences: list[tuple[int, list[int]]] = []
@@ -152,6 +152,9 @@ class ShardWriter:
             spool.close()
         self._spools = {}
         shutil.rmtree(self.folder / ".spool", ignore_errors=True)
+        self._unlock()
+
+    def _unlock(self) -> None:
         with contextlib.suppress(OSError):
             (self.folder / ".lock").unlink()
             # Nothing was committed: an empty folder, if it is one, would only puzzle.
@@ -324,8 +327,9 @@ def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -
     kept = {hook["name"]: hook["hf_name"] for hook in index["hooks"]}
     asked = {hook["name"]: hook["hf_name"] for hook in fresh["hooks"]}
     if kept != asked:
+        begun, wanted = map(_named, (kept, asked)) if kept.keys() == asked.keys() else (kept, asked)
         raise InputError(
-            f"{folder} was begun with hooks {', '.join(kept)}, now {', '.join(asked)} are asked for:"
+            f"{folder} was begun with hooks {', '.join(begun)}, now {', '.join(wanted)} are asked for:"
             " choose another folder"
         )
     keys = ("dtype", "rows_per_shard", "shuffle")
@@ -337,6 +341,11 @@ def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -
                 f"{folder} was begun with {key} = {before.get(key)!r}, now {value!r} is asked for:"
                 " choose another folder, or delete it"
             )
+
+
+def _named(hooks: dict[str, str]) -> list[str]:
+    """Hooks whose names alone do not tell them apart from others."""
+    return [f"{name} (the module {path})" for name, path in hooks.items()]
 
 
 def _lock(folder: Path) -> BinaryIO:

@@ -83,6 +83,10 @@ class Strings(Text):
 
     def __init__(self, documents: Iterable[str]) -> None:
         super().__init__("the given text")
+        try:
+            iter(documents)
+        except TypeError as error:  # a tensor without dimensions, say
+            raise InputError(f"text is a {type(documents).__name__}, expected documents ({error})") from None
         self._given = list(documents) if isinstance(documents, Iterator) else documents
 
     def size(self) -> int | None:
