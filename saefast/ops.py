@@ -94,7 +94,7 @@ def encode_topk(
     impl = backend(x)
     extra: dict[str, object] = {}
     if impl is not reference:
-        extra["max_scratch_bytes"] = max_scratch_bytes
+        extra["max_scratch_bytes"] = min(max_scratch_bytes, 1 << 62)
     if impl is not reference and impl is not native:
         extra |= {"method": method, "precision": precision}
     acts, idx = impl.encode_topk(

@@ -143,3 +143,52 @@ def test_settings_of_another_version_are_named(tmp_path):
     described["data"]["live"]["later_setting"] = 1
     with pytest.raises(InputError, match="harvested with later_setting, which this version"):
         again.harvest_again(tmp_path, recorded_data(described, tmp_path))
+
+
+def test_held_out_rows_do_not_hang_on_how_far_reading_is_ahead():
+    """With a large reservoir the thread reads much, with a small one little, before the first rows are drawn."""
+    model, seen = tiny_models.model("gpt2"), []
+    for reservoir_rows in (1, 300):
+        source = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=reservoir_rows)["layers.0"]
+        batches = source.batches(8)
+        for drawn in (1, 30, 200):
+            while source.rows_drawn < 8 * drawn:
+                next(batches)
+            held = torch.cat([torch.zeros(0, source.d_in), *source.heldout(5)])
+            seen.append(held)
+        source.close()
+        assert torch.equal(torch.cat(list(source.heldout(7))), held)
+    assert [len(held) for held in seen[:3]] == sorted(len(held) for held in seen[:3])
+    assert len(seen[2]) > len(seen[0])
+    for one, other in zip(seen[:3], seen[3:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_resumed_source_holds_out_the_same_before_it_draws():
+    model, found = tiny_models.model("gpt2"), []
+    first = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)["layers.0"]
+    batches = first.batches(8)
+    for _ in range(200):
+        next(batches)
+    state = first.state_dict()
+    found.append(torch.cat(list(first.heldout(5))))
+    after = next(batches)
+    first.close()
+    again = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)["layers.0"]
+    again.load_state_dict(state)
+    more = again.batches(8)
+    found.append(torch.cat(list(again.heldout(5))))
+    assert torch.equal(*found)
+    assert again.state_dict() == state
+    assert torch.equal(next(more), after)
+    again.close()
+
+
+def test_a_text_that_is_all_held_out_is_refused():
+    """A pass without rows to train on would be followed by another, for ever."""
+    given = GIVEN | {"text": ["w1 w2 w3"] * 9}
+    config = HarvestConfig(hooks=("layers.0",), ctx_len=16, dtype="float32", heldout=0.999999, device="cpu")
+    source = live_sources(config, model=tiny_models.model("gpt2"), **given, reservoir_rows=1)["layers.0"]
+    with pytest.raises(InputError, match="no row to train on: all its documents are held out"):
+        next(source.batches(8))
+    source.close()

@@ -165,3 +165,9 @@ def test_skipping_checks_that_the_text_is_the_same():
 def test_what_cannot_be_read_as_documents_is_named():
     with pytest.raises(InputError, match="text is a Tensor, expected documents"):
         open_text(torch.tensor(2))
+
+
+def test_halves_of_characters_become_the_replacement_character(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "broken \\ud83d here"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert list(open_text(tmp_path / "a.jsonl")) == ["broken � here", "whole 😀"]
+    assert list(open_text(["x \ud800", "\ud83d\ude00 y", "z"])) == ["x �", "😀 y", "z"]

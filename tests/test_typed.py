@@ -140,3 +140,11 @@ def test_rows_that_run_backwards_are_copied() -> None:
 
 def test_a_tensor_is_one_batch_to_evaluate() -> None:
     assert math.isclose(evaluate(SAE, X).compute()["fvu"], evaluate(SAE, [X[:7], X[7:]]).compute()["fvu"])
+
+
+def test_more_scratch_than_any_machine_has_is_as_much_as_is_wanted() -> None:
+    W = torch.randn(8, 4)
+    for one, other in zip(
+        ops.encode_topk(X, W, None, 2), ops.encode_topk(X, W, None, 2, max_scratch_bytes=10**30), strict=True
+    ):
+        assert torch.equal(one, other)

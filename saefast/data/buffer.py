@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -412,7 +412,8 @@ class LiveBuffer(Source):
         self._data, self._reservoir_rows = data, reservoir_rows
         self.source_name, self.d_in, self.n_rows = data.source_name, data.d_in, data.n_rows
         self._seed, self._drawn, self._batch_size = 0, 0, 0
-        self._skip = 0
+        # Batches that the run to resume had drawn: as told, and those that are being drawn once more.
+        self._skip, self._again = 0, 0
         self._open: Reservoir | None = None
         self._producer: Producer | None = None
         self._end: Any = None  # stops the producer, once, if nobody else does
@@ -433,24 +434,31 @@ class LiveBuffer(Source):
         reservoir.read_queue(seed)
         self._open, self._producer = reservoir, Producer(rows, reservoir, self.source_name)
         self._end = weakref.finalize(self, self._producer.stop)
+        self._skip, self._again = 0, self._skip
         return self._draw(reservoir, self._producer, torch.device(device), dtype)
 
     def _draw(
         self, reservoir: Reservoir, producer: Producer, device: torch.device, dtype: torch.dtype
     ) -> Iterator[Tensor]:
-        skip, self._skip = self._skip, 0
-        while True:
-            try:
-                raw = reservoir.next()
-            except InputError as error:
-                if producer.failure is None:
-                    raise
-                raise producer.failure from error
-            if raw is None:
+        self._draw_again(reservoir, producer)
+        while (raw := self._next(reservoir, producer)) is not None:
+            yield raw.view(torch.float32).to(device, dtype, copy=True)
+
+    def _draw_again(self, reservoir: Reservoir, producer: Producer, enough: Callable[[], bool] = lambda: False) -> None:
+        """After a resume: draws and drops what was drawn before, or as much of it as is enough."""
+        while self._drawn < self._again and not enough():
+            if self._next(reservoir, producer) is None:
                 return
-            self._drawn += 1
-            if self._drawn > skip:
-                yield raw.view(torch.float32).to(device, dtype, copy=True)
+
+    def _next(self, reservoir: Reservoir, producer: Producer) -> Tensor | None:
+        try:
+            raw = reservoir.next()
+        except InputError as error:
+            if producer.failure is None:
+                raise
+            raise producer.failure from error
+        self._drawn += raw is not None
+        return raw
 
     def state_dict(self) -> dict[str, Any]:
         return self._identity() | {"seed": self._seed, "batches": self._drawn, "batch_size": self._batch_size}
@@ -461,6 +469,11 @@ class LiveBuffer(Source):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(self.source_name, state, self._identity())
         self._seed, self._skip, self._batch_size = (int(state[k]) for k in ("seed", "batches", "batch_size"))
+
+    @property
+    def rows_drawn(self) -> int:
+        """Rows drawn since the beginning, those before a resume included."""
+        return max(self._drawn, self._again) * self._batch_size
 
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
         return self._data.heldout(batch_size, device, dtype)

@@ -30,8 +30,8 @@ def live_sources(
 
     Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
     different hooks hold the same tokens. Draw from the sources in step: what the fastest has taken waits in memory for
-    the slowest. heldout() has the held-out rows met so far, up to HELDOUT_ROWS. Resuming runs the model again from the
-    beginning of the text.
+    the slowest. heldout() has the held-out rows that came before as many rows as were drawn, up to HELDOUT_ROWS.
+    Resuming runs the model again from the beginning of the text.
 
     Arguments are `harvest`'s; raises InputError as it does.
     """
@@ -40,7 +40,7 @@ def live_sources(
     shared = Shared(harvester.batches, readers=len(hooks))
     name = f"{harvester.facts().get('model', 'the model')} on {harvester.text.name}"
     return {
-        hook: LiveBuffer(HookStream(shared, reader, hook, f"{name}, {hook}"), reservoir_rows=reservoir_rows)
+        hook: HookBuffer(HookStream(shared, reader, hook, f"{name}, {hook}"), reservoir_rows=reservoir_rows)
         for reader, hook in enumerate(hooks)
     }
 
@@ -50,6 +50,7 @@ class Shared:
 
     def __init__(self, begin: Callable[[], Generator[HarvestBatch]], readers: int) -> None:
         self._begin, self._passes = begin, begin()
+        self._trains = False  # whether this pass has had rows to train on
         self._lock = threading.Lock()
         self._first = 0  # number of the oldest batch kept
         self._kept: deque[HarvestBatch] = deque()
@@ -88,8 +89,14 @@ class Shared:
     def _make(self) -> HarvestBatch:
         batch = next(self._passes, None)
         if batch is None:
-            self._passes = self._begin()
+            if not self._trains:
+                raise InputError(
+                    "the text gives no row to train on: all its documents are held out, or all their tokens dropped; "
+                    "give more text, or lower heldout"
+                )
+            self._passes, self._trains = self._begin(), False
             batch = next(self._passes)
+        self._trains |= batch.split == "train" and bool(len(batch.seq))
         return batch
 
 
@@ -100,7 +107,7 @@ class HookStream:
 
     def __init__(self, shared: Shared, reader: int, hook: str, name: str) -> None:
         self._shared, self._reader, self._hook, self.source_name = shared, reader, hook, name
-        self._held: list[Tensor] = []
+        self._held: list[tuple[int, Tensor]] = []  # held-out rows, and how many rows to train on came before them
         self._n_held = 0
         self._begun = False
         self._first = shared.read(reader, 0)
@@ -116,21 +123,45 @@ class HookStream:
         return self._draw(device, dtype)
 
     def _draw(self, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
-        batch, number = self._first, 0
+        batch, number, given = self._first, 0, 0
         while True:
             rows = batch.rows[self._hook]
             if batch.split == "train":
+                given += len(rows)
                 yield rows.to(device, dtype)
-            elif self._n_held < HELDOUT_ROWS:
-                self._held.append(rows.to("cpu"))
+            elif not self.holds_all():
+                self._held.append((given, rows.to("cpu")))
                 self._n_held += len(rows)
             number += 1
             batch = self._shared.read(self._reader, number)
 
+    def holds_all(self) -> bool:
+        """Whether no further rows will be held out."""
+        return self._n_held >= HELDOUT_ROWS
+
     def close(self) -> None:
         self._shared.leave(self._reader)
 
+    def heldout(
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32, before: int | None = None
+    ) -> Iterator[Tensor]:
+        """The held-out rows met so far; with `before`, those that came before so many rows to train on."""
+        for given, rows in list(self._held):
+            if before is None or given < before:
+                for part in rows.split(batch_size):
+                    yield part.to(device, dtype)
+
+
+class HookBuffer(LiveBuffer):
+    """Shuffled rows of one hook. Its held-out rows are those that came before as many rows as were drawn: how far the
+    reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped."""
+
+    def __init__(self, stream: HookStream, *, reservoir_rows: int) -> None:
+        super().__init__(stream, reservoir_rows=reservoir_rows)
+        self._stream = stream
+
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-        for rows in list(self._held):
-            for part in rows.split(batch_size):
-                yield part.to(device, dtype)
+        if self._open is not None and self._producer is not None:
+            # A run that goes on may ask before it draws.
+            self._draw_again(self._open, self._producer, self._stream.holds_all)
+        return self._stream.heldout(batch_size, device, dtype, before=self.rows_drawn)

@@ -35,7 +35,7 @@ class Text(Iterable[str]):
     def __iter__(self) -> Iterator[str]:
         self.skipped = []
         found = False
-        for document in self._documents():
+        for document in map(_whole_characters, self._documents()):
             if document.strip():
                 found = True
                 yield document
@@ -228,6 +228,15 @@ def skip_documents(documents: Iterator[str], count: int, fingerprint: Fingerprin
             f"text {name!r} is not what the harvest began with (its first {count} documents differ):"
             " harvest into another folder"
         )
+
+
+def _whole_characters(document: str) -> str:
+    """The document with U+FFFD for each half of a surrogate pair, which JSON may hold alone and no tokenizer takes."""
+    try:
+        document.encode()
+    except UnicodeEncodeError:
+        return document.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return document
 
 
 def _visible_files(folder: Path) -> Iterator[Path]:

@@ -105,6 +105,8 @@ def api() -> list[Call]:
     path = odd.VALUES | odd.PATHS
     x = rows(20)
     data = path | odd.tensors(rows()) | BATCHES
+    # Text may come through a pipe (`--text <(zcat x.gz)`), and whoever names one waits for its writer.
+    texts = {label: make for label, make in path.items() if label != "a pipe"} | TEXTS
     calls = [
         *_settings(),
         Call(
@@ -145,13 +147,13 @@ def api() -> list[Call]:
              ("run/eval.json", "run/latents.safetensors")),
         Call("harvest", functools.partial(harvest, progress=False, **readers.language_model()),
              dict(out_dir=lambda: "out", config=lambda: SHORT, text=lambda: tiny_models.documents(9)),
-             dict(out_dir=path | FOLDERS, config=odd.VALUES, text=path | TEXTS, model=odd.VALUES,
+             dict(out_dir=path | FOLDERS, config=odd.VALUES, text=texts, model=odd.VALUES,
                   tokenizer=odd.VALUES)),
         Call("live_sources", _draw_live, dict(config=lambda: readers.HARVEST, text=lambda: tiny_models.documents(9)),
              dict(config=odd.VALUES, text=odd.VALUES | TEXTS, reservoir_rows=odd.NUMBERS)),
         Call("ShardFolder", lambda path: ShardFolder(path).verify(), {}, dict(path=path)),
         Call("open_text", lambda text, column: list(open_text(text, column)),
-             dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=path | TEXTS, column=odd.VALUES)),
+             dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=texts, column=odd.VALUES)),
         Call("read_config", read_config, {}, dict(path=path)),
         Call("read_metrics", read_metrics, {}, dict(path=path)),
         *_ops(),
@@ -227,7 +229,7 @@ def _ops() -> list[Call]:
 
 
 def _draw_live(**given: Any) -> None:
-    sources = live_sources(**given | readers.language_model())
+    sources = live_sources(**{"reservoir_rows": 64} | given | readers.language_model())
     try:
         for source in sources.values():
             next(source.batches(8))
@@ -322,7 +324,7 @@ class Command:
 
     def cases(self) -> Iterator["Case"]:
         for i, flag in enumerate(self.flags):
-            for j, word in enumerate(odd.WORDS):
+            for j, word in enumerate(word for word in odd.WORDS if (flag, word) != ("text", "pipe")):
                 yield self._case((*self.words, f"--{flag}", word), ENCODINGS[(i + j) % 3])
         lines = [("--help",), ("--no-such-flag",), (*self.words, "stray"), (), *self.more]
         lines += [(word, *self.words[1:]) for word in odd.WORDS]
