@@ -61,7 +61,7 @@ GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_l
 @pytest.fixture(scope="session")
 def compiled() -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, str(ROOT / "tests" / "aot.py"), *map(str, ARCHITECTURES)]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert child.returncode == 0, child.stderr[-3000:]
