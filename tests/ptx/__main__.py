@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ptx.conftest import child_environment
-from ptx.everything import ROOT, Row, captured, experimented, launching_files, replayed, table
+from ptx.child import ROOT, environment
+from ptx.everything import Row, captured, experimented, launching_files, replayed, table
 from ptx.report import as_data, count, markdown, write
 
 ARCHITECTURES = (80, 90)
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
         write(found)
     spread = ["-n", str(options.jobs)] if options.jobs > 1 else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *spread, "tests/ptx"]
-    tests = subprocess.run(command, env=child_environment() | {"SAEFAST_PTX": "all"}, cwd=ROOT)
+    tests = subprocess.run(command, env=environment(SAEFAST_PTX="all"), cwd=ROOT)
     print(f"{time.perf_counter() - start:.0f} s")
     return int(any(row.failed for row in rows) or count(found["experiments"], "missed") > 0 or tests.returncode != 0)
 

@@ -1,25 +1,14 @@
 """Files named compiled_*.py need a process in which Triton compiles; in one that interprets, each runs in a child."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hanging import HANG
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-# For hangs alone: a busy machine takes as long as it takes.
-LIMIT = 3600
-
-
-def compiles() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "0"
-
-
-def child_environment() -> dict[str, str]:
-    path = [str(ROOT / "tests"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path)}
+from ptx.child import ROOT, compiles, environment
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
@@ -37,9 +26,7 @@ class ChildRun(pytest.Item):
 
     def runtest(self) -> None:
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(self.path)]
-        child = subprocess.run(
-            command, env=child_environment(), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
-        )
+        child = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=HANG)
         if child.returncode:
             raise ChildFailed(child.stdout[-20000:] + child.stderr[-4000:])
 

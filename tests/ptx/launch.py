@@ -27,7 +27,7 @@ class Result:
     steps: int
     executed: set[int]
     rounds: int
-    """fp32 roundings of the longest block."""
+    """Roundings of the longest block."""
     formal: list[Fault] = field(default_factory=list)
     """Races that no order of threads turned into another stored byte."""
 

@@ -68,7 +68,7 @@ class Run:
     executed: set[int] = field(default_factory=set)
     """Numbers of the instructions that ran."""
     rounds: int = 0
-    """fp32 roundings that the longest block went through."""
+    """Roundings that the longest block went through."""
     poison: Any = None
     offsets: dict[str, int] = field(default_factory=dict)
 

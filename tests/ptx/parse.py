@@ -46,7 +46,7 @@ class Instruction:
     names: frozenset[str] = field(default=frozenset())
     """Every register it mentions."""
     rounds: bool = False
-    """Whether it rounds to fp32."""
+    """Whether it rounds."""
 
     @property
     def kind(self) -> str:
@@ -132,7 +132,7 @@ def _add(program: Program, text: str, place: str, spot: tuple[str, int, int]) ->
     parsed, inverted = tuple(_operand(o.strip()) for o in operands), bool(guard and guard[1])
     i = Instruction(tuple(op.split(".")), parsed, guard and guard[2], inverted, place, spot, " ".join(text.split()))
     i.number, i.names = len(program.body), names
-    i.rounds = i.kind == "f32" and i.op[0] in ROUNDS
+    i.rounds = i.kind in ("f32", "f64") and i.op[0] in ROUNDS
     program.body.append(i)
 
 

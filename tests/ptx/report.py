@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+from ptx.child import ROOT
+
 KEPT, PAGE = ROOT / "docs" / "ptx.json", ROOT / "docs" / "ptx.md"
 # Around what is written by the command.
 BEGIN, END = "<!-- written by make ptx -->", "<!-- end -->"
