@@ -486,6 +486,17 @@ def test_going_on_with_another_text_or_other_settings_is_refused(tmp_path, model
     assert not ShardFolder(tmp_path).verify()
 
 
+def test_what_a_kill_after_the_last_commit_leaves_goes_with_the_next_call(tmp_path, models, tokenizer):
+    options = {"model": models["bert"], "tokenizer": tokenizer, "text": tiny_models.documents(), "progress": False}
+    harvest(tmp_path / "a", CONFIG, **options)
+    kept = sorted(path.name for path in (tmp_path / "a").iterdir())
+    (tmp_path / "a" / ".lock").touch()
+    (tmp_path / "a" / ".spool").mkdir()
+    (tmp_path / "a" / ".spool" / "train.rows").write_bytes(b"rows that are in shards already")
+    harvest(tmp_path / "a", CONFIG, **options)
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == kept
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path, models, tokenizer, monkeypatch):
     written = []
     real = harvest_module.ShardWriter._write_shard

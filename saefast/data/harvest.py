@@ -10,7 +10,7 @@ import numpy as np
 
 from saefast.data.harvester import DROPPED, HarvestBatch, HarvestConfig, Harvester, given_model_name
 from saefast.data.sequences import Window
-from saefast.data.shard_writer import ShardWriter
+from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
@@ -69,6 +69,7 @@ def harvest(
     folder = usable(out_dir)
     finished = _finished(folder, config, model, text)
     if finished:
+        clear_finished(folder)
         return finished
     harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
     started = time.perf_counter()

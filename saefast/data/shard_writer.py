@@ -348,6 +348,16 @@ def _named(hooks: dict[str, str]) -> list[str]:
     return [f"{name} (the module {path})" for name, path in hooks.items()]
 
 
+def clear_finished(folder: Path) -> None:
+    """Removes what a writer that was killed after its last commit leaves: rows that are in shards too, and its lock."""
+    if not any((folder / name).exists() for name in (".spool", ".lock")):
+        return
+    # A folder that cannot be written, or that another process has just begun to clear, is as good as before.
+    with contextlib.suppress(InputError, OSError), _lock(folder):
+        shutil.rmtree(folder / ".spool", ignore_errors=True)
+        (folder / ".lock").unlink()
+
+
 def _lock(folder: Path) -> BinaryIO:
     """An exclusive lock that the system frees when this process ends, however it ends."""
     try:
