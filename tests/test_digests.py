@@ -78,6 +78,17 @@ def test_a_flipped_bit_anywhere_in_a_saved_sae_is_noticed(tmp_path: Path) -> Non
         assert unnoticed(file, places[-50:], lambda: load(tmp_path, verify=False)) == []
 
 
+def test_a_digest_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    SAE(CONFIG, seed=0).save(tmp_path)
+    file = tmp_path / "sae.safetensors"
+    whole = file.read_bytes()
+    start = whole.index(b'"sha256":"') + len(b'"sha256":"')
+    half_a_pair = rb"\ud800"  # six characters of JSON, which stand for one that UTF-8 does not have
+    file.write_bytes(whole[:start] + half_a_pair + whole[start + len(half_a_pair) :])
+    with pytest.raises(InputError, match="is damaged"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("bit", range(8))
 def test_every_bit_of_the_digest_itself_is_noticed(tmp_path: Path, bit: int) -> None:
     SAE(CONFIG, seed=0).save(tmp_path)

@@ -173,7 +173,8 @@ def verify_seal(path: Path, before: set[str]) -> bool:
 
 
 def _seal_entry(digest: str) -> bytes:
-    return f'"{SEAL}":"{digest}"'.encode()
+    # A damaged digest may hold half a surrogate pair, which JSON can say and plain UTF-8 cannot.
+    return f'"{SEAL}":"{digest}"'.encode(errors="surrogatepass")
 
 
 def map_tensor(path: Path, entry: Entry) -> Tensor:
