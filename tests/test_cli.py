@@ -446,3 +446,30 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_ends_the_same(rows: Path, tm
         subprocess.run([sys.executable, "-m", "saefast", *command], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
         weights.append(saefast.load(tmp_path / command[command.index("--out") + 1]).state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--k", "0"], "k is 0"),
+        (["--n-latents", "2"], "k is 32 but n_latents only 2"),
+        (["--n-tokens", "-1"], "n_tokens is -1"),
+        (["--out", "theirs"], "config.json is there and is no SAE's config"),
+    ],
+)
+def test_the_demo_says_what_is_impossible_before_it_harvests(
+    run: Run, tmp_path: Path, options: list[str], said: str
+) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("{}")
+    code, _, complaint = run("demo", "--out", "new", *options)
+    assert code == 2
+    assert said in complaint
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "config.json"]
+
+
+def test_train_says_what_is_impossible_before_it_harvests(run: Run, tmp_path: Path) -> None:
+    code, _, complaint = run("train", "--model", "none", "--text", "x.txt", "--n-latents", "8", "--k", "9")
+    assert code == 2
+    assert "k is 9 but n_latents only 8" in complaint
+    assert not list(tmp_path.iterdir())
