@@ -93,3 +93,20 @@ def test_arrow_folders_that_datasets_itself_wrote(tmp_path):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "a", num_shards=2)
     read = torch.cat([segment.rows for segment in read_foreign(tmp_path / "a", None)])
     assert torch.equal(read, torch.from_numpy(acts).reshape(-1, 8))
+
+
+def test_an_arrow_file_that_points_out_of_itself_is_refused(tmp_path):
+    """pyarrow believes offsets; to follow a damaged one ends the process."""
+    pa = pytest.importorskip("pyarrow")
+    inner = pa.ListArray.from_arrays(pa.array([0, 8, 16], pa.int32()), pa.array([0.5] * 16, pa.float32()))
+    table = pa.table({"hook": pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), inner)})
+    file = tmp_path / "data-00000-of-00001.arrow"
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    whole = file.read_bytes()
+    offsets = np.array([0, 8, 16], np.int32).tobytes()
+    assert read_foreign(tmp_path, None)[0].rows.shape == (2, 8)
+    assert whole.count(offsets) == 1
+    file.write_bytes(whole.replace(offsets, np.array([0, 8, 1 << 25], np.int32).tobytes()))
+    with pytest.raises(InputError, match=f"{file.name} cannot be read as an Arrow stream"):
+        read_foreign(tmp_path, None)

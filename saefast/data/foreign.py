@@ -79,11 +79,13 @@ def _read_arrow(files: list[Path], hook: str | None) -> list[Segment]:
     segments = []
     for file in files:
         try:
-            with pa.memory_map(str(file)) as source:
+            with pa.memory_map(str(no_pipe(usable(file)))) as source:
                 table = pa.ipc.open_stream(source).read_all()
-        except (pa.ArrowInvalid, OSError) as error:
+            name = _pick_column(file, [n for n in table.column_names if n != "token_ids"], hook)
+            # Arrow believes lengths and offsets; those of a damaged file would lead it out of its memory.
+            table.column(name).validate(full=True)
+        except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as an Arrow stream, is it truncated? ({error})") from None
-        name = _pick_column(file, [n for n in table.column_names if n != "token_ids"], hook)
         segments += [_arrow_rows(file, chunk) for chunk in table.column(name).chunks if len(chunk)]
     return segments
 
