@@ -30,9 +30,9 @@ from saefast.data.buffer import LAG, PREFETCH, ShardBuffer
 from saefast.data.rows_source import RowsSource
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.sources import open_source
-from saefast.recipe import TrainConfig
-from saefast.sae import SAEConfig
-from saefast.train import train
+from saefast.engines.config import TrainConfig
+from saefast.models.config import SAEConfig
+from saefast.training.api import train
 
 # A batch of 8192 rows of 2304 is over 32 MiB, which malloc asks of the kernel, and gives back, every time.
 BATCHES = (4096, 8192)

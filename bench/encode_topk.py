@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import common
-from saefast import ops, reference
+from saefast.ops import dispatch as ops
+from saefast.ops import reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The product alone is never given more than this to write: 1M latents at B = 8192 would be 17 GB of bf16.

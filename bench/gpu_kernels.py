@@ -15,7 +15,7 @@ from bench import common
 from bench.cases import Case, Settings
 from bench.encode_topk import GPU_SHAPES, Problem, Shape
 from bench.kernel_times import by_kernel
-from saefast import triton_ops
+from saefast.ops import triton as triton_ops
 
 TINY = (Shape(4, 32, 128, 4), Shape(4, 40, 96, 4))
 METHODS = ("fused", "chunked")

@@ -14,9 +14,12 @@ from torch import Tensor
 from bench.cases import Case, Settings
 from bench.gpu_smoke_rows import OPERATIONS, row_operation
 from bench.gpu_smoke_steps import STEPS, three_steps
-from saefast import reference, rows, rows_triton, triton_ops
 from saefast.kernels import tuning
-from saefast.reference import stable_topk
+from saefast.ops import reference
+from saefast.ops import triton as triton_ops
+from saefast.ops.reference import stable_topk
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
 
 
 class Size(NamedTuple):

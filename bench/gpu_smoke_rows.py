@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast import rows, rows_lean, rows_triton
 from saefast.kernels import tuning
-from saefast.optim import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
+from saefast.optim import lean as rows_lean
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
+from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 STEP = 8
 OPERATIONS = ("update_rows", "gradient_squares", "catch_up", "normalise_rows")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from bench.step_child import batches
-from saefast.autograd_step import PARAMETERS, AutogradStep
-from saefast.recipe import preset
-from saefast.sae import SAE
-from saefast.step import FusedStep
+from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines.config import preset
+from saefast.engines.fused import FusedStep
+from saefast.models.sae import SAE
 
 # Figures of a step that are held against the other engine's, relative to it.
 FIGURES = ("loss", "fvu", "l0", "dead_share", "auxk_loss", "grad_norm")
@@ -27,8 +27,8 @@ class Kind(NamedTuple):
     clip: float | None = None
 
 
-# With every row in every update it is dense Adam's arithmetic in fp32; tests/test_step.py and test_lean.py say what
-# sleeping rows and 8-bit moments cost over fifty steps, which bounds what three may.
+# With every row in every update it is dense Adam's arithmetic in fp32; tests/engines/test_fused.py and
+# tests/optim/test_lean.py say what sleeping rows and 8-bit moments cost over fifty steps, which bounds what three may.
 STEPS = {
     "dense": Kind(1e-4),
     "clipped": Kind(1e-4, clip=0.01),

@@ -90,7 +90,12 @@ def interpret() -> set[str]:
     sys.path.append(str(common.ROOT / "tests"))
     import interp
 
-    from saefast import native, ops, reference, rows, rows_triton, screen, triton_ops
+    from saefast.ops import dispatch as ops
+    from saefast.ops import mixed as screen
+    from saefast.ops import native, reference
+    from saefast.ops import triton as triton_ops
+    from saefast.optim import rows
+    from saefast.optim import triton as rows_triton
 
     interp.speed_up()
     # As on a GPU: candidates come from bf16 products, and no C++ takes them over.

@@ -20,10 +20,10 @@ from bench.gpu_smoke_steps import make_dead
 from bench.kernel_times import by_kernel
 from bench.step_child import batches
 from bench.step_stages import by_stage, sweep_ms
-from saefast import hot
-from saefast.recipe import preset
-from saefast.sae import SAE
-from saefast.step import FusedStep
+from saefast.engines import hot
+from saefast.engines.config import preset
+from saefast.engines.fused import FusedStep
+from saefast.models.sae import SAE
 
 TINY = (Shape(6, 16, 64, 3),)
 VARIANTS = ("adam", "adam-lean", "adam AuxK", "adam late")

@@ -14,7 +14,7 @@ import torch
 
 from bench import common
 from bench.step import GPU_SHAPES, OF_TORCH, OURS, PEERS, PEERS_PYTHON, Shape, contenders
-from saefast.plan import PlanArgs, memory_of
+from saefast.training.plan import PlanArgs, memory_of
 
 CPU_SHAPES = (
     Shape(1024, 384, 16384, 32),

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from bench import common
-from saefast.cli_demo import recipe
+from saefast.cli.demo import recipe
 from saefast.data.sources import open_source
-from saefast.metrics import Reconstruction
-from saefast.recipe import TrainConfig
-from saefast.sae import SAE, SAEConfig
-from saefast.train import train
-from saefast.trainer import Line
+from saefast.engines.config import TrainConfig
+from saefast.metrics.streaming import Reconstruction
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE
+from saefast.training.api import train
+from saefast.training.loop import Line
 
 DATA = common.ROOT / "runs" / "demo" / "activations"
 N_LATENTS, K, BATCH = 8192, 32, 2048
@@ -81,7 +82,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def harvest(data: Path) -> None:
-    from saefast.cli_harvest import HarvestArgs, run_harvest
+    from saefast.cli.harvest import HarvestArgs, run_harvest
 
     print(f"{data} is not there: harvesting it, as `saefast demo` would")
     run_harvest(HarvestArgs(out=data))

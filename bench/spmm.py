@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import common
-from saefast import ops, reference
+from saefast.ops import dispatch as ops
+from saefast.ops import reference
 
 # (B, D, L, k)
 GPU_SHAPES = ((8192, 768, 32768, 32), (8192, 4096, 131072, 64), (8192, 4096, 1 << 20, 64))

@@ -23,10 +23,10 @@ import torch
 from bench import common
 from bench.step_child import batches
 from bench.step_stages import by_stage, sweep_ms
-from saefast import hot
-from saefast.recipe import preset
-from saefast.sae import SAE
-from saefast.step import FusedStep
+from saefast.engines import hot
+from saefast.engines.config import preset
+from saefast.engines.fused import FusedStep
+from saefast.models.sae import SAE
 
 PEERS_PYTHON = common.ROOT / ".peers" / "bin" / "python"
 OURS, OF_TORCH, PEERS = ("saefast", "saefast lean"), ("torch fp32", "torch bf16 autocast"), (

@@ -38,9 +38,9 @@ def batches(B: int, D: int, device: str, **_: Any) -> list[Tensor]:
 
 
 def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **_: Any) -> Step:
-    from saefast.recipe import preset
-    from saefast.sae import SAE
-    from saefast.step import FusedStep
+    from saefast.engines.config import preset
+    from saefast.engines.fused import FusedStep
+    from saefast.models.sae import SAE
 
     dtype = "bfloat16" if optimizer == "adam-lean" else "float32"  # as train() begins such a run
     sae_config, config = preset("saefast", D, L, k, optimizer=optimizer, dtype=dtype)
@@ -159,7 +159,7 @@ CONTENDERS: dict[str, Callable[..., Step]] = {
 
 def import_for(name: str) -> None:
     """Imports a contender's packages before memory is counted."""
-    modules = {"saefast": "saefast.step", "SAELens": "sae_lens"}
+    modules = {"saefast": "saefast.engines.fused", "SAELens": "sae_lens"}
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     if not name.startswith("torch"):
         __import__(modules.get(name.split()[0], name))

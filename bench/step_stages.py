@@ -12,8 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from bench.kernel_times import Stages
-from saefast import ops, rows, screen
-from saefast.step import FusedStep
+from saefast.engines.fused import FusedStep
+from saefast.ops import dispatch as ops
+from saefast.ops import mixed as screen
+from saefast.optim import rows
+from saefast.optim.dispatch import row_ops
 
 
 def encode_label(name: str, *args: Any, **options: Any) -> str:
@@ -21,7 +24,7 @@ def encode_label(name: str, *args: Any, **options: Any) -> str:
 
 
 def row_functions(backend: ModuleType) -> list[str]:
-    """The row operations that a backend has: what `saefast.rows` declares, which every backend follows."""
+    """The row operations that a backend has: what `saefast.optim.rows` declares, which every backend follows."""
     return [name for name in rows.__all__ if name != "backend" and isfunction(getattr(backend, name, None))]
 
 
@@ -30,7 +33,7 @@ def by_stage(engine: FusedStep, data: list[Tensor], device: str, steps: int, pre
 
     Stages are told apart by stamps in the stream; the host waits for the device only between steps.
     """
-    backend, stages = rows.backend(engine.enc.w), Stages(device)
+    backend, stages = row_ops(engine.enc.w), Stages(device)
     stages.watch(screen, ["encode_topk_screened"], encode_label)
     stages.watch(ops, ["encode_topk"], encode_label)
     stages.watch(backend, row_functions(backend))
@@ -56,7 +59,7 @@ def by_stage(engine: FusedStep, data: list[Tensor], device: str, steps: int, pre
 
 def sweep_ms(engine: FusedStep, data: list[Tensor], device: str) -> float:
     """What a sweep adds to a step, spread over the steps between two: medians do not see every fourth step."""
-    backend, stages = rows.backend(engine.enc.w), Stages(device)
+    backend, stages = row_ops(engine.enc.w), Stages(device)
     while (engine.step_count + 1) % engine.sweep_every:
         engine.step(data[engine.step_count % len(data)])
     stages.watch(backend, ["catch_up"], lambda name, matrix, *_, **__: "sweep" if matrix is engine.enc else name)

@@ -396,8 +396,8 @@ void bind_row_stream(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-    m.doc() = "saefast's C++ half; used through saefast.native";
-    // saefast.native.INTERFACE has the same number: both are raised where the bindings change.
+    m.doc() = "saefast's C++ half; used through saefast.ops.native";
+    // saefast.ops.native.INTERFACE has the same number: both are raised where the bindings change.
     m.attr("INTERFACE") = 2;
 #ifdef SAEFAST_CUDA
     m.attr("HAS_CUDA") = true;

@@ -1,4 +1,6 @@
-"""Tiles of x · W_encᵀ + b_enc that store only what can still be selected.  Reference: saefast.reference.encode_topk.
+"""Tiles of x · W_encᵀ + b_enc that store only what can still be selected.
+
+Reference: saefast.ops.reference.encode_topk.
 
 One launch covers a chunk of columns (column c of a chunk is latent start + c, or latents[start + c]). Columns form
 groups of GROUP. Of each group a tile always stores one number, and the fp32 values only where that number says they

@@ -1,4 +1,6 @@
-"""Writes the values above their threshold as CSR, at counted places.  Reference: saefast.reference.threshold_encode.
+"""Writes the values above their threshold as CSR, at counted places.
+
+Reference: saefast.ops.reference.threshold_encode.
 
 `encode_tiles` with COUNT left the number of hits of every group; their running sum says where each group's hits go, so
 programs are independent, counts are exact and latents ascend within a row.

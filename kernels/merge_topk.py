@@ -1,4 +1,4 @@
-"""Merges one chunk's passing groups into each row's running top-k.  Reference: saefast.reference.encode_topk.
+"""Merges one chunk's passing groups into each row's running top-k.  Reference: saefast.ops.reference.encode_topk.
 
 One program a row. It compacts the ids of the groups that passed, filters their values, collects the survivors in a
 list, and sorts only when the list holds a run's worth or the chunk ends: nearly all passing groups hold one survivor,

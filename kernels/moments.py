@@ -1,4 +1,4 @@
-"""Sums of a batch's rows and of their squares, in fp64.  Reference: saefast.rows.moments.
+"""Sums of a batch's rows and of their squares, in fp64.  Reference: saefast.optim.rows.moments.
 
 One program per block of rows and of columns, with the first row as the origin: the rows' variance is then the
 difference of two sums of its own size, which fp64 holds to ten digits. No copy of the batch in fp64 is made.

@@ -1,4 +1,4 @@
-"""Gradient rows summed over runs and used by Adam on the spot.  Reference: saefast.rows.update_rows and its kin.
+"""Gradient rows summed over runs and used by Adam on the spot.  Reference: saefast.optim.rows.update_rows and its kin.
 
 One program per row and block of columns; what needs a whole row (projection, norms) is asked for with one block only.
 A run longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
@@ -115,13 +115,13 @@ def gradient_rows(
 
 @triton.jit
 def unit(w):
-    """w at unit norm, as saefast.rows_lean.unit."""
+    """w at unit norm, as saefast.optim.lean.unit."""
     return tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1.1920928955078125e-07))
 
 
 @triton.jit
 def project_out(g, w):
-    """g without its part along w, as saefast.rows_lean.project_out."""
+    """g without its part along w, as saefast.optim.lean.project_out."""
     along = tl.sum(g * w, 0) / tl.maximum(tl.sum(w * w, 0), 1.1754943508222875e-38)
     return g - along * w
 
@@ -147,7 +147,7 @@ def owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2):
 
 @triton.jit
 def settle(w, m, v, late, drift, eps, decay1, decay2, NORM: tl.constexpr):
-    """What the row owes, paid: see saefast.rows.catch_up."""
+    """What the row owes, paid: see saefast.optim.rows.catch_up."""
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - drift * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     moved = unit(moved) if NORM == AFTER else moved
@@ -316,13 +316,13 @@ def row_update(
         tl.store(v_ptr + at, v, mask=mask_d)
 
 
-# saefast.rows_lean: the hash of a row and of a column.
+# saefast.optim.lean: the hash of a row and of a column.
 ROW, COLUMN = tl.constexpr(0x85EBCA6B), tl.constexpr(0x9E3779B9)
 
 
 @triton.jit
 def mix(x):
-    """saefast.rows_lean.mix, of uint32."""
+    """saefast.optim.lean.mix, of uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -332,7 +332,7 @@ def mix(x):
 
 @triton.jit
 def random_bits(when, i, offs_d):
-    """saefast.rows_lean.random_bits for row i, `when` being the hash of seed and step."""
+    """saefast.optim.lean.random_bits for row i, `when` being the hash of seed and step."""
     key = mix(when.to(tl.uint32) ^ (i.to(tl.uint32) * ROW))
     return mix(key + offs_d.to(tl.uint32) * COLUMN)
 

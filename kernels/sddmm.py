@@ -1,4 +1,4 @@
-"""Sampled dot products: out[b, j] = x[b] · W[idx[b, j]].  Reference: saefast.reference.sddmm.
+"""Sampled dot products: out[b, j] = x[b] · W[idx[b, j]].  Reference: saefast.ops.reference.sddmm.
 
 One program per row and block of its entries; partial sums stay in registers over all of D and are added across
 threads once, in a fixed order.

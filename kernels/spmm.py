@@ -1,4 +1,4 @@
-"""Sparse @ dense: out[b] = Σ_j acts[b, j] · W[idx[b, j]].  Reference: saefast.reference.spmm.
+"""Sparse @ dense: out[b] = Σ_j acts[b, j] · W[idx[b, j]].  Reference: saefast.ops.reference.spmm.
 
 One program per row and block of columns; entries are added in the order they are stored, so a result does not depend
 on how programs are scheduled or how many rows there are. Rows are K entries each, or CSR with `row_ptr`.

@@ -4,38 +4,29 @@ The public names below are imported when first used, so `import saefast` costs n
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from saefast.recipe import TrainConfig, preset
-    from saefast.sae import SAE, SAEConfig, SAEOutput, load
-    from saefast.train import train
+from saefast.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from saefast.engines.config import TrainConfig, preset
+    from saefast.models.config import SAEConfig
+    from saefast.models.sae import SAE, SAEOutput, load
+    from saefast.training.api import train
+
+
 __all__ = ["SAE", "SAEConfig", "SAEOutput", "TrainConfig", "__version__", "load", "preset", "train"]
 
+# Where each public name is from.
 _HOME = {
-    "SAE": "saefast.sae",
-    "SAEConfig": "saefast.sae",
-    "SAEOutput": "saefast.sae",
-    "load": "saefast.sae",
-    "TrainConfig": "saefast.recipe",
-    "preset": "saefast.recipe",
-    "train": "saefast.train",
+    "SAE": "saefast.models",
+    "SAEConfig": "saefast.models",
+    "SAEOutput": "saefast.models",
+    "load": "saefast.models",
+    "TrainConfig": "saefast.engines",
+    "preset": "saefast.engines",
+    "train": "saefast.training",
 }
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Importing the module saefast.train binds it here and would hide the function of the same name.
-        if name in _HOME and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

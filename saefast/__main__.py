@@ -2,6 +2,6 @@
 
 import sys
 
-from saefast.cli import main
+from saefast.cli.main import main
 
 sys.exit(main())

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saefast import triton_launch
+from saefast.ops import triton_launch
 
 aten = torch.ops.aten
 NAME = torch.device("cuda:0")

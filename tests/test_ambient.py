@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import ambient, native
-from saefast.autograd_step import AutogradStep
-from saefast.evaluate import evaluate, evaluate_run
-from saefast.recipe import TrainConfig
-from saefast.sae import SAE, SAEConfig, load
-from saefast.step import FusedStep
-from saefast.sweep import Member, train_many
-from saefast.train import train
+from saefast import ambient, extension
+from saefast.analysis.evaluation import evaluate, evaluate_run
+from saefast.engines.autograd import AutogradStep
+from saefast.engines.config import TrainConfig
+from saefast.engines.fused import FusedStep
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE, load
+from saefast.training.api import train
+from saefast.training.several import Member, train_many
 
 CONFIG = SAEConfig(d_in=24, n_latents=64, k=4)
 COMMON: dict[str, Any] = dict(
@@ -121,30 +122,30 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, list[Ten
     """With the extension and without it."""
     found = {True: smoke(tmp_path_factory.mktemp("plain"))}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "extension", lambda: None)
+        patch.setattr(extension, "load", lambda: None)
         found[False] = smoke(tmp_path_factory.mktemp("torch"))
     return found
 
 
-@pytest.mark.parametrize("extension", [True, False], ids=["C++", "torch"])
+@pytest.mark.parametrize("built", [True, False], ids=["C++", "torch"])
 @pytest.mark.parametrize("mode", [*MODES, "thread"])
 def test_the_same_bits_under_every_mode(
     mode: str,
-    extension: bool,
+    built: bool,
     undisturbed: dict[bool, list[Tensor]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if extension and not native.available():
+    if built and not extension.available():
         pytest.skip("needs the C++ extension")
-    if not extension:
-        monkeypatch.setattr(native, "extension", lambda: None)
+    if not built:
+        monkeypatch.setattr(extension, "load", lambda: None)
     if mode == "thread":
         found = in_a_thread(lambda: smoke(tmp_path))
     else:
         with MODES[mode]():
             found = smoke(tmp_path)
-    wrong = [i for i, (a, b) in enumerate(zip(undisturbed[extension], found, strict=True)) if not torch.equal(a, b)]
+    wrong = [i for i, (a, b) in enumerate(zip(undisturbed[built], found, strict=True)) if not torch.equal(a, b)]
     assert not wrong, f"{len(wrong)} of {len(found)} results differ, the first is number {wrong[0]}"
 
 

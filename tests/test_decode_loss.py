@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import rows, rows_triton
 from saefast.kernels import tuning
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")

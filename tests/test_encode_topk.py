@@ -18,15 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saefast import native, ops, reference
+from saefast import extension
 from saefast.errors import InputError
+from saefast.ops import dispatch as ops
+from saefast.ops import native, reference
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the C++ extension was not built")
+pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ extension was not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = [
     pytest.param(dtype, name, id=f"{dtype}-{name}".removeprefix("torch."))
     for dtype in DTYPES
-    if native.available()
+    if extension.available()
     for name in native.tile_kernels(dtype)
 ]
 B, D, L, K = 37, 23, 1501, 19
@@ -329,7 +331,7 @@ def test_what_would_read_past_memory_is_refused(change: dict[str, Any], message:
 
 MEMORY = """
 import sys, torch
-from saefast import native
+from saefast.ops import native
 
 def now(field):
     line = next(l for l in open("/proc/self/status") if l.startswith(field))

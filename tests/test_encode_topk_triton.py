@@ -18,10 +18,12 @@ from allocations import Allocations
 from closeness import assert_close_to_reference
 from draws import given, settings, st
 
-from saefast import ops, reference, triton_encode, triton_ops
-from saefast.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
+from saefast.ops import dispatch as ops
+from saefast.ops import reference, triton_encode
+from saefast.ops import triton as triton_ops
+from saefast.ops.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")

@@ -12,16 +12,19 @@ from test_buffer import write_folder
 from test_imports import MODULES
 from torch import Tensor
 
-from saefast import native, ops, rows_native
-from saefast.data import buffer
+from saefast import extension
+from saefast.data import gather
 from saefast.data.buffer import LiveBuffer, ShardBuffer
 from saefast.data.iterable_source import IterableSource
 from saefast.data.sources import open_source
+from saefast.engines.config import TrainConfig
+from saefast.engines.fused import FusedStep
 from saefast.errors import InputError
-from saefast.optim import AdamStep, Job, Matrix, RowGradient
-from saefast.recipe import TrainConfig
-from saefast.sae import SAE, SAEConfig
-from saefast.step import FusedStep
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE
+from saefast.ops import dispatch as ops
+from saefast.optim import native as rows_native
+from saefast.optim.state import AdamStep, Job, Matrix, RowGradient
 
 # Functions of torch that make a tensor of the default dtype, or may, and on the default device.
 MAKERS = {
@@ -57,8 +60,8 @@ def test_the_walk_sees_loose_calls() -> None:
 
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_new_memory_names_its_dtype_and_its_device(module: str) -> None:
-    found = list(loose_calls(ast.parse(MODULES[module].read_text())))
-    assert not found, f"{MODULES[module]}: {found}: another default dtype or device would change what these make"
+    found = list(loose_calls(ast.parse(MODULES[module])))
+    assert not found, f"{module}: {found}: another default dtype or device would change what these make"
 
 
 # What the extension offers that takes no tensors itself; gather_rows_cuda needs a GPU.
@@ -133,8 +136,8 @@ def use_everything(folder: Path) -> list[Tensor]:
         found += [p.detach().clone() for p in sae.parameters()]
     acts, idx = ops.encode_topk(x, found[0], found[2], 3)
     found += [acts, idx, *ops.threshold_encode(x, found[0], found[2], 0.5), ops.sddmm(x, idx, found[1])]
-    found += [ops.spmm(acts, idx, found[1]), native.gather_rows(x, idx[:, 0].long())]
-    found.append(native.RowTable([x[:50], x[50:]]).gather(torch.arange(96)))
+    found += [ops.spmm(acts, idx, found[1]), gather.gather_rows(x, idx[:, 0].long())]
+    found.append(gather.RowTable([x[:50], x[50:]]).gather(torch.arange(96)))
     return found + list(buffered(write_folder(folder)))
 
 
@@ -150,19 +153,18 @@ def buffered(folder: Path) -> Iterator[Tensor]:
     live.close()
 
 
-@pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
+@pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
 def test_cpp_refuses_tensors_that_are_not_what_it_writes_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = use_everything(tmp_path / "a")
-    real, tried = native.extension(), set[str]()
-    for module in (native, rows_native, buffer):
-        monkeypatch.setattr(module, "extension", lambda: Attacked(real, tried))
+    real, tried = extension.load(), set[str]()
+    monkeypatch.setattr(extension, "load", lambda: Attacked(real, tried))
     found = use_everything(tmp_path / "b")
     # Nothing was written before a tensor was refused.
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert tried == {name for name in dir(real) if not name.startswith("_")} - OTHERS | METHODS
 
 
-@pytest.mark.skipif(not native.available(), reason="needs the C++ extension")
+@pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -198,9 +200,9 @@ def test_cpp_refuses_a_job_whose_numbers_lead_outside(changes: dict[str, Any], m
 
 
 def test_an_extension_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.importlib, "import_module", lambda name: SimpleNamespace(INTERFACE=-1))
-    native.extension.cache_clear()
+    monkeypatch.setattr(extension.importlib, "import_module", lambda name: SimpleNamespace(INTERFACE=-1))
+    extension.load.cache_clear()
     with pytest.raises(InputError, match="another version of its sources: build it anew"):
-        native.extension()
+        extension.load()
     monkeypatch.undo()
-    native.extension.cache_clear()
+    extension.load.cache_clear()

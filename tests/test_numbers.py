@@ -13,17 +13,21 @@ import torch
 from torch import Tensor
 
 import saefast
-from saefast import ops, reference, rows, triton_ops
+from saefast.analysis.evaluation import evaluate
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.sources import open_source
+from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
-from saefast.evaluate import evaluate
-from saefast.feed import input_scale
-from saefast.optim import AdamStep, DriftTable, Matrix
-from saefast.progress import METRICS, read_metrics
-from saefast.recipe import TrainConfig
-from saefast.sae import SAE, SAEConfig, load
-from saefast.train import train
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE, load
+from saefast.ops import dispatch as ops
+from saefast.ops import reference
+from saefast.ops import triton as triton_ops
+from saefast.optim.dispatch import row_ops
+from saefast.optim.state import AdamStep, DriftTable, Matrix
+from saefast.training.api import train
+from saefast.training.feed import input_scale
+from saefast.training.progress import METRICS, read_metrics
 
 CONFIG = SAEConfig(d_in=24, n_latents=64, k=4)
 COMMON: dict[str, Any] = dict(batch_size=128, device="cpu", log_every=5)
@@ -73,7 +77,7 @@ def test_a_long_sleep_leaves_numbers(betas: tuple[float, float]) -> None:
     matrix.m.fill_(0.1)
     matrix.v.fill_(0.01)
     step = AdamStep(20_000, *betas, 1e-3, 1e-8, table.drift, table.drift_eps)
-    rows.backend(matrix.w).catch_up(matrix, step)
+    row_ops(matrix.w).catch_up(matrix, step)
     assert matrix.w.isfinite().all()
     if betas[0] == 0:
         assert torch.equal(matrix.w, torch.ones(3, 4)), "without momentum a row that rests does not move"

@@ -129,13 +129,14 @@ import warnings
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import torch, saefast
-    from saefast import native
+    from saefast import extension
+    from saefast.data import gather
     assert saefast.__file__.startswith(FOLDER), saefast.__file__
     assert not [w for w in caught if "saefast" in str(w.message)], "warned before it was asked for anything"
     src, index = torch.randn(9, 4), torch.tensor([8, 0])
     for _ in range(3):
-        assert torch.equal(native.gather_rows(src, index), src[index])
-        assert not native.available()
+        assert torch.equal(gather.gather_rows(src, index), src[index])
+        assert not extension.available()
 ours = [w for w in caught if "saefast" in str(w.message)]
 assert len(ours) == 1, ours
 assert ours[0].category is RuntimeWarning

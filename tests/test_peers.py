@@ -10,10 +10,10 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, clear_batches, distance
 from torch import Tensor, nn
 
-from saefast.autograd_step import PARAMETERS, AutogradStep
-from saefast.engine import StepStats
-from saefast.recipe import lr_factor, preset
-from saefast.sae import SAE
+from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines.config import lr_factor, preset
+from saefast.engines.engine import StepStats
+from saefast.models.sae import SAE
 
 pytestmark = pytest.mark.peers
 WARMUP, TOLERANCE = 4, 1e-5

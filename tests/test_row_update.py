@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import rows, rows_lean, rows_triton
 from saefast.kernels import tuning
-from saefast.optim import AdamStep, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
-from saefast.runs import group_runs
+from saefast.ops.runs import group_runs
+from saefast.optim import lean as rows_lean
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
+from saefast.optim.dispatch import row_ops
+from saefast.optim.state import AdamStep, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -411,4 +414,4 @@ def test_large(D, options, device):
 
 @pytest.mark.gpu
 def test_a_gpus_weights_are_served_by_the_kernels(device):
-    assert rows.backend(torch.zeros(1, 4, device=device)) is rows_triton
+    assert row_ops(torch.zeros(1, 4, device=device)) is rows_triton

@@ -7,9 +7,10 @@ import pytest
 import torch
 from draws import given, settings, st
 
-from saefast import reference, triton_encode, triton_ops
 from saefast.errors import InputError
 from saefast.kernels import tuning
+from saefast.ops import reference, triton_encode
+from saefast.ops import triton as triton_ops
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from closeness import assert_close_to_reference
 
-from saefast import reference, triton_ops
+from saefast.ops import reference
+from saefast.ops import triton as triton_ops
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")

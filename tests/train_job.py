@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from hanging import HANG
 
-from saefast.recipe import TrainConfig
-from saefast.sae import SAEConfig
-from saefast.train import Stopped, train
+from saefast.engines.config import TrainConfig
+from saefast.models.config import SAEConfig
+from saefast.training.api import Stopped, train
 
 SAE = SAEConfig(d_in=12, n_latents=48, k=4)
 CONFIG: dict[str, Any] = dict(

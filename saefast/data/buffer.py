@@ -15,13 +15,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saefast import extension
 from saefast.data.ahead import copied_ahead
 from saefast.data.device_reservoir import DeviceReservoir
 from saefast.data.rows_source import RowsSource
 from saefast.data.shards import dequantise
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
-from saefast.native import extension
 from saefast.placement import require_memory
 
 # Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
@@ -150,7 +150,7 @@ def _threads() -> int:
 
 
 def _native() -> ModuleType:
-    module = extension()
+    module = extension.load()
     if module is None:
         raise InputError("the shuffle buffer needs saefast's C++ extension, which is not built; use shuffle='mapped'")
     return module

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefast.data.gather import gather_rows
 from saefast.errors import InputError
-from saefast.native import gather_rows
 
 # Rows per copy while the reservoir is first filled.
 PIECE = 1 << 14

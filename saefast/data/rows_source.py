@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from saefast.data.arrays import Segment
+from saefast.data.gather import RowTable, gather_rows
 from saefast.data.order import Order
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
-from saefast.native import RowTable, gather_rows
 
 
 class Located(NamedTuple):

@@ -16,8 +16,8 @@ from saefast.data.rows_source import Located, Rows, RowsSource
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source, first_bad_row
 from saefast.errors import InputError
+from saefast.extension import available
 from saefast.files import usable
-from saefast.native import available
 from saefast.typed import typed
 
 Shuffle = Literal["auto", "buffer", "mapped"]

@@ -25,25 +25,27 @@ from attack.odd import Make
 from attack.pool import HANG, Room, run_all
 from attack.summary import Row
 
-from saefast import cli, ops
-from saefast.cli_eval import EvalArgs
-from saefast.cli_features import FeaturesArgs
-from saefast.cli_harvest import HarvestArgs
-from saefast.cli_train import SAEFlags, TrainArgs
-from saefast.data.harvest import HarvestConfig, harvest
-from saefast.data.live import live_sources
+from saefast.analysis.evaluation import evaluate, evaluate_run
+from saefast.cli import main as cli
+from saefast.cli.eval import EvalArgs
+from saefast.cli.features import FeaturesArgs
+from saefast.cli.harvest import HarvestArgs
+from saefast.cli.train import SAEFlags, TrainArgs
 from saefast.data.shards import ShardFolder
 from saefast.data.sources import open_source
-from saefast.data.text import open_text
+from saefast.engines.config import TrainConfig, preset
 from saefast.errors import InputError
-from saefast.evaluate import evaluate, evaluate_run
-from saefast.plan import PlanArgs, make_plan
-from saefast.progress import read_metrics
-from saefast.recipe import TrainConfig, preset
-from saefast.rundir import read_config
-from saefast.sae import SAE, SAEConfig, load
-from saefast.sweep import Member, train_many
-from saefast.train import train
+from saefast.harvest.live import live_sources
+from saefast.harvest.text import open_text
+from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE, load
+from saefast.ops import dispatch as ops
+from saefast.training.api import train
+from saefast.training.plan import PlanArgs, make_plan
+from saefast.training.progress import read_metrics
+from saefast.training.run_folder import read_config
+from saefast.training.several import Member, train_many
 
 D_IN = readers.D_IN
 ENCODINGS = ("utf-8", "ascii", "cp1252")

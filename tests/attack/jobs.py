@@ -15,13 +15,13 @@ import tiny_models
 import torch
 import train_job
 
-from saefast.data.harvest import HarvestConfig, harvest
-from saefast.data.live import live_sources
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.sources import open_source
-from saefast.recipe import TrainConfig
-from saefast.sweep import Member, train_many
-from saefast.train import train
+from saefast.engines.config import TrainConfig
+from saefast.harvest.live import live_sources
+from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.training.api import train
+from saefast.training.several import Member, train_many
 
 Job = dict[str, Any]
 HOOKS = ("layers.0", "layers.1", "layers.2")

@@ -20,10 +20,10 @@ from attack.readers import read_shards
 from attack.summary import Row
 from train_job import Server
 
-from saefast import checkpoint
 from saefast.data.shards import read_index
-from saefast.progress import read_metrics
-from saefast.sae import load
+from saefast.models.sae import load
+from saefast.training import checkpoint
+from saefast.training.progress import read_metrics
 
 CLOCKS = ("seconds", "tokens_per_second", "idle_share")
 STATE = ("step", "tokens", "cursor", "scale", "ahead")

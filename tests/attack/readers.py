@@ -27,21 +27,24 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from saefast import cli, evaluate, sae
+from saefast.analysis import evaluation
+from saefast.cli import main as cli
 from saefast.data import shard_writer
-from saefast.data.harvest import HarvestConfig, harvest
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source
 from saefast.data.sources import open_source
-from saefast.data.text import open_text
+from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
-from saefast.progress import read_metrics
-from saefast.recipe import TrainConfig
-from saefast.rundir import read_config
-from saefast.sae import SAE, SAEConfig, load
-from saefast.train import train
-from saefast.trainer import Run
+from saefast.harvest.text import open_text
+from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.models import sae
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE, load
+from saefast.training.api import train
+from saefast.training.loop import Run
+from saefast.training.progress import read_metrics
+from saefast.training.run_folder import read_config
 
 D_IN, LATENTS = 6, 24
 
@@ -245,7 +248,7 @@ def command(argv: list[str]) -> str:
 
 def eval_run(folder: Path) -> Any:
     """`saefast eval` as a user types it, without the pictures."""
-    with mock.patch("saefast.cli_eval.draw_run", return_value=[]):
+    with mock.patch("saefast.cli.eval.draw_run", return_value=[]):
         said = command(["eval", str(folder / "run"), "--lm-tokens", "0"])
     table = [line for line in said.splitlines() if str(folder) not in line]
     return [table, json.loads((folder / "run" / "eval.json").read_text())["metrics"]]
@@ -330,7 +333,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Any, metadata: dict[str,
 def steady() -> Iterator[None]:
     """Clocks that tick once a look, and safetensors whose headers come in one order."""
     with contextlib.ExitStack() as stack:
-        for module in (sae, shard_writer, evaluate):
+        for module in (sae, shard_writer, evaluation):
             if hasattr(module, "save_file"):
                 stack.enter_context(mock.patch.object(module, "save_file", write_safetensors))
         ticks = itertools.count(1)

@@ -15,12 +15,13 @@ import torch
 from attack import outcome, readers
 from attack.summary import Row
 
-from saefast.data.live import live_sources
+from saefast.analysis.evaluation import evaluate
 from saefast.data.sources import open_source
-from saefast.evaluate import evaluate
-from saefast.recipe import TrainConfig
-from saefast.sae import SAEConfig, load
-from saefast.train import train
+from saefast.engines.config import TrainConfig
+from saefast.harvest.live import live_sources
+from saefast.models.config import SAEConfig
+from saefast.models.sae import load
+from saefast.training.api import train
 
 # A megabyte of weights, so that one tensor kept a round is seen; torch and malloc settle within a few MB.
 SIZE = SAEConfig(d_in=readers.D_IN, n_latents=1 << 15, k=3)

@@ -1,4 +1,7 @@
-"""Runs of every kind, and harvests, killed a few times each; tests/test_resume_kill.py has the moments that matter."""
+"""Runs of every kind, and harvests, killed a few times each.
+
+tests/training/test_resume_kill.py has the moments that matter.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +10,7 @@ import pytest
 from attack import kill, outcome
 from attack.kill import Condition, Killer
 
-# The others are killed until they are done by tests/test_resume_kill.py.
+# The others are killed until they are done by tests/training/test_resume_kill.py.
 CONDITIONS = [condition for condition in kill.CONDITIONS if "task" in condition.job]
 
 

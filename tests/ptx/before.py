@@ -55,7 +55,7 @@ def run_gradient(
 
 @triton.jit
 def project_out(g, w):
-    """g without its part along w, as saefast.rows_lean.project_out."""
+    """g without its part along w, as saefast.optim.lean.project_out."""
     along = tl.sum(g * w, 0) / tl.maximum(tl.sum(w * w, 0), 1.1754943508222875e-38)
     return g - along * w
 
@@ -93,13 +93,13 @@ def gradient_squares(
 
 @triton.jit
 def unit(w):
-    """w at unit norm, as saefast.rows_lean.unit."""
+    """w at unit norm, as saefast.optim.lean.unit."""
     return tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1.1920928955078125e-07))
 
 
 @triton.jit
 def mix(x):
-    """saefast.rows_lean.mix, of uint32."""
+    """saefast.optim.lean.mix, of uint32."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D
     x = x ^ (x >> 15)
@@ -109,7 +109,7 @@ def mix(x):
 
 @triton.jit
 def random_bits(when, i, offs_d):
-    """saefast.rows_lean.random_bits for row i, `when` being the hash of seed and step."""
+    """saefast.optim.lean.random_bits for row i, `when` being the hash of seed and step."""
     key = mix(when.to(tl.uint32) ^ (i.to(tl.uint32) * ROW))
     return mix(key + offs_d.to(tl.uint32) * COLUMN)
 

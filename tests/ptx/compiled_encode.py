@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ptx.emulate import emulated
-from saefast import rows, rows_triton, triton_encode, triton_ops
 from saefast.kernels import tuning
+from saefast.ops import triton as triton_ops
+from saefast.ops import triton_encode
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
 
 L, K = 700, 12
 

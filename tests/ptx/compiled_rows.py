@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from ptx.emulate import emulated
-from saefast import batch_triton, rows, rows_lean, rows_triton
 from saefast.kernels import tuning
-from saefast.optim import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
+from saefast.optim import lean as rows_lean
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
+from saefast.optim import triton_batch as batch_triton
+from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 STEP, L, CUT = 6, 6, 8
 OPERATIONS: dict[str, Callable[[object, Job], None]] = {

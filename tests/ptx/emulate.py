@@ -156,7 +156,12 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, op
     Args:
         rows_backend, ops_backend: what serves them; None: the GPU's drivers.
     """
-    from saefast import ops, rows, rows_triton, screen, triton_launch, triton_ops
+    from saefast.ops import dispatch as ops
+    from saefast.ops import mixed as screen
+    from saefast.ops import triton as triton_ops
+    from saefast.ops import triton_launch
+    from saefast.optim import rows
+    from saefast.optim import triton as rows_triton
 
     plain_rows, plain_ops = rows.backend, ops.backend
 

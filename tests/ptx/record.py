@@ -25,8 +25,12 @@ from ptx.build import kernel_of
 from ptx.call import Call, bound, call_of, specialised
 from ptx.emulate import as_on_a_gpu
 from ptx.scenes import RECIPES, Sizes, encoding, soon, training
-from saefast import kernels, reference, rows, rows_triton, triton_encode, triton_ops
+from saefast import kernels
 from saefast.kernels import tuning
+from saefast.ops import reference, triton_encode
+from saefast.ops import triton as triton_ops
+from saefast.optim import rows
+from saefast.optim import triton as rows_triton
 
 # Columns of an encode: a group's worth of every setting.
 MANY = 4096

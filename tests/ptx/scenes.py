@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import hot, triton_encode, triton_ops
+from saefast.engines import hot
+from saefast.engines.config import preset
+from saefast.engines.fused import FusedStep
 from saefast.kernels import tuning
-from saefast.recipe import preset
-from saefast.sae import SAE
-from saefast.step import FusedStep
+from saefast.models.sae import SAE
+from saefast.ops import triton as triton_ops
+from saefast.ops import triton_encode
 
 
 @dataclass(frozen=True)

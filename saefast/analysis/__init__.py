@@ -1,0 +1,7 @@
+"""What a trained SAE has learnt: evaluation, telling latents, report and plots."""
+
+from saefast.analysis.evaluation import Evaluation, evaluate, evaluate_run
+from saefast.analysis.feature_table import FeatureTable, make_table
+from saefast.analysis.report import draw_run
+
+__all__ = ["Evaluation", "FeatureTable", "draw_run", "evaluate", "evaluate_run", "make_table"]

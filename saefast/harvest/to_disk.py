@@ -1,0 +1,296 @@
+"""Harvest into a shard folder: `harvest` begins one, or goes on with one that was stopped or killed."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from saefast.data.shard_writer import ShardWriter, clear_finished
+from saefast.data.shards import read_index
+from saefast.errors import InputError
+from saefast.files import usable
+from saefast.harvest.harvester import DROPPED, HarvestBatch, HarvestConfig, Harvester, given_model_name
+from saefast.harvest.sequences import Window
+from saefast.schema import Count, check
+from saefast.typed import typed
+
+__all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
+
+# These change how a harvest runs and how far, not what its rows are.
+_HOW = ("max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device", "dtype", "hooks")
+
+
+@dataclass
+class HarvestReport:
+    """What lies in the folder, and how this call went.
+
+    rows, heldout_rows: of the two shares; sequences, documents: harvested; dropped: tokens left out, by reason;
+    complete: the end of the text, or max_tokens, is reached. seconds and tokens (run through the model): of this call;
+    skipped: files and lines of the text that could not be read.
+    """
+
+    folder: Path
+    rows: int
+    heldout_rows: int
+    sequences: int
+    documents: int
+    dropped: dict[str, int]
+    complete: bool
+    seconds: float = 0.0
+    tokens: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@typed
+def harvest(
+    out_dir: str | Path,
+    config: HarvestConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    progress: bool = True,
+) -> HarvestReport:
+    """Harvests into out_dir, going on where an earlier call with the same settings stopped.
+
+    model, tokenizer, text: objects to use instead of the names in config (a model with its hooks, any iterable of
+    strings). Ctrl-C makes a shard of what is there before it is raised again; a kill loses what came after the last
+    shard. Raises InputError for bad input, other settings than the folder was begun with, and a full disk; shards that
+    were finished stay.
+    """
+    config = config or HarvestConfig()
+    folder = usable(out_dir)
+    finished = _finished(folder, config, model, text)
+    if finished:
+        clear_finished(folder)
+        return finished
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    started = time.perf_counter()
+    try:
+        with ShardWriter(
+            folder,
+            harvester.runner.hooks,
+            config.dtype,
+            settings=_settings(config, model, text),
+            rows_per_shard=config.rows_per_shard,
+            shuffle_seed=config.seed,
+        ) as writer:
+            run = _Run(harvester, writer)
+            run.whole(progress)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written: {error.strerror or error}; finished shards are kept, the same command goes on"
+        ) from None
+    report = _report(folder, read_index(folder))
+    report.seconds, report.tokens = time.perf_counter() - started, run.tokens
+    report.skipped = harvester.text.skipped
+    return report
+
+
+def harvest_batches(
+    config: HarvestConfig | None = None, *, model: Any = None, tokenizer: Any = None, text: Any = None
+) -> Iterator[HarvestBatch]:
+    """The rows of a harvest as they are made, nothing written: for training while harvesting.
+
+    Each batch has rows (per hook (n, d), on the model's device and in its dtype), seq, pos and split; batches whose
+    split is "heldout" are not to be trained on. Neighbouring rows are of one sequence: shuffle them through a buffer.
+    """
+    return Harvester(config or HarvestConfig(), model=model, tokenizer=tokenizer, text=text).batches()
+
+
+class Cursor(TypedDict):
+    """How far a harvest has come, as far as its report tells."""
+
+    docs: Count
+    seqs: Count
+    done: Count
+
+
+class Finished(TypedDict):
+    """What the report on a harvest needs of index.json."""
+
+    cursor: Cursor
+    dropped: dict[str, Count]
+    complete: bool
+
+
+class _Run:
+    """One call of harvest: feeds batches to the writer, commits, and keeps the cursor."""
+
+    def __init__(self, harvester: Harvester, writer: ShardWriter) -> None:
+        self._harvester, self._writer = harvester, writer
+        self._cursor = writer.cursor
+        dropped = writer.index.get("dropped", {})
+        self._dropped = np.array([dropped.get(name, 0) for name in DROPPED], dtype=np.int64)
+        self._window: Window | None = None
+        self._window_tokens = 0
+        self.tokens = 0
+        self._committed_at = time.monotonic()
+        # While rows are handed over, what the writer holds is not what the cursor says.
+        self._feeding = False
+
+    def whole(self, progress: bool) -> None:
+        writer = self._writer
+        try:
+            with _Bar(self._harvester, self._cursor, progress) as bar:
+                for batch in self._harvester.batches(self._cursor):
+                    self._enter(batch.window)
+                    self._feed(batch)
+                    self.tokens += batch.tokens
+                    bar.update(batch)
+            self._leave()
+            if not writer.waiting and not writer.index["n_rows"]:
+                raise InputError(f"{self._harvester.text.name}: no row was kept, {self._dropped.sum()} tokens dropped")
+            self._commit(complete=True)
+        except KeyboardInterrupt:
+            if writer.waiting and not self._feeding:
+                self._commit()
+            raise
+
+    def _enter(self, window: Window) -> None:
+        """At a window's first batch: its tokens are kept, and the cursor moves to its beginning."""
+        if window is self._window:
+            return
+        self._leave()
+        self._window = window
+        self._window_tokens = sum(self._harvester.sequencer.count(ids) for ids in window.ids)
+        before = self._cursor["tokens"] if self._cursor else 0
+        self._cursor = {
+            "docs": window.first_doc,
+            "seqs": window.first_seq,
+            "fingerprint": window.before,
+            "window_docs": window.n_docs,
+            "tokens": before,
+            "done": 0,
+        }
+        self._writer.add_sequences(window.first_seq, window.docs, window.ids)
+
+    def _leave(self) -> None:
+        """After a window's last batch: the cursor moves to its end."""
+        if self._window is None or self._cursor is None:
+            return
+        window = self._window
+        self._cursor = {
+            "docs": window.first_doc + window.n_docs,
+            "seqs": window.first_seq + len(window.ids),
+            "fingerprint": window.after,
+            "tokens": self._cursor["tokens"] + self._window_tokens,
+            "done": 0,
+        }
+        self._window = None
+
+    def _feed(self, batch: HarvestBatch) -> None:
+        """Gives a batch to the writer; where a shard becomes full it is cut between two sequences."""
+        self._feeding = True
+        ends = np.concatenate([[0], np.cumsum(batch.counts)])
+        first, n = 0, len(batch.counts)
+        while first < n:
+            room = self._writer.room(batch.split)
+            last = int(np.searchsorted(ends, ends[first] + room, side="right")) - 1
+            if last == first and self._writer.waiting:
+                self._commit()
+                continue
+            last = max(last, first + 1)
+            part = slice(int(ends[first]), int(ends[last]))
+            rows = {name: values[part] for name, values in batch.rows.items()}
+            self._writer.add(batch.split, rows, batch.seq[part], batch.pos[part])
+            self._dropped += batch.dropped[first:last].sum(0)
+            first = last
+            if self._cursor is not None:
+                self._cursor["done"] = batch.done - (n - last)
+        if time.monotonic() - self._committed_at > self._harvester.config.commit_seconds:
+            self._commit()
+        self._feeding = False
+
+    def _commit(self, complete: bool = False) -> None:
+        harvester, cursor = self._harvester, dict(self._cursor or {})
+        dropped = dict(zip(DROPPED, self._dropped.tolist(), strict=True))
+        self._writer.commit(
+            cursor, complete, end=self._end(cursor) if complete else None, dropped=dropped, **harvester.facts()
+        )
+        self._committed_at = time.monotonic()
+
+    def _end(self, cursor: dict[str, Any]) -> str:
+        limit = self._harvester.config.max_tokens
+        return "text" if limit is None or cursor.get("tokens", 0) < limit else "max_tokens"
+
+
+class _Bar:
+    """Progress on the terminal: tokens, tokens per second, time left. tqdm is imported only when it is shown."""
+
+    def __init__(self, harvester: Harvester, cursor: dict[str, Any] | None, shown: bool) -> None:
+        self._limit = harvester.config.max_tokens
+        self._size = harvester.text.size() if shown and self._limit is None else None
+        self._window: Window | None = None
+        self._chars = self._tokens = 0
+        self._bar: Any = None
+        if shown:
+            from tqdm.auto import tqdm
+
+            before = cursor["tokens"] if cursor else 0
+            total = None if self._limit is None else max(self._limit - before, 0)
+            self._bar = tqdm(desc="harvest", unit=" tokens", unit_scale=True, total=total, dynamic_ncols=True)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, batch: HarvestBatch) -> None:
+        if self._bar is None:
+            return
+        if batch.window is not self._window:
+            self._window = batch.window
+            self._chars += batch.window.chars
+            self._tokens += sum(map(len, batch.window.ids))
+            if self._size:
+                # The text's length in tokens, judged by what was tokenised so far.
+                self._bar.total = round(self._tokens * max(self._size / self._chars, 1))
+        self._bar.update(batch.tokens)
+
+
+def _settings(config: HarvestConfig, model: Any, text: Any) -> dict[str, Any]:
+    """What determines the rows, as JSON keeps it."""
+    out = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    if model is not None:
+        out["model"] = given_model_name(model)
+    if text is not None:
+        out["text"] = getattr(text, "name", None) or (str(text) if isinstance(text, str | Path) else "given")
+    return out
+
+
+def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> HarvestReport | None:
+    """The report on a folder in which nothing is left to do, before any model is loaded."""
+    if not (folder / "index.json").is_file():
+        return None
+    index = read_index(folder)
+    hooks = [hook["name"] for hook in index["hooks"]]
+    cursor = index.get("cursor") or {}
+    same = index.get("settings") == _settings(config, model, text) and hooks == list(config.hooks)
+    enough = config.max_tokens is not None and cursor.get("tokens", 0) >= config.max_tokens
+    if not (index.get("complete") and same and index["dtype"] == config.dtype):
+        return None
+    return _report(folder, index) if index.get("end") == "text" or enough else None
+
+
+def _report(folder: Path, index: dict[str, Any]) -> HarvestReport:
+    done: Finished = check(index, Finished, folder / "index.json")
+    cursor, splits = done["cursor"], index["splits"]
+    return HarvestReport(
+        folder,
+        rows=splits["train"],
+        heldout_rows=splits["heldout"],
+        sequences=cursor["seqs"] + cursor["done"],
+        documents=cursor["docs"],
+        dropped=done["dropped"],
+        complete=done["complete"],
+    )

@@ -1,0 +1,173 @@
+"""What a language model loses when an SAE's reconstruction takes the place of its activations.
+
+Cross-entropy of the next token, in nats, with the activations as they are ("clean"), with x̂ in place of x ("sae") and
+with zeros in place of x ("zero"). Special tokens (beginning, end, padding ...) keep their own activations, because
+SAEs are not trained on them, and stay out of the averages, both as the token read and as the token predicted.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saefast.errors import InputError
+from saefast.metrics.streaming import Metric
+
+LM_METRICS: dict[str, Metric] = {
+    "ce_clean": Metric("cross-entropy of the untouched model, nats per token", "special tokens masked"),
+    "ce_sae": Metric("the same with x̂ in place of x", "special tokens masked"),
+    "ce_zero": Metric("the same with 0 in place of x", "special tokens masked"),
+    "delta_loss": Metric("CE(sae) − CE(clean)", "Gemma Scope, arXiv 2408.05147, delta LM loss"),
+    "loss_recovered": Metric(
+        "(CE(zero) − CE(sae)) / (CE(zero) − CE(clean)), where CE(zero) > CE(clean)",
+        "SAELens ce_loss_score, dictionary_learning frac_recovered, SAEBench",
+    ),
+    "kl_sae": Metric("mean KL(clean ‖ sae) of next-token distributions", "SAELens"),
+    "kl_zero": Metric("mean KL(clean ‖ zero)", "SAELens"),
+    "kl_score": Metric("(KL(zero) − KL(sae)) / KL(zero)", "SAELens kl_div_score"),
+    "lm_tokens": Metric("tokens predicted", "special tokens masked"),
+}
+
+
+class TokenBatch(NamedTuple):
+    """Sequences padded to one length: ids (B, T) int64, mask (B, T) bool, True where a token stands."""
+
+    ids: Tensor
+    mask: Tensor
+
+
+def batch_sequences(sequences: Iterable[Tensor], batch_size: int, pad_id: int = 0) -> Iterator[TokenBatch]:
+    """1-D id tensors, `batch_size` at a time, padded on the right."""
+    waiting: list[Tensor] = []
+    for sequence in sequences:
+        waiting.append(sequence.long())
+        if len(waiting) == batch_size:
+            yield _pad(waiting, pad_id)
+            waiting = []
+    if waiting:
+        yield _pad(waiting, pad_id)
+
+
+def _pad(sequences: list[Tensor], pad_id: int) -> TokenBatch:
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64, device="cpu")
+    return TokenBatch(ids, torch.arange(ids.shape[1], device="cpu") < lengths[:, None])
+
+
+@contextlib.contextmanager
+def spliced(module: nn.Module, replace: Callable[[Tensor], Tensor], where: Tensor) -> Iterator[None]:
+    """While open, the module's output x (B, T, D) is replace(x[where]) at the positions `where` (B, T) bool.
+
+    A tuple or list output has its first element replaced and stays a tuple or list; a tensor stays a tensor.
+    """
+
+    def splice(x: Tensor) -> Tensor:
+        if x.shape[:2] != where.shape:
+            raise InputError(f"the hooked module returns {tuple(x.shape)}: expected (batch, positions, width)")
+        out = x.clone()
+        out[where] = replace(x[where]).to(x.dtype)
+        return out
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return splice(output)
+        if isinstance(output, tuple | list) and isinstance(output[0], Tensor):
+            return type(output)([splice(output[0]), *output[1:]])
+        raise InputError(f"the hooked module returns {type(output).__name__}: expected a tensor or a tuple of them")
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def lm_scores(
+    model: nn.Module,
+    module: nn.Module,
+    reconstruct: Callable[[Tensor], Tensor],
+    batches: Iterable[TokenBatch],
+    special_ids: Iterable[int] = (),
+) -> dict[str, float]:
+    """Clean, spliced and zero-ablated loss of a causal language model, named as in LM_METRICS.
+
+    Args:
+        model: called as model(input_ids=, attention_mask=) and returning `.logits` (B, T, V).
+        module: the submodule of it whose output is replaced.
+        reconstruct: x (n, D) -> x̂ (n, D).
+        batches: the text.
+        special_ids: token ids kept out of the replacement and of the averages.
+
+    Raises:
+        InputError: no batch holds two ordinary tokens in a row.
+    """
+    sums = torch.zeros(5, dtype=torch.float64, device="cpu")
+    n_tokens = 0
+    device = next(model.parameters()).device
+    special = torch.tensor(sorted(special_ids), dtype=torch.int64, device="cpu")
+    for batch in batches:
+        ordinary = batch.mask & ~torch.isin(batch.ids, special)
+        keep = (ordinary[:, :-1] & ordinary[:, 1:]).to(device)
+        if not keep.any():
+            continue
+        ids, mask, where = batch.ids.to(device), batch.mask.to(device), ordinary.to(device)
+        sums += _batch_sums(model, module, reconstruct, TokenBatch(ids, mask), where, keep)
+        n_tokens += int(keep.sum())
+    if n_tokens == 0:
+        raise InputError("no text to score: no sequence holds two ordinary tokens in a row")
+    return _scores((sums / n_tokens).tolist()) | {"lm_tokens": n_tokens}
+
+
+@torch.no_grad()
+def _batch_sums(
+    model: nn.Module,
+    module: nn.Module,
+    reconstruct: Callable[[Tensor], Tensor],
+    batch: TokenBatch,
+    where: Tensor,
+    keep: Tensor,
+) -> Tensor:
+    """Sums over kept positions of CE clean, sae, zero and KL(clean ‖ sae), KL(clean ‖ zero). -> (5,) float64."""
+    targets = batch.ids[:, 1:][keep]
+
+    def log_probs() -> Tensor:
+        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        return logits[:, :-1][keep].float().log_softmax(-1)
+
+    def cross_entropy(log_p: Tensor) -> Tensor:
+        return -log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
+
+    clean = log_probs()
+    entropies, divergences = [cross_entropy(clean)], []
+    for replace in (reconstruct, torch.zeros_like):
+        with spliced(module, replace, where):
+            log_p = log_probs()
+        entropies.append(cross_entropy(log_p))
+        divergences.append((clean.exp() * (clean - log_p)).sum(dtype=torch.float64))
+    return torch.stack([*entropies, *divergences]).cpu()
+
+
+def _scores(means: list[float]) -> dict[str, float]:
+    clean, sae, zero, kl_sae, kl_zero = means
+    return {
+        "ce_clean": clean,
+        "ce_sae": sae,
+        "ce_zero": zero,
+        "delta_loss": sae - clean,
+        "loss_recovered": (zero - sae) / (zero - clean) if zero > clean else float("nan"),
+        "kl_sae": kl_sae,
+        "kl_zero": kl_zero,
+        "kl_score": (kl_zero - kl_sae) / kl_zero if kl_zero else float("nan"),
+    }
+
+
+def why_missing(scores: dict[str, float]) -> dict[str, str]:
+    """For each of lm_scores' figures that does not exist (NaN), why."""
+    reasons = {
+        "loss_recovered": "zero-ablation hurts nothing, ce_zero is not above ce_clean: there is no loss to recover",
+        "kl_score": "zero-ablation changes nothing, kl_zero is 0",
+    }
+    return {name: reasons.get(name, "not a number") for name, value in scores.items() if math.isnan(value)}

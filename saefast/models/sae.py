@@ -1,0 +1,268 @@
+"""SAE, SAEOutput: the model, its sparse and dense interface, and its file."""
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from saefast import ambient
+from saefast.data.shardfile import Column, map_tensor, read_header, read_metadata, verify_seal, write_file
+from saefast.errors import InputError
+from saefast.files import parse_json, read_json, usable, write_json
+from saefast.models.config import DTYPES, SAEConfig
+from saefast.models.init import init_weights
+from saefast.ops import autograd
+from saefast.placement import pick_device, require_device, require_memory
+from saefast.schema import Seed, check_argument
+from saefast.typed import typed
+
+WEIGHTS, CONFIG = "sae.safetensors", "config.json"
+
+
+class SAEOutput(NamedTuple):
+    """What `SAE.forward` returns."""
+
+    x_hat: Tensor
+    """(..., d_in) the reconstruction."""
+    acts: Tensor
+    """(..., k) activations of the latents that are on, descending; 0 where fewer than k are positive."""
+    idx: Tensor
+    """(..., k) int32 ids of those latents, distinct within a row."""
+
+
+class SAE(nn.Module):
+    """A k-sparse autoencoder. acts, idx = TopK(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
+
+    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both.
+
+    Args:
+        config: shape and kind.
+        seed: of the random weights; None draws from torch's global generator.
+    """
+
+    @typed
+    @ambient.plainly(grad=True)
+    def __init__(self, config: SAEConfig, seed: int | None = None, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        dtype = DTYPES[config.dtype]
+        check_argument("seed", seed, Seed | None)
+        device = require_device(device)
+        weights = 2 * config.n_latents * config.d_in * dtype.itemsize
+        require_memory(device, weights, f"an SAE of n_latents = {config.n_latents} and d_in = {config.d_in}")
+        if torch.device(device).type == "meta":  # a shape to load weights into
+            W_enc, W_dec = (torch.empty(config.n_latents, config.d_in, dtype=dtype, device="meta") for _ in range(2))
+        else:
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            W_enc, W_dec = init_weights(
+                config.n_latents, config.d_in, config.init, generator, dtype=dtype, device=device
+            )
+        self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    @typed
+    @ambient.plainly()
+    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., d_in) -> acts (..., k) fp32 (fp64 for fp64 weights) and idx (..., k) int32.
+
+        Raises:
+            InputError: x's last dimension is not d_in, or x is on another device.
+        """
+        flat = self._flatten(x)
+        norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
+        acts, idx = autograd.encode_topk(flat, self.W_enc, self.b_enc, self.config.k, scale=norms)
+        if norms is not None:
+            acts = acts * norms[idx.long()]
+        shape = (*x.shape[:-1], self.config.k)
+        return acts.reshape(shape), idx.reshape(shape)
+
+    @typed
+    @ambient.plainly()
+    def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
+        """acts, idx (..., K) -> x_hat (..., d_in). Raises InputError for other shapes, dtypes and ids."""
+        if acts.dim() == 0 or acts.shape != idx.shape:
+            raise InputError(f"acts is {tuple(acts.shape)}, idx {tuple(idx.shape)}: expected one shape (..., k)")
+        _require_real("acts", acts)
+        _require_real("idx", idx)
+        n_rows = math.prod(acts.shape[:-1])  # reshape cannot tell where K is 0
+        flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
+        if self.config.rescale_acts_by_decoder_norm:
+            flat_acts = flat_acts / self._units()[flat_idx.long()]
+        x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
+        return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
+
+    @typed
+    @ambient.plainly()
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense activations (..., n_latents), for tools that want them; a (B, L) tensor, so mind its size."""
+        acts, idx = self.encode_sparse(x)
+        dense = acts.new_zeros(*acts.shape[:-1], self.config.n_latents)
+        return dense.scatter(-1, idx.long(), acts)
+
+    @typed
+    @ambient.plainly()
+    def decode(self, f: Tensor) -> Tensor:
+        """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
+        if f.dim() == 0 or f.shape[-1] != self.config.n_latents:
+            raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
+        if f.device != self.device:
+            raise InputError(f"f is on {f.device}, the SAE on {self.device}: move one with .to()")
+        _require_real("f", f)
+        if self.config.rescale_acts_by_decoder_norm:
+            f = f / self._units()
+        return f.to(self.dtype) @ self.W_dec + self.b_dec
+
+    @typed
+    @ambient.plainly()
+    def forward(self, x: Tensor) -> SAEOutput:
+        acts, idx = self.encode_sparse(x)
+        return SAEOutput(self.decode_sparse(acts, idx), acts, idx)
+
+    @ambient.plainly()
+    def decoder_norms(self) -> Tensor:
+        """(n_latents,) norms of the decoder's rows."""
+        return self.W_dec.norm(dim=1)
+
+    def _units(self) -> Tensor:
+        """(n_latents,) what activations are measured in: the norms, 1 for a row of zeros, which decodes to zeros."""
+        norms = self.decoder_norms()
+        return torch.where(norms > 0, norms, 1)
+
+    @ambient.plainly(grad=False)
+    def normalize_decoder_(self) -> None:
+        """Scales every decoder row to unit norm."""
+        self.W_dec.div_(self.decoder_norms().clamp_min(torch.finfo(self.dtype).eps)[:, None])
+
+    def _flatten(self, x: Tensor) -> Tensor:
+        """x (..., d_in) as (B, d_in) in the weights' dtype, centred if the config says so."""
+        if x.dim() == 0 or x.shape[-1] != self.config.d_in:
+            raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
+        if x.device != self.device:
+            raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
+        _require_real("x", x)
+        flat = x.reshape(-1, self.config.d_in).to(self.dtype)
+        return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
+
+    @typed
+    def save(self, path: str | Path) -> None:
+        """Writes `sae.safetensors` (weights and config, one atomic file) and a readable `config.json` into a folder.
+
+        Raises:
+            InputError: as `save_weights`, or the folder cannot be written, or its config.json is of something else.
+        """
+        folder = usable(path)
+        check_config_file(folder)
+        try:
+            self.save_files(folder)
+        except OSError as error:
+            raise InputError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
+
+    def save_files(self, folder: Path) -> None:
+        """What `save` writes. Raises OSError where the folder cannot be written, for whoever has more to say then."""
+        self.save_weights(folder / WEIGHTS)
+        write_json(folder / CONFIG, self.config_as_is().to_dict())
+
+    def save_weights(self, file: str | Path) -> None:
+        """Writes weights and config into one safetensors file, whole or not at all; `load` reads it.
+
+        The dtype is the one the parameters have now, whatever the config says. The file carries a digest of all its
+        bytes (see `saefast.data.shardfile.write_file`).
+
+        Raises:
+            InputError: parameters on the meta device, of several dtypes or of one that SAEConfig.dtype cannot name.
+        """
+        facts = {"format": "saefast", "config": json.dumps(self.config_as_is().to_dict())}
+        columns = {name: Column.of(tensor) for name, tensor in self.state_dict().items()}
+        write_file(usable(file), columns, facts, sealed=True)
+
+    def config_as_is(self) -> SAEConfig:
+        """The config with the dtype that the parameters have, which `.to(dtype)` may have changed."""
+        found = {parameter.dtype for parameter in self.parameters()}
+        names = [name for name, dtype in DTYPES.items() if dtype in found]
+        if len(found) != 1 or not names:
+            raise InputError(f"parameters are of {', '.join(map(str, found))}: expected one of {', '.join(DTYPES)}")
+        if self.device.type == "meta":
+            raise InputError("the SAE is on the meta device, where tensors have no values: there is nothing to save")
+        return dataclasses.replace(self.config, dtype=names[0])
+
+
+def _require_real(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; pass {name}.to_dense()")
+    if tensor.is_complex():
+        raise InputError(f"{name} is {tensor.dtype}: expected real numbers; pass {name}.real, or {name}.abs()")
+
+
+def check_config_file(folder: Path) -> None:
+    """Raises InputError where a folder's config.json is there and is no SAE's: it is another program's to keep."""
+    file = folder / CONFIG
+    try:
+        ours = not os.path.lexists(file) or {"d_in", "n_latents"} <= dict(read_json(file)).keys()
+    except (InputError, TypeError, ValueError):
+        ours = False
+    if not ours:
+        raise InputError(f"{file} is there and is no SAE's config: it is not overwritten; choose another folder")
+
+
+@typed
+@ambient.plainly(grad=True)
+def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> SAE:
+    """Loads what `SAE.save` wrote: a folder that holds `sae.safetensors`, or that file itself.
+
+    Args:
+        path: the folder or file.
+        device: where the weights go.
+        verify: compare the file with its digest, which reads it once more; a file written before there were digests
+            is loaded with a warning.
+
+    Raises:
+        InputError: nothing there, a file cut short, damaged, or of another format or shape; a device that is not there.
+    """
+    file = usable(path)
+    file = file / WEIGHTS if file.is_dir() else file
+    if not file.is_file():
+        raise InputError(f"{file} does not exist: expected a folder written by SAE.save, holding {WEIGHTS}")
+    place = pick_device(str(device))
+    facts = read_metadata(file)
+    if facts.get("format") != "saefast":
+        raise InputError(f"{file} was not written by saefast (format {facts.get('format', '')[:60]!a})")
+    entries = read_header(file)
+    if verify and not verify_seal(file, {"format", "config"}):
+        warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
+    # Copies, so that nobody who writes into the file changes an SAE that was loaded from it.
+    tensors = {name: map_tensor(file, entry).to(place, copy=True) for name, entry in entries.items()}
+    sae = SAE(_config_of(file, facts, tensors), device="meta")
+    sae.load_state_dict(tensors, assign=True)
+    return sae.requires_grad_(True)
+
+
+def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) -> SAEConfig:
+    """The config in a file's header, once the tensors are known to be of its shapes and of one dtype, which it gets."""
+    try:
+        config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    L, D = config.n_latents, config.d_in
+    expected = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]
+    if expected != found or not names:
+        kinds = ", ".join(map(str, dtypes))
+        raise InputError(f"{file} holds {found} of {kinds}, its config asks for {expected}: the file was altered")
+    return dataclasses.replace(config, dtype=names[0])

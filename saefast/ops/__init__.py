@@ -1,0 +1,5 @@
+"""The stateless ops, exact on every backend: encode, decode, their transposes, and how their entries are grouped."""
+
+from saefast.ops.dispatch import encode_topk, sddmm, spmm, spmm_t, sum_by_latent, threshold_encode
+
+__all__ = ["encode_topk", "sddmm", "spmm", "spmm_t", "sum_by_latent", "threshold_encode"]

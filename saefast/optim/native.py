@@ -1,0 +1,113 @@
+"""The row operations on a CPU, in fp32: `saefast.optim.rows`' functions over the C++ extension (csrc/rows.hpp).
+
+Bitwise the same for any number of threads; torch.get_num_threads() says how many work.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast import extension
+from saefast.ops.runs import Decoded, Entries, Runs
+from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix
+
+
+def _ext() -> ModuleType:
+    ext = extension.load()
+    assert ext is not None, "rows.backend picks this module only where the extension is there"
+    return ext
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for C++ to fill, on the CPU and of this dtype whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+    n = idx.numel()
+    order, latents, offsets = (_new(size, dtype=torch.int32) for size in (n, n, n + 1))
+    runs = _ext().group_runs(idx, keep, n_latents, order, latents, offsets)
+    offsets = offsets[: runs + 1]
+    return Runs(order[: int(offsets[-1])], latents[:runs], offsets)
+
+
+def fill_entries(
+    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+) -> Entries:
+    n = len(runs.order)
+    dec_row, enc_row = (_new(n, dtype=torch.int32) for _ in range(2))
+    found = Entries(dec_row, _new(n), enc_row, _new(n), _new(n_latents))
+    _ext().fill_entries(acts, grad, columns, bounds, n_tokens, n_latents, *runs, *found)
+    return found
+
+
+def moments(x: Tensor) -> tuple[float, float]:
+    return _ext().moments(x, torch.get_num_threads())
+
+
+def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
+    out = _new(W.shape[1])
+    _ext().weighted_row_sum(W, rows, coef, out, torch.get_num_threads())
+    return out
+
+
+def decode_loss(
+    x: Tensor,
+    acts: Tensor,
+    idx: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    weight: list[float],
+    bounds: list[int],
+    residual: Tensor,
+    *,
+    by_latent: bool = False,
+    relu: bool = True,
+    error: Tensor | None = None,
+) -> Decoded:
+    squares, grad_acts = _new(len(weight), len(idx)), _new(*idx.shape)
+    weights = torch.tensor(weight, dtype=torch.float32, device="cpu")
+    limits = torch.tensor(bounds, dtype=torch.int32, device="cpu")
+    tensors = {
+        "x": x, "acts": acts, "idx": idx, "W_dec": W_dec, "b_dec": b_dec, "bounds": limits, "weight": weights,
+        "residual": residual, "squares": squares, "grad_acts": grad_acts, "error": error,
+    }  # fmt: skip
+    _ext().decode_loss(**tensors, by_latent=by_latent, relu=relu, n_threads=torch.get_num_threads())
+    return Decoded(squares, grad_acts)
+
+
+def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
+    _ext().catch_up(_matrix(matrix), _step(step), rows, torch.get_num_threads())
+
+
+def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
+    _ext().normalise_rows(_matrix(matrix), _step(step), rows, torch.get_num_threads())
+
+
+def update_rows(jobs: list[Job]) -> None:
+    lean = [isinstance(job.matrix, LeanMatrix) for job in jobs]
+    parts = [[_job(job) for job, is_lean in zip(jobs, lean, strict=True) if is_lean == kind] for kind in (False, True)]
+    _ext().update_rows(*parts, torch.get_num_threads())
+
+
+def gradient_squares(job: Job) -> None:
+    _ext().gradient_squares(_job(job), torch.get_num_threads())
+
+
+def _matrix(m: AnyMatrix) -> Any:
+    if isinstance(m, LeanMatrix):
+        return _ext().LeanMatrix(m.w, m.m, m.scale, m.v, m.last_step, m.norms, m.seed & 0xFFFFFFFF)
+    return _ext().AdamMatrix(m.w, m.m, m.v, m.last_step, m.shadow, m.norms)
+
+
+def _step(s: AdamStep) -> Any:
+    return _ext().AdamStep(
+        *(s.step, s.beta1, s.beta2, s.lr, s.eps, s.drift, s.drift_eps, s.grad_scale, s.project, int(s.norm))
+    )
+
+
+def _job(job: Job) -> Any:
+    kind = _ext().LeanJob if isinstance(job.matrix, LeanMatrix) else _ext().AdamJob
+    return kind(_matrix(job.matrix), _step(job.step), _ext().RowGradient(*job.gradient), job.rows, job.squares)

@@ -1,0 +1,80 @@
+"""What a step asks of a batch on a GPU: its moments, its code grouped by latent, the entries as updates want them.
+
+Sizes depend on the batch's shape alone, not on its values, so the host waits for nothing. `saefast.optim.triton` has
+these functions beside those on rows of weights. No GPU has run this module yet: it is unproven on a GPU.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from saefast.kernels import fill_entries as entry_kernels
+from saefast.kernels import moments as moment_kernels
+from saefast.kernels import tuning
+from saefast.ops.runs import Entries, Runs
+from saefast.ops.triton_launch import on_device
+
+
+@cache
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """(n,) int32 on the device, copied there once a process: such a copy makes the host wait."""
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `saefast.optim.rows.moments`, 0-d fp64 on x's device. x (B, D) fp32, contiguous."""
+    (B, D), config = x.shape, tuning.moments(x.shape[1])
+    down, across = triton.cdiv(B, config.rows), triton.cdiv(D, config.block_d)
+    shifted = x.new_empty((down, D), dtype=torch.float64)
+    sums = x.new_empty((2, down * across), dtype=torch.float64)
+    with on_device(x):
+        moment_kernels.moments[(down * across,)](
+            x, x[0], shifted, *sums, B, D, ROWS=config.rows, UNROLL=config.unroll, BLOCK_D=config.block_d,
+            num_warps=config.warps, num_stages=1,
+        )  # fmt: skip
+    spread, squares = sums.sum(1)
+    return spread - shifted.sum(0).square().sum() / B, squares
+
+
+def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+    """As `saefast.ops.runs.group_runs`, with room for as many runs as there may be: see `Runs.latents`."""
+    n = len(idx)
+    room = min(n, n_latents)
+    # What is not kept comes last, as a latent beyond all others.
+    latent, order = torch.where(keep, idx, n_latents).sort(stable=True)
+    there = latent < n_latents
+    begins = there.clone()
+    begins[1:] &= latent[1:] != latent[:-1]
+    # Run r begins where the r-th flag is; those that are not there begin at n.
+    ordinals = torch.arange(1, room + 1, dtype=torch.int32, device=idx.device)
+    first = torch.searchsorted(begins.cumsum(0, dtype=torch.int32), ordinals, out_int32=True)
+    kept = there.sum(dtype=torch.int32)
+    latents = torch.where(first < n, latent[first.clamp_max(n - 1).long()], -1) if n else idx
+    return Runs(order.int(), latents, torch.cat([torch.minimum(first, kept), kept[None]]))
+
+
+def fill_entries(
+    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+) -> Entries:
+    """As `saefast.optim.rows.fill_entries`, of one part or two. fp32."""
+    n, device = len(runs.order), acts.device
+    dec_row, enc_row = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+    dec_coef, enc_coef = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
+    sums = torch.zeros(n_latents, dtype=torch.float32, device=device)
+    found = Entries(dec_row, dec_coef, enc_row, enc_coef, sums)
+    if n == 0:
+        return found
+    K, K_more = columns if len(columns) == 2 else (*columns, 1)
+    block, rows = tuning.ENTRIES, len(runs.latents)
+    with on_device(acts):
+        entry_kernels.fill_entries[(triton.cdiv(n, block),)](
+            runs.order, acts, grad, constant(tuple(bounds), device), *found[:4], n, n_tokens, K, K_more,
+            P=len(bounds), BLOCK=block, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        entry_kernels.sum_runs[(rows,)](
+            found.enc_coef, runs.offsets, runs.latents, found.grad_by_latent,
+            BLOCK=tuning.RUN, num_warps=1, num_stages=1,
+        )  # fmt: skip
+    return found

@@ -1,0 +1,264 @@
+"""train(): from batches to a trained SAE, with metrics, checkpoints, resume and a clean stop."""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast import ambient
+from saefast.data.origin import describe_data
+from saefast.data.source import Source
+from saefast.data.sources import HELDOUT, open_source
+from saefast.engines.config import TrainConfig
+from saefast.engines.engine import Engine
+from saefast.errors import InputError
+from saefast.files import usable
+from saefast.models.config import SAEConfig
+from saefast.models.sae import SAE, load
+from saefast.placement import pick_device
+from saefast.training import checkpoint
+from saefast.training import run_folder as rundir
+from saefast.training.feed import Feed, input_scale
+from saefast.training.limits import check_sizes
+from saefast.training.loop import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
+from saefast.training.progress import MetricsLog, bar
+from saefast.typed import typed
+
+__all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
+
+
+@typed
+@ambient.plainly(grad=True)
+def train(
+    batches: Any,
+    sae_config: SAEConfig,
+    train_config: TrainConfig | None = None,
+    out_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    keep_checkpoints: int = 2,
+    progress: bool | None = None,
+    on_log: Callable[[Line], None] | None = None,
+) -> SAE:
+    """Trains a sparse autoencoder.
+
+    Inputs are scaled by one number s first, as `TrainConfig.normalize` says, estimated on the first rows and then
+    fixed. The SAE returned and every SAE saved serve raw inputs: TopK and ReLU commute with a positive factor, so
+    dividing b_enc and b_dec by s and leaving W_enc and W_dec alone gives
+    TopK(W_enc (x - b_dec/s) + b_enc/s) = acts(s·x) / s, and a reconstruction of x rather than of s·x.
+
+    With out_dir, the run's folder (see saefast.training.run_folder) gets config.json, metrics.jsonl, checkpoints, and
+    at the end sae.safetensors. A run that was killed at any moment goes on with resume=True, bit for bit as if nothing
+    had happened (same device and machine); where there is no checkpoint yet, it starts at the beginning.
+
+    Ctrl-C or SIGTERM ends the run after the step that is under way, with a checkpoint; a second one ends it at once.
+
+    Args:
+        batches: a shard folder, a .npy, .pt or .safetensors file, an array, an iterable of (B, d_in) tensors, a
+            function that returns one, or a `Source`. See `saefast.data.sources.open_source`. A Source that is passed
+            in stays open: close() it.
+        sae_config: what to train.
+        train_config: how; the defaults are the preset "saefast". n_tokens = None is one pass over the data.
+        out_dir: the run's folder, or None to keep nothing on disk.
+        resume: go on from the newest checkpoint in out_dir.
+        keep_checkpoints: how many checkpoints to keep.
+        progress: show a bar on stderr; None is only in a terminal.
+        on_log: called with every line of metrics.
+
+    Returns:
+        The trained SAE on the training device, for raw inputs.
+
+    Raises:
+        InputError: settings that do not fit the data, rows with NaN or inf (naming step, row and source), a folder
+            that holds a run already or cannot be written, a checkpoint of another run, a diverged loss. What was
+            saved stays.
+        Stopped: after Ctrl-C or SIGTERM; a KeyboardInterrupt.
+    """
+    config = train_config if train_config is not None else TrainConfig()
+    if keep_checkpoints < 1:
+        raise InputError(f"keep_checkpoints is {keep_checkpoints}: expected at least 1")
+    folder = None if out_dir is None else usable(out_dir)
+    if resume and folder is None:
+        raise InputError("resume is True but out_dir is None: give the folder of the run to go on with")
+    with (
+        opened(batches, sae_config, config, folder, resume, keep_checkpoints, on_log) as run,
+        bar(run.total_steps * config.batch_size, run.tokens, progress) as shown,
+        stop_signals() as stop,
+    ):
+        while not stop.is_set() and advance(run, shown, stop):
+            pass
+        if run.step < run.total_steps:
+            raise stopped(run)
+        return finish(run, shown)
+
+
+@contextlib.contextmanager
+def opened(
+    batches: Any,
+    sae_config: SAEConfig,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    keep_checkpoints: int,
+    on_log: Callable[[Line], None] | None,
+) -> Iterator[Run]:
+    """A run ready for its next step, new or resumed; its folder is locked until the block ends. See `train`."""
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(rundir.locked(folder))
+            rundir.check_ours(folder)
+            if not resume:
+                rundir.check_new(folder)
+            stack.enter_context(rundir.nothing_begun(folder))
+        if config.optimizer == "adam-lean":
+            # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
+            sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
+        source = open_source(batches, d_in=sae_config.d_in)
+        if source is not batches:
+            stack.callback(source.close)
+        if folder is not None and isinstance(batches, str | Path):
+            origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT)
+            sae_config = dataclasses.replace(sae_config, metadata=sae_config.metadata | origin)
+        run = _begin(source, sae_config, config, folder if resume else None)
+        run.on_log = on_log
+        if folder is not None:
+            _open_folder(run, folder, keep_checkpoints)
+            stack.callback(run.close)
+        yield run
+
+
+def count_steps(source: Source, config: TrainConfig) -> int:
+    """Optimiser steps of a run: whole batches in n_tokens, or in one pass over the data; at least one.
+
+    Raises:
+        InputError: neither number is known.
+    """
+    return max(count_tokens(source, config) // config.batch_size, 1)
+
+
+def count_tokens(source: Source, config: TrainConfig) -> int:
+    """Tokens of a run: n_tokens, or one pass over the data. Raises InputError where neither number is known."""
+    tokens = config.n_tokens if config.n_tokens is not None else source.n_rows
+    if tokens is None:
+        raise InputError(
+            f"n_tokens is None and {source.source_name} has no known length: set n_tokens, which the learning rate's "
+            "decay is laid out over"
+        )
+    return tokens
+
+
+def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
+    """The engine that config.engine names."""
+    if config.engine == "autograd":
+        from saefast.engines.autograd import AutogradStep
+
+        return AutogradStep(sae, config, total_steps)
+    try:
+        from saefast.engines.fused import FusedStep  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise InputError("engine 'fused' is not in this version of saefast: use engine='autograd'") from error
+    fused: Engine = FusedStep(sae, config, total_steps)
+    return fused
+
+
+def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_from: Path | None) -> Run:
+    """A new run, or the one whose newest checkpoint lies in the folder `resume_from`."""
+    total_steps = count_steps(source, config)
+    if resume_from is not None:
+        found = checkpoint.newest(resume_from / rundir.CHECKPOINTS, RunState)
+        if found is not None:
+            return _restore(*found, source, sae_config, config, total_steps)
+        warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
+    device = pick_device(config.device)
+    check_sizes(sae_config, config, count_tokens(source, config), device)
+    sae = SAE(sae_config, seed=config.seed, device=device)
+    engine = make_engine(sae, config, total_steps)
+    feed = Feed(source, config, device, sae.dtype)
+    # A run looks at no more rows than it trains on.
+    rows = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
+    feed.scale = input_scale(rows, config.normalize)
+    engine.initialise((rows * feed.scale).to(sae.dtype))
+    check_heldout(feed)
+    return Run(sae, engine, feed, config, total_steps)
+
+
+def _restore(
+    path: Path, state: dict[str, Any], source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int
+) -> Run:
+    """The run as it stood when the checkpoint at `path`, which holds `state`, was written; torch's generators too."""
+    step = state["step"]
+    rundir.check_same(path, state["settings"], sae_config, config, step, total_steps)
+    device = pick_device(config.device)
+    sae = SAE(sae_config, device="meta")
+    # Copies: what `load` returns on a CPU may be a mapping of a file that pruning deletes.
+    stored = load(path, device, verify=False).state_dict()  # `checkpoint` has just looked at every byte
+    sae.load_state_dict({name: value.clone() for name, value in stored.items()}, assign=True)
+    with torch.no_grad():
+        sae.b_enc.copy_(state["b_enc"])
+        sae.b_dec.copy_(state["b_dec"])
+    engine = make_engine(sae, config, total_steps)
+    try:
+        engine.load_state_dict(state["engine"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
+    feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
+    feed.scale = state["scale"]
+    feed.restore_ahead(state["ahead"], step)
+    _set_rng(state["rng"])
+    run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
+    run.seconds_before, run.waited_before = state["seconds"], state["waited"]
+    return run
+
+
+def _set_rng(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+
+
+def _open_folder(run: Run, folder: Path, keep: int) -> None:
+    """Gives the run its folder, rid of what came after the checkpoint that it goes on from."""
+    run.folder, run.keep = folder, keep
+    with rundir.writing(folder):
+        rundir.remove_leftovers(folder)
+        checkpoint.prune(folder / rundir.CHECKPOINTS, run.step, keep)
+        rundir.write_config(folder, run.sae.config, run.config)
+        # The line of the last step is written at the very end, once more if need be.
+        run.log = MetricsLog(folder, after=min(run.step, run.total_steps - 1))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; the second is handled as it was outside, so it ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python takes signals in the main thread alone
+        yield stop
+        return
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        restore()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, on_signal)
+    try:
+        yield stop
+    finally:
+        restore()

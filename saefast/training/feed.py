@@ -1,0 +1,199 @@
+"""The training loop's side of a source: batches checked, scaled and timed, and the position after each."""
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast import ambient
+from saefast.data.source import Source, first_bad_row, where_it_ends
+from saefast.engines.config import TrainConfig
+from saefast.errors import InputError
+from saefast.ops.reference import accumulate_dtype
+
+
+class Feed:
+    """Draws a source's batches for one run.
+
+    The rows that initialisation looks at are drawn ahead and then trained on like all others, so nothing is skipped and
+    a generator works as well as a file.
+
+    Attributes:
+        cursor: the source's position after the batch returned last.
+        waited: seconds spent waiting for data.
+        scale: every batch is multiplied by this number.
+        ahead: batches that were drawn ahead at the start of the run.
+        deferred: whether NaN and inf are reported by `confirm` rather than at once: on a GPU, where looking waits.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        cursor: dict[str, Any] | None = None,
+    ) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.deferred = device.type != "cpu"
+        self._batch_size, self._seed = config.batch_size, config.seed
+        self._raw_dtype = accumulate_dtype(dtype)
+        # A source may be the caller's own class: its code runs in their modes.
+        with ambient.theirs():
+            if cursor is not None:
+                source.load_state_dict(cursor)
+            batches = source.batches(config.batch_size, config.seed, device, self._raw_dtype)
+        self._batches: Iterator[Tensor] = ambient.drawn(batches)
+        self._pending: deque[tuple[Tensor, dict[str, Any]]] = deque()
+        self._drawn = cursor
+        self._first_bad: Tensor | None = None
+        self._unconfirmed: dict[int, dict[str, Any] | None] = {}
+        self.cursor, self.waited, self.scale, self.ahead = cursor, 0.0, 1.0, 0
+
+    def look_ahead(self, n_rows: int) -> Tensor:
+        """At the start of a run: draws batches until there are n_rows (or the source ends).
+
+        Returns:
+            Their first n_rows rows, unscaled.
+
+        Raises:
+            InputError: the source is empty, or a row is not finite.
+        """
+        drawn = 0
+        while drawn < n_rows and self._draw_ahead(0):
+            drawn += len(self._pending[-1][0])
+        if not self._pending:
+            raise InputError(f"{self.source.source_name} is empty: no batch came out of it")
+        self.confirm()
+        self.ahead = len(self._pending)
+        return torch.cat([x for x, _ in self._pending])[:n_rows]
+
+    def restore_ahead(self, ahead: int, step: int) -> None:
+        """After a resume at `step`: draws again what the run had drawn ahead, so that the source is where it was."""
+        self.ahead = ahead
+        while len(self._pending) < ahead - step and self._draw_ahead(step):
+            pass
+
+    def next(self, step: int) -> Tensor | None:
+        """The batch of `step`, scaled, in the SAE's dtype; None where the source has ended.
+
+        Raises:
+            InputError: a row holds NaN or inf.
+        """
+        drawn = self._pending.popleft() if self._pending else self._draw(step)
+        if drawn is None:
+            return None
+        x, cursor = drawn
+        self.cursor = cursor
+        return self._scaled(x)
+
+    def heldout(self) -> Iterator[Tensor]:
+        """The held-out rows as `next` would give them.
+
+        Raises:
+            InputError: a row holds NaN or inf.
+        """
+        seen = 0
+        for x in ambient.drawn(self.source.heldout(self._batch_size, self.device, self._raw_dtype)):
+            if (bad := first_bad_row(x)) is not None:
+                where = f"held-out row {seen + bad} holds NaN or inf: {self.source.describe_heldout(seen + bad)}"
+                raise InputError(f"{where}; drop or repair that row{where_it_ends(x[bad])}")
+            seen += len(x)
+            yield self._scaled(x)
+
+    def confirm(self) -> None:
+        """On a GPU: raises InputError where a batch since the last call held NaN or inf. Waits for the device."""
+        step = -1 if self._first_bad is None else int(self._first_bad)
+        cursor = self._unconfirmed.get(step)
+        self._unconfirmed.clear()
+        if step >= 0:
+            self._first_bad = None
+            raise InputError(self._describe_again(step, cursor))
+
+    def _draw_ahead(self, step: int) -> bool:
+        drawn = self._draw(step + len(self._pending))
+        if drawn is not None:
+            self._pending.append(drawn)
+        return drawn is not None
+
+    def _draw(self, step: int) -> tuple[Tensor, dict[str, Any]] | None:
+        start = time.perf_counter()
+        x = next(self._batches, None)
+        self.waited += time.perf_counter() - start
+        if x is None:
+            return None
+        if x.is_inference():  # made in inference mode, such a tensor takes part in no gradient
+            x = x.clone()
+        if not self.deferred:
+            bad = first_bad_row(x)
+            if bad is not None:
+                raise InputError(self._describe(step, bad, x))
+        else:
+            self._note(x, step)
+        self._drawn = self.source.state_dict()
+        return x, self._drawn
+
+    def _note(self, x: Tensor, step: int) -> None:
+        """Looks for NaN and inf without waiting for the device: the answer stays there until `confirm` reads it."""
+        if self._first_bad is None:
+            self._first_bad = torch.full((), -1, dtype=torch.int64, device=x.device)
+        low, high = torch.aminmax(x)
+        bad = ~(low.isfinite() & high.isfinite()) & (self._first_bad < 0)
+        self._first_bad = torch.where(bad, step, self._first_bad)
+        self._unconfirmed[step] = self._drawn
+
+    def _describe_again(self, step: int, cursor: dict[str, Any] | None) -> str:
+        """The message for a batch that is gone: draws it once more where the source allows that."""
+        try:
+            if cursor is not None:
+                self.source.load_state_dict(cursor)
+            x = next(self.source.batches(self._batch_size, self._seed, "cpu", self._raw_dtype))
+            bad = first_bad_row(x)
+        except (InputError, StopIteration):
+            bad = None
+        if bad is None:
+            return f"step {step}: the batch from {self.source.source_name} holds NaN or inf; drop or repair its rows"
+        return self._describe(step, bad, x)
+
+    def _describe(self, step: int, row: int, x: Tensor) -> str:
+        where = f"row {row} of the batch holds NaN or inf: {self.source.describe_row(row)}"
+        return f"step {step}: {where}; drop or repair that row{where_it_ends(x[row])}"
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return (x * self.scale if self.scale != 1 else x).to(self.dtype)
+
+
+def input_scale(rows: Tensor, kind: str) -> float:
+    """The number s that inputs are multiplied by, from sample rows (n, d): estimated in float64.
+
+    "sqrt_d": mean ‖s·x‖ = √d. "unit_mean_square": mean ‖s·x‖² = 1. "none": 1.
+
+    Raises:
+        InputError: all rows are zero, or too small for their dtype.
+    """
+    if kind == "none":
+        return 1.0
+    size = _size(rows, kind)
+    if not 0 < size < math.inf:  # squares that vanish or overflow even in float64
+        largest = float(rows.abs().max())
+        size = largest * _size(rows.double() / largest, kind) if largest > 0 else 0.0
+    if not size > 0:
+        raise InputError(
+            f"the first {len(rows)} rows are all zero in {rows.dtype}: they cannot be scaled to a norm; check the data"
+        )
+    if size < torch.finfo(rows.dtype).tiny:
+        raise InputError(
+            f"the first {len(rows)} rows are too small for {rows.dtype} ({size:.1e}, and it holds numbers in full from "
+            f"{torch.finfo(rows.dtype).tiny:.1e}): multiply the data by a constant"
+        )
+    return 1.0 / size
+
+
+def _size(rows: Tensor, kind: str) -> float:
+    """What input_scale sets to 1."""
+    sq_norms = rows.double().square().sum(1)
+    return float(sq_norms.sqrt().mean()) / rows.shape[1] ** 0.5 if kind == "sqrt_d" else float(sq_norms.mean()) ** 0.5

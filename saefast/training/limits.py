@@ -1,0 +1,30 @@
+"""What a run may ask for: sizes that no machine holds are refused before anything is allocated."""
+
+import torch
+
+from saefast.engines.config import TrainConfig
+from saefast.errors import InputError
+from saefast.models.config import SAEConfig
+from saefast.placement import require_memory
+from saefast.training.plan import PlanArgs, memory_of
+
+
+def check_sizes(sae_config: SAEConfig, config: TrainConfig, tokens: int, device: torch.device) -> None:
+    """Raises InputError for a run that cannot be: a batch beyond its tokens, or more memory than the device has.
+
+    Args:
+        tokens: of the whole run. Fewer than a default batch are no fault: they make a run of one step.
+        device: where it trains; memory is counted as `saefast plan` counts it, which is the least that is needed.
+    """
+    if config.batch_size > max(tokens, TrainConfig.batch_size):
+        raise InputError(
+            f"batch_size is {config.batch_size}, but the run has only {tokens} tokens: expected at most that; lower "
+            "batch_size, or raise n_tokens"
+        )
+    L, D = sae_config.n_latents, sae_config.d_in
+    what = f"training n_latents = {L} of width {D} with batch_size = {config.batch_size}"
+    # First by hand: `memory_of` makes tensors of these sizes, without memory, and torch counts bytes in 64 bits.
+    require_memory(device, 2 * L * D * 2 + config.batch_size * D * 4, what)
+    args = PlanArgs(D, L, sae_config.k, config.batch_size, config.optimizer)
+    ahead = min(config.init_rows or 0, tokens) * D * 4
+    require_memory(device, sum(memory_of(args, device.type).values()) + ahead, what)

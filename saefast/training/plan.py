@@ -1,0 +1,237 @@
+"""`saefast plan`: memory, traffic, time and cost of a training run, calculated before it starts.
+
+Memory is counted from the very tensors a run makes. Times are a roofline: each stage takes the longer of its
+arithmetic at 85 % of the device's matrix rate and its traffic at 60 % of its bandwidth, one stage after another.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from saefast.devices import DEVICES, Device, find
+from saefast.engines.config import TrainConfig
+from saefast.errors import InputError
+from saefast.models.config import SAEConfig
+from saefast.ops import dispatch as ops
+from saefast.ops import mixed as screen
+from saefast.ops.chunks import scratch_bytes
+from saefast.optim.state import LeanMatrix, Matrix
+from saefast.schema import check_fields
+from saefast.training import machine
+from saefast.typed import typed
+
+# Shares of a device's peak that well-made kernels reach.
+MATRIX_SHARE, TRAFFIC_SHARE = 0.85, 0.60
+# The GPU encoder (kernels/encode_tiles.py): latents of its first chunk, latents per group maximum, cap of its scratch.
+FIRST_CHUNK, GROUP, SCRATCH = 4096, 64, 1 << 30
+# Bytes of an entry of the sparse code while a step lasts: values, indices, gradients, order, weights, planes, tokens.
+ENTRY = 48
+
+
+Optimizer = Literal["adam", "adam-lean"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adam-lean")
+
+
+@dataclass
+class PlanArgs:
+    """Calculate memory, time and cost of a training run before it starts."""
+
+    d_in: int = 768
+    """width of the activations"""
+    n_latents: int = 32768
+    """dictionary size"""
+    k: int = 32
+    """latents active per token"""
+    batch_size: int = TrainConfig.batch_size
+    """tokens per step"""
+    optimizer: Optimizer = "adam"
+    """adam: fp32 weights and moments; adam-lean: 3 bytes a parameter"""
+    device: str = "auto"
+    """b200, h200, h100, a100, l40s, l4, rtx4090, or cpu (this machine's, measured); auto: its GPU, else its CPU"""
+    n_tokens: int | None = None
+    """tokens to train on, for the time and cost of the run"""
+    price: float | None = None
+    """of an hour of the device, in your currency"""
+
+
+class Stage(NamedTuple):
+    """A part of a step: arithmetic, traffic, and the seconds they should take."""
+
+    name: str
+    flops: float
+    traffic: float
+    seconds: float
+
+
+@dataclass
+class Plan:
+    """What a run needs. memory: bytes by part; stages of a step in order."""
+
+    args: PlanArgs
+    device: Device
+    device_name: str
+    memory: dict[str, int]
+    stages: list[Stage]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.device.memory
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.args.batch_size / self.seconds
+
+
+@typed
+def make_plan(args: PlanArgs) -> Plan:
+    """Raises InputError where a size is below 1, or k exceeds n_latents or batch."""
+    check_fields(args)
+    SAEConfig(d_in=args.d_in, n_latents=args.n_latents, k=args.k)
+    TrainConfig(batch_size=args.batch_size, n_tokens=args.n_tokens)
+    if args.price is not None and not args.price >= 0:
+        raise InputError(f"price is {args.price}: expected at least 0")
+    name, device = find_device(args.device)
+    return Plan(args, device, name, memory_of(args, name), stages_of(args, device))
+
+
+def memory_of(args: PlanArgs, device: str) -> dict[str, int]:
+    """Bytes by part, all at the step's peak."""
+    L, D, B, k = args.n_latents, args.d_in, args.batch_size, args.k
+    weights, state, copies = matrices_of(args)
+    return {
+        "weights": weights,
+        "optimiser state": state,
+        "bf16 copy of W_enc": copies,
+        # b_enc with its moments and gradient, dead-latent counters before and after, row norms' squares.
+        "biases and counters": L * (4 * 4 + 2 * 8 + 4),
+        "sparse code": B * k * ENTRY,
+        # x as drawn and scaled, centred, residual, error.
+        "batch": 5 * B * D * 4,
+        "encoder scratch": scratch_of(args, device),
+    }
+
+
+def scratch_of(args: PlanArgs, device: str) -> int:
+    """Bytes of the encoder's scratch. On a CPU it keeps its tiles in the cache."""
+    if device == "cpu":
+        return 0
+    ranked = min(screen.candidates(args.k), args.n_latents)
+    return scratch_bytes(args.batch_size, args.n_latents, ranked, SCRATCH)
+
+
+def matrices_of(args: PlanArgs) -> tuple[int, int, int]:
+    """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, off the real classes."""
+    lean = args.optimizer == "adam-lean"
+    w = torch.empty(args.n_latents, args.d_in, dtype=torch.bfloat16 if lean else torch.float32, device="meta")
+    matrix = LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)
+    weights = 2 * w.numel() * w.element_size()
+    return weights, 2 * matrix.bytes() - weights, 0 if lean else w.numel() * 2
+
+
+def stages_of(args: PlanArgs, device: Device) -> list[Stage]:
+    """Arithmetic and traffic of a step, latents used uniformly (real use is skewed, which touches fewer rows)."""
+    L, D, B, k = args.n_latents, args.d_in, args.batch_size, args.k
+    lean = args.optimizer == "adam-lean"
+    entries, touched = B * k, L * -math.expm1(-B * k / L)
+    weight_bytes = 2 if lean else 4
+    # Read and written: weights and moments; adam-lean's second moment is one number a row.
+    row = D * (2 * (2 + 1) if lean else 2 * 12)
+    first = max(FIRST_CHUNK, 64 * k)
+    stored = min(1.0, first / L + 1.2 * GROUP * k * max(math.log(L / first), 0) / L)
+    scratch = B * L * (8 * stored + 8 / GROUP)
+    shapes = [
+        ("encode, top-k", 2.0 * B * L * D, L * D * 2 + B * D * 2 + scratch),
+        ("decode, loss, gradient to acts", 4.0 * entries * D, entries * D * weight_bytes + 3 * B * D * 4),
+        ("runs", 0.0, entries * 64.0),
+        ("update W_dec", 2.0 * entries * D, entries * D * 4 + touched * row),
+        ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * (row + 2 * D * (not lean))),
+        ("sweep of W_enc", 0.0, (L - touched) * row / TrainConfig.sweep_every),
+        ("biases, counters", 0.0, L * 60.0),
+    ]
+    # Sparse products are gathers: what bounds them is traffic, on plain arithmetic units.
+    return [
+        Stage(name, flops, traffic, _seconds(flops if name.startswith("encode") else 0.0, traffic, device))
+        for name, flops, traffic in shapes
+    ]
+
+
+def _seconds(flops: float, traffic: float, device: Device) -> float:
+    return max(flops / (MATRIX_SHARE * device.flops), traffic / (TRAFFIC_SHARE * device.bandwidth))
+
+
+def largest(args: PlanArgs, optimizer: Optimizer, device: str, memory: float) -> int:
+    """The largest n_latents that fits into `memory` bytes at this width, k and batch; 0 where none does."""
+    low, high = 0, 1 << 36
+    while low < high:
+        middle = (low + high + 1) // 2
+        asked = PlanArgs(args.d_in, middle, min(args.k, middle), args.batch_size, optimizer)
+        low, high = (middle, high) if sum(memory_of(asked, device).values()) <= memory else (low, middle - 1)
+    return low
+
+
+def find_device(name: str) -> tuple[str, Device]:
+    """The device asked for. "auto" and "cpu" look at this machine.
+
+    Raises:
+        InputError: a device, or a GPU in this machine, that is not in the table.
+    """
+    if name.lower() == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu", measure_cpu()
+    asked = torch.cuda.get_device_name() if name == "auto" else name
+    key = find(asked)
+    if key is None:
+        raise InputError(f"device {asked!r} is not in the table: name one of {', '.join(DEVICES)}, or cpu")
+    if name == "auto":
+        # One name is sold with several sizes of memory.
+        return key, DEVICES[key]._replace(memory=torch.cuda.get_device_properties().total_memory)
+    return key, DEVICES[key]
+
+
+def measure_cpu() -> Device:
+    """This machine: memory, the rate of the encoder itself, and the bandwidth of a copy, in about a second."""
+    low = screen.pays_off(torch.empty(1, 1, dtype=torch.float32, device="cpu"))
+    x, W = (torch.randn(n, 512, dtype=torch.float32, device="cpu") for n in (512, 8192))
+    with machine.Watch() as others:
+        full = low_rate = _rate(x, W)
+        if low:
+            low_rate = _rate(x.to(torch.bfloat16), W.to(torch.bfloat16))
+        source, target = (torch.zeros(1 << 26, dtype=torch.float32, device="cpu") for _ in range(2))
+        bandwidth = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    # The shares below are of peaks; these are rates reached.
+    return Device(
+        memory,
+        low_rate / MATRIX_SHARE,
+        full / MATRIX_SHARE,
+        bandwidth / TRAFFIC_SHARE,
+        "measured just now",
+        others.share,
+    )
+
+
+def _rate(x: torch.Tensor, W: torch.Tensor) -> float:
+    """FLOP/s of the encoder on x (B, D) and W (L, D)."""
+    return 2.0 * len(x) * W.numel() / _fastest(lambda: ops.encode_topk(x, W, None, 32))
+
+
+def _fastest(call: Callable[[], object], rounds: int = 4) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

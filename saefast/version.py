@@ -1,0 +1,3 @@
+"""The version of saefast, for whoever must say it without importing the rest."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,81 @@
+"""A batch's moments, runs and entries on their Triton kernels, against plain torch and the definitions."""
+
+import interp
+import pytest
+import torch
+from torch import Tensor
+
+from saefast.ops import runs
+from saefast.optim import rows
+from saefast.optim import triton_batch as batch_triton
+
+interp.speed_up()
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
+
+@pytest.mark.parametrize(("B", "D"), [(1, 1), (5, 33), (128, 64), (300, 130)])
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+def test_moments(B: int, D: int, mean: float, device: torch.device) -> None:
+    x = (torch.randn(B, D) + mean).to(device)
+    variance, squares = batch_triton.moments(x)
+    wide = x.double()
+    assert variance.dtype == squares.dtype == torch.float64
+    expected = (wide - wide.mean(0)).square().sum()
+    torch.testing.assert_close(variance, expected, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(squares, wide.square().sum(), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "place"), [(float("nan"), 0), (float("inf"), 0), (float("-inf"), 7), (float("nan"), 7)]
+)
+def test_moments_of_what_is_not_finite_are_not_below_any_bound(bad: float, place: int, device: torch.device) -> None:
+    x = torch.randn(9, 40, device=device)
+    x[place, 3] = bad
+    variance, squares = batch_triton.moments(x)
+    assert not variance <= squares < 1e30
+
+
+def test_equal_rows_have_no_variance(device: torch.device) -> None:
+    x = torch.randn(1, 70, device=device).expand(200, 70).contiguous()
+    assert batch_triton.moments(x)[0] == 0
+
+
+def code(n: int, L: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.randint(L, (n,), dtype=torch.int32, device=device), torch.rand(n, device=device) < share
+
+
+@pytest.mark.parametrize(("n", "L"), [(0, 7), (1, 1), (200, 5), (200, 900), (300, 300)])
+@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
+def test_runs_have_room_for_as_many_as_there_may_be(n: int, L: int, share: float, device: torch.device) -> None:
+    idx, keep = code(n, L, share, device)
+    found, exact = batch_triton.group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
+    U, kept = len(exact.latents), len(exact.order)
+    assert torch.equal(found.latents[:U], exact.latents)
+    assert torch.equal(found.offsets[: U + 1], exact.offsets)
+    assert torch.equal(found.order[:kept], exact.order)
+    # The sizes are those of the shapes; what is left over is empty.
+    assert len(found.order) == n
+    assert len(found.latents) == len(found.offsets) - 1 == min(n, L)
+    assert (found.latents[U:] == -1).all()
+    assert (found.offsets[U:] == kept).all()
+    assert found.latents.dtype == found.offsets.dtype == found.order.dtype == torch.int32
+    assert torch.equal(found.counts(L), exact.counts(L))
+    assert torch.equal(found.over_all(L), exact.over_all(L))
+
+
+@pytest.mark.parametrize(("columns", "bounds"), [([4], [4]), ([8], [2, 8]), ([4, 3], [4]), ([8, 1], [2, 8])])
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_entries(columns: list[int], bounds: list[int], share: float, device: torch.device) -> None:
+    B, L = 70, 30
+    n = B * sum(columns)
+    idx, keep = code(n, L, share, device)
+    idx[::3] = 5  # a run longer than one load
+    acts, grad = torch.randn(n, device=device), torch.randn(n, device=device)
+    padded, exact = batch_triton.group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
+    found = batch_triton.fill_entries(padded, acts, grad, columns, bounds, B, L)
+    expected = rows.fill_entries(exact, acts, grad, columns, bounds, B, L)
+    for a, b in zip(found[:4], expected[:4], strict=True):
+        assert torch.equal(a[: len(b)], b)
+    torch.testing.assert_close(found.grad_by_latent, expected.grad_by_latent, rtol=1e-5, atol=1e-4)
+    again = batch_triton.fill_entries(padded, acts, grad, columns, bounds, B, L)
+    assert torch.equal(found.grad_by_latent, again.grad_by_latent)
