@@ -2,7 +2,7 @@
 
 Every op against its plain torch form, at a size that divides nothing and at real ones; integers make the encoders'
 sums exact, so those must agree to the bit. Then three steps of the fused engine against the autograd engine in
-float64, with a sweep, lean, with hot latents and with AuxK.
+float64, with rows that wait to be settled, lean, with hot latents and with AuxK.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from saefast.kernels import tuning
 from saefast.ops import reference
 from saefast.ops import triton as triton_ops
 from saefast.ops.reference import stable_topk
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from saefast.kernels import tuning
 from saefast.optim import lean as rows_lean
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from bench.step_child import batches
-from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines.autograd import PARAMETERS, AutogradEngine
 from saefast.engines.config import preset
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
 # Figures of a step that are held against the other engine's, relative to it.
@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     """What differs between the fused engines, and how far their losses may be from dense Adam's."""
 
     tolerance: float
-    sweep_every: int = 1
+    settle_every: int = 1
     optimizer: str = "adam"
     hot: bool = False
     auxk: bool = False
@@ -32,9 +32,9 @@ class Kind(NamedTuple):
 STEPS = {
     "dense": Kind(1e-4),
     "clipped": Kind(1e-4, clip=0.01),
-    "swept": Kind(0.02, sweep_every=2),
-    "lean": Kind(0.1, sweep_every=2, optimizer="adam-lean"),
-    "hot": Kind(1e-4, sweep_every=2, hot=True),
+    "swept": Kind(0.02, settle_every=2),
+    "lean": Kind(0.1, settle_every=2, optimizer="adam-lean"),
+    "hot": Kind(1e-4, settle_every=2, hot=True),
     "AuxK": Kind(1e-4, auxk=True),
 }
 
@@ -44,7 +44,7 @@ def three_steps(name: str, size: tuple[int, int, int, int], device: str) -> dict
     B, D, L, k = size
     data = batches(B, D, device)[:3]
     ours = fused(kind, D, L, k, device)
-    dense: FusedStep | AutogradStep = autograd(kind, D, L, k, device)
+    dense: FusedEngine | AutogradEngine = autograd(kind, D, L, k, device)
     if kind.hot:
         # Only rows that sleep can do without the dense block, so its twin is the same engine with nothing hot.
         dense = fused(kind, D, L, k, device)
@@ -70,23 +70,23 @@ def three_steps(name: str, size: tuple[int, int, int, int], device: str) -> dict
     }
 
 
-def fused(kind: Kind, D: int, L: int, k: int, device: str, **settings: Any) -> FusedStep:
+def fused(kind: Kind, D: int, L: int, k: int, device: str, **settings: Any) -> FusedEngine:
     dtype = "bfloat16" if kind.optimizer == "adam-lean" else "float32"
     settings |= dict(optimizer=kind.optimizer, dtype=dtype, max_grad_norm=kind.clip)
     sae_config, config = preset("saefast", D, L, k, **settings)
     # No latent fires so often that it becomes hot by itself: make_hot says which ones are.
     share = 1.0 if kind.hot else None
-    return FusedStep(
-        SAE(sae_config, seed=0, device=device), config, TOTAL, sweep_every=kind.sweep_every, hot_share=share
+    return FusedEngine(
+        SAE(sae_config, seed=0, device=device), config, TOTAL, settle_every=kind.settle_every, hot_share=share
     )
 
 
-def autograd(kind: Kind, D: int, L: int, k: int, device: str) -> AutogradStep:
+def autograd(kind: Kind, D: int, L: int, k: int, device: str) -> AutogradEngine:
     sae_config, config = preset("saefast", D, L, k, engine="autograd", dtype="float64", max_grad_norm=kind.clip)
-    return AutogradStep(SAE(sae_config, seed=0, device=device), config, TOTAL)
+    return AutogradEngine(SAE(sae_config, seed=0, device=device), config, TOTAL)
 
 
-def make_hot(engine: FusedStep, x: Tensor, n: int) -> None:
+def make_hot(engine: FusedEngine, x: Tensor, n: int) -> None:
     """Puts the n latents that fire most on x (B, D) into the dense block, as if they had been counted for long."""
     assert engine.hot is not None
     _, idx = engine.sae.encode_sparse(x)
@@ -97,7 +97,7 @@ def make_hot(engine: FusedStep, x: Tensor, n: int) -> None:
     engine.hot.loaded()
 
 
-def make_dead(engine: FusedStep | AutogradStep, every: int = 2) -> None:
+def make_dead(engine: FusedEngine | AutogradEngine, every: int = 2) -> None:
     """Every second latent has not fired for so long that AuxK takes it up, unless it fires in the batch to come."""
     engine.dead.since[::every] = engine.config.dead_after
 

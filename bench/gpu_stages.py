@@ -12,7 +12,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -90,23 +89,12 @@ def interpret() -> set[str]:
     sys.path.append(str(common.ROOT / "tests"))
     import interp
 
-    from saefast.ops import dispatch as ops
-    from saefast.ops import mixed as screen
-    from saefast.ops import native, reference
-    from saefast.ops import triton as triton_ops
-    from saefast.optim import rows
-    from saefast.optim import triton as rows_triton
+    from saefast.ops import backends, mixed
 
     interp.speed_up()
     # As on a GPU: candidates come from bf16 products, and no C++ takes them over.
-    screen.pays_off = lambda W: W.dtype == torch.float32
-    native.supports = lambda dtype: False
-
-    def kernels_or(plain: Any, kernels: Any) -> Callable[[torch.Tensor], Any]:
-        return lambda t: plain if t.dtype == torch.float64 else kernels
-
-    ops.backend = kernels_or(reference, triton_ops)
-    rows.backend = kernels_or(rows, rows_triton)
+    mixed.pays_off = lambda W: W.dtype == torch.float32
+    backends.backend = lambda t: "reference" if t.dtype == torch.float64 else "triton"
     return launches()
 
 

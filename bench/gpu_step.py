@@ -2,7 +2,7 @@
 
 Adam and the lean optimiser after enough steps for hot latents to be chosen; Adam with an eighth of the latents dead, so
 that AuxK runs; Adam late in a run, whose table of what sleeping rows owe is long. The undisturbed time comes from an
-engine that nothing watches, waits for the device once, and counts sweeps as often as they come.
+engine that nothing watches, waits for the device once, and counts settling as often as they come.
 """
 
 import time
@@ -19,10 +19,10 @@ from bench.encode_topk import GPU_SHAPES, Problem, Shape
 from bench.gpu_smoke_steps import make_dead
 from bench.kernel_times import by_kernel
 from bench.step_child import batches
-from bench.step_stages import by_stage, sweep_ms
+from bench.step_stages import by_stage, settle_ms
 from saefast.engines import hot
 from saefast.engines.config import preset
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
 TINY = (Shape(6, 16, 64, 3),)
@@ -41,7 +41,7 @@ REHEARSED = {
 
 
 class Run(NamedTuple):
-    engine: FusedStep
+    engine: FusedEngine
     data: list[Tensor]
     prepare: Callable[[], None] | None
     """Called before a step."""
@@ -73,7 +73,7 @@ def new_run(shape: Shape, what: str, settings: Settings) -> Run:
         "saefast", shape.D, shape.L, shape.k,
         optimizer="adam-lean" if lean else "adam", dtype="bfloat16" if lean else "float32",
     )  # fmt: skip
-    engine = FusedStep(SAE(sae_config, seed=0, device=device), config, 2 * LATE)
+    engine = FusedEngine(SAE(sae_config, seed=0, device=device), config, 2 * LATE)
     if what == "adam late":
         make_late(engine, 20 if settings.rehearse else LATE)
     prepare = partial(make_dead, engine, every=8) if what == "adam AuxK" else None
@@ -85,7 +85,7 @@ def new_run(shape: Shape, what: str, settings: Settings) -> Run:
     return run
 
 
-def make_late(engine: FusedStep, steps: int) -> None:
+def make_late(engine: FusedEngine, steps: int) -> None:
     """As if so many steps had been taken, all rows in each."""
     for _ in range(steps):
         engine.drift.add(engine.lr())
@@ -98,7 +98,7 @@ def undisturbed(shape: Shape, what: str, settings: Settings) -> dict[str, Any]:
     """Seconds of a step: a row of them by the host's clock, waiting once, and the product alone beside it."""
     device = settings.device
     run = new_run(shape, what, settings)
-    every = run.engine.sweep_every
+    every = run.engine.settle_every
     begin = time.perf_counter()
     run.step(0)
     common.synchronize(device)
@@ -128,22 +128,22 @@ def seconds_of(run: Run, n: int, device: str) -> float:
     return (time.perf_counter() - begin) / n
 
 
-def hot_count(engine: FusedStep) -> int | None:
+def hot_count(engine: FusedEngine) -> int | None:
     return None if engine.hot is None else int((engine.hot.slot >= 0).sum())
 
 
 def staged(shape: Shape, what: str, settings: Settings) -> dict[str, Any]:
     run = new_run(shape, what, settings)
-    steps = 1 if settings.rehearse else 4 * run.engine.sweep_every
+    steps = 1 if settings.rehearse else 4 * run.engine.settle_every
     table = by_stage(run.engine, run.data, settings.device, steps, run.prepare)
-    sweep = sweep_ms(run.engine, run.data, settings.device)
-    return {"shape": shape._asdict(), "ms": table, "sweep ms, a step's share": sweep}
+    settling = settle_ms(run.engine, run.data, settings.device)
+    return {"shape": shape._asdict(), "ms": table, "settling ms, a step's share": settling}
 
 
 def kernels(shape: Shape, what: str, settings: Settings) -> dict[str, Any]:
-    """Over as many steps as lie between two sweeps."""
+    """Over as many steps as lie between two times that W_enc is settled."""
     run = new_run(shape, what, settings)
-    steps = 1 if settings.rehearse else run.engine.sweep_every
+    steps = 1 if settings.rehearse else run.engine.settle_every
     return {"shape": shape._asdict(), "of a step": by_kernel(partial(run.step, 0), settings.device, steps)}
 
 

@@ -22,10 +22,10 @@ import torch
 
 from bench import common
 from bench.step_child import batches
-from bench.step_stages import by_stage, sweep_ms
+from bench.step_stages import by_stage, settle_ms
 from saefast.engines import hot
 from saefast.engines.config import preset
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
 PEERS_PYTHON = common.ROOT / ".peers" / "bin" / "python"
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 CPU_SHAPES = (Shape(1024, 768, 32768, 32), Shape(1024, 384, 16384, 32))
 GPU_SHAPES = (Shape(8192, 768, 32768, 32), Shape(8192, 4096, 131072, 64))
 TINY = (Shape(16, 24, 256, 4),)
-SWEEP = "sweep, a step's share"
+SETTLE = "settling, a step's share"
 GROWTH = (8192, 16384, 32768, 65536)
 
 
@@ -148,7 +148,7 @@ def interleaved(names: Sequence[str], shape: Shape, device: str, rounds: int) ->
 
 def verdict(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> dict[str, Any]:
     """Ours against the fastest and the leanest of the others, each measured beside ours."""
-    sweep = next(stage["ms"] for stage in stages if stage["stage"] == SWEEP) / 1e3
+    settle = next(stage["ms"] for stage in stages if stage["stage"] == SETTLE) / 1e3
     others = [row for row in rows if row["what"] not in OURS]
     ours = next((row for row in rows if row["what"] == "saefast"), None)
     if ours is None or not others:
@@ -157,27 +157,27 @@ def verdict(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> dict[st
     return {
         "fastest other": fastest["what"],
         "speed-up over it": fastest["times saefast's"],
-        "the same, sweeps counted": round(
-            fastest["times saefast's"] * ours["seconds"][0] / (ours["seconds"][0] + sweep), 2
+        "the same, settling counted": round(
+            fastest["times saefast's"] * ours["seconds"][0] / (ours["seconds"][0] + settle), 2
         ),
         "lowest other peak MB": min(row["peak MB"] for row in others),
         "peak MB": ours["peak MB"],
     }
 
 
-def new_engine(shape: Shape, device: str) -> FusedStep:
+def new_engine(shape: Shape, device: str) -> FusedEngine:
     sae_config, config = preset("saefast", shape.D, shape.L, shape.k)
-    return FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000)
+    return FusedEngine(SAE(sae_config, seed=0, device=device), config, 100_000)
 
 
 def profile(shape: Shape, device: str, steps: int) -> list[dict[str, Any]]:
-    """Median milliseconds of each stage of our step, in this process, and what a sweep adds to a step on average."""
+    """Median milliseconds of each stage of our step, in this process, and what settling adds to a step on average."""
     engine, data = new_engine(shape, device), batches(shape.B, shape.D, device)
     for number in range(warm_up("saefast", device)):
         engine.step(data[number % len(data)])
     table = by_stage(engine, data, device, steps)
     whole = table["whole step"]
-    table[SWEEP] = sweep_ms(engine, data, device)
+    table[SETTLE] = settle_ms(engine, data, device)
     return [{"stage": name, "ms": round(ms, 2), "share": round(ms / whole, 3)} for name, ms in table.items()]
 
 

@@ -39,12 +39,12 @@ def batches(B: int, D: int, device: str, **_: Any) -> list[Tensor]:
 
 def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **_: Any) -> Step:
     from saefast.engines.config import preset
-    from saefast.engines.fused import FusedStep
+    from saefast.engines.fused import FusedEngine
     from saefast.models.sae import SAE
 
     dtype = "bfloat16" if optimizer == "adam-lean" else "float32"  # as train() begins such a run
     sae_config, config = preset("saefast", D, L, k, optimizer=optimizer, dtype=dtype)
-    return FusedStep(SAE(sae_config, seed=0, device=device), config, 100_000).step
+    return FusedEngine(SAE(sae_config, seed=0, device=device), config, 100_000).step
 
 
 class Dense(torch.nn.Module):

@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from bench.kernel_times import Stages
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.ops import dispatch as ops
-from saefast.ops import mixed as screen
-from saefast.optim import rows
+from saefast.ops import mixed
+from saefast.optim import reference as rows
 from saefast.optim.dispatch import row_ops
 
 
@@ -24,17 +24,17 @@ def encode_label(name: str, *args: Any, **options: Any) -> str:
 
 
 def row_functions(backend: ModuleType) -> list[str]:
-    """The row operations that a backend has: what `saefast.optim.rows` declares, which every backend follows."""
-    return [name for name in rows.__all__ if name != "backend" and isfunction(getattr(backend, name, None))]
+    """The row operations that a backend has: what `saefast.optim.reference` declares, which every backend follows."""
+    return [name for name in rows.__all__ if isfunction(getattr(backend, name, None))]
 
 
-def by_stage(engine: FusedStep, data: list[Tensor], device: str, steps: int, prepare: Any = None) -> dict[str, float]:
+def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, prepare: Any = None) -> dict[str, float]:
     """Median milliseconds of each stage over `steps` steps, "rest" and "whole step" last.
 
     Stages are told apart by stamps in the stream; the host waits for the device only between steps.
     """
     backend, stages = row_ops(engine.enc.w), Stages(device)
-    stages.watch(screen, ["encode_topk_screened"], encode_label)
+    stages.watch(mixed, ["encode_topk_mixed"], encode_label)
     stages.watch(ops, ["encode_topk"], encode_label)
     stages.watch(backend, row_functions(backend))
     found: list[dict[str, float]] = []
@@ -57,14 +57,14 @@ def by_stage(engine: FusedStep, data: list[Tensor], device: str, steps: int, pre
     }
 
 
-def sweep_ms(engine: FusedStep, data: list[Tensor], device: str) -> float:
-    """What a sweep adds to a step, spread over the steps between two: medians do not see every fourth step."""
+def settle_ms(engine: FusedEngine, data: list[Tensor], device: str) -> float:
+    """What settling W_enc adds to a step, spread over the steps between two: medians do not see every fourth step."""
     backend, stages = row_ops(engine.enc.w), Stages(device)
-    while (engine.step_count + 1) % engine.sweep_every:
+    while (engine.step_count + 1) % engine.settle_every:
         engine.step(data[engine.step_count % len(data)])
-    stages.watch(backend, ["catch_up"], lambda name, matrix, *_, **__: "sweep" if matrix is engine.enc else name)
+    stages.watch(backend, ["catch_up"], lambda name, matrix, *_, **__: "settle" if matrix is engine.enc else name)
     try:
         engine.step(data[0])
     finally:
         stages.close()
-    return stages.take()["sweep"] / engine.sweep_every
+    return stages.take()["settle"] / engine.settle_every

@@ -144,7 +144,7 @@ void bind_matrices(py::module_& m) {
 void bind_code(py::module_& m) {
     using namespace saefast;
     m.def(
-        "group_runs",
+        "group_entries",
         [](handle idx, handle keep, int64_t n_latents, handle order, handle latents, handle offsets) {
             const int64_t n = length("idx", idx);
             const auto* entries = at<int32_t>("idx", idx, n);
@@ -152,7 +152,7 @@ void bind_code(py::module_& m) {
             auto *to_order = at<int32_t>("order", order, n), *to_latents = at<int32_t>("latents", latents, n);
             auto* to_offsets = at<int32_t>("offsets", offsets, n + 1);
             py::gil_scoped_release release;
-            return group_runs(entries, kept, n, n_latents, to_order, to_latents, to_offsets);
+            return group_entries(entries, kept, n, n_latents, to_order, to_latents, to_offsets);
         },
         "idx"_a, "keep"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
     m.def(
@@ -245,13 +245,13 @@ void bind_rows(py::module_& m) {
         },
         "W"_a, "rows"_a, "coef"_a, "out"_a, "n_threads"_a);
     m.def(
-        "moments",
+        "batch_sums",
         [](handle x, int n_threads) {
             const int64_t n = size("x", x, 0, 2), d = size("x", x, 1, 2);
             const auto* from = at<float>("x", x, product({n, d}));
             py::gil_scoped_release release;
             double variance = 0, squares = 0;
-            moments(from, n, d, &variance, &squares, n_threads);
+            batch_sums(from, n, d, &variance, &squares, n_threads);
             return std::pair<double, double>(variance, squares);
         },
         "x"_a, "n_threads"_a);

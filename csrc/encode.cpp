@@ -139,7 +139,7 @@ class Ahead {
 };
 
 // All latents of a chunk against one block of rows, of which `n_rows` are real.
-void sweep_block(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int64_t block, const Chunk& chunk,
+void visit_block(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int64_t block, const Chunk& chunk,
                  int64_t n, Ahead& ahead, Sink& sink) {
     const int64_t n_rows = std::min<int64_t>(kernel.rows, x.n_rows() - block * kernel.rows);
     const uint32_t real_rows = n_rows == 32 ? ~0u : (1u << n_rows) - 1;
@@ -195,7 +195,7 @@ PackedRows::PackedRows(const Encoder& e, const TileKernel& kernel, int64_t first
     parallel_for(n_blocks_, n_threads, pack, 4);
 }
 
-void sweep(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int64_t first_block, int64_t last_block,
+void visit_tiles(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int64_t first_block, int64_t last_block,
            int64_t first, int64_t last, Sink& sink) {
     const int64_t step = chunk_latents(x.depth(), kernel);
     Chunk chunk(kernel, x.depth());
@@ -205,7 +205,7 @@ void sweep(const Encoder& e, const TileKernel& kernel, const PackedRows& x, int6
         const int64_t groups = (n + kernel.latents - 1) / kernel.latents;
         Ahead ahead(e, at + n, std::min(step, last - at - n), groups * (last_block - first_block));
         for (int64_t block = first_block; block < last_block; ++block)
-            sweep_block(e, kernel, x, block, chunk, n, ahead, sink);
+            visit_block(e, kernel, x, block, chunk, n, ahead, sink);
     }
 }
 

@@ -1,4 +1,4 @@
-// The sweep every CPU encoder shares: pre = x · Wᵀ + b, tile by tile, handing on only what beats a bound.
+// The pass over W that every CPU encoder shares: pre = x · Wᵀ + b, tile by tile, handing on only what beats a bound.
 // The weights are packed chunk by chunk into the second-level cache, x once; nothing of size (rows, latents) exists.
 #pragma once
 
@@ -72,7 +72,7 @@ class Sink {
 
 // Blocks of rows [first_block, last_block) against competing latents at positions [first, last). Each row meets its
 // latents in ascending order.
-void sweep(const Encoder& encoder, const TileKernel& kernel, const PackedRows& x, int64_t first_block,
+void visit_tiles(const Encoder& encoder, const TileKernel& kernel, const PackedRows& x, int64_t first_block,
            int64_t last_block, int64_t first, int64_t last, Sink& sink);
 
 // How a (rows, latents) rectangle is dealt to threads: row_parts × ranges pieces of about equal work.

@@ -110,7 +110,7 @@ void weighted_row_sum(const void* base, bool bf16, int64_t d, const int32_t* row
     for (int64_t block = 0; block < blocks; ++block) rowmath::add(out, partial.data() + block * d, d);
 }
 
-void moments(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads) {
+void batch_sums(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads) {
     constexpr int64_t kBlock = 64;
     const int64_t blocks = (n + kBlock - 1) / kBlock;
     std::vector<double> sums(static_cast<size_t>(blocks * d), 0.0), mean(static_cast<size_t>(d), 0.0);

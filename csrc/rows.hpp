@@ -14,7 +14,7 @@ namespace saefast {
 // any, ascending, and offsets[r] .. offsets[r + 1] is run r's part of `order`. Entries with keep[i] == 0 are left out
 // (keep may be null). order and latents hold n, offsets n + 1. Returns the number of runs.
 // Throws std::out_of_range naming the first idx outside [0, n_latents).
-int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
+int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
                    int32_t* latents, int32_t* offsets);
 
 // Entries of a code made of parts, each (n_tokens, columns), one after the other. Part 0's column j hears the first
@@ -159,6 +159,6 @@ void weighted_row_sum(const void* W, bool bf16, int64_t d, const int32_t* rows, 
                       int n_threads);
 
 // Σ over all elements of (x - column mean)², and of x², in double. x (n, d).
-void moments(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads);
+void batch_sums(const float* x, int64_t n, int64_t d, double* variance, double* squares, int n_threads);
 
 }  // namespace saefast

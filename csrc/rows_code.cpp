@@ -46,7 +46,7 @@ std::vector<Entry> kept_entries(const int32_t* idx, const uint8_t* keep, int64_t
 
 }  // namespace
 
-int64_t group_runs(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
+int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
                    int32_t* latents, int32_t* offsets) {
     std::vector<Entry> entries = kept_entries(idx, keep, n, n_latents), other(entries.size());
     for (int shift = 0; shift < 31 && (n_latents - 1) >> shift > 0; shift += kDigitBits) {

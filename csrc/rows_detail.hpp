@@ -114,7 +114,7 @@ inline void project_out(float* grad, const float* w, int64_t d) {
 }
 
 // Asks for the first lines of a row's weights and state before they are needed; the hardware sees the rest coming. A
-// sweep over all rows takes a third of the time it takes without.
+// pass over all rows takes a third of the time it takes without.
 inline void prefetch_bytes(const void* row, int64_t bytes) {
     const char* at = static_cast<const char*>(row);
     for (int64_t b = 0; b < std::min(bytes, kBytesAhead); b += 64) __builtin_prefetch(at + b, 1);

@@ -45,7 +45,7 @@ void ThresholdCode::encode_rows(const Encoder& e, const TileKernel& kernel, int6
         for (int64_t task = begin; task < end; ++task) {
             const Piece piece = piece_of(split, task, x.n_blocks(), e.n_ids);
             ThresholdSink sink(rows_, first_row, kernel.rows, piece.range);
-            sweep(e, kernel, x, piece.first_block, piece.last_block, piece.first, piece.last, sink);
+            visit_tiles(e, kernel, x, piece.first_block, piece.last_block, piece.first, piece.last, sink);
         }
     };
     parallel_for(split.row_parts * split.ranges, n_threads, run);

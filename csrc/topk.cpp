@@ -186,7 +186,7 @@ void encode_rows(const Encoder& e, const TileKernel& kernel, const TopK& options
             auto& mine = best[static_cast<size_t>(i)];
             const int64_t n_blocks = piece.last_block - piece.first_block;
             mine.reset(new Best<Entry>(piece.first_block, n_blocks, kernel.rows, options.k, e.n_ids));
-            sweep(e, kernel, x, piece.first_block, piece.last_block, piece.first, piece.last, *mine);
+            visit_tiles(e, kernel, x, piece.first_block, piece.last_block, piece.first, piece.last, *mine);
         }
     };
     parallel_for(static_cast<int64_t>(pieces.size()), options.n_threads, run);

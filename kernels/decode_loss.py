@@ -1,4 +1,4 @@
-"""Decode, residual, sums of squares and gradient to the activations.  Reference: saefast.optim.rows.decode_loss.
+"""Decode, residual, sums of squares and gradient to the activations.  Reference: saefast.optim.reference.decode_loss.
 
 One program per token. A block of columns of all K decoder rows is held in registers: summed down for the
 reconstruction, and once the residual of those columns is known, summed across for the gradient. So every decoder row

@@ -1,6 +1,6 @@
 """A code's entries, grouped by latent, as both matrices' updates want them.
 
-Reference: saefast.optim.rows.fill_entries.
+Reference: saefast.optim.reference.fill_entries.
 
 Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """

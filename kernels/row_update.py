@@ -1,4 +1,6 @@
-"""Gradient rows summed over runs and used by Adam on the spot.  Reference: saefast.optim.rows.update_rows and its kin.
+"""Gradient rows summed over runs and used by Adam on the spot.
+
+Reference: saefast.optim.reference.update_rows and its kin.
 
 One program per row and block of columns; what needs a whole row (projection, norms) is asked for with one block only.
 A run longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
@@ -147,7 +149,7 @@ def owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2):
 
 @triton.jit
 def settle(w, m, v, late, drift, eps, decay1, decay2, NORM: tl.constexpr):
-    """What the row owes, paid: see saefast.optim.rows.catch_up."""
+    """What the row owes, paid: see saefast.optim.reference.catch_up."""
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - drift * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     moved = unit(moved) if NORM == AFTER else moved

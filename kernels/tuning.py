@@ -1,7 +1,7 @@
 """The launch settings of every kernel, checked in: the same settings give the same bits from run to run.
 
 The numbers below were chosen from what the compiler reports (registers, shared memory, spills: tests/test_aot.py) and
-from published measurements of like kernels. None has been measured on a GPU yet. `SAEFAST_AUTOTUNE=1` sweeps the
+from published measurements of like kernels. None has been measured on a GPU yet. `SAEFAST_AUTOTUNE=1` times the
 candidates of each op on the device at hand, once per process and shape class, and prints the line to check in here.
 """
 
@@ -51,8 +51,8 @@ class DecodeLoss(NamedTuple):
     warps: int
 
 
-class Moments(NamedTuple):
-    """moments: rows a program adds up, how many are on their way at once, columns."""
+class BatchSums(NamedTuple):
+    """batch_sums: rows a program adds up, how many are on their way at once, columns."""
 
     rows: int
     unroll: int
@@ -114,7 +114,7 @@ METHODS: dict[tuple[int, str], tuple[str, str]] = {
     (arch, kind): ("chunked", "chunked") if kind == "ieee" and arch else ("fused", "fused") for arch, kind in TILES
 }
 
-# The part of x that tiles sweep before they go on to the next span of rows; it should stay in L2 beside W_enc.
+# The part of x that tiles pass over before they go on to the next span of rows; it should stay in L2 beside W_enc.
 SPAN_BYTES = 24 << 20
 # Columns per group: halves the scratch written, doubles the group maxima; past this many columns those weigh more.
 MANY_COLUMNS = 1 << 18
@@ -186,10 +186,10 @@ def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
 
 
-def moments(D: int) -> Moments:
+def batch_sums(D: int) -> BatchSums:
     """Four columns a thread; as many rows as leave the partial sums a small share of the batch's bytes."""
     block = min(256, max(32, _power_of_2(D)))
-    return Moments(128, 8, block, max(1, block // 128))
+    return BatchSums(128, 8, block, max(1, block // 128))
 
 
 # Entries that one program of fill_entries writes, and rows that one of mark_rows marks.
@@ -217,7 +217,7 @@ def method(arch: int, kind: str, D: int, wide: bool = True) -> str:
 
 
 def tiles_candidates(arch: int, kind: str, default: Tiles) -> list[Tiles]:
-    """What a sweep of encode_tiles tries; those that do not fit the device fail to launch and are passed over."""
+    """What autotuning tries for encode_tiles; those that do not fit the device fail to launch and are passed over."""
     depth = {"half": 64, "tf32": 32, "ieee": 16}[kind]
     blocks = [(128, 128), (128, 256), (64, 128), (64, 256)]
     shapes = [
@@ -279,17 +279,17 @@ def sddmm_candidates(default: Sddmm) -> list[Sddmm]:
 _chosen: dict[tuple[Any, ...], Any] = {}
 
 
-def sweeping() -> bool:
+def autotuning() -> bool:
     return os.environ.get("SAEFAST_AUTOTUNE") == "1"
 
 
 def chosen(key: tuple[Any, ...], default: Config) -> Config:
-    """What a sweep of this process found for `key`; the default where none did."""
+    """What autotuning found in this process for `key`; the default where none did."""
     found: Config = _chosen.get(key, default)
     return found
 
 
-def sweep(
+def autotune(
     key: tuple[Any, ...],
     candidates: Iterable[Config],
     run: Callable[[Config], object],

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from saefast import ambient, extension
 from saefast.analysis.evaluation import evaluate, evaluate_run
-from saefast.engines.autograd import AutogradStep
+from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.training.api import train
@@ -150,8 +150,8 @@ def test_the_same_bits_under_every_mode(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("engine", [FusedStep, AutogradStep])
-def test_an_engine_alone_is_the_same_too(mode: str, engine: type[FusedStep | AutogradStep]) -> None:
+@pytest.mark.parametrize("engine", [FusedEngine, AutogradEngine])
+def test_an_engine_alone_is_the_same_too(mode: str, engine: type[FusedEngine | AutogradEngine]) -> None:
     def steps() -> list[Tensor]:
         sae = SAE(CONFIG, seed=0)
         made = engine(sae, TrainConfig(), 3)

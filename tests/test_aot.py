@@ -37,7 +37,7 @@ REGISTERS = {
     "settle_rows": 112,
     "piece_sums": 80,
     "gradient_rows": 112,
-    "moments": 128,
+    "batch_sums": 128,
     "fill_entries": 80,
     "sum_runs": 32,
     "mark_rows": 48,
@@ -55,7 +55,7 @@ SPILLS = {(100, "tiles_descriptor half (128, 128, 64, 8, 3, 1) group=32 scale"):
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
 ROWS = ("row_update", "gradient_squares", "gradient_rows", "piece_sums", "lean_row_update")
 SETTLE = ("settle_rows", "lean_settle_rows")
-GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "moments", *SETTLE, *ROWS)
+GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "batch_sums", *SETTLE, *ROWS)
 
 
 @pytest.fixture(scope="session")
@@ -186,7 +186,7 @@ def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
         "spmm": ["D"],
         "sddmm": ["D"],
         "decode_loss": ["D"],
-        "moments": ["D"],
+        "batch_sums": ["D"],
         "fill_entries": [],
         "sum_runs": [],
         "mark_rows": [],

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from saefast.kernels import tuning
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
 interp.speed_up()
@@ -127,14 +127,14 @@ def test_every_candidate_of_a_sweep_finds_the_same(device, monkeypatch):
     args, options = problem(3, 7, 40, 300, "multi", device)
     tried: list[tuning.DecodeLoss] = []
 
-    def sweep(key, candidates, run):
+    def autotune(key, candidates, run):
         for config in candidates:
             run(config)
             tried.append(config)
         return tried[-1]
 
-    monkeypatch.setattr(rows_triton, "sweeps", lambda _: True)
-    monkeypatch.setattr(tuning, "sweep", sweep)
+    monkeypatch.setattr(rows_triton, "autotunes", lambda _: True)
+    monkeypatch.setattr(tuning, "autotune", autotune)
     assert_close_to_plain(args, options)
     assert len(set(tried)) >= 4
 

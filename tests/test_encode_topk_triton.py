@@ -413,7 +413,7 @@ def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
     x, W, b = (t[:columns] if len(t) == L else t for t in random_ints())
     timed, known, launches = [], [], tuning.merge_candidates(tuning.merge(32, 32), 32)[:3]
 
-    def sweep(key, candidates, run):
+    def autotune(key, candidates, run):
         timed.append(key[0])
         for config in [next(iter(candidates))] if key[0] == "encode_tiles" else launches:
             run(config)
@@ -427,8 +427,8 @@ def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
 
         return run_tiles
 
-    monkeypatch.setattr(triton_encode, "sweeps", lambda _: True)
-    monkeypatch.setattr(tuning, "sweep", sweep)
+    monkeypatch.setattr(triton_encode, "autotunes", lambda _: True)
+    monkeypatch.setattr(tuning, "autotune", autotune)
     monkeypatch.setattr(triton_encode, "_run_tiles", watched(triton_encode._run_tiles))
     arguments = [t.to(device) for t in (x, W, b)]
     found = triton_ops.encode_topk(*arguments, K, chunk=64, method="fused", relu=False)

@@ -23,7 +23,7 @@ ROOMS = (
 )  # fmt: skip
 MOST_FLOORS = 10
 # The fused engine exists to do without autograd: it stands above it and still does not use it.
-WITHOUT_AUTOGRAD = ("engines.fused", "engines.fused_pass", "optim.rows", "ops.mixed")
+WITHOUT_AUTOGRAD = ("engines.fused", "engines.fused_pass", "optim.reference", "ops.mixed")
 HEAVY = {"transformers", "datasets", "matplotlib", "triton", "tyro", "tqdm", "sentence_transformers", "pyarrow"}
 
 
@@ -129,11 +129,11 @@ def test_the_walk_sees_imports() -> None:
 
 
 HIDDEN = {
-    "a statement": "from saefast.engines.fused import FusedStep",
-    "a room's name": "from saefast.engines import FusedStep",
+    "a statement": "from saefast.engines.fused import FusedEngine",
+    "a room's name": "from saefast.engines import FusedEngine",
     "a module": "import saefast.engines.fused",
     "in a function": "def f():\n    from saefast.engines import fused",
-    "for type checkers": "if TYPE_CHECKING:\n    from saefast.engines.fused import FusedStep",
+    "for type checkers": "if TYPE_CHECKING:\n    from saefast.engines.fused import FusedEngine",
     "by string": "importlib.import_module('saefast.engines.fused')",
     "of the package": "from saefast import train",
 }

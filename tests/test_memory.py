@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_buffer import write_folder
+from folders import write_folder
 from test_imports import MODULES
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from saefast.data.buffer import LiveBuffer, ShardBuffer
 from saefast.data.iterable_source import IterableSource
 from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -73,7 +73,7 @@ METHODS = {"gather", "push", "read", "write"}
 # What these give has methods that take tensors as well.
 WITH_METHODS = {"RowStream", "Sources", "ThresholdCode", "open_files", "open_queue"}
 # With a smaller tensor these have less to do, or enough left. A RowGradient is held against its matrix in a job.
-MAY_SHRINK = {"AdamStep", "RowGradient", "catch_up", "moments", "normalise_rows", "read", "weighted_row_sum"}
+MAY_SHRINK = {"AdamStep", "RowGradient", "catch_up", "batch_sums", "normalise_rows", "read", "weighted_row_sum"}
 
 
 def wrong_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -128,7 +128,7 @@ def use_everything(folder: Path) -> list[Tensor]:
         TrainConfig(optimizer="adam-lean", dead_after=40, auxk_k=4, decoder_norm="pre_forward"),
     ):
         sae = SAE(SAEConfig(24, 64, 4, rescale_acts_by_decoder_norm=True), seed=0)
-        step = FusedStep(sae, config, 4, sweep_every=2, screened=config.optimizer == "adam")
+        step = FusedEngine(sae, config, 4, settle_every=2, mixed=config.optimizer == "adam")
         step.initialise(x)
         for batch in x.split(32):
             step.step(batch)

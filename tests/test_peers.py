@@ -10,7 +10,7 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, clear_batches, distance
 from torch import Tensor, nn
 
-from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines.autograd import PARAMETERS, AutogradEngine
 from saefast.engines.config import lr_factor, preset
 from saefast.engines.engine import StepStats
 from saefast.models.sae import SAE
@@ -20,7 +20,7 @@ WARMUP, TOLERANCE = 4, 1e-5
 LR = 2e-4 / (L / 2**14) ** 0.5
 
 
-def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradStep:
+def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradEngine:
     """An engine whose SAE has some latents that start too low to be chosen, so that they die."""
     sae_config, config = preset(name, D, L, K, engine="autograd", lr_warmup_steps=WARMUP, **overrides)
     sae = SAE(sae_config, seed=1)
@@ -29,11 +29,11 @@ def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradStep:
         if name == "saelens":
             # Unequal decoder norms, so that ranking by pre · norm is not ranking by pre.
             sae.W_dec *= torch.linspace(0.8, 1.2, L)[:, None]
-    return AutogradStep(sae, config, STEPS)
+    return AutogradEngine(sae, config, STEPS)
 
 
 def data_for(
-    make: Callable[[], AutogradStep], state: Callable[..., Any], mean: float = 1.0, **settings: Any
+    make: Callable[[], AutogradEngine], state: Callable[..., Any], mean: float = 1.0, **settings: Any
 ) -> list[Tensor]:
     """fp32 batches on which no two correct runs choose differently, found by the recipe's statement."""
 
@@ -46,7 +46,7 @@ def data_for(
     return [x.float() for x in clear_batches(run_statement, mean)]
 
 
-def train(engine: AutogradStep, data: list[Tensor]) -> list[StepStats]:
+def train(engine: AutogradEngine, data: list[Tensor]) -> list[StepStats]:
     engine.initialise(data[0])
     return [engine.step(x) for x in data]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from saefast.kernels import tuning
-from saefast.ops.runs import group_runs
+from saefast.ops.groups import group_entries
 from saefast.optim import lean as rows_lean
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
@@ -183,7 +183,7 @@ def test_a_latent_that_fires_on_every_token(device):
     idx = torch.randint(1, L, (B, K), device=device, dtype=torch.int32)
     idx[:, 0] = 5
     acts, grad = torch.rand(B, K, device=device), torch.randn(B, K, device=device)
-    runs = group_runs(idx.flatten(), torch.ones(B * K, dtype=torch.bool, device=device), L)
+    runs = group_entries(idx.flatten(), torch.ones(B * K, dtype=torch.bool, device=device), L)
     entries = rows_triton.fill_entries(runs, acts.flatten(), grad.flatten(), [K], [K], B, L)
     plain = rows.fill_entries(runs, acts.flatten(), grad.flatten(), [K], [K], B, L)
     assert all(torch.equal(a, b) for a, b in zip(entries[:4], plain[:4], strict=True))

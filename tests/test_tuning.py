@@ -47,22 +47,22 @@ def test_a_sweep_takes_the_fastest_once_and_says_what_to_check_in(capsys):
         return times[ran[-1]]
 
     key = ("op", 90, "a shape of this test")
-    assert tuning.sweep(key, ["slow", "too large", "quick", "middling"], run, clock) == "quick"
+    assert tuning.autotune(key, ["slow", "too large", "quick", "middling"], run, clock) == "quick"
     printed = capsys.readouterr().err
     assert "check in quick" in printed
     assert "too large failed: RuntimeError" in printed
     assert printed.index("quick") < printed.index("middling")
-    assert tuning.sweep(key, ["slow"], run, clock) == "quick"
+    assert tuning.autotune(key, ["slow"], run, clock) == "quick"
     assert len(ran) == 3
     with pytest.raises(RuntimeError, match="no candidate"):
-        tuning.sweep(("op", 90, "another"), ["too large"], run, clock)
+        tuning.autotune(("op", 90, "another"), ["too large"], run, clock)
 
 
 def test_sweeping_is_asked_for(monkeypatch):
     monkeypatch.delenv("SAEFAST_AUTOTUNE", raising=False)
-    assert not tuning.sweeping()
+    assert not tuning.autotuning()
     monkeypatch.setenv("SAEFAST_AUTOTUNE", "1")
-    assert tuning.sweeping()
+    assert tuning.autotuning()
 
 
 def test_candidates_begin_with_what_is_checked_in():

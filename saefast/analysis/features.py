@@ -13,7 +13,7 @@ from torch import Tensor
 from saefast.data.rows_source import Located
 from saefast.metrics.streaming import Sparsity
 from saefast.models.sae import SAE
-from saefast.ops import mixed as screen
+from saefast.ops import mixed
 
 # Pairs waiting to be summed before they are sorted into the table: about 100 MB while that happens.
 _PENDING = 1 << 22
@@ -112,11 +112,11 @@ TokensOf = Callable[[Tensor, Tensor], Tensor]
 
 def quick_encoder(sae: SAE) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """`sae.encode_sparse` for x (B, d_in), by way of a bf16 copy of W_enc where that is faster (saefast.ops.mixed)."""
-    if sae.config.rescale_acts_by_decoder_norm or not screen.pays_off(sae.W_enc):
+    if sae.config.rescale_acts_by_decoder_norm or not mixed.pays_off(sae.W_enc):
         return sae.encode_sparse
     W_low = sae.W_enc.to(torch.bfloat16)
     centre = sae.b_dec if sae.config.apply_b_dec_to_input else torch.zeros_like(sae.b_dec)
-    return lambda x: screen.encode_topk_screened(x.to(sae.dtype) - centre, W_low, sae.W_enc, sae.b_enc, sae.config.k)
+    return lambda x: mixed.encode_topk_mixed(x.to(sae.dtype) - centre, W_low, sae.W_enc, sae.b_enc, sae.config.k)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""AutogradStep: the training step in plain torch. Dense gradients and torch's Adam; every recipe and every option.
+"""AutogradEngine: the training step in plain torch. Dense gradients and torch's Adam; every recipe and every option.
 
 It is what the fused step is held against, and the engine for what that one does not do.
 """
@@ -18,7 +18,7 @@ PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.Adam's names
 
 
-class AutogradStep:
+class AutogradEngine:
     """Engine "autograd"; see `saefast.engines.engine.Engine` for the interface.
 
     Order of a step: unit decoder rows (pre_forward) -> loss -> backward -> unit decoder rows (pre_step) -> gradient
@@ -148,7 +148,7 @@ class AutogradStep:
 
     @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
-        """Continues where another AutogradStep stood; the SAE's weights must be those of the same moment.
+        """Continues where another AutogradEngine stood; the SAE's weights must be those of the same moment.
 
         Raises:
             InputError: an entry is missing or of another shape.

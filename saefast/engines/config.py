@@ -40,8 +40,8 @@ class TrainConfig:
         lr_decay_start: step the fall begins at, instead of lr_decay_share; -1 is never. It never begins before the
             end of the warm-up.
         lr_end: final rate as a share of lr.
-        sweep_every: fused engine only: steps between sweeps that bring rows of W_enc which have not fired up to date; 1
-            is dense Adam's arithmetic at every step, at its cost (see `saefast.engines.fused`). Rarer sweeps leave
+        settle_every: fused engine only: W_enc's rows that have not fired are brought up to date every so many steps; 1
+            is dense Adam's arithmetic at every step, at its cost (see `saefast.engines.fused`). Larger numbers leave
             more latents dead (bench/quality.py).
         max_grad_norm: clip the global gradient norm to this; None does not clip.
 
@@ -94,7 +94,7 @@ class TrainConfig:
     lr_decay_share: float = 0.2
     lr_decay_start: int | None = None
     lr_end: float = 0.0
-    sweep_every: int = 4
+    settle_every: int = 4
     max_grad_norm: float | None = None
 
     loss: Literal["fvu", "sum", "scaled_mse"] = "fvu"
@@ -139,7 +139,7 @@ class TrainConfig:
         limits = {
             "batch_size": 1, "n_tokens": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1, "lr_warmup_steps": 0,
             "auxk_coef": 0, "multi_topk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0, "save_every": 0,
-            "eval_every": 0, "sweep_every": 1,
+            "eval_every": 0, "settle_every": 1,
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)

@@ -1,7 +1,7 @@
-"""FusedStep: the whole training step on the entries that fired, optimiser included. No autograd, no gradient tensors.
+"""FusedEngine: the whole training step on the entries that fired, optimiser included. No autograd, no gradient tensors.
 
 One stable sort groups the batch's entries by latent. Both weight matrices, b_enc and the gradient of b_dec come from
-those runs: each latent's gradient row is summed, used by its Adam update and forgotten (saefast.optim.rows).
+those runs: each latent's gradient row is summed, used by its Adam update and forgotten (saefast.optim.reference).
 """
 
 import contextlib
@@ -24,30 +24,30 @@ from saefast.engines.losses import DeadLatents, inverse_variance
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.models.start import scale_encoder_, start_b_dec_
-from saefast.ops import mixed as screen
+from saefast.ops.groups import Number
+from saefast.ops.mixed import pays_off
 from saefast.ops.reference import accumulate_dtype
-from saefast.ops.runs import Number
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
 
-class FusedStep:
-    """Engine "fused"; `saefast.engines.engine.Engine` is the interface, AutogradStep the same maths in dense form.
+class FusedEngine:
+    """Engine "fused"; `saefast.engines.engine.Engine` is the interface, AutogradEngine the same maths in dense form.
 
-    Rows without a gradient are left asleep and settled later in closed form (`saefast.optim.DriftTable`). A row of
-    W_dec is settled before it is read. W_enc is read whole at every step, so a sleeping row there lacks at most
-    lr · |m| / √v · r / (1 - r), r = β1 / √β2 (9 learning rates at the defaults), until the sweep over all rows that
-    comes every `sweep_every` steps. With sweep_every = 1 every row is updated at every step, as dense Adam does, at
-    dense Adam's cost.
+    Rows without a gradient are left alone and settled later, in closed form (`saefast.optim.state.DriftTable`). A row
+    of W_dec is settled before it is read. W_enc is read whole at every step, so a row left alone there lacks
+    at most lr · |m| / √v · r / (1 - r), r = β1 / √β2 (9 learning rates at the defaults), until all of W_enc is
+    settled, every `settle_every` steps. With settle_every = 1 every row is updated at every step, as dense Adam does,
+    at dense Adam's cost.
 
     Args:
         sae: trained in place; float32 (float64 in plain torch).
         config: the recipe.
         total_steps: length of the run, which the learning rate's decay ends at.
-        sweep_every: instead of the config's.
-        screened: bf16 products choose the candidates for the top k (saefast.ops.mixed); None is where that is faster.
+        settle_every: instead of the config's.
+        mixed: bf16 products choose the candidates for the top k (saefast.ops.mixed); None is where that is faster.
         hot_share: share of tokens above which a latent is computed densely (`hot.py`); None is what the device's
             figures say, and never on a CPU.
 
@@ -62,8 +62,8 @@ class FusedStep:
         config: TrainConfig,
         total_steps: int,
         *,
-        sweep_every: int | None = None,
-        screened: bool | None = None,
+        settle_every: int | None = None,
+        mixed: bool | None = None,
         hot_share: float | None = None,
     ) -> None:
         self.lean = config.optimizer == "adam-lean"
@@ -76,15 +76,15 @@ class FusedStep:
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
         if config.eps <= 0:
             raise InputError(f"eps is {config.eps}: engine 'fused' needs more than 0")
-        if sweep_every is not None and sweep_every < 1:
-            raise InputError(f"sweep_every is {sweep_every}: expected at least 1")
+        if settle_every is not None and settle_every < 1:
+            raise InputError(f"settle_every is {settle_every}: expected at least 1")
         self.sae, self.config, self.total_steps = sae, config, total_steps
-        self.sweep_every = sweep_every if sweep_every is not None else config.sweep_every
+        self.settle_every = settle_every if settle_every is not None else config.settle_every
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
         self.drift = DriftTable(config.beta1, config.beta2, config.eps, sae.device)
-        self.matrices = self._new_state(screened)
+        self.matrices = self._new_state(mixed)
         self.hot = self._new_hot(hot_share)
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
@@ -92,7 +92,7 @@ class FusedStep:
         self._versions: tuple[int, ...] = ()
         self._scratch: dict[str, Tensor] = {}
 
-    def _new_state(self, screened: bool | None) -> dict[str, AnyMatrix]:
+    def _new_state(self, mixed: bool | None) -> dict[str, AnyMatrix]:
         sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
         if self.lean:
             sae.to(torch.bfloat16)
@@ -103,10 +103,10 @@ class FusedStep:
             state["W_dec"] = LeanMatrix.of(W_dec, seeds[1], norms=norms)
             # Biases are few: they train in float32, and the SAE gets them rounded.
             return state | {name: Matrix.of(getattr(sae, name).detach().float()) for name in ("b_enc", "b_dec")}
-        if screened is None:
-            screened = screen.pays_off(sae.W_enc.data)
+        if mixed is None:
+            mixed = pays_off(sae.W_enc.data)
         return {
-            "W_enc": Matrix.of(sae.W_enc.data, shadow=screened),
+            "W_enc": Matrix.of(sae.W_enc.data, shadow=mixed),
             "W_dec": Matrix.of(sae.W_dec.data, norms=norms),
             "b_enc": Matrix.of(sae.b_enc.data),
             "b_dec": Matrix.of(sae.b_dec.data),
@@ -136,7 +136,7 @@ class FusedStep:
     @property
     def dense(self) -> bool:
         """Whether every row takes part in every update."""
-        return self.sweep_every == 1
+        return self.settle_every == 1
 
     @ambient.plainly(grad=False)
     def initialise(self, rows: Tensor) -> None:
@@ -276,7 +276,7 @@ class FusedStep:
             self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
         if self.lean:
             self._round_biases()
-        if not self.dense and self.step_count % self.sweep_every == 0:
+        if not self.dense and self.step_count % self.settle_every == 0:
             backend.catch_up(self.enc, self._constants(self.step_count))
             if self.dec.norms is not None:
                 backend.catch_up(self.dec, self._constants(self.step_count, norm=self._sleep_norm()))
@@ -320,7 +320,7 @@ class FusedStep:
 
     @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
-        """Continues where another FusedStep stood; the SAE's weights must be those of the same moment.
+        """Continues where another FusedEngine stood; the SAE's weights must be those of the same moment.
 
         Raises:
             InputError: an entry is missing or of another shape; nothing is changed then.

@@ -19,8 +19,8 @@ from saefast.engines.hot import Block, HotLatents
 from saefast.engines.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
 from saefast.models.config import SAEConfig
 from saefast.ops import dispatch as ops
-from saefast.ops import mixed as screen
-from saefast.ops.runs import Entries, Number, Runs
+from saefast.ops import mixed
+from saefast.ops.groups import Entries, Groups, Number
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AnyMatrix, RowGradient
 
@@ -78,7 +78,7 @@ class Gradient:
     Numbers lie where they were worked out, so that a step makes the host wait for all of them at once.
     """
 
-    runs: Runs
+    runs: Groups
     """Of the entries below; latents of a block have none."""
     for_dec: RowGradient
     for_enc: RowGradient
@@ -90,7 +90,7 @@ class Gradient:
     """(D,)."""
     since: Tensor
     """(L,) the dead-latent counters after the batch."""
-    code: Runs
+    code: Groups
     """Of the batch's whole code, AuxK's entries left out."""
     loss: Number
     fvu: Number
@@ -117,7 +117,7 @@ class Pass:
         Raises:
             InputError: x or the code is not finite.
         """
-        variance, squares = self.backend.moments(self.x)
+        variance, squares = self.backend.batch_sums(self.x)
         self.acts, self.idx = self._encode(self.bounds[-1])
         self.runs = self._runs(self.idx, self.acts != 0)
         since = self._counters()
@@ -176,7 +176,7 @@ class Pass:
         options: dict[str, Any] = dict(latents=latents, scale=self.model.matrices["W_dec"].norms, relu=relu)
         if enc.shadow is None:
             return ops.encode_topk(self.centred, enc.w, b_enc, k, **options)
-        return screen.encode_topk_screened(self.centred, enc.shadow, enc.w, b_enc, k, **options)
+        return mixed.encode_topk_mixed(self.centred, enc.shadow, enc.w, b_enc, k, **options)
 
     def _reach(self) -> Number:
         """How far a token's code may reach: NaN or inf for a code that is not finite, 0-d."""
@@ -184,8 +184,8 @@ class Pass:
         largest = self.acts[:, 0].max() if norms is None else self.acts[:, 0].max() * norms.max()
         return largest.double() * self.acts.shape[1]
 
-    def _runs(self, idx: Tensor, keep: Tensor) -> Runs:
-        found: Runs = self.backend.group_runs(idx.flatten(), keep.flatten(), self.model.sae.n_latents)
+    def _runs(self, idx: Tensor, keep: Tensor) -> Groups:
+        found: Groups = self.backend.group_entries(idx.flatten(), keep.flatten(), self.model.sae.n_latents)
         return found
 
     def _reconstruct(self, *, with_error: bool) -> tuple[Part, Number, Number]:
@@ -232,7 +232,7 @@ class Pass:
         weight = self._auxk_weight(self.error, len(dead_ids))
         if k == 0:
             torch.mul(self.error, config.auxk_coef * weight, out=plane)
-            return None, weight * self.backend.moments(self.error)[1]
+            return None, weight * self.backend.batch_sums(self.error)[1]
         if not self.model.dense and len(self.bounds) == 1 and auxk_block.pays_off(self.x, k, len(dead_ids)):
             self.aux = self._auxk_block(dead_ids, k, config.auxk_coef * weight, main)
             return None, weight * serial_sum(self.aux.squares)
@@ -249,8 +249,10 @@ class Pass:
         """AuxK by matrix products, which take over the main code's entries of dead latents if there may be any."""
         assert self.error is not None
         config, enc, dec = self.config, self.model.matrices["W_enc"], self.model.matrices["W_dec"]
+        # Ranked by the norms of before the rows are settled, as the main code and the sparse form of AuxK are.
+        norms = None if dec.norms is None else dec.norms.clone()
         self.model.wake(dead_ids.int())
-        encoder = auxk_block.Encoder(enc.w, self.model.matrices["b_enc"].w[0], dec.w, dec.norms)
+        encoder = auxk_block.Encoder(enc.w, self.model.matrices["b_enc"].w[0], dec.w, norms)
         # A latent that has just fired is not dead, if it was asked after that and if every activation counts as firing.
         silent = config.dead_update_first and (config.fired_above is None or config.fired_above <= 0)
         code = None if silent else auxk_block.Code(main.acts, main.idx, main.grad_acts, self.planes[0])
@@ -266,12 +268,14 @@ class Pass:
             return few / B
         if self.config.auxk_denominator == "inputs":
             return few / self.variance
-        unexplained: Number = self.backend.moments(error)[0]
+        unexplained: Number = self.backend.batch_sums(error)[0]
         if isinstance(unexplained, Tensor):
             return torch.where(unexplained > 0, few / unexplained, 0.0)
         return few / unexplained if unexplained > 0 else 0.0
 
-    def _entries(self, parts: list[Part]) -> tuple[Runs, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
+    def _entries(
+        self, parts: list[Part]
+    ) -> tuple[Groups, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
         """The parts as entries grouped by latent, the blocks' rows beside them, and the biases' gradients."""
         (B, D), n_latents = self.x.shape, self.model.sae.n_latents
         acts, idx, grad = (_joined(parts, name) for name in ("acts", "idx", "grad_acts"))

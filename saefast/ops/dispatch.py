@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.ops import native, reference
-from saefast.ops.backends import backend
+from saefast.ops import backends, native, reference
 from saefast.placement import require_memory
 from saefast.typed import typed
 
@@ -22,7 +21,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _module(x: Tensor) -> ModuleType:
     """The module whose functions serve tensors like x."""
-    match backend(x):
+    match backends.backend(x):
         case "triton":
             from saefast.ops import triton
 

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from saefast import extension
+from saefast.ops import backends, native
 from saefast.ops import dispatch as ops
-from saefast.ops import native
-from saefast.ops.backends import backend
 from saefast.ops.reference import stable_topk
 
 
@@ -34,7 +33,7 @@ def candidates(k: int) -> int:
     return k + max(4, k // 8)
 
 
-def encode_topk_screened(
+def encode_topk_mixed(
     x: Tensor,
     W_low: Tensor,
     W_enc: Tensor,
@@ -56,7 +55,7 @@ def encode_topk_screened(
         The rest as `ops.encode_topk`.
     """
     n = len(W_enc) if latents is None else len(latents)
-    if W_enc.dtype == torch.float32 and backend(W_low) == "native":
+    if W_enc.dtype == torch.float32 and backends.backend(W_low) == "native":
         return native.encode_topk_mixed(
             *(x, W_low, W_enc, b_enc, k), candidates=candidates(k), latents=latents, scale=scale, relu=relu
         )

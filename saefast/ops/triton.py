@@ -15,11 +15,11 @@ from saefast.ops.triton_encode import encode_topk, threshold_encode
 from saefast.ops.triton_launch import (
     MAX_PROGRAMS,
     architecture,
+    autotunes,
     check_device,
     on_device,
     parts,
     readable,
-    sweeps,
     written,
 )
 
@@ -51,9 +51,9 @@ def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
 
     with on_device(x):
         config = tuning.sddmm(D, K)
-        if sweeps(x):
+        if autotunes(x):
             key = ("sddmm", architecture(x.device), config)
-            config = tuning.sweep(key, tuning.sddmm_candidates(config), run)
+            config = tuning.autotune(key, tuning.sddmm_candidates(config), run)
         run(config)
     return out
 
@@ -98,8 +98,8 @@ def _spmm(acts: Tensor, idx: Tensor, row_ptr: Tensor | None, W: Tensor, B: int, 
 
     with on_device(W):
         config = tuning.spmm(D)
-        if sweeps(W):
+        if autotunes(W):
             key = ("spmm", architecture(W.device), config)
-            config = tuning.sweep(key, tuning.spmm_candidates(config), run)
+            config = tuning.autotune(key, tuning.spmm_candidates(config), run)
         run(config)
     return out.to(dtype)

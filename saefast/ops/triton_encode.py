@@ -18,6 +18,7 @@ from saefast.ops.chunks import Cut, chunks, cut_csr, cut_sort, cut_topk, run_wid
 from saefast.ops.triton_launch import (
     aligned,
     architecture,
+    autotunes,
     check_device,
     descriptor,
     descriptor_fits,
@@ -25,7 +26,6 @@ from saefast.ops.triton_launch import (
     parts,
     processors,
     readable,
-    sweeps,
     tf32,
 )
 
@@ -186,7 +186,7 @@ def _topk_rows(enc: _Encoder, x: Tensor, cut: Cut, acts: Tensor, idx: Tensor) ->
     """Chunk after chunk: tiles against the row's threshold, then the merge that raises it."""
     B, k = acts.shape
     run = run_width(k)
-    visit = max(config.visit for config in _merge_settings(run, enc.group, sweeps(x)))
+    visit = max(config.visit for config in _merge_settings(run, enc.group, autotunes(x)))
     scratch = x.new_empty(B * cut.widest, dtype=torch.float32)
     groups = x.new_empty(B * cut.widest // enc.group, dtype=torch.float32)
     passed = torch.empty_like(groups, dtype=torch.int32)
@@ -195,7 +195,7 @@ def _topk_rows(enc: _Encoder, x: Tensor, cut: Cut, acts: Tensor, idx: Tensor) ->
     best = _Best(acts, idx, tau)
     for chunk in chunks(enc.columns, cut):
         # Timed where the thresholds are known: while they are not, every group is stored, as in no later chunk.
-        timed = sweeps(x) and chunk == steady(enc.columns, cut)
+        timed = autotunes(x) and chunk == steady(enc.columns, cut)
         _run_tiles(enc, x, *chunk, tau, groups, scratch, product=cut.product, timed=timed)
         _merge(enc, (groups, scratch, enc.scale, passed, keys), best, *chunk, timed=timed)
 
@@ -231,7 +231,7 @@ def _merge(enc: _Encoder, scratch: tuple[Tensor | None, ...], best: _Best, start
     if timed:
         # A second merge of the same chunk would find nothing left to do, so each takes a copy of what stood before.
         candidates = tuning.merge_candidates(config, enc.group)
-        tuning.sweep(key, candidates, lambda config: launch(config, _Best(*(t.clone() for t in best))))
+        tuning.autotune(key, candidates, lambda config: launch(config, _Best(*(t.clone() for t in best))))
     launch(tuning.chosen(key, config), best)
 
 
@@ -263,7 +263,7 @@ def _csr_piece(
     """(counts (B,), idx, acts) of one chunk."""
     assert enc.theta is not None
     B, stride = x.shape[0], triton.cdiv(n, enc.group) * enc.group
-    _run_tiles(enc, x, start, n, None, groups, scratch, product=product, timed=sweeps(x))
+    _run_tiles(enc, x, start, n, None, groups, scratch, product=product, timed=autotunes(x))
     hits = groups[: B * stride // enc.group]
     ends = hits.cumsum(0, dtype=torch.int64)
     total = int(ends[-1])
@@ -286,7 +286,7 @@ def _run_tiles(
 
     Args:
         product: columns of a library product at a time, where the method is "chunked".
-        timed: let a sweep find the settings.
+        timed: let autotuning find the settings.
     """
     if enc.method == "chunked":
         return _filter_products(enc, x, start, n, tau, groups, scratch, product)
@@ -297,7 +297,7 @@ def _run_tiles(
         _launch_tiles(enc, x, start, n, tau, groups, scratch, config)
 
     if timed:
-        tuning.sweep(key, tuning.tiles_candidates(enc.arch, enc.kind, config), run)
+        tuning.autotune(key, tuning.tiles_candidates(enc.arch, enc.kind, config), run)
     return run(tuning.chosen(key, config))
 
 

@@ -61,9 +61,9 @@ def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block)
 
 
-def sweeps(t: Tensor) -> bool:
-    """Whether launch settings are to be timed where t lies (`tuning.sweep`)."""
-    return t.is_cuda and tuning.sweeping()
+def autotunes(t: Tensor) -> bool:
+    """Whether launch settings are to be timed where t lies (`tuning.autotune`)."""
+    return t.is_cuda and tuning.autotuning()
 
 
 def written(dtype: torch.dtype, W: Tensor) -> torch.dtype:

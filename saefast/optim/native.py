@@ -1,4 +1,4 @@
-"""The row operations on a CPU, in fp32: `saefast.optim.rows`' functions over the C++ extension (csrc/rows.hpp).
+"""The row operations on a CPU, in fp32: `saefast.optim.reference`' functions over the C++ extension (csrc/rows.hpp).
 
 Bitwise the same for any number of threads; torch.get_num_threads() says how many work.
 """
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saefast import extension
-from saefast.ops.runs import Decoded, Entries, Runs
+from saefast.ops.groups import Decoded, Entries, Groups
 from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix
 
 
@@ -25,16 +25,16 @@ def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     n = idx.numel()
     order, latents, offsets = (_new(size, dtype=torch.int32) for size in (n, n, n + 1))
-    runs = _ext().group_runs(idx, keep, n_latents, order, latents, offsets)
+    runs = _ext().group_entries(idx, keep, n_latents, order, latents, offsets)
     offsets = offsets[: runs + 1]
-    return Runs(order[: int(offsets[-1])], latents[:runs], offsets)
+    return Groups(order[: int(offsets[-1])], latents[:runs], offsets)
 
 
 def fill_entries(
-    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
 ) -> Entries:
     n = len(runs.order)
     dec_row, enc_row = (_new(n, dtype=torch.int32) for _ in range(2))
@@ -43,8 +43,8 @@ def fill_entries(
     return found
 
 
-def moments(x: Tensor) -> tuple[float, float]:
-    return _ext().moments(x, torch.get_num_threads())
+def batch_sums(x: Tensor) -> tuple[float, float]:
+    return _ext().batch_sums(x, torch.get_num_threads())
 
 
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 Dense Adam moves every row at every step, also rows without a gradient: their moments decay and their weights drift on
 with the old momentum. A row-wise step touches only rows that have a gradient, and settles the rest when a row is next
-touched: moments by powers of beta, the drift by `DriftTable`. `saefast.optim.rows` holds the operations themselves.
+touched: moments by powers of beta, the drift by `DriftTable`. `reference.py` holds the operations themselves.
 """
 
 import math

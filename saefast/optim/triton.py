@@ -1,4 +1,4 @@
-"""The row operations on a GPU: `saefast.optim.rows`' functions over kernels/decode_loss.py and kernels/row_update.py.
+"""The row operations on a GPU: `saefast.optim.reference`'s functions over kernels/decode_loss.py and row_update.py.
 
 Everything repeats bit for bit: no float atomics, sums in fixed order. Nothing makes the host wait for the GPU, so jobs
 may name more rows than there are (`Runs.latents`): those of -1 are passed over. The exception is rows wider than one
@@ -18,20 +18,20 @@ from torch import Tensor
 from saefast.kernels import decode_loss as decode_kernels
 from saefast.kernels import row_update as row_kernels
 from saefast.kernels import tuning
-from saefast.ops.runs import Decoded, Number
-from saefast.ops.triton_launch import architecture, on_device, readable, sweeps
-from saefast.optim import rows as plain
+from saefast.ops.groups import Decoded, Number
+from saefast.ops.triton_launch import architecture, autotunes, on_device, readable
+from saefast.optim import reference as plain
 from saefast.optim.lean import COLUMN, NORMALISED, WORD, mix
 from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix, Norm, RowGradient
-from saefast.optim.triton_batch import constant, fill_entries, group_runs, moments
+from saefast.optim.triton_batch import batch_sums, constant, fill_entries, group_entries
 
 __all__ = [
+    "batch_sums",
     "catch_up",
     "decode_loss",
     "fill_entries",
     "gradient_squares",
-    "group_runs",
-    "moments",
+    "group_entries",
     "normalise_rows",
     "update_rows",
     "weighted_row_sum",
@@ -53,7 +53,7 @@ class Pieces(NamedTuple):
 
 
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
-    """As `saefast.optim.rows.weighted_row_sum`; rows of -1 add nothing."""
+    """As `saefast.optim.reference.weighted_row_sum`; rows of -1 add nothing."""
     n = len(W) if rows is None else len(rows)
     if rows is not None and coef is not None:
         rows, coef = rows.clamp_min(0), torch.where(rows < 0, 0, coef)
@@ -100,9 +100,9 @@ def decode_loss(
 
     config = tuning.decode_loss(D, K, P)
     with on_device(x):
-        if sweeps(x):
+        if autotunes(x):
             key = ("decode_loss", architecture(x.device), config, W_dec.dtype, P)
-            config = tuning.sweep(key, tuning.decode_loss_candidates(config), launch)
+            config = tuning.autotune(key, tuning.decode_loss_candidates(config), launch)
         launch(config)
     return Decoded(squares, grad_acts)
 

@@ -1,4 +1,4 @@
-"""What a step asks of a batch on a GPU: its moments, its code grouped by latent, the entries as updates want them.
+"""What a step asks of a batch on a GPU: its sums, its code grouped by latent, the entries as updates want them.
 
 Sizes depend on the batch's shape alone, not on its values, so the host waits for nothing. `saefast.optim.triton` has
 these functions beside those on rows of weights. No GPU has run this module yet: it is unproven on a GPU.
@@ -10,10 +10,10 @@ import torch
 import triton
 from torch import Tensor
 
+from saefast.kernels import batch_sums as kernels
 from saefast.kernels import fill_entries as entry_kernels
-from saefast.kernels import moments as moment_kernels
 from saefast.kernels import tuning
-from saefast.ops.runs import Entries, Runs
+from saefast.ops.groups import Entries, Groups
 from saefast.ops.triton_launch import on_device
 
 
@@ -23,14 +23,14 @@ def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `saefast.optim.rows.moments`, 0-d fp64 on x's device. x (B, D) fp32, contiguous."""
-    (B, D), config = x.shape, tuning.moments(x.shape[1])
+def batch_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """As `saefast.optim.reference.batch_sums`, 0-d fp64 on x's device. x (B, D) fp32, contiguous."""
+    (B, D), config = x.shape, tuning.batch_sums(x.shape[1])
     down, across = triton.cdiv(B, config.rows), triton.cdiv(D, config.block_d)
     shifted = x.new_empty((down, D), dtype=torch.float64)
     sums = x.new_empty((2, down * across), dtype=torch.float64)
     with on_device(x):
-        moment_kernels.moments[(down * across,)](
+        kernels.batch_sums[(down * across,)](
             x, x[0], shifted, *sums, B, D, ROWS=config.rows, UNROLL=config.unroll, BLOCK_D=config.block_d,
             num_warps=config.warps, num_stages=1,
         )  # fmt: skip
@@ -38,8 +38,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return spread - shifted.sum(0).square().sum() / B, squares
 
 
-def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
-    """As `saefast.ops.runs.group_runs`, with room for as many runs as there may be: see `Runs.latents`."""
+def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
+    """As `saefast.ops.groups.group_entries`, with room for as many runs as there may be: see `Groups.latents`."""
     n = len(idx)
     room = min(n, n_latents)
     # What is not kept comes last, as a latent beyond all others.
@@ -52,13 +52,13 @@ def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
     first = torch.searchsorted(begins.cumsum(0, dtype=torch.int32), ordinals, out_int32=True)
     kept = there.sum(dtype=torch.int32)
     latents = torch.where(first < n, latent[first.clamp_max(n - 1).long()], -1) if n else idx
-    return Runs(order.int(), latents, torch.cat([torch.minimum(first, kept), kept[None]]))
+    return Groups(order.int(), latents, torch.cat([torch.minimum(first, kept), kept[None]]))
 
 
 def fill_entries(
-    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
 ) -> Entries:
-    """As `saefast.optim.rows.fill_entries`, of one part or two. fp32."""
+    """As `saefast.optim.reference.fill_entries`, of one part or two. fp32."""
     n, device = len(runs.order), acts.device
     dec_row, enc_row = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     dec_coef, enc_coef = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))

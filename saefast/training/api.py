@@ -24,8 +24,7 @@ from saefast.files import usable
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
-from saefast.training import checkpoint
-from saefast.training import run_folder as rundir
+from saefast.training import checkpoint, run_folder
 from saefast.training.feed import Feed, input_scale
 from saefast.training.limits import check_sizes
 from saefast.training.loop import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
@@ -113,11 +112,11 @@ def opened(
     """A run ready for its next step, new or resumed; its folder is locked until the block ends. See `train`."""
     with contextlib.ExitStack() as stack:
         if folder is not None:
-            stack.enter_context(rundir.locked(folder))
-            rundir.check_ours(folder)
+            stack.enter_context(run_folder.locked(folder))
+            run_folder.check_ours(folder)
             if not resume:
-                rundir.check_new(folder)
-            stack.enter_context(rundir.nothing_begun(folder))
+                run_folder.check_new(folder)
+            stack.enter_context(run_folder.nothing_begun(folder))
         if config.optimizer == "adam-lean":
             # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
             sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
@@ -158,14 +157,14 @@ def count_tokens(source: Source, config: TrainConfig) -> int:
 def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
     """The engine that config.engine names."""
     if config.engine == "autograd":
-        from saefast.engines.autograd import AutogradStep
+        from saefast.engines.autograd import AutogradEngine
 
-        return AutogradStep(sae, config, total_steps)
+        return AutogradEngine(sae, config, total_steps)
     try:
-        from saefast.engines.fused import FusedStep  # type: ignore[import-not-found, unused-ignore]
+        from saefast.engines.fused import FusedEngine  # type: ignore[import-not-found, unused-ignore]
     except ModuleNotFoundError as error:
         raise InputError("engine 'fused' is not in this version of saefast: use engine='autograd'") from error
-    fused: Engine = FusedStep(sae, config, total_steps)
+    fused: Engine = FusedEngine(sae, config, total_steps)
     return fused
 
 
@@ -173,7 +172,7 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     """A new run, or the one whose newest checkpoint lies in the folder `resume_from`."""
     total_steps = count_steps(source, config)
     if resume_from is not None:
-        found = checkpoint.newest(resume_from / rundir.CHECKPOINTS, RunState)
+        found = checkpoint.newest(resume_from / run_folder.CHECKPOINTS, RunState)
         if found is not None:
             return _restore(*found, source, sae_config, config, total_steps)
         warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
@@ -195,7 +194,7 @@ def _restore(
 ) -> Run:
     """The run as it stood when the checkpoint at `path`, which holds `state`, was written; torch's generators too."""
     step = state["step"]
-    rundir.check_same(path, state["settings"], sae_config, config, step, total_steps)
+    run_folder.check_same(path, state["settings"], sae_config, config, step, total_steps)
     device = pick_device(config.device)
     sae = SAE(sae_config, device="meta")
     # Copies: what `load` returns on a CPU may be a mapping of a file that pruning deletes.
@@ -231,10 +230,10 @@ def _set_rng(state: dict[str, Tensor]) -> None:
 def _open_folder(run: Run, folder: Path, keep: int) -> None:
     """Gives the run its folder, rid of what came after the checkpoint that it goes on from."""
     run.folder, run.keep = folder, keep
-    with rundir.writing(folder):
-        rundir.remove_leftovers(folder)
-        checkpoint.prune(folder / rundir.CHECKPOINTS, run.step, keep)
-        rundir.write_config(folder, run.sae.config, run.config)
+    with run_folder.writing(folder):
+        run_folder.remove_leftovers(folder)
+        checkpoint.prune(folder / run_folder.CHECKPOINTS, run.step, keep)
+        run_folder.write_config(folder, run.sae.config, run.config)
         # The line of the last step is written at the very end, once more if need be.
         run.log = MetricsLog(folder, after=min(run.step, run.total_steps - 1))
 

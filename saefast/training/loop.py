@@ -19,8 +19,7 @@ from saefast.engines.losses import total_variance
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.sae import SAE, WEIGHTS
-from saefast.training import checkpoint
-from saefast.training import run_folder as rundir
+from saefast.training import checkpoint, run_folder
 from saefast.training.feed import Feed
 from saefast.training.progress import Bar, MetricsLog
 
@@ -204,7 +203,7 @@ def _line(run: Run, x: Tensor, stats: StepStats) -> Line:
 def _publish(run: Run, line: Line, shown: Bar) -> None:
     shown.show(line)
     if run.log is not None:
-        with rundir.writing(run.log.path):
+        with run_folder.writing(run.log.path):
             run.log.write(line)
     if run.on_log is not None:
         with ambient.theirs():
@@ -282,7 +281,7 @@ def _save(run: Run) -> None:
                 f"{name} holds NaN or inf at step {run.step}: training diverged; lower lr. It was not saved"
             )
     state: RunState = {
-        "settings": rundir.settings(run.sae.config, run.config),
+        "settings": run_folder.settings(run.sae.config, run.config),
         "step": run.step,
         "tokens": run.tokens,
         "line": run.line,
@@ -296,8 +295,8 @@ def _save(run: Run) -> None:
         "b_dec": run.sae.b_dec,
         "engine": run.engine.state_dict(),
     }
-    folder = run.folder / rundir.CHECKPOINTS
-    with rundir.writing(folder):
+    folder = run.folder / run_folder.CHECKPOINTS
+    with run_folder.writing(folder):
         if run.log is not None:
             run.log.sync()
         checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale), dict(state), run.keep)
@@ -315,11 +314,11 @@ def finish(run: Run, shown: Bar) -> SAE:
         _publish(run, run.line | _last_heldout(run), shown)
     sae = fold(run.sae, run.feed.scale)
     if run.folder is not None:
-        with rundir.writing(run.folder):
+        with run_folder.writing(run.folder):
             if averaged is not None:
                 average = SAE(sae.config, device="meta")
                 average.load_state_dict(averaged, assign=True)
-                fold(average, run.feed.scale).save(run.folder / rundir.EMA)
+                fold(average, run.feed.scale).save(run.folder / run_folder.EMA)
             sae.save_weights(run.folder / WEIGHTS)
     return sae
 

@@ -18,7 +18,7 @@ from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.ops import dispatch as ops
-from saefast.ops import mixed as screen
+from saefast.ops import mixed
 from saefast.ops.chunks import scratch_bytes
 from saefast.optim.state import LeanMatrix, Matrix
 from saefast.schema import check_fields
@@ -129,7 +129,7 @@ def scratch_of(args: PlanArgs, device: str) -> int:
     """Bytes of the encoder's scratch. On a CPU it keeps its tiles in the cache."""
     if device == "cpu":
         return 0
-    ranked = min(screen.candidates(args.k), args.n_latents)
+    ranked = min(mixed.candidates(args.k), args.n_latents)
     return scratch_bytes(args.batch_size, args.n_latents, ranked, SCRATCH)
 
 
@@ -159,7 +159,7 @@ def stages_of(args: PlanArgs, device: Device) -> list[Stage]:
         ("runs", 0.0, entries * 64.0),
         ("update W_dec", 2.0 * entries * D, entries * D * 4 + touched * row),
         ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * (row + 2 * D * (not lean))),
-        ("sweep of W_enc", 0.0, (L - touched) * row / TrainConfig.sweep_every),
+        ("settling of W_enc", 0.0, (L - touched) * row / TrainConfig.settle_every),
         ("biases, counters", 0.0, L * 60.0),
     ]
     # Sparse products are gathers: what bounds them is traffic, on plain arithmetic units.
@@ -203,7 +203,7 @@ def find_device(name: str) -> tuple[str, Device]:
 
 def measure_cpu() -> Device:
     """This machine: memory, the rate of the encoder itself, and the bandwidth of a copy, in about a second."""
-    low = screen.pays_off(torch.empty(1, 1, dtype=torch.float32, device="cpu"))
+    low = mixed.pays_off(torch.empty(1, 1, dtype=torch.float32, device="cpu"))
     x, W = (torch.randn(n, 512, dtype=torch.float32, device="cpu") for n in (512, 8192))
     with machine.Watch() as others:
         full = low_rate = _rate(x, W)

@@ -17,7 +17,7 @@ from saefast.typed import typed
 
 
 class Member(NamedTuple):
-    """One SAE of a sweep: its data (anything `train` takes), what it is and how it is trained."""
+    """One of several SAEs: its data (anything `train` takes), what it is and how it is trained."""
 
     batches: Any
     sae_config: SAEConfig

@@ -10,42 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import D, N, rows_of, write_folder
 from hanging import HANG, wait_until
 
 from saefast import extension
 from saefast.data.ahead import copied_ahead
 from saefast.data.buffer import LAG, PREFETCH, LiveBuffer, Reservoir, ShardBuffer
 from saefast.data.iterable_source import IterableSource
-from saefast.data.shard_writer import ShardWriter
 from saefast.data.sources import open_source
 from saefast.errors import InputError
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
 
-B, D, N = 16, 8, 1000
+B = 16
 R = (LAG + 2) * B
-
-
-def rows_of(n, d=D):
-    """Row r is (r, r + 1/4, ...): exact in fp32, and its number can be read off it."""
-    return torch.arange(n, dtype=torch.float32)[:, None] + torch.arange(d) / 4
 
 
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path / "acts")
-
-
-def write_folder(path, dtype="float32", rows_per_shard=300):
-    hooks = [{"name": "h", "hf_name": "h"}]
-    with ShardWriter(path, hooks, dtype, rows_per_shard=rows_per_shard, shuffle_seed=None) as writer:
-        for start in range(0, N, rows_per_shard):
-            rows = rows_of(N)[start : start + rows_per_shard]
-            number = start // rows_per_shard
-            writer.add_sequences(number, [number], [list(range(len(rows)))])
-            writer.add("train", {"h": rows}, torch.full((len(rows),), number), torch.arange(len(rows)))
-            writer.commit({}, complete=True)
-    return path
 
 
 def source(folder, **options):
@@ -334,7 +317,7 @@ next(batches)
 """,
         """
 import multiprocessing
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/data"]
 from test_buffer import first_batch
 multiprocessing.set_start_method("spawn")
 with multiprocessing.Pool(1) as pool:

@@ -20,8 +20,7 @@ from saefast.errors import InputError
 from saefast.files import read_sealed_json, write_sealed_json
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
-from saefast.training import checkpoint
-from saefast.training import run_folder as rundir
+from saefast.training import checkpoint, run_folder
 from saefast.training.api import train
 from saefast.training.loop import RunState
 
@@ -129,7 +128,7 @@ def test_what_is_saved_has_the_dtype_of_the_parameters(tmp_path: Path, dtype: to
     sae.save(tmp_path)
     loaded = load(tmp_path)
     assert loaded.dtype == SAE(loaded.config).dtype == dtype
-    assert rundir.read_config(tmp_path)[0] == loaded.config
+    assert run_folder.read_config(tmp_path)[0] == loaded.config
 
 
 def test_an_old_file_whose_config_names_another_dtype_is_what_its_tensors_are(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, batches
 from torch import Tensor
 
-from saefast.engines.autograd import PARAMETERS, AutogradStep, project_decoder_grad_
+from saefast.engines.autograd import PARAMETERS, AutogradEngine, project_decoder_grad_
 from saefast.engines.config import PRESETS, preset
 from saefast.engines.engine import State
 from saefast.errors import InputError
@@ -17,19 +17,19 @@ from saefast.models.sae import SAE
 presets = pytest.mark.parametrize("name", PRESETS)
 
 
-def make(name: str, rows: Tensor | None = None, **changes: Any) -> AutogradStep:
+def make(name: str, rows: Tensor | None = None, **changes: Any) -> AutogradEngine:
     """An engine with short counters, so that latents die; initialised if rows are given."""
     steps = PRESETS[name].get("dead_unit") == "steps"
     settings = dict(engine="autograd", lr_warmup_steps=4, dead_after=3 if steps else 3 * B, auxk_coef=1 / 32) | changes
     sae_config, config = preset(name, D, L, K, **settings)
-    engine = AutogradStep(SAE(sae_config, seed=1), config, 40)
+    engine = AutogradEngine(SAE(sae_config, seed=1), config, 40)
     if rows is not None:
         engine.initialise(rows)
         engine.sae.b_enc.data[::3] -= 0.5
     return engine
 
 
-def weights(engine: AutogradStep) -> dict[str, Tensor]:
+def weights(engine: AutogradEngine) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in engine.sae.state_dict().items()}
 
 
@@ -155,7 +155,7 @@ def test_clipping_scales_all_gradients_by_their_common_norm(monkeypatch: pytest.
     data = [x.float() for x in batches(0)]
     seen: list[float] = []
 
-    def note(engine: AutogradStep) -> None:
+    def note(engine: AutogradEngine) -> None:
         grads = [getattr(engine.sae, p).grad for p in PARAMETERS]
         seen.append(math.sqrt(sum(float(g.double().square().sum()) for g in grads)))
 

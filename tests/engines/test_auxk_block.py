@@ -11,11 +11,11 @@ from torch import Tensor
 from saefast.devices import DEVICES
 from saefast.engines import auxk_block
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedStep
+from saefast.engines.fused import PARAMETERS, FusedEngine
 from saefast.engines.fused_pass import Gradient
 from saefast.models.sae import SAE
 from saefast.ops.reference import stable_topk
-from saefast.optim.rows import gradient_rows
+from saefast.optim.reference import gradient_rows
 
 D, L, K, B = 24, 128, 6, 200
 
@@ -131,11 +131,11 @@ def batches(n: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return list((code @ sources + 0.05 * torch.randn(n, B, D)).to(dtype))
 
 
-def engine(data: list[Tensor], name: str = "saefast", hot_share: float | None = None, **settings: Any) -> FusedStep:
+def engine(data: list[Tensor], name: str = "saefast", hot_share: float | None = None, **settings: Any) -> FusedEngine:
     dtype = str(data[0].dtype).removeprefix("torch.")
     settings = dict(lr=1e-3, dead_after=2 * B, dtype=dtype, engine="fused") | settings
     sae_config, config = preset(name, D, L, K, **settings)
-    found = FusedStep(SAE(sae_config, seed=1), config, 60, sweep_every=3, hot_share=hot_share)
+    found = FusedEngine(SAE(sae_config, seed=1), config, 60, settle_every=3, hot_share=hot_share)
     found.initialise(data[0])
     with torch.no_grad():
         # A third of the latents is too low to be chosen and too high to be silent: AuxK has work to do.
@@ -241,7 +241,7 @@ def test_a_lean_run_has_blocks_too(monkeypatch):
 def test_every_row_in_every_update_leaves_no_room_for_blocks(monkeypatch):
     data = batches(6)
     ours = engine(data)
-    ours.sweep_every = 1
+    ours.settle_every = 1
     monkeypatch.setattr(auxk_block, "pays_off", lambda *_: True)
     monkeypatch.setattr(auxk_block, "auxk_block", lambda *_, **__: pytest.fail("rows would be updated twice"))
     for x in data:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from saefast import extension
-from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines import fused, fused_pass
+from saefast.engines.autograd import PARAMETERS, AutogradEngine
 from saefast.engines.config import preset
 from saefast.engines.engine import StepStats
-from saefast.engines.fused import FusedStep, uninterrupted
+from saefast.engines.fused import FusedEngine, uninterrupted
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.ops import dispatch as ops
-from saefast.ops import mixed as screen
-from saefast.optim import rows
+from saefast.ops import mixed
+from saefast.optim import reference as rows
 from saefast.optim.dispatch import row_ops
 
 DEVICE = torch.device("cpu")
@@ -52,7 +53,7 @@ def batches(n: int = STEPS, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return list((code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D)).to(DEVICE, dtype))
 
 
-def engine(recipe: str, data: list[Tensor], kind: type = FusedStep, **options: Any) -> Any:
+def engine(recipe: str, data: list[Tensor], kind: type = FusedEngine, **options: Any) -> Any:
     name, settings = RECIPES[recipe]
     dtype = str(data[0].dtype).removeprefix("torch.")
     sae_config, config = preset(name, D, L, K, engine="autograd", dtype=dtype, **settings)
@@ -68,7 +69,7 @@ def weights(sae: SAE) -> list[Tensor]:
     return [getattr(sae, name).detach().clone() for name in PARAMETERS]
 
 
-def everything(engine: FusedStep) -> dict[str, Any]:
+def everything(engine: FusedEngine) -> dict[str, Any]:
     """All that a step may change, copied."""
     state = {name: value.clone() if isinstance(value, Tensor) else value for name, value in engine.state_dict().items()}
     return state | dict(zip(PARAMETERS, weights(engine.sae), strict=True))
@@ -89,12 +90,12 @@ def worst(ours: list[StepStats], theirs: list[StepStats], name: str) -> float:
 
 @on_each_device
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(("dtype", "screened"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
-def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, screened: bool) -> None:
+@pytest.mark.parametrize(("dtype", "mixed"), [(torch.float32, False), (torch.float32, True), (torch.float64, False)])
+def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, mixed: bool) -> None:
     """Every row in every update: dense Adam's maths, 50 steps, in fp32 the C++ path and in fp64 plain torch."""
     data = batches(STEPS if dtype == torch.float32 else 20, dtype=dtype)
-    ours = engine(recipe, data, sweep_every=1, screened=screened)
-    dense = engine(recipe, data, AutogradStep)
+    ours = engine(recipe, data, settle_every=1, mixed=mixed)
+    dense = engine(recipe, data, AutogradEngine)
     stats, expected = [ours.step(x) for x in data], [dense.step(x) for x in data]
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for figure in ("loss", "fvu", "auxk_loss", "grad_norm", "l0", "dead_share", "lr"):
@@ -112,11 +113,11 @@ def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, s
 
 @on_each_device
 @pytest.mark.parametrize("recipe", ["saefast", "openai", "dictionary_learning"])
-@pytest.mark.parametrize("sweep_every", [2, 16])
-def test_what_sleeping_costs(recipe: str, sweep_every: int) -> None:
+@pytest.mark.parametrize("settle_every", [2, 16])
+def test_what_sleeping_costs(recipe: str, settle_every: int) -> None:
     """The default's distance from dense Adam: rows of W_enc that lack up to 9 learning rates of drift, here of 1e-3."""
     data = batches()
-    ours, dense = engine(recipe, data, sweep_every=sweep_every), engine(recipe, data, AutogradStep)
+    ours, dense = engine(recipe, data, settle_every=settle_every), engine(recipe, data, AutogradEngine)
     stats, expected = [ours.step(x) for x in data], [dense.step(x) for x in data]
     assert worst(stats, expected, "loss") <= 0.02
     assert abs(float(stats[-1].dead_share) - float(expected[-1].dead_share)) <= 0.03
@@ -127,7 +128,7 @@ def test_one_step_of_drift_is_all_that_is_missing() -> None:
     """Right after a sweep the rows stand where dense Adam has them, to the one step they missed while being read."""
     data = batches(6, torch.float64)
     ours, dense = (
-        engine("raw rows", data, kind, **o) for kind, o in ((FusedStep, dict(sweep_every=2)), (AutogradStep, {}))
+        engine("raw rows", data, kind, **o) for kind, o in ((FusedEngine, dict(settle_every=2)), (AutogradEngine, {}))
     )
     for x in data[:2]:
         ours.step(x), dense.step(x)
@@ -143,7 +144,7 @@ def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: f
     Rows set to unit norm after each step are scaled once after a sleep: that is second order in the drift.
     """
     data = batches(30, torch.float64)
-    ours, dense = engine(recipe, data, sweep_every=1000), engine(recipe, data, AutogradStep)
+    ours, dense = engine(recipe, data, settle_every=1000), engine(recipe, data, AutogradEngine)
     slept = 0
     for x in data:
         assert abs(float(ours.step(x).loss) / float(dense.step(x).loss) - 1) <= tolerance
@@ -159,7 +160,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
     try:
         for threads in (1, 1, 2):
             torch.set_num_threads(threads)
-            one = engine(recipe, data, sweep_every=4)
+            one = engine(recipe, data, settle_every=4)
             stats = [one.step(x) for x in data]
             one.finish()
             runs.append(everything(one) | {"loss": [s.loss for s in stats], "norm": [s.grad_norm for s in stats]})
@@ -175,13 +176,13 @@ def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
 def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
     """Stopped among sleeping rows, saved, loaded into a new engine."""
     data = batches(25)
-    whole = engine(recipe, data, sweep_every=8)
-    first = engine(recipe, data, sweep_every=8)
+    whole = engine(recipe, data, settle_every=8)
+    first = engine(recipe, data, settle_every=8)
     curve = [whole.step(x).loss for x in data]
     for x in data[:cut]:
         first.step(x)
     saved = everything(first)
-    second = engine(recipe, data, sweep_every=8)
+    second = engine(recipe, data, settle_every=8)
     second.sae.load_state_dict({name: saved[name] for name in PARAMETERS})
     second.load_state_dict({name: value for name, value in saved.items() if name not in PARAMETERS})
     assert [second.step(x).loss for x in data[cut:]] == curve[cut:]
@@ -191,7 +192,7 @@ def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
 @on_each_device
 def test_finish_settles_every_row() -> None:
     data = batches(9)
-    ours = engine("openai", data, sweep_every=100)
+    ours = engine("openai", data, settle_every=100)
     for x in data:
         ours.step(x)
     assert (ours.enc.last_step < 9).any()
@@ -204,7 +205,7 @@ def test_finish_settles_every_row() -> None:
 @on_each_device
 def test_weights_changed_from_outside_are_seen() -> None:
     data = batches(4)
-    ours, other = (engine("saefast", data, screened=True, sweep_every=1) for _ in range(2))
+    ours, other = (engine("saefast", data, mixed=True, settle_every=1) for _ in range(2))
     ours.step(data[0]), other.step(data[0])
     with torch.no_grad():
         for sae in (ours.sae, other.sae):
@@ -225,7 +226,7 @@ def test_nothing_dead_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ops, "encode_topk", counting)
     data = batches(5)
-    ours = engine("saefast", data, screened=False)
+    ours = engine("saefast", data, mixed=False)
     calls.clear()  # initialising may encode
     for n, x in enumerate(data, 1):
         dead_before = int((ours.dead.since >= 3 * B).sum())
@@ -247,7 +248,7 @@ def poisoned(x: Tensor, value: float) -> Tensor:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_bad_rows_are_refused_and_change_nothing(recipe: str, value: float) -> None:
     data = batches(9)
-    ours = engine(recipe, data, sweep_every=100)
+    ours = engine(recipe, data, settle_every=100)
     for x in data[:8]:
         ours.step(x)
     before = everything(ours)
@@ -306,12 +307,12 @@ def test_settings_it_cannot_serve() -> None:
     data = batches(1)
     sae_config, config = preset("saefast", D, L, K, dtype="float16")
     with pytest.raises(InputError, match=r"dtype is torch\.float16"):
-        FusedStep(SAE(sae_config, seed=0), config, TOTAL)
-    with pytest.raises(InputError, match="sweep_every is 0"):
-        engine("saefast", data, sweep_every=0)
+        FusedEngine(SAE(sae_config, seed=0), config, TOTAL)
+    with pytest.raises(InputError, match="settle_every is 0"):
+        engine("saefast", data, settle_every=0)
     sae_config, config = preset("saefast", D, L, K, eps=0.0)
     with pytest.raises(InputError, match="eps is 0"):
-        FusedStep(SAE(sae_config, seed=0), config, TOTAL)
+        FusedEngine(SAE(sae_config, seed=0), config, TOTAL)
 
 
 class Flaky:
@@ -324,7 +325,7 @@ class Flaky:
         return self.replaced.get(name) or getattr(self.real, name)
 
 
-FALLIBLE = ("moments", "group_runs", "decode_loss", "weighted_row_sum", "gradient_squares")
+FALLIBLE = ("batch_sums", "group_entries", "decode_loss", "weighted_row_sum", "gradient_squares")
 
 
 @on_each_device
@@ -333,7 +334,7 @@ def test_running_out_of_memory_half_way_changes_nothing(where: str, monkeypatch:
     """Everything that allocates comes before the first write. (Rows that were due may be settled: same meaning.)"""
     data = batches(4)
     recipe = "not centred, clipped, all losses"
-    ours, undisturbed = (engine(recipe, data, sweep_every=1) for _ in range(2))
+    ours, undisturbed = (engine(recipe, data, settle_every=1) for _ in range(2))
     for x in data[:3]:
         ours.step(x), undisturbed.step(x)
     real = row_ops(ours.enc.w)
@@ -343,7 +344,8 @@ def test_running_out_of_memory_half_way_changes_nothing(where: str, monkeypatch:
 
     before = everything(ours)
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "backend", lambda w: Flaky(real, **{where: fail}))
+        for module in (fused, fused_pass):
+            patch.setattr(module, "row_ops", lambda w: Flaky(real, **{where: fail}))
         with pytest.raises(MemoryError):
             ours.step(data[3])
     assert_identical(everything(ours), before)
@@ -373,7 +375,7 @@ def test_an_interrupt_half_way_waits_for_the_step(number: int, monkeypatch: pyte
     previous = signal.signal(number, handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(rows, "backend", lambda w: Flaky(real, update_rows=interrupted))
+            patch.setattr(fused, "row_ops", lambda w: Flaky(real, update_rows=interrupted))
             with pytest.raises(Stop):
                 ours.step(data[0])
         assert signal.getsignal(number) is handler
@@ -403,7 +405,7 @@ def test_screened_encode_is_the_exact_one(k: int, scaled: bool) -> None:
     scale = torch.rand(700) + 0.5 if scaled else None
     latents = torch.arange(0, 700, 2)
     for chosen in (None, latents):
-        acts, idx = screen.encode_topk_screened(x, W.bfloat16(), W, b, k, scale=scale, latents=chosen)
+        acts, idx = mixed.encode_topk_mixed(x, W.bfloat16(), W, b, k, scale=scale, latents=chosen)
         exact_acts, exact_idx = ops.encode_topk(x.double(), W.double(), b.double(), k, scale=scale, latents=chosen)
         assert torch.equal(idx, exact_idx)
         torch.testing.assert_close(acts.double(), exact_acts, rtol=1e-4, atol=1e-4)
@@ -412,7 +414,7 @@ def test_screened_encode_is_the_exact_one(k: int, scaled: bool) -> None:
 def test_screened_ties_go_to_the_lower_latent() -> None:
     W = torch.randn(1, 16).expand(50, 16).contiguous()
     x = torch.randn(30, 16)
-    _, idx = screen.encode_topk_screened(x, W.bfloat16(), W, torch.zeros(50), 7)
+    _, idx = mixed.encode_topk_mixed(x, W.bfloat16(), W, torch.zeros(50), 7)
     assert (idx == torch.arange(7)).all()
 
 

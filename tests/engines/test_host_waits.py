@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saefast.engines import auxk_block, hot
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedStep
+from saefast.engines.fused import PARAMETERS, FusedEngine
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 
@@ -27,15 +27,15 @@ D, L, K, B = 16, 32, 3, 12
 # What a step is to contain, and how many steps until it does: the last one is looked at.
 KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "plain": (2, {}),
-    "sweep": (2, dict(sweep_every=2)),
-    "all rows": (2, dict(sweep_every=1)),
+    "settled": (2, dict(settle_every=2)),
+    "all rows": (2, dict(settle_every=1)),
     "hot latents": (4, dict(hot_share=0.05)),
     "hot latents chosen": (6, dict(hot_share=0.05)),
     "AuxK by entries": (3, dict(auxk_coef=1 / 32, dead_after=B)),
     "AuxK by a block": (3, dict(auxk_coef=1 / 32, dead_after=B)),
     "AuxK and hot latents": (4, dict(auxk_coef=1 / 32, dead_after=2 * B, hot_share=0.1, auxk_b_dec_grad=True)),
     "clipped, several prefixes": (2, dict(max_grad_norm=0.01, multi_topk_coef=1 / 8)),
-    "lean": (2, dict(optimizer="adam-lean", sweep_every=2)),
+    "lean": (2, dict(optimizer="adam-lean", settle_every=2)),
     "lean, AuxK by entries, clipped": (
         3,
         dict(optimizer="adam-lean", max_grad_norm=0.01, auxk_coef=1 / 32, dead_after=B),
@@ -63,11 +63,11 @@ def batches(n: int) -> list[Tensor]:
     return list(code @ sources + 0.05 * torch.randn(n, B, D))
 
 
-def engine(first: Tensor, *, hot_share: float | None = None, sweep_every: int = 1000, **settings: Any) -> FusedStep:
+def engine(first: Tensor, *, hot_share: float | None = None, settle_every: int = 1000, **settings: Any) -> FusedEngine:
     settings = dict(lr=1e-3, dead_after=100 * B, auxk_coef=0.0) | settings
     sae_config, config = preset("saefast", D, L, K, **settings)
     sae = SAE(sae_config, seed=1).to(first.device)
-    found = FusedStep(sae, config, 60, sweep_every=sweep_every, hot_share=hot_share)
+    found = FusedEngine(sae, config, 60, settle_every=settle_every, hot_share=hot_share)
     found.initialise(first)
     return found
 
@@ -76,7 +76,7 @@ def on_gpu(data: list[Tensor]) -> list[Tensor]:
     return [x.to("cuda:0") for x in data]
 
 
-def weights(engine: FusedStep) -> dict[str, Tensor]:
+def weights(engine: FusedEngine) -> dict[str, Tensor]:
     return {name: getattr(engine.sae, name).detach().cpu().float() for name in PARAMETERS}
 
 
@@ -104,13 +104,13 @@ def test_a_step_waits_twice_and_steps_as_a_cpu(kind: str, gpu: fake_cuda.Gpu, mo
         assert ((a - b).abs() <= 2e-5 * b.abs().max() + step).all(), name
 
 
-def assert_did_what_it_is_called(kind: str, engine: FusedStep, auxk: float) -> None:
+def assert_did_what_it_is_called(kind: str, engine: FusedEngine, auxk: float) -> None:
     if "hot" in kind:
         assert engine.hot is not None
         assert len(engine.hot.ids) >= 4
     assert (auxk > 0) == ("AuxK" in kind)
     assert engine.lean == ("lean" in kind)
-    if kind in ("sweep", "all rows", "lean"):
+    if kind in ("settled", "all rows", "lean"):
         assert (engine.enc.last_step == engine.step_count).all()
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from saefast.devices import DEVICES
 from saefast.engines import hot
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedStep
+from saefast.engines.fused import PARAMETERS, FusedEngine
 from saefast.models.sae import SAE
-from saefast.ops.runs import group_runs
+from saefast.ops.groups import group_entries
 
 # A share of tokens that no latent exceeds. None leaves it to the device, which on a GPU has a threshold.
 NEVER = 1.0
@@ -33,11 +33,11 @@ def batches(n: int, dtype: torch.dtype) -> list[Tensor]:
     return list((code @ sources + 0.05 * torch.randn(n, B, D)).to(DEVICE, dtype))
 
 
-def engine(data: list[Tensor], share: float | None, **settings: Any) -> FusedStep:
+def engine(data: list[Tensor], share: float | None, **settings: Any) -> FusedEngine:
     dtype = str(data[0].dtype).removeprefix("torch.")
     settings = dict(lr=1e-3, dead_after=2 * B, dtype=dtype) | settings
     sae_config, config = preset("saefast", D, L, K, **settings)
-    found = FusedStep(SAE(sae_config, seed=1, device=DEVICE), config, 60, sweep_every=3, hot_share=share)
+    found = FusedEngine(SAE(sae_config, seed=1, device=DEVICE), config, 60, settle_every=3, hot_share=share)
     found.initialise(data[0])
     return found
 
@@ -126,7 +126,7 @@ def test_picks_the_hottest_in_whole_columns() -> None:
     idx = torch.arange(20, dtype=torch.int32).expand(20, 20)
     on = (torch.arange(20)[:, None] < torch.arange(20)).contiguous()  # latent l fires on l tokens of 20
     for step in range(5):
-        rate = found.after(group_runs(idx.flatten(), on.flatten(), 20).counts(20), 20, step)
+        rate = found.after(group_entries(idx.flatten(), on.flatten(), 20).counts(20), 20, step)
         found.take(rate, int(found.above(rate, step)), step)
     assert found.ids.tolist() == list(range(8, 20))  # 15 fire on more than 0.2 of the tokens: 12 fill whole columns
     block = found.block(torch.ones(20, 20), idx)

@@ -10,7 +10,7 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, distance
 from torch import Tensor
 
-from saefast.engines.autograd import PARAMETERS, AutogradStep
+from saefast.engines.autograd import PARAMETERS, AutogradEngine
 from saefast.engines.config import preset
 from saefast.engines.engine import StepStats
 from saefast.models.sae import SAE
@@ -33,15 +33,15 @@ LOW = {"few": 30, "many": 2}
 dead_counts = pytest.mark.parametrize("dead", LOW)
 
 
-Statement = Callable[[plain.Weights, list[Tensor], AutogradStep], list[plain.Record]]
+Statement = Callable[[plain.Weights, list[Tensor], AutogradEngine], list[plain.Record]]
 
 
-def state_openai(w: plain.Weights, data: list[Tensor], engine: AutogradStep) -> list[plain.Record]:
+def state_openai(w: plain.Weights, data: list[Tensor], engine: AutogradEngine) -> list[plain.Record]:
     scale = 1 / ((data[0] - data[0].mean(0)) ** 2).mean().item()
     return plain.openai(w, data, k=K, k_aux=20, dead_steps=3, lr=1e-3, mse_scale=scale)
 
 
-def state_sparsify(w: plain.Weights, data: list[Tensor], engine: AutogradStep) -> list[plain.Record]:
+def state_sparsify(w: plain.Weights, data: list[Tensor], engine: AutogradEngine) -> list[plain.Record]:
     c = engine.config
     return plain.sparsify(
         w, data, k=K, dead_tokens=3 * B, auxk_alpha=c.auxk_coef, multi_topk=c.multi_topk_coef > 0,
@@ -49,12 +49,12 @@ def state_sparsify(w: plain.Weights, data: list[Tensor], engine: AutogradStep) -
     )  # fmt: skip
 
 
-def state_dictionary_learning(w: plain.Weights, data: list[Tensor], engine: AutogradStep) -> list[plain.Record]:
+def state_dictionary_learning(w: plain.Weights, data: list[Tensor], engine: AutogradEngine) -> list[plain.Record]:
     lr = 2e-4 / (L / 2**14) ** 0.5
     return plain.dictionary_learning(w, data, k=K, dead_tokens=3 * B, lr=lr, warmup=WARMUP, decay_start=15, total=TOTAL)
 
 
-def state_saelens(w: plain.Weights, data: list[Tensor], engine: AutogradStep) -> list[plain.Record]:
+def state_saelens(w: plain.Weights, data: list[Tensor], engine: AutogradEngine) -> list[plain.Record]:
     return plain.saelens(w, data, k=K, dead_passes=5, lr=2e-4, warmup=WARMUP)
 
 
@@ -77,12 +77,12 @@ class Case(NamedTuple):
     """Added to every b_enc: far enough below 0, most rows have fewer than k positive pre-activations."""
     changes: tuple[tuple[str, Any], ...] = ()
 
-    def start(self, dtype: str, data: list[Tensor]) -> tuple[AutogradStep, plain.Weights]:
+    def start(self, dtype: str, data: list[Tensor]) -> tuple[AutogradEngine, plain.Weights]:
         """An engine ready for its first step, and the same weights for the statement."""
         settings = OVERRIDES[self.name] | dict(self.changes)
         sae_config, config = preset(self.name, D, L, K, engine="autograd", dtype=dtype, **settings)
         sae = SAE(sae_config, seed=1)
-        engine = AutogradStep(sae, config, TOTAL)
+        engine = AutogradEngine(sae, config, TOTAL)
         engine.initialise(data[0])
         with torch.no_grad():
             # Some latents start too low to be chosen and too high to be silent, so AuxK has work to do.
@@ -105,7 +105,7 @@ def data_for(case: Case) -> list[Tensor]:
 
 
 class Pair(NamedTuple):
-    engine: AutogradStep
+    engine: AutogradEngine
     stats: list[StepStats]
     w: plain.Weights
     records: list[plain.Record]

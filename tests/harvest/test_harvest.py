@@ -14,9 +14,9 @@ from hanging import wait_until
 
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
-from saefast.harvest import harvest as harvest_module
 from saefast.harvest import harvester as harvester_module
 from saefast.harvest import sequences as sequences_module
+from saefast.harvest import to_disk as harvest_module
 from saefast.harvest.capture import runner_for
 from saefast.harvest.language_models import find_hook, load_model, load_tokenizer
 from saefast.harvest.sequences import Sequencer, batches_of, pad

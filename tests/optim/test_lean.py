@@ -11,11 +11,11 @@ from torch import Tensor
 
 from saefast import extension
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedStep
+from saefast.engines.fused import PARAMETERS, FusedEngine
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.optim import lean as rows_lean
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim.state import LEAN_BLOCK, AdamStep, DriftTable, Job, LeanMatrix, Norm, RowGradient
 
 needs_cpp = pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
@@ -174,7 +174,7 @@ def test_bytes_a_parameter(D: int, most: float) -> None:
     """Weights, moments, scales, steps, and the biases with their moments: everything the optimiser keeps."""
     L = 64
     sae_config, config = preset("saefast", D, L, 8, optimizer="adam-lean")
-    engine = FusedStep(SAE(sae_config, seed=0), config, 10)
+    engine = FusedEngine(SAE(sae_config, seed=0), config, 10)
     total = sum(matrix.bytes() for matrix in engine.matrices.values()) - 4 * 3 * D  # b_dec does not grow with L
     assert total / (2 * L * D) <= most
 
@@ -205,17 +205,17 @@ def batches(n: int) -> list[Tensor]:
     return list((code @ sources + 0.1 * torch.randn(n, B, D) + torch.randn(D)).to(DEVICE))
 
 
-def engine(first: Tensor, optimizer: str = "adam-lean", name: str = "saefast", **settings: Any) -> FusedStep:
+def engine(first: Tensor, optimizer: str = "adam-lean", name: str = "saefast", **settings: Any) -> FusedEngine:
     settings = dict(lr=1e-3, auxk_coef=1 / 32, dead_after=3 * B, lr_warmup_steps=2) | settings
     if name in ("openai", "saelens"):
         settings["dead_after"] = 3
     sae_config, config = preset(name, D, L, K, optimizer=optimizer, **settings)
-    found = FusedStep(SAE(sae_config, seed=1, device=DEVICE), config, 200, sweep_every=4)
+    found = FusedEngine(SAE(sae_config, seed=1, device=DEVICE), config, 200, settle_every=4)
     found.initialise(first)
     return found
 
 
-def everything(one: FusedStep) -> dict[str, Any]:
+def everything(one: FusedEngine) -> dict[str, Any]:
     state = one.state_dict() | {name: getattr(one.sae, name).detach() for name in PARAMETERS}
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 

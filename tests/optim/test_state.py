@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from saefast import extension
 from saefast.errors import InputError
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim.state import AdamStep, DriftTable, Job, Matrix, RowGradient
 
 needs_cpp = pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")

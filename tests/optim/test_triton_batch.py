@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast.ops import runs
-from saefast.optim import rows
+from saefast.ops import groups
+from saefast.optim import reference as rows
 from saefast.optim import triton_batch as batch_triton
 
 interp.speed_up()
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:Deprecati
 @pytest.mark.parametrize("mean", [0.0, 1e4])
 def test_moments(B: int, D: int, mean: float, device: torch.device) -> None:
     x = (torch.randn(B, D) + mean).to(device)
-    variance, squares = batch_triton.moments(x)
+    variance, squares = batch_triton.batch_sums(x)
     wide = x.double()
     assert variance.dtype == squares.dtype == torch.float64
     expected = (wide - wide.mean(0)).square().sum()
@@ -31,13 +31,13 @@ def test_moments(B: int, D: int, mean: float, device: torch.device) -> None:
 def test_moments_of_what_is_not_finite_are_not_below_any_bound(bad: float, place: int, device: torch.device) -> None:
     x = torch.randn(9, 40, device=device)
     x[place, 3] = bad
-    variance, squares = batch_triton.moments(x)
+    variance, squares = batch_triton.batch_sums(x)
     assert not variance <= squares < 1e30
 
 
 def test_equal_rows_have_no_variance(device: torch.device) -> None:
     x = torch.randn(1, 70, device=device).expand(200, 70).contiguous()
-    assert batch_triton.moments(x)[0] == 0
+    assert batch_triton.batch_sums(x)[0] == 0
 
 
 def code(n: int, L: int, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def code(n: int, L: int, share: float, device: torch.device) -> tuple[Tensor, Te
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_runs_have_room_for_as_many_as_there_may_be(n: int, L: int, share: float, device: torch.device) -> None:
     idx, keep = code(n, L, share, device)
-    found, exact = batch_triton.group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
+    found, exact = batch_triton.group_entries(idx, keep, L), groups.group_entries(idx, keep, L)
     U, kept = len(exact.latents), len(exact.order)
     assert torch.equal(found.latents[:U], exact.latents)
     assert torch.equal(found.offsets[: U + 1], exact.offsets)
@@ -71,7 +71,7 @@ def test_entries(columns: list[int], bounds: list[int], share: float, device: to
     idx, keep = code(n, L, share, device)
     idx[::3] = 5  # a run longer than one load
     acts, grad = torch.randn(n, device=device), torch.randn(n, device=device)
-    padded, exact = batch_triton.group_runs(idx, keep, L), runs.group_runs(idx, keep, L)
+    padded, exact = batch_triton.group_entries(idx, keep, L), groups.group_entries(idx, keep, L)
     found = batch_triton.fill_entries(padded, acts, grad, columns, bounds, B, L)
     expected = rows.fill_entries(exact, acts, grad, columns, bounds, B, L)
     for a, b in zip(found[:4], expected[:4], strict=True):

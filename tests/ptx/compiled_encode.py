@@ -11,7 +11,7 @@ from ptx.emulate import emulated
 from saefast.kernels import tuning
 from saefast.ops import triton as triton_ops
 from saefast.ops import triton_encode
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
 L, K = 700, 12

@@ -8,7 +8,7 @@ import torch
 from ptx.emulate import emulated
 from saefast.kernels import tuning
 from saefast.optim import lean as rows_lean
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 from saefast.optim import triton_batch as batch_triton
 from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
@@ -17,7 +17,7 @@ STEP, L, CUT = 6, 6, 8
 OPERATIONS: dict[str, Callable[[object, Job], None]] = {
     "update": lambda module, job: module.update_rows([job]),
     "norm pass": lambda module, job: module.gradient_squares(job._replace(step=job.step._replace(project=True))),
-    "sweep": lambda module, job: module.catch_up(job.matrix, job.step),
+    "settle": lambda module, job: module.catch_up(job.matrix, job.step),
     "unit norm": lambda module, job: module.normalise_rows(job.matrix, job.step, job.rows),
 }
 
@@ -117,10 +117,10 @@ def test_rows_wider_than_a_program_holds(kind: str, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("B", "D"), [(7, 33), (130, 300)])
-def test_moments(B: int, D: int) -> None:
+def test_batch_sums(B: int, D: int) -> None:
     x = torch.randn(B, D) + 10
     with emulated(90) as found:
-        variance, squares = batch_triton.moments(x)
+        variance, squares = batch_triton.batch_sums(x)
     assert not found.faults, found.faults
     assert not found.formal
     wide = x.double()

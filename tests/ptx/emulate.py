@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -156,14 +156,13 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, op
     Args:
         rows_backend, ops_backend: what serves them; None: the GPU's drivers.
     """
+    from saefast.ops import backends, mixed, triton_launch
     from saefast.ops import dispatch as ops
-    from saefast.ops import mixed as screen
     from saefast.ops import triton as triton_ops
-    from saefast.ops import triton_launch
-    from saefast.optim import rows
     from saefast.optim import triton as rows_triton
+    from saefast.optim.dispatch import row_ops
 
-    plain_rows, plain_ops = rows.backend, ops.backend
+    plain_rows, plain_ops, plain_backend = row_ops, ops._module, backends.backend
 
     def served(t: Tensor) -> bool:
         return t.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -173,6 +172,7 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, op
         triton_launch.readable: lambda t: t,
         triton_launch.written: lambda dtype, W: dtype,
         triton_launch.architecture: lambda device: sm,
+        row_ops: lambda w: (rows_backend or rows_triton) if served(w) else plain_rows(w),
     }
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and module.__name__.startswith("saefast."):
@@ -180,10 +180,9 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, op
                 if callable(value) and (other := _lookup(replaced, value)) is not None:
                     patch.setattr(module, name, other)
     # Candidates by bf16 products, as on every GPU, and not by the CPU's own.
-    patch.setattr(screen, "pays_off", lambda W: W.dtype == torch.float32)
-    patch.setattr(screen, "native", SimpleNamespace(supports=lambda dtype: False))
-    patch.setattr(rows, "backend", lambda w: (rows_backend or rows_triton) if served(w) else plain_rows(w))
-    patch.setattr(ops, "backend", lambda x: (ops_backend or triton_ops) if served(x) else plain_ops(x))
+    patch.setattr(mixed, "pays_off", lambda W: W.dtype == torch.float32)
+    patch.setattr(backends, "backend", lambda x: "triton" if served(x) else plain_backend(x))
+    patch.setattr(ops, "_module", lambda x: (ops_backend or triton_ops) if served(x) else plain_ops(x))
 
 
 def _lookup(table: dict[Any, Any], value: Any) -> Any:

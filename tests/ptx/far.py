@@ -192,7 +192,7 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "fill_csr": move_fill_csr,
     "piece_sums": move_piece_sums,
     "mark_rows": move_mark_rows,
-    "moments": move_moments,
+    "batch_sums": move_moments,
     "fill_entries": move_fill_entries,
     "sum_runs": move_sum_runs,
     **dict.fromkeys(

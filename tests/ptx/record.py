@@ -29,7 +29,7 @@ from saefast import kernels
 from saefast.kernels import tuning
 from saefast.ops import reference, triton_encode
 from saefast.ops import triton as triton_ops
-from saefast.optim import rows
+from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
 # Columns of an encode: a group's worth of every setting.

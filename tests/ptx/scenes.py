@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saefast.engines import hot
 from saefast.engines.config import preset
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.kernels import tuning
 from saefast.models.sae import SAE
 from saefast.ops import triton as triton_ops
@@ -71,12 +71,12 @@ def batches(sizes: Sizes = SMALL) -> list[Tensor]:
     return list(code @ sources + 0.05 * torch.randn(sizes.steps, sizes.B, sizes.D))
 
 
-def trained(recipe: str, data: list[Tensor], sizes: Sizes = SMALL) -> tuple[FusedStep, list[float]]:
+def trained(recipe: str, data: list[Tensor], sizes: Sizes = SMALL) -> tuple[FusedEngine, list[float]]:
     """The engine after its steps, and the losses."""
     name, settings = RECIPES[recipe]
     sae_config, config = preset(name, sizes.D, sizes.L, sizes.K, engine="fused", **settings)
     share, every = 0.05 if "hot" in recipe else None, 1 if "every row" in recipe else 2
-    engine = FusedStep(SAE(sae_config, seed=1), config, sizes.steps, sweep_every=every, hot_share=share)
+    engine = FusedEngine(SAE(sae_config, seed=1), config, sizes.steps, settle_every=every, hot_share=share)
     engine.initialise(data[0])
     losses = [float(engine.step(x).loss) for x in data]
     engine.finish()

@@ -16,15 +16,15 @@ from torch import Tensor
 
 import saefast
 from saefast.data.sources import open_source
-from saefast.engines.autograd import AutogradStep
+from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig, preset
-from saefast.engines.fused import FusedStep
+from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
-from saefast.training import run_folder as rundir
+from saefast.training import run_folder
 from saefast.training.api import count_steps, train
 from saefast.training.feed import Feed, input_scale
 from saefast.training.loop import Stopped, evaluate_heldout, fold
@@ -60,7 +60,7 @@ def plain_loop(data: Any, config: TrainConfig, init_batches: int = 1) -> tuple[S
     batches = [next(draws) for _ in range(max(steps, init_batches))]
     scale = input_scale(torch.cat(batches[:init_batches]), config.normalize)
     sae = SAE(CONFIG, seed=config.seed)
-    engine = (AutogradStep if config.engine == "autograd" else FusedStep)(sae, config, steps)
+    engine = (AutogradEngine if config.engine == "autograd" else FusedEngine)(sae, config, steps)
     engine.initialise(torch.cat(batches[:init_batches]) * scale)
     losses = [float(engine.step(x * scale).loss) for x in batches[:steps]]
     engine.finish()
@@ -168,9 +168,9 @@ def test_the_folder_holds_what_is_needed_to_use_the_sae_and_to_train_it_again(tm
     config = settings(device="auto")
     sae = train(train_job.rows(), CONFIG, config, tmp_path / "run")
     assert same(saefast.load(tmp_path / "run"), sae.cpu())
-    assert rundir.read_config(tmp_path / "run") == (CONFIG, config)
-    assert rundir.read_config(tmp_path / "run" / "config.json") == (CONFIG, config)
-    again = train(train_job.rows(), *rundir.read_config(tmp_path / "run"), tmp_path / "again")
+    assert run_folder.read_config(tmp_path / "run") == (CONFIG, config)
+    assert run_folder.read_config(tmp_path / "run" / "config.json") == (CONFIG, config)
+    again = train(train_job.rows(), *run_folder.read_config(tmp_path / "run"), tmp_path / "again")
     assert same(again, sae)
     names = {"config.json", "metrics.jsonl", "sae.safetensors"}  # and checkpoints, but for save_every=0
     assert {path.name for path in (tmp_path / "run").iterdir()} == names
@@ -178,7 +178,7 @@ def test_the_folder_holds_what_is_needed_to_use_the_sae_and_to_train_it_again(tm
 
 def test_config_of_a_saved_sae_has_default_training(tmp_path: Path) -> None:
     SAE(CONFIG).save(tmp_path)
-    assert rundir.read_config(tmp_path) == (CONFIG, TrainConfig())
+    assert run_folder.read_config(tmp_path) == (CONFIG, TrainConfig())
 
 
 def test_moving_average_is_saved_beside(tmp_path: Path) -> None:

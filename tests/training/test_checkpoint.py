@@ -19,8 +19,7 @@ from saefast.engines.config import TrainConfig, preset
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
-from saefast.training import checkpoint
-from saefast.training import run_folder as rundir
+from saefast.training import checkpoint, run_folder
 from saefast.training.api import Stopped, train
 from saefast.training.progress import MetricsLog, read_metrics
 
@@ -239,7 +238,7 @@ def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
     assert run["weights"] == whole["weights"]
     assert run["state"] == whole["state"]
     assert [line["step"] for line in run["metrics"]] == [*range(1, 13), 16, 20]
-    assert rundir.read_config(tmp_path / "run") == (CONFIG, changed)
+    assert run_folder.read_config(tmp_path / "run") == (CONFIG, changed)
 
 
 def test_resume_refuses_another_config_and_names_each_difference(tmp_path: Path) -> None:

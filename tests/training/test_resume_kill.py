@@ -16,8 +16,7 @@ import train_job
 from train_job import Server
 
 from saefast.models.sae import load
-from saefast.training import checkpoint
-from saefast.training import run_folder as rundir
+from saefast.training import checkpoint, run_folder
 from saefast.training.progress import read_metrics
 
 CLOCKS = ("seconds", "tokens_per_second", "idle_share")
@@ -147,7 +146,7 @@ def test_a_second_ctrl_c_ends_at_once_without_damage(server: Server, whole: dict
 def test_two_processes_cannot_share_a_folder(server: Server, stopped: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
-    with rundir.locked(folder):
+    with run_folder.locked(folder):
         assert server.run(out_dir=folder, resume=True) == train_job.FAILED
     assert "another process is training into it" in folder.with_suffix(".error").read_text()
     assert server.run(out_dir=folder, resume=True) == 0

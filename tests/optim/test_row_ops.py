@@ -11,8 +11,8 @@ from on_gpu import Moved
 from torch import Tensor
 
 from saefast import extension
-from saefast.ops import runs
-from saefast.optim import rows
+from saefast.ops import groups
+from saefast.optim import reference as rows
 from saefast.optim.state import AdamStep, DriftTable, Job, Matrix, Norm, RowGradient
 
 needs_cpp = pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
@@ -38,10 +38,10 @@ def code(B: int, K: int, L: int) -> tuple[Tensor, Tensor]:
     return torch.randn(B, K).relu(), idx
 
 
-def filled(found: runs.Runs) -> runs.Runs:
+def filled(found: groups.Groups) -> groups.Groups:
     """Without the room for more runs that a GPU's have."""
     n = int((found.latents >= 0).sum())
-    return runs.Runs(found.order[: int(found.offsets[-1])], found.latents[:n], found.offsets[: n + 1])
+    return groups.Groups(found.order[: int(found.offsets[-1])], found.latents[:n], found.offsets[: n + 1])
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def threads() -> "itertools.chain[int]":
 def test_runs(kernels: str, n: int, L: int) -> None:
     idx = torch.randint(L, (n,), dtype=torch.int32)
     keep = torch.rand(n) < 0.7
-    ours, plain = filled(backend(kernels).group_runs(idx, keep, L)), runs.group_runs(idx, keep, L)
+    ours, plain = filled(backend(kernels).group_entries(idx, keep, L)), groups.group_entries(idx, keep, L)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
     assert ours.order.dtype == ours.latents.dtype == ours.offsets.dtype == torch.int32
     # Stable: batch order within a run; and every kept entry is in its latent's run.
@@ -70,12 +70,12 @@ def test_runs(kernels: str, n: int, L: int) -> None:
 def test_runs_refuse_a_latent_out_of_range(bad: int) -> None:
     idx = torch.tensor([1, bad, 2], dtype=torch.int32)
     with pytest.raises(IndexError, match=rf"idx\[1\] is {bad}, outside \[0, 10\)"):
-        cpp().group_runs(idx, torch.ones(3, dtype=torch.bool), 10)
+        cpp().group_entries(idx, torch.ones(3, dtype=torch.bool), 10)
 
 
 def test_runs_over_all_latents() -> None:
     idx = torch.tensor([4, 1, 4, 0], dtype=torch.int32)
-    found = runs.group_runs(idx, torch.ones(4, dtype=torch.bool), 6)
+    found = groups.group_entries(idx, torch.ones(4, dtype=torch.bool), 6)
     assert found.over_all(6).tolist() == [0, 1, 2, 2, 2, 4, 4]
 
 
@@ -150,7 +150,7 @@ def test_decode_loss_refuses_a_latent_out_of_range() -> None:
 @on_kernels
 def test_sums(kernels: str) -> None:
     x = torch.randn(700, 37) + 3
-    variance, squares = backend(kernels).moments(x)
+    variance, squares = backend(kernels).batch_sums(x)
     wide = x.double()
     assert float(variance) == pytest.approx(float((wide - wide.mean(0)).square().sum()), rel=1e-12)
     assert float(squares) == pytest.approx(float(wide.square().sum()), rel=1e-12)
@@ -293,7 +293,7 @@ def test_same_bits_on_any_number_of_threads(threads: "itertools.chain[int]") -> 
         found = cpp().decode_loss(x, acts, idx, W, b, [0.1], [K], residual)
         mine = copied(job, torch.float32)
         cpp().update_rows([mine])
-        sums = cpp().weighted_row_sum(x), torch.tensor(cpp().moments(x))
+        sums = cpp().weighted_row_sum(x), torch.tensor(cpp().batch_sums(x))
         results.append([*found, residual, mine.matrix.w, mine.matrix.v, mine.squares, *sums])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -317,7 +317,7 @@ def test_entries(kernels: str, bounds: list[int], aux: int) -> None:
     flat = torch.cat([acts.flatten(), extra_acts.flatten()])
     ids = torch.cat([idx.flatten(), extra_idx.flatten()])
     grad = torch.randn(len(flat)) * (flat != 0)
-    grouped = filled(backend(kernels).group_runs(ids, flat != 0, L))
+    grouped = filled(backend(kernels).group_entries(ids, flat != 0, L))
     columns = [K, aux] if aux else [K]
     ours = backend(kernels).fill_entries(grouped, flat, grad, columns, bounds, B, L)
     plain = rows.fill_entries(grouped, flat, grad, columns, bounds, B, L)
@@ -340,4 +340,4 @@ def test_what_another_device_wrote_comes_back() -> None:
     for name in ("w", "m", "v", "norms", "last_step", "shadow"):
         assert torch.equal(getattr(job.matrix, name), getattr(alone.matrix, name)), name
     assert torch.equal(job.squares, alone.squares)
-    assert Moved(rows, "cpu").moments(job.gradient.source) == rows.moments(job.gradient.source)
+    assert Moved(rows, "cpu").batch_sums(job.gradient.source) == rows.batch_sums(job.gradient.source)

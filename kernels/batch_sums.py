@@ -1,4 +1,4 @@
-"""Sums of a batch's rows and of their squares, in fp64.  Reference: saefast.optim.rows.moments.
+"""Sums of a batch's rows and of their squares, in fp64.  Reference: saefast.optim.reference.batch_sums.
 
 One program per block of rows and of columns, with the first row as the origin: the rows' variance is then the
 difference of two sums of its own size, which fp64 holds to ten digits. No copy of the batch in fp64 is made.
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit(do_not_specialize=["B"])
-def moments(
+def batch_sums(
     x_ptr,  # (B, D) fp32
     origin_ptr,  # (D,): its first row
     shifted_ptr,  # (row blocks, D) fp64 out: Σ of x - x[0] down a block's rows

@@ -9,19 +9,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saefast.ops.groups import Decoded, Entries, Groups, Number, group_entries
 from saefast.ops.reference import accumulate_dtype
-from saefast.ops.runs import Decoded, Entries, Number, Runs, group_runs
 from saefast.optim import lean as rows_lean
 from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 __all__ = [
     "Decoded",
+    "batch_sums",
     "catch_up",
     "decode_loss",
     "fill_entries",
     "gradient_squares",
-    "group_runs",
-    "moments",
+    "group_entries",
     "normalise_rows",
     "update_rows",
     "weighted_row_sum",
@@ -32,7 +32,7 @@ GATHER = 1 << 24
 
 
 def fill_entries(
-    runs: Runs, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
+    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
 ) -> Entries:
     """Weighs the entries of a code made of parts, each (n_tokens, columns), flattened one after the other.
 
@@ -58,7 +58,7 @@ def fill_entries(
     )
 
 
-def moments(x: Tensor) -> tuple[float, float]:
+def batch_sums(x: Tensor) -> tuple[float, float]:
     """Σ over all elements of (x - column mean)², and of x², added in float64. x (B, D)."""
     wide = x.double()
     return float((wide - wide.mean(0)).square().sum()), float(wide.square().sum())

@@ -1,4 +1,4 @@
-"""Runs: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares.
+"""Groups: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares.
 
 Also what the row operations of every backend return, which is why it stands below them.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 Number = float | Tensor
 
 
-class Runs(NamedTuple):
+class Groups(NamedTuple):
     """Entries grouped by latent, in the order of the batch within a latent."""
 
     order: Tensor
@@ -61,13 +61,13 @@ class Decoded(NamedTuple):
     """(B, K) dloss / dacts for the loss Σ_p weight[p] · Σ e[p]²."""
 
 
-def group_runs(idx: Tensor, keep: Tensor, n_latents: int) -> Runs:
+def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     """Groups the entries of idx (n,) int32 with keep (n,) bool by latent.
 
-    Plain torch; `saefast.optim.rows.backend` has faster ones of the same name.
+    Plain torch; `saefast.optim.reference.backend` has faster ones of the same name.
     """
     kept = keep.nonzero().squeeze(1)
     sorted_idx, order = idx[kept].sort(stable=True)
     latents, counts = torch.unique_consecutive(sorted_idx, return_counts=True)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Runs(kept[order].int(), latents.int(), offsets.int())
+    return Groups(kept[order].int(), latents.int(), offsets.int())
