@@ -2,11 +2,16 @@
 
 One function per recipe. Each takes weights it may change, batches and settings, and returns what it did at every step.
 Sources: OpenAI sparse_autoencoder (train.py), EleutherAI sparsify 1.3.3 (sparse_coder.py, trainer.py),
-dictionary_learning 0.1.0 (trainers/top_k.py) and SAELens 6.54 (saes/topk_sae.py, training/sae_trainer.py).
+dictionary_learning 0.1.0 (trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py) and SAELens 6.54
+(saes/{topk,batchtopk,matryoshka_batchtopk}_sae.py, training/sae_trainer.py).
+
+The last two take `batch` (BatchTopK: the k·B largest of the whole batch, instead of k a row) and `widths` (Matryoshka:
+prefixes of the dictionary that reconstruct alone, ascending, the last one all of it). Neither package has Matryoshka
+with k a row; the statement of it is that package's prefix loss over its own TopK.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +36,14 @@ class Gaps:
         if k < values.shape[1]:
             top, scale = values.topk(k + 1, dim=1).values, values[values.isfinite()].abs().max()
             gap = (top[:, k - 1] - top[:, k]) / scale
+            self.now = gap if self.now is None else torch.minimum(self.now, gap)
+
+    def see_batch(self, values: Tensor, n: int) -> None:
+        """As `see`, for the n largest of all values: the rows of the last in and the first out share the gap."""
+        if n < values.numel():
+            top, scale = values.flatten().topk(n + 1), values[values.isfinite()].abs().max()
+            gap = torch.full((len(values),), torch.inf, dtype=values.dtype)
+            gap[top.indices[n - 1 :] // values.shape[1]] = (top.values[n - 1] - top.values[n]) / scale
             self.now = gap if self.now is None else torch.minimum(self.now, gap)
 
     def end_step(self) -> None:
@@ -125,6 +138,8 @@ class Record(NamedTuple):
     loss: float
     auxk: float
     n_dead: int
+    threshold: float = -1.0
+    """BatchTopK's running threshold after the step."""
 
 
 def best(values: Tensor, k: int) -> Tensor:
@@ -133,19 +148,41 @@ def best(values: Tensor, k: int) -> Tensor:
     return torch.zeros_like(values, dtype=torch.bool).scatter(1, values.topk(k, dim=1).indices, True)
 
 
+def best_of_batch(values: Tensor, n: int) -> Tensor:
+    """(B, L) bool: the n largest of all rows together."""
+    GAPS.see_batch(values.detach(), n)
+    chosen = torch.zeros(values.numel(), dtype=torch.bool)
+    chosen[values.flatten().topk(n).indices] = True
+    return chosen.view_as(values)
+
+
+def choose(values: Tensor, k: int, batch: bool) -> Tensor:
+    """(B, L) bool: the k largest of each row, or with `batch` as many of the batch as that makes."""
+    return best_of_batch(values, k * len(values)) if batch else best(values, k)
+
+
 def best_among(values: Tensor, dead: Tensor, k: int) -> Tensor:
     """(B, L) bool: the k largest of each row that are dead, or all of those where there are fewer."""
     k = min(k, int(dead.sum()))
     return best(torch.where(dead, values, -torch.inf), k) & dead
 
 
+def prefix_losses(w: Weights, x: Tensor, f: Tensor, widths: Sequence[int]) -> Tensor:
+    """(G,) mean over rows of Σ_d (x - x_hat)², where x_hat decodes the first widths[g] latents of f (B, L)."""
+    return torch.stack([((x - (f[:, :n] @ w.W_dec[:n] + w.b_dec)) ** 2).sum(dim=1).mean() for n in widths])
+
+
+def smallest_positive(f: Tensor) -> float:
+    return float(f.detach()[f > 0].min()) if (f > 0).any() else 0.0
+
+
 def variance(x: Tensor) -> Tensor:
     return ((x - x.mean(dim=0, keepdim=True)) ** 2).sum()
 
 
-def record(loss: Tensor, auxk: Tensor | float, dead: Tensor) -> Record:
+def record(loss: Tensor, auxk: Tensor | float, dead: Tensor, threshold: float = -1.0) -> Record:
     GAPS.end_step()
-    return Record(loss.item(), float(torch.as_tensor(auxk).detach()), int(dead.sum()))
+    return Record(loss.item(), float(torch.as_tensor(auxk).detach()), int(dead.sum()), threshold)
 
 
 def openai(
@@ -216,15 +253,25 @@ def sparsify(
 
 
 def dictionary_learning(
-    w: Weights, batches: list[Tensor], *, k: int, dead_tokens: int, lr: float, warmup: int, decay_start: int, total: int
-) -> list[Record]:
+    w: Weights, batches: list[Tensor], *, k: int, dead_tokens: int, lr: float, warmup: int, decay_start: int,
+    total: int, batch: bool = False, widths: Sequence[int] = (), threshold_start: int = 1000,
+) -> list[Record]:  # fmt: skip
+    """With `batch` the threshold is -1 up to and including step `threshold_start` (from 0), and after it a moving
+    average (0.999) that begins at the first smallest activation it sees. A prefix's loss counts 1/G² of G prefixes:
+    its default weight is 1/G, and then the mean of the G is taken."""
     adam, tokens, done = Adam(w.all()), torch.zeros(len(w.b_enc), dtype=torch.long), []
+    widths, threshold = widths or (len(w.b_enc),), -1.0
     for step, x in enumerate(batches):
         pre = (x - w.b_dec) @ w.W_enc.T + w.b_enc
-        chosen = best(pre, k)
-        e = x - ((pre.relu() * chosen) @ w.W_dec + w.b_dec)
-        tokens = torch.where(chosen.any(dim=0), 0, tokens + len(x))
-        loss = (e**2).sum(dim=1).mean()
+        chosen = choose(pre, k, batch)
+        f = pre.relu() * chosen
+        if batch and step > threshold_start:
+            lowest = smallest_positive(f)
+            threshold = lowest if threshold < 0 else 0.999 * threshold + 0.001 * lowest
+        e = x - (f @ w.W_dec + w.b_dec)
+        fired = f > 0 if batch else chosen
+        tokens = torch.where(fired.any(dim=0), 0, tokens + len(x))
+        loss = (prefix_losses(w, x, f, widths) / len(widths)).mean()
 
         dead, auxk = tokens >= dead_tokens, torch.zeros(())
         if dead.any():
@@ -238,20 +285,29 @@ def dictionary_learning(
         rate = step / warmup if step < warmup else 1.0
         adam.step(lr * ((total - step) / (total - decay_start) if step >= decay_start else rate))
         w.unit_decoder()
-        done.append(record(loss, auxk, dead))
+        done.append(record(loss, auxk, dead, threshold))
     return done
 
 
-def saelens(w: Weights, batches: list[Tensor], *, k: int, dead_passes: int, lr: float, warmup: int) -> list[Record]:
-    """Decoder norms stand in the graph here, as they do in the peer; saefast lets them cancel."""
+def saelens(
+    w: Weights, batches: list[Tensor], *, k: int, dead_passes: int, lr: float, warmup: int,
+    batch: bool = False, widths: Sequence[int] = (),
+) -> list[Record]:  # fmt: skip
+    """Decoder norms stand in the graph here, as they do in the peer; saefast lets them cancel.
+
+    With `batch` the threshold is a moving average (0.99) from 0, of every step, in units of pre-activation times norm.
+    The losses of all prefixes are added up.
+    """
     adam, passes, done = Adam(w.all()), torch.zeros(len(w.b_enc), dtype=torch.long), []
+    widths, threshold = widths or (len(w.b_enc),), 0.0 if batch else -1.0
     for step, x in enumerate(batches):
         norms = w.W_dec.norm(dim=1)
         hidden = ((x - w.b_dec) @ w.W_enc.T + w.b_enc) * norms
-        chosen = best(hidden, k)
-        f = hidden.relu() * chosen
+        f = hidden.relu() * choose(hidden, k, batch)
+        if batch and (f > 0).any():
+            threshold = 0.99 * threshold + 0.01 * smallest_positive(f)
         e = x - ((f / norms) @ w.W_dec + w.b_dec)
-        loss = (e**2).sum(dim=1).mean()
+        loss = prefix_losses(w, x, f / norms, widths).sum()
 
         dead, auxk = passes > dead_passes, torch.zeros(())
         if dead.any():
@@ -264,5 +320,5 @@ def saelens(w: Weights, batches: list[Tensor], *, k: int, dead_passes: int, lr: 
         w.clip(1.0)
         adam.step(lr * ((step + 1) / warmup if step < warmup else 1.0))
         passes = torch.where((f > 0).any(dim=0), 0, passes + 1)
-        done.append(record(loss, auxk, dead))
+        done.append(record(loss, auxk, dead, threshold))
     return done

@@ -1,8 +1,12 @@
-"""Presets against the peers' own packages and training loops: `make peers` runs this where they are installed."""
+"""Presets, and the statements of recipes_plain, against the peers' own packages and training loops.
 
-from collections.abc import Callable
+`make peers` runs this where they are installed.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import recipes_plain as plain
@@ -25,7 +29,7 @@ def engine_for(name: str, low: float = 1.2, **overrides: Any) -> AutogradEngine:
     sae_config, config = preset(name, D, L, K, engine="autograd", lr_warmup_steps=WARMUP, **overrides)
     sae = SAE(sae_config, seed=1)
     with torch.no_grad():
-        sae.b_enc[::5] -= low * sae.W_enc.norm(dim=1).mean()
+        lower_some(sae.b_enc, sae.W_enc, low)
         if name == "saelens":
             # Unequal decoder norms, so that ranking by pre · norm is not ranking by pre.
             sae.W_dec *= torch.linspace(0.8, 1.2, L)[:, None]
@@ -61,6 +65,21 @@ def assert_same(sae: SAE, theirs: dict[str, Tensor], stats: list[StepStats], los
 
 def assert_auxk_ran(stats: list[StepStats]) -> None:
     assert sum(float(s.auxk_loss) > 0 for s in stats) > 15
+
+
+def weights_of(peer: nn.Module) -> dict[str, Tensor]:
+    """A peer's four tensors as we lay them out, W_enc and W_dec (L, D)."""
+    if hasattr(peer, "encoder"):
+        return {
+            "W_enc": peer.encoder.weight, "W_dec": peer.decoder.weight.T, "b_enc": peer.encoder.bias,
+            "b_dec": peer.b_dec,
+        }  # fmt: skip
+    return {"W_enc": peer.W_enc.T, "W_dec": peer.W_dec, "b_enc": peer.b_enc, "b_dec": peer.b_dec}
+
+
+def lower_some(b_enc: Tensor, W_enc: Tensor, low: float = 1.2) -> None:
+    """Some latents start too low to be chosen, so that they die."""
+    b_enc.data[::5] -= low * W_enc.detach().norm(dim=1).mean()
 
 
 class Lookup(nn.Module):
@@ -162,15 +181,22 @@ def test_dictionary_learning() -> None:
     stats = train(engine, data)
     assert_auxk_ran(stats)
     assert max(float(s.grad_norm) for s in stats) > 1  # so clipping was at work
-    theirs = {"W_enc": ae.encoder.weight, "W_dec": ae.decoder.weight.T, "b_enc": ae.encoder.bias, "b_dec": ae.b_dec}
-    assert_same(sae, theirs, stats, losses)
+    assert_same(sae, weights_of(ae), stats, losses)
+
+
+def saelens_trainer(peer: nn.Module) -> Any:
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    config = SAETrainerConfig(
+        total_training_samples=STEPS * B, train_batch_size_samples=B, lr_end=3e-5, lr_warm_up_steps=WARMUP,
+        dead_feature_window=3,
+    )  # fmt: skip
+    return SAETrainer(cfg=config, sae=peer, data_provider=iter(()))
 
 
 def test_saelens() -> None:
     sae_lens = pytest.importorskip("sae_lens")
-    from sae_lens.config import SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-
     engine = engine_for("saelens", dead_after=4)
     # b_dec starts at 0 here, and off-centre data would leave most latents dead.
     data = data_for(lambda: engine_for("saelens", dead_after=4), plain.saelens, mean=0.1, dead_passes=3, lr=3e-4)
@@ -180,17 +206,112 @@ def test_saelens() -> None:
         peer.W_enc.copy_(sae.W_enc.T)
         peer.W_dec.copy_(sae.W_dec)
         peer.b_enc.copy_(sae.b_enc)
-    config = SAETrainerConfig(
-        total_training_samples=STEPS * B, train_batch_size_samples=B, lr_end=3e-5, lr_warm_up_steps=WARMUP,
-        dead_feature_window=3,
-    )  # fmt: skip
-    trainer = SAETrainer(cfg=config, sae=peer, data_provider=iter(()))
+    trainer = saelens_trainer(peer)
     losses = [float(trainer.step(x).loss.detach()) for x in data]
 
     stats = train(engine, data)
     assert_auxk_ran(stats)
-    theirs = {"W_enc": peer.W_enc.T, "W_dec": peer.W_dec, "b_enc": peer.b_enc, "b_dec": peer.b_dec}
-    assert_same(sae, theirs, stats, losses)
+    assert_same(sae, weights_of(peer), stats, losses)
+
+
+# Prefixes of the dictionary that Matryoshka reconstructs from; () is BatchTopK alone.
+architectures = pytest.mark.parametrize("widths", [(), (32, 96, L)], ids=["batchtopk", "matryoshka"])
+THRESHOLD_START = 5
+# With 1 one latent's first gradient cancels to 7e-10, below Adam's eps, and what Adam makes of it is rounding.
+SEED = 2
+
+
+class Trained(NamedTuple):
+    """What a peer's trainer left behind, and our statement's, both fp32 on the same batches."""
+
+    theirs: dict[str, Tensor]
+    losses: list[float]
+    thresholds: list[float]
+    w: plain.Weights
+    records: list[plain.Record]
+
+
+def assert_stated(run: Trained) -> None:
+    """Loss and threshold of every step and the weights at the end; AuxK was at work."""
+    assert len(run.losses) == len(run.records) == STEPS
+    assert [r.loss for r in run.records] == pytest.approx(run.losses, rel=TOLERANCE)
+    assert [r.threshold for r in run.records] == pytest.approx(run.thresholds, rel=TOLERANCE)
+    for name, tensor in zip(PARAMETERS, run.w.all(), strict=True):
+        assert distance(tensor, run.theirs[name]) < TOLERANCE, name
+    assert sum(r.auxk > 0 for r in run.records) > 15
+
+
+def new_trainer(widths: Sequence[int]) -> Any:
+    """dictionary_learning's own, its dead threshold and its latents' biases lowered."""
+    settings = dict(
+        steps=STEPS, activation_dim=D, dict_size=L, k=K, layer=0, lm_name="none", warmup_steps=WARMUP, decay_start=15,
+        threshold_start_step=THRESHOLD_START, device="cpu", seed=SEED,
+    )  # fmt: skip
+    if widths:
+        module = pytest.importorskip("dictionary_learning.trainers.matryoshka_batch_top_k")
+        shares = [(b - a) / L for a, b in pairwise([0, *widths])]
+        trainer = module.MatryoshkaBatchTopKTrainer(group_fractions=shares, **settings)
+    else:
+        trainer = pytest.importorskip("dictionary_learning.trainers.batch_top_k").BatchTopKTrainer(**settings)
+    trainer.dead_feature_threshold = 3 * B
+    w = weights_of(trainer.ae)
+    lower_some(w["b_enc"], w["W_enc"])
+    return trainer
+
+
+@architectures
+def test_statement_of_dictionary_learning(widths: tuple[int, ...]) -> None:
+    peer = new_trainer(widths)
+    start = {name: tensor.detach().clone() for name, tensor in weights_of(peer.ae).items()}
+
+    def run_statement(data: list[Tensor]) -> tuple[plain.Weights, list[plain.Record]]:
+        start["b_dec"] = peer.geometric_median(data[0])
+        w = plain.Weights(*(start[name].to(data[0].dtype) for name in PARAMETERS))
+        return w, plain.dictionary_learning(
+            w, data, k=K, dead_tokens=3 * B, lr=LR, warmup=WARMUP, decay_start=15, total=STEPS, batch=True,
+            widths=widths, threshold_start=THRESHOLD_START,
+        )  # fmt: skip
+
+    data = [x.float() for x in clear_batches(run_statement)]
+    losses, thresholds = [], []
+    for step, x in enumerate(data):
+        losses.append(peer.update(step, x))
+        thresholds.append(float(peer.ae.threshold))
+    assert [t < 0 for t in thresholds] == [step <= THRESHOLD_START for step in range(STEPS)]
+    assert_stated(Trained(weights_of(peer.ae), losses, thresholds, *run_statement(data)))
+
+
+def new_saelens(widths: Sequence[int]) -> Any:
+    """SAELens' own SAE, with unequal decoder norms, so that ranking by pre · norm is not ranking by pre."""
+    sae_lens = pytest.importorskip("sae_lens")
+    torch.manual_seed(SEED)
+    if widths:
+        config = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(d_in=D, d_sae=L, k=K, matryoshka_widths=list(widths))
+        peer = sae_lens.MatryoshkaBatchTopKTrainingSAE(config)
+    else:
+        peer = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(d_in=D, d_sae=L, k=K))
+    peer.W_dec.data *= torch.linspace(0.8, 1.2, L)[:, None]
+    lower_some(peer.b_enc, peer.W_enc.T)
+    return peer
+
+
+@architectures
+def test_statement_of_saelens(widths: tuple[int, ...]) -> None:
+    peer = new_saelens(widths)
+    start = {name: tensor.detach().clone() for name, tensor in weights_of(peer).items()}
+
+    def run_statement(data: list[Tensor]) -> tuple[plain.Weights, list[plain.Record]]:
+        w = plain.Weights(*(start[name].to(data[0].dtype) for name in PARAMETERS))
+        return w, plain.saelens(w, data, k=K, dead_passes=3, lr=3e-4, warmup=WARMUP, batch=True, widths=widths)
+
+    # b_dec starts at 0 here, and off-centre data would leave most latents dead.
+    data = [x.float() for x in clear_batches(run_statement, mean=0.1)]
+    trainer = saelens_trainer(peer)
+    losses, thresholds = [], []
+    for x in data:
+        losses.append(float(trainer.step(x).loss.detach()))
+        thresholds.append(float(peer.topk_threshold))
+    assert_stated(Trained(weights_of(peer), losses, thresholds, *run_statement(data)))
 
 
 def rates(scheduler: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
