@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from bench import common
-from saefast.data.buffer import LAG, PREFETCH, ShardBuffer
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
+from saefast.data.opening import open_source
+from saefast.data.reservoir import LAG, PREFETCH
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
 from saefast.models.config import SAEConfig
 from saefast.training.api import train
@@ -63,7 +64,7 @@ TINY = Sizes((32,), (256,), 1 << 21, 4, 1, 1 << 11, 1 << 16)
 def write_shards(folder: Path, rows: Iterator[Tensor]) -> None:
     """A shard folder of the pieces of rows (n, d) given, one shard each, in their order."""
     hooks = [{"name": "x", "hf_name": "x"}]
-    with ShardWriter(folder, hooks, "bfloat16", shuffle_seed=None, second_moments=False) as writer:
+    with ShardWriter(folder, hooks, "bfloat16", shuffle_seed=None, products=False) as writer:
         for number, part in enumerate(rows):
             n = len(part)
             writer.add_sequences(number, [number], [[0]])
@@ -87,7 +88,7 @@ class MemmapRows(torch.utils.data.Dataset[Tensor]):
 def contenders(folder: Path, d: int, n: int, batch: int, device: str) -> dict[str, Callable[[], Iterator[Tensor]]]:
     """Endless batches of each kind, by name."""
     mapped = open_source(folder, shuffle="mapped")
-    assert isinstance(mapped, RowsSource)
+    assert isinstance(mapped, MappedSource)
     in_memory = torch.cat([segment.rows for segment in mapped.train.segments])
     flat = folder / "flat.bin"
     in_memory.view(torch.int16).numpy().tofile(flat)
@@ -171,7 +172,7 @@ def loss_by_reservoir(n: int) -> list[dict[str, object]]:
         path = Path(folder) / "acts"
         write_shards(path, iter(kept.split(1 << 13)))
         mapped = open_source(path, shuffle="mapped")
-        assert isinstance(mapped, RowsSource)
+        assert isinstance(mapped, MappedSource)
         sizes = [(LAG + 2) * batch * 4**i for i in range(4)]
         for size in [*sizes, None]:
             source = mapped if size is None else ShardBuffer(mapped, reservoir_rows=size)

@@ -20,7 +20,7 @@ import torch
 
 from bench import common
 from saefast.cli.demo import recipe
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.engines.config import TrainConfig
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.config import SAEConfig

@@ -344,7 +344,7 @@ void bind_spmm(py::module_& m) {
         "W"_a, "idx"_a, "x"_a, "out"_a, "n_threads"_a);
 }
 
-// Plans and reads, without threads or a reservoir: for one that lives on a GPU, which Python keeps (data/buffer.py).
+// Plans and reads, without threads or a reservoir: for one that lives on a GPU, which Python keeps (data/device_reservoir.py).
 struct RowStream {
     saefast::Planner planner;
     std::unique_ptr<saefast::FileSource> source;

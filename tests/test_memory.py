@@ -14,9 +14,10 @@ from torch import Tensor
 
 from saefast import extension
 from saefast.data import gather
-from saefast.data.buffer import LiveBuffer, ShardBuffer
 from saefast.data.iterable_source import IterableSource
-from saefast.data.sources import open_source
+from saefast.data.live_buffer import LiveBuffer
+from saefast.data.opening import open_source
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.engines.config import TrainConfig
 from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import saefast
 from saefast.analysis.evaluation import evaluate
+from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import saefast
 from saefast.analysis.evaluation import evaluate
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.errors import InputError
 from saefast.ops import dispatch as ops
 from saefast.schema import Count

@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.origin import recorded_data
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
+from saefast.data.opening import HELDOUT, has_hooks, open_source
+from saefast.data.provenance import recorded_data
 from saefast.data.source import Source, first_bad_row
-from saefast.data.sources import HELDOUT, has_hooks, open_source
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
-from saefast.harvest.again import harvest_again
+from saefast.harvest.reharvest import harvest_again
 from saefast.metrics.language_model import LM_METRICS, batch_sequences, lm_scores, why_missing
 from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
 from saefast.models.sae import SAE, WEIGHTS, load
@@ -164,8 +164,8 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
 def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False) -> Source:
     """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had.
 
-    A run that trained live has none until its model has read its text once more (data/again.py), which is done here;
-    progress shows a bar.
+    A run that trained live has none until its model has read its text once more (harvest/reharvest.py), which is done
+    here; progress shows a bar.
     """
     kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
@@ -184,7 +184,7 @@ def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False)
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
     about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
-    if isinstance(source, RowsSource) and source.folder is not None:
+    if isinstance(source, MappedSource) and source.folder is not None:
         index = source.folder.index
         about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}
     return about
@@ -194,7 +194,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
     """Fills result.lm, or says in result.lm_left_out why not."""
     from saefast.harvest import language_models as models
 
-    if not (isinstance(source, RowsSource) and source.folder is not None):
+    if not (isinstance(source, MappedSource) and source.folder is not None):
         result.lm_left_out = "the data is not a harvest, so no model is known"
         return
     index = source.folder.index
@@ -217,7 +217,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
     result.lm = lm_scores(model, module, lambda x: sae(x).x_hat, batches, special)
 
 
-def _heldout_sequences(source: RowsSource, n_tokens: int) -> Iterator[Tensor]:
+def _heldout_sequences(source: MappedSource, n_tokens: int) -> Iterator[Tensor]:
     """Token ids of held-out sequences, in order, until there are n_tokens."""
     seqs = [part.seq for part in source.held.segments if part.seq is not None]
     for seq in torch.cat(seqs).unique().tolist() if seqs else []:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from saefast.analysis.features import LatentStats
 from saefast.analysis.token_text import Texts, same_word
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
 from saefast.data.shards import SPLITS, ShardFolder, dequantise
 from saefast.models.sae import SAE
 
@@ -197,7 +197,7 @@ def _different(ranked: list[int], tokens: OwnTokens, centroids: Tensor | None, n
 
 def make_table(
     sae: SAE,
-    source: RowsSource,
+    source: MappedSource,
     stats: LatentStats,
     tokenizer: Any,
     embedding: Tensor | None,
@@ -233,7 +233,7 @@ def _shares(tokens: OwnTokens, texts: Texts, latent: int) -> list[TokenShare]:
     ]
 
 
-def _about(sae: SAE, source: RowsSource, stats: LatentStats, n: int, cosine: bool) -> str:
+def _about(sae: SAE, source: MappedSource, stats: LatentStats, n: int, cosine: bool) -> str:
     score = SCORE if cosine else SCORE + " Here the cosine is left out."
     return (
         f"The {n} most telling of {sae.config.n_latents:,} latents (k = {sae.config.k}), judged on "
@@ -262,7 +262,7 @@ Place = tuple[int, int, int]  # latent, sequence, position
 
 
 @torch.no_grad()
-def _acts_around(sae: SAE, source: RowsSource, places: dict[int, list[tuple[int, int]]]) -> dict[Place, float]:
+def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[int, int]]]) -> dict[Place, float]:
     """Activations of the chosen latents all over the sequences they are shown in."""
     assert source.folder is not None
     shown: dict[int, set[int]] = {}

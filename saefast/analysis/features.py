@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saefast.data.rows_source import Located
+from saefast.data.mapped_source import Located
 from saefast.metrics.streaming import Sparsity
 from saefast.models.sae import SAE
 from saefast.ops import mixed

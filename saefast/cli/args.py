@@ -13,9 +13,9 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from saefast.cli.counts import HELP, count, meant
-from saefast.data.origin import recorded_data
+from saefast.data.provenance import recorded_data
 from saefast.errors import InputError
-from saefast.harvest.again import TOKENS, what_is_missing
+from saefast.harvest.reharvest import TOKENS, what_is_missing
 from saefast.models.sae import CONFIG
 from saefast.training.run_folder import read_config
 

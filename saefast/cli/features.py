@@ -14,7 +14,7 @@ from saefast.analysis.features import collect
 from saefast.analysis.plots import draw_features
 from saefast.analysis.report import summary, write_features
 from saefast.cli.args import announce_harvest, named, parse, watched
-from saefast.data.rows_source import Located, RowsSource
+from saefast.data.mapped_source import Located, MappedSource
 from saefast.errors import InputError
 from saefast.harvest import language_models as models
 
@@ -63,7 +63,7 @@ def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
     sae = load_finished(args.run)
     announce_harvest(args.run, args.data)
     source = run_source(args.run, sae, args.data, watched())
-    if not isinstance(source, RowsSource) or source.folder is None:
+    if not isinstance(source, MappedSource) or source.folder is None:
         raise InputError(f"{source.source_name} holds no tokens: features need a run trained on a harvest")
     index = source.folder.index
     name, revision = str(index.get("model", "")), index.get("revision")
@@ -79,7 +79,7 @@ def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
     return table, named(pages, lambda: draw_features(table, picture, title))
 
 
-def _rows(source: RowsSource, limit: int) -> Iterator[Located]:
+def _rows(source: MappedSource, limit: int) -> Iterator[Located]:
     """Held-out rows, then the others, until there are `limit`."""
     for batch in chain(source.located("heldout", BATCH), source.located("train", BATCH)):
         yield Located(*(None if column is None else column[:limit] for column in batch))  # type: ignore[arg-type]

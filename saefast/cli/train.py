@@ -11,11 +11,11 @@ import tyro
 
 from saefast.cli.args import LogLines, parse, peek, watched
 from saefast.cli.harvest import HarvestArgs, describe, harvest_config, run_harvest
-from saefast.data.buffer import ShardBuffer
-from saefast.data.origin import describe_data, recorded_data
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
+from saefast.data.opening import HELDOUT, Shuffle, open_source
+from saefast.data.provenance import describe_data, recorded_data
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.source import Source
-from saefast.data.sources import HELDOUT, Shuffle, open_source
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
@@ -204,8 +204,8 @@ def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
 
 def _live_members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
     """What to train, by hook, off a model that is running."""
-    from saefast.harvest.again import describe_live
     from saefast.harvest.live import live_sources
+    from saefast.harvest.reharvest import describe_live
 
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
@@ -233,7 +233,7 @@ def _as_recorded(args: TrainArgs, names: list[str]) -> TrainArgs:
 
 
 def _report_skipped(source: Source) -> None:
-    for bad in source.folder.skipped if isinstance(source, RowsSource | ShardBuffer) and source.folder else []:
+    for bad in source.folder.skipped if isinstance(source, MappedSource | ShardBuffer) and source.folder else []:
         print(f"saefast: skipped: {bad.reason}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Activations that other libraries cached, read without importing them.
+"""Activations that other libraries (foreign ones) cached, read without importing them.
 
 SAELens            a Hugging Face datasets folder: data-*.arrow, a column per hook, rows (context, d_in). Needs pyarrow
 science-of-finetuning (dictionary_learning fork)    shard_{i}.memmap beside shard_{i}.meta (JSON: shape, dtype)
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saefast.data.arrays import Segment, from_array, open_pt
+from saefast.data.segments import Segment, from_array, open_pt
 from saefast.data.shardfile import map_tensor, read_header
 from saefast.errors import InputError
 from saefast.files import no_pipe, read_json, usable

@@ -1,4 +1,4 @@
-"""Batches that come from a Python iterable: a list, a generator, a DataLoader, a model that is running."""
+"""IterableSource: batches out of a Python iterable: a list, a generator, a DataLoader, a model that is running."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.arrays import from_array
+from saefast.data.segments import from_array
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
 

@@ -1,6 +1,6 @@
 """Writes a shard folder so that a kill at any moment leaves it valid, and a later writer goes on from there.
 
-Rows are spooled to a hidden file; `commit` shuffles them into shards, adds tokens and moments, and last of all renames
+Rows are spooled to a hidden file; `commit` shuffles them into shards, adds tokens and stats, and last of all renames
 a new index.json into place. What the index does not name does not exist: the next writer clears it away.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saefast.data.moments import Moments
+from saefast.data.activation_stats import ActivationStats
 from saefast.data.shardfile import Column, Digest, write_file
 from saefast.data.shards import (
     ACT_DTYPES,
@@ -58,19 +58,19 @@ class ShardWriter:
         settings: dict[str, Any] | None = None,
         rows_per_shard: int = ROWS_PER_SHARD,
         shuffle_seed: int | None = 0,
-        second_moments: bool | None = None,
+        products: bool | None = None,
     ) -> None:
         if dtype not in ACT_DTYPES:
             raise InputError(f"dtype {dtype!r} is unknown: choose from {', '.join(ACT_DTYPES)}")
         if rows_per_shard < 1:
             raise InputError(f"rows_per_shard is {rows_per_shard}, expected at least 1")
         self.folder, self.dtype, self.shuffle_seed = usable(folder), ACT_DTYPES[dtype], shuffle_seed
-        self.second_moments = second_moments
+        self.products = products
         self._lock = _lock(self.folder)
         try:
             self.index = self._begin(hooks, dtype, settings or {}, rows_per_shard)
             self._clear_leftovers()
-            self._moments = self._load_moments()
+            self._stats = self._load_stats()
         except BaseException:
             self._unlock()
             raise
@@ -193,21 +193,21 @@ class ShardWriter:
         for leftover in chain(*leftovers, *(place.glob(".*.safetensors.*.tmp") for place in shards)):
             leftover.unlink()
 
-    def _load_moments(self) -> dict[str, Moments]:
-        """Moments of what is committed; a kill between the two renames of a commit means counting them anew."""
+    def _load_stats(self) -> dict[str, ActivationStats]:
+        """Statistics of what is committed; a kill between the two renames of a commit means counting them anew."""
         if not self.index["shards"]:
             return {}
         folder = ShardFolder(self.folder)
-        moments = {}
+        stats = {}
         for hook in self.hooks:
             try:
-                moments[hook] = folder.stats(hook)
-                stale = moments[hook].count != self.index["splits"]["train"]
+                stats[hook] = folder.stats(hook)
+                stale = stats[hook].count != self.index["splits"]["train"]
             except InputError:
                 stale = True
             if stale:
-                moments[hook] = _recount(folder, hook, self.second_moments)
-        return moments
+                stats[hook] = _recount(folder, hook, self.products)
+        return stats
 
     def _write_shard(self, split: str, number: int) -> dict[str, Any]:
         spool = self._spools[split]
@@ -215,10 +215,10 @@ class ShardWriter:
         order = self._order(split, number, spool.rows)
         sums: dict[str, Digest] = {}
         for hook in self.index["hooks"]:
-            if split == "train" and hook["name"] not in self._moments:
-                self._moments[hook["name"]] = Moments.empty(hook["d"], self.second_moments)
-            moments = self._moments[hook["name"]] if split == "train" else None
-            columns = spool.columns(hook["name"], hook["d"], order, moments)
+            if split == "train" and hook["name"] not in self._stats:
+                self._stats[hook["name"]] = ActivationStats.empty(hook["d"], self.products)
+            stats = self._stats[hook["name"]] if split == "train" else None
+            columns = spool.columns(hook["name"], hook["d"], order, stats)
             sums[hook["name"]] = write_file(self.folder / folder_of(hook["name"]) / name, columns)
         return {
             "file": name,
@@ -252,8 +252,8 @@ class ShardWriter:
 
     def _write_stats(self) -> None:
         tensors: dict[str, Tensor] = {}
-        for hook, moments in self._moments.items():
-            tensors |= moments.tensors(hook)
+        for hook, stats in self._stats.items():
+            tensors |= stats.tensors(hook)
         if tensors:
             columns = {name: Column.of(tensor) for name, tensor in tensors.items()}
             write_file(self.folder / STATS, columns, sealed=True)
@@ -283,12 +283,12 @@ class _Spool:
         self.pos.append(pos.to(torch.int16))
         self.rows += len(seq)
 
-    def columns(self, hook: str, d: int, order: Tensor, moments: Moments | None) -> dict[str, Column]:
+    def columns(self, hook: str, d: int, order: Tensor, stats: ActivationStats | None) -> dict[str, Column]:
         self.files[hook].flush()
         raw = np.memmap(self.paths[hook], dtype=np.uint8, mode="r+")
         acts = torch.from_numpy(raw).view(self.dtype).view(self.rows, d)
         scale = torch.cat(self.scales[hook]) if self.dtype == torch.int8 else None
-        out = {"acts": Column(self.dtype, (self.rows, d), _shuffled(acts, scale, order, moments))}
+        out = {"acts": Column(self.dtype, (self.rows, d), _shuffled(acts, scale, order, stats))}
         if scale is not None:
             out["scale"] = Column.of(scale[order])
         out["seq"] = Column.of(torch.cat(self.seq)[order])
@@ -301,11 +301,11 @@ class _Spool:
             self.paths[hook].unlink(missing_ok=True)
 
 
-def _shuffled(acts: Tensor, scale: Tensor | None, order: Tensor, moments: Moments | None) -> Iterator[Tensor]:
+def _shuffled(acts: Tensor, scale: Tensor | None, order: Tensor, stats: ActivationStats | None) -> Iterator[Tensor]:
     for part in order.split(_piece(acts)):
         rows = acts.index_select(0, part)
-        if moments is not None:
-            moments.add(rows if scale is None else dequantise(rows, scale[part]))
+        if stats is not None:
+            stats.add(rows if scale is None else dequantise(rows, scale[part]))
         yield rows
 
 
@@ -313,14 +313,14 @@ def _piece(acts: Tensor) -> int:
     return max(_PIECE // (acts.shape[1] * acts.element_size()), 1)
 
 
-def _recount(folder: ShardFolder, hook: str, second: bool | None) -> Moments:
-    moments = Moments.empty(folder.d(hook), second)
+def _recount(folder: ShardFolder, hook: str, products: bool | None) -> ActivationStats:
+    stats = ActivationStats.empty(folder.d(hook), products)
     for info in folder.shards("train", hook):
         shard = folder.open(info, hook)
         for part in torch.arange(info.rows, device="cpu").split(_piece(shard.acts)):
             rows = shard.acts[part]
-            moments.add(rows if shard.scale is None else dequantise(rows, shard.scale[part]))
-    return moments
+            stats.add(rows if shard.scale is None else dequantise(rows, shard.scale[part]))
+    return stats
 
 
 def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -> None:

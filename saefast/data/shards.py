@@ -1,7 +1,7 @@
 """Shard folders: activations on disk, every row with the sequence and position it came from.
 
     folder/index.json                  what model, text and hooks; rows per split; shards with their checksums
-    folder/stats.safetensors           moments of the training share, per hook (moments.py)
+    folder/stats.safetensors           statistics of the training share, per hook (activation_stats.py)
     folder/tokens/00000.safetensors    of n sequences: ids (total,) int32, offsets (n + 1,) int64, doc (n,) int64
     folder/{hook}/00000.safetensors    acts (rows, d), seq (rows,) int32, pos (rows,) int16 [, scale (rows,) float32]
 
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor
 
-from saefast.data.moments import Moments
+from saefast.data.activation_stats import ActivationStats
 from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header, verify_seal
 from saefast.errors import InputError
 from saefast.files import read_sealed_json, usable
@@ -239,8 +239,8 @@ class ShardFolder:
             found += [bad for bad in problems if bad]
         return found
 
-    def stats(self, hook: str | None = None) -> Moments:
-        """Moments of the training share of a hook.
+    def stats(self, hook: str | None = None) -> ActivationStats:
+        """Statistics of the training share of a hook.
 
         Raises:
             InputError: the file is missing, or any byte of it is not the one written (files of before there were
@@ -250,11 +250,11 @@ class ShardFolder:
         verify_seal(path, set())
         tensors = {key: map_tensor(path, entry) for key, entry in read_header(path).items()}
         try:
-            found = Moments.from_tensors(name, tensors)
+            found = ActivationStats.from_tensors(name, tensors)
         except (KeyError, ValueError, RuntimeError) as problem:
             raise InputError(f"{path} lacks {problem}: run the harvest again to rebuild it") from None
         if found.sum.shape != (self.d(name),):
-            raise InputError(f"{path}: moments of width {tuple(found.sum.shape)}, the rows have {self.d(name)}")
+            raise InputError(f"{path}: statistics of width {tuple(found.sum.shape)}, the rows have {self.d(name)}")
         return found
 
     @property

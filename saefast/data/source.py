@@ -1,4 +1,4 @@
-"""Where training draws its batches from: one interface over shard folders, files, arrays and iterables."""
+"""Source, where training draws its batches from: one interface over shard folders, files, arrays and iterables."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saefast.data import buffer
-from saefast.data.buffer import LiveBuffer
+from saefast.data import live_buffer
 from saefast.data.iterable_source import HELDOUT_ROWS
+from saefast.data.live_buffer import LiveBuffer
 from saefast.data.source import Device, Source
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
@@ -71,7 +71,7 @@ class Shared:
         """The reader draws no more: nothing is kept for it, and after the last one the model is let go of."""
         self._left.add(reader)
         # Another reader may be in the middle of a pass, or hang there: it tidies up when it leaves itself.
-        if self._lock.acquire(timeout=buffer.IDLE):
+        if self._lock.acquire(timeout=live_buffer.IDLE):
             try:
                 self._forget()
                 if len(self._left) == len(self._next):

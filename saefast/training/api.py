@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.origin import describe_data
+from saefast.data.opening import HELDOUT, open_source
+from saefast.data.provenance import describe_data
 from saefast.data.source import Source
-from saefast.data.sources import HELDOUT, open_source
 from saefast.engines.config import TrainConfig
 from saefast.engines.engine import Engine
 from saefast.errors import InputError
@@ -62,7 +62,7 @@ def train(
 
     Args:
         batches: a shard folder, a .npy, .pt or .safetensors file, an array, an iterable of (B, d_in) tensors, a
-            function that returns one, or a `Source`. See `saefast.data.sources.open_source`. A Source that is passed
+            function that returns one, or a `Source`. See `saefast.data.opening.open_source`. A Source that is passed
             in stays open: close() it.
         sae_config: what to train.
         train_config: how; the defaults are the preset "saefast". n_tokens = None is one pass over the data.

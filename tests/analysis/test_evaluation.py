@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from saefast.analysis import evaluation as evaluate_module
 from saefast.analysis.evaluation import evaluate, evaluate_run
 from saefast.cli.eval import table
-from saefast.data.origin import describe_data
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
+from saefast.data.provenance import describe_data
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.harvest.to_disk import HarvestConfig, harvest

@@ -24,8 +24,8 @@ from saefast.analysis.feature_table import (
 from saefast.analysis.features import LatentStats, PairSums, TopExamples, collect
 from saefast.analysis.plots import draw_curves, draw_density, draw_features
 from saefast.analysis.report import to_html, to_markdown, write_features
-from saefast.data.rows_source import Located, RowsSource
-from saefast.data.sources import open_source
+from saefast.data.mapped_source import Located, MappedSource
+from saefast.data.opening import open_source
 from saefast.errors import InputError
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.metrics.streaming import Sparsity
@@ -183,7 +183,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_table_from_a_harvest(harvested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saefast.analysis.feature_table.MOST_DENSE", 0.5)
     source = open_source(harvested)
-    assert isinstance(source, RowsSource)
+    assert isinstance(source, MappedSource)
     assert source.folder is not None
     sae = SAE(SAEConfig(d_in=16, n_latents=40, k=3), seed=0)
     batches = list(source.located("heldout", 64)) + list(source.located("train", 64))

@@ -31,8 +31,8 @@ from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.harvest import HarvestArgs
 from saefast.cli.train import SAEFlags, TrainArgs
+from saefast.data.opening import open_source
 from saefast.data.shards import ShardFolder
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig, preset
 from saefast.errors import InputError
 from saefast.harvest.live import live_sources

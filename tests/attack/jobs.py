@@ -15,8 +15,8 @@ import tiny_models
 import torch
 import train_job
 
+from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
 from saefast.harvest.live import live_sources
 from saefast.harvest.to_disk import HarvestConfig, harvest

@@ -30,10 +30,10 @@ from torch import Tensor
 from saefast.analysis import evaluation
 from saefast.cli import main as cli
 from saefast.data import shard_writer
+from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.harvest.text import open_text

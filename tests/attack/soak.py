@@ -16,7 +16,7 @@ from attack import outcome, readers
 from attack.summary import Row
 
 from saefast.analysis.evaluation import evaluate
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.engines.config import TrainConfig
 from saefast.harvest.live import live_sources
 from saefast.models.config import SAEConfig

@@ -123,7 +123,7 @@ def test_train_straight_from_a_model(run: Run, model: Path) -> None:
 def test_a_live_run_is_evaluated_and_looked_into_without_naming_its_data(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saefast.harvest.again.TOKENS", 700)
+    monkeypatch.setattr("saefast.harvest.reharvest.TOKENS", 700)
     texts = ["--text", model / "one.jsonl", model / "two.jsonl"]
     argv = ["train", "--live", "--model", model, *texts, "--hook", "layers.1", "--out", "live", *SMALL]
     assert run(*argv, "--n-tokens", "1000")[0] == 0

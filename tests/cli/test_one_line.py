@@ -17,10 +17,10 @@ import saefast
 from saefast import placement
 from saefast.cli.main import main
 from saefast.data import shardfile
-from saefast.data.origin import describe_data
+from saefast.data.opening import open_source
+from saefast.data.provenance import describe_data
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ShardFolder
-from saefast.data.sources import open_source
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.files import read_json, usable, write_sealed_json

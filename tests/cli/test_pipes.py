@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saefast
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.errors import InputError
 from saefast.training.run_folder import read_config
 

@@ -14,10 +14,12 @@ from folders import D, N, rows_of, write_folder
 from hanging import HANG, wait_until
 
 from saefast import extension
-from saefast.data.ahead import copied_ahead
-from saefast.data.buffer import LAG, PREFETCH, LiveBuffer, Reservoir, ShardBuffer
+from saefast.data.copy_ahead import copied_ahead
 from saefast.data.iterable_source import IterableSource
-from saefast.data.sources import open_source
+from saefast.data.live_buffer import LiveBuffer
+from saefast.data.opening import open_source
+from saefast.data.reservoir import LAG, PREFETCH, Reservoir
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.errors import InputError
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="needs the C++ extension")
@@ -287,8 +289,8 @@ def child(code, folder, **options):
 
 PRELUDE = """
 import os, sys, time
-from saefast.data.buffer import ShardBuffer
-from saefast.data.sources import open_source
+from saefast.data.shard_buffer import ShardBuffer
+from saefast.data.opening import open_source
 from saefast.errors import InputError
 """
 OPEN = """
@@ -338,7 +340,7 @@ def test_ctrl_c_ends_a_waiting_draw(folder):
     process = child(
         f"""
         import os, signal, threading
-        from saefast.data.buffer import LiveBuffer
+        from saefast.data.live_buffer import LiveBuffer
         from saefast.data.iterable_source import IterableSource
         import torch
         class Stuck:

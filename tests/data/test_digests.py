@@ -160,13 +160,13 @@ def written(folder: Path) -> ShardFolder:
     return ShardFolder(folder)
 
 
-def test_a_flipped_bit_anywhere_in_the_moments_is_noticed(tmp_path: Path) -> None:
+def test_a_flipped_bit_anywhere_in_the_stats_is_noticed(tmp_path: Path) -> None:
     folder, file = written(tmp_path), tmp_path / "stats.safetensors"
     assert unnoticed(file, range(file.stat().st_size), folder.stats) == []
     assert folder.stats().count == 30
 
 
-def test_damaged_moments_are_counted_anew_by_the_next_writer(tmp_path: Path) -> None:
+def test_damaged_stats_are_counted_anew_by_the_next_writer(tmp_path: Path) -> None:
     folder, file = written(tmp_path), tmp_path / "stats.safetensors"
     before = file.read_bytes()
     flip(file, before, len(before) - 3, 2)
@@ -176,7 +176,7 @@ def test_damaged_moments_are_counted_anew_by_the_next_writer(tmp_path: Path) -> 
     assert folder.stats().count == 30
 
 
-def test_moments_from_before_there_were_digests_are_read(tmp_path: Path) -> None:
+def test_stats_from_before_there_were_digests_are_read(tmp_path: Path) -> None:
     folder, file = written(tmp_path), tmp_path / "stats.safetensors"
     save_file(load_file(file), file)
     assert folder.stats().count == 30

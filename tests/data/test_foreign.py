@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from saefast.data.foreign import read_foreign
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.errors import InputError
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from saefast.data import shard_writer
-from saefast.data.moments import Moments
+from saefast.data.activation_stats import ActivationStats
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shardfile import BLOCK, Column, digest_file, map_tensor, read_header, write_file
 from saefast.data.shards import ShardFolder, dequantise, quantise
@@ -156,16 +156,16 @@ def test_stats_are_those_of_the_stored_training_rows(tmp_path, dtype):
             (stats.mean, x.mean(0)),
             (stats.sum_sq_norm, x.square().sum()),
             (stats.sum_norm, x.norm(dim=1).sum()),
-            (stats.second, x.T @ x),
+            (stats.products, x.T @ x),
         ):
             assert torch.allclose(seen, exact, rtol=1e-6, atol=1e-4)
         assert stats.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-6)
 
 
-def test_second_moments_only_where_they_are_cheap():
-    assert Moments.empty(768).second is not None
-    assert Moments.empty(769).second is None
-    assert Moments.empty(5, second=False).second is None
+def test_products_only_where_they_are_cheap():
+    assert ActivationStats.empty(768).products is not None
+    assert ActivationStats.empty(769).products is None
+    assert ActivationStats.empty(5, products=False).products is None
 
 
 def test_going_on_after_a_stop_gives_the_folder_of_one_go(tmp_path):
@@ -195,7 +195,7 @@ def test_a_kill_at_any_step_of_a_commit_leaves_the_commit_before(tmp_path, monke
     with ShardWriter(tmp_path, HOOKS, rows_per_shard=80) as writer:
         fill(writer, range(12))
         index = (tmp_path / "index.json").read_bytes()
-        moments = load_file(tmp_path / "stats.safetensors")
+        stats = load_file(tmp_path / "stats.safetensors")
         fill(writer, range(12, 16))
         renames = iter(range(100))
         replace = os.replace
@@ -216,9 +216,9 @@ def test_a_kill_at_any_step_of_a_commit_leaves_the_commit_before(tmp_path, monke
         again = writer.cursor["next"]
         assert not list(tmp_path.rglob("*.tmp"))
         writer.commit(writer.cursor)
-        # Moments that were renamed before the index are counted anew.
+        # Statistics that were renamed before the index are counted anew.
         recounted = load_file(tmp_path / "stats.safetensors")
-        assert all(torch.allclose(recounted[key], moments[key], rtol=1e-12) for key in moments)
+        assert all(torch.allclose(recounted[key], stats[key], rtol=1e-12) for key in stats)
         fill(writer, range(again, 25))
         writer.commit({"next": 25}, complete=True)
     folder = ShardFolder(tmp_path)

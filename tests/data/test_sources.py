@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from saefast.data import order as order_module
-from saefast.data.buffer import ShardBuffer
+from saefast.data import permutation
 from saefast.data.iterable_source import IterableSource
-from saefast.data.order import Order
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
+from saefast.data.opening import open_source
+from saefast.data.permutation import Permutation
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.sources import first_bad_row, open_source
+from saefast.data.source import first_bad_row
 from saefast.errors import InputError
 
 
@@ -50,24 +51,24 @@ def shard_folder(path, train=(40, 25), held=(7, 3), hooks=("a", "b"), dtype="flo
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63), epoch=st.integers(0, 9), big=st.booleans())
 def test_order_is_a_permutation_readable_from_any_place(n, seed, epoch, big):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(order_module, "SORTED_UP_TO", 0 if big else 1 << 20)
-        rows = Order(n, seed).rows(epoch, 0, n)
+        patch.setattr(permutation, "SORTED_UP_TO", 0 if big else 1 << 20)
+        rows = Permutation(n, seed).rows(epoch, 0, n)
         assert sorted(rows.tolist()) == list(range(n))
         cut = n // 3
-        assert np.array_equal(Order(n, seed).rows(epoch, cut, n), rows[cut:])
+        assert np.array_equal(Permutation(n, seed).rows(epoch, cut, n), rows[cut:])
 
 
 @pytest.mark.parametrize("sorted_up_to", [0, 1 << 20])
 def test_orders_of_epochs_and_seeds_look_random(monkeypatch, sorted_up_to):
     """First entries over many keys are uniform (chi-square), and no order resembles the next or the identity."""
-    monkeypatch.setattr(order_module, "SORTED_UP_TO", sorted_up_to)
+    monkeypatch.setattr(permutation, "SORTED_UP_TO", sorted_up_to)
     n, keys = 10, 4000
-    firsts = [int(Order(n, seed).rows(epoch, 0, 1)[0]) for seed in range(keys // 2) for epoch in range(2)]
+    firsts = [int(Permutation(n, seed).rows(epoch, 0, 1)[0]) for seed in range(keys // 2) for epoch in range(2)]
     counts = np.bincount(firsts, minlength=n)
     # chi-square with 9 degrees of freedom exceeds 27.9 once in a thousand.
     assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 27.9
     n = 3000
-    orders = [Order(n, seed).rows(epoch, 0, n) for seed, epoch in ((0, 0), (0, 1), (1, 0))] + [np.arange(n)]
+    orders = [Permutation(n, seed).rows(epoch, 0, n) for seed, epoch in ((0, 0), (0, 1), (1, 0))] + [np.arange(n)]
     for one, other in itertools.combinations(orders, 2):
         assert abs(np.corrcoef(one, other)[0, 1]) < 4.5 / np.sqrt(n)
     # Neighbours in an order are as far apart as chance has it: n / 3 on average.
@@ -76,8 +77,8 @@ def test_orders_of_epochs_and_seeds_look_random(monkeypatch, sorted_up_to):
 
 def test_order_is_pinned():
     """A resumed run needs the order of its first half: this one may never change."""
-    assert Order(10, 7).rows(2, 0, 10).tolist() == ORDER_SORTED
-    assert Order(1 << 21, 7).rows(2, 0, 4).tolist() == ORDER_FEISTEL
+    assert Permutation(10, 7).rows(2, 0, 10).tolist() == ORDER_SORTED
+    assert Permutation(1 << 21, 7).rows(2, 0, 4).tolist() == ORDER_FEISTEL
 
 
 ORDER_SORTED = [7, 6, 1, 5, 3, 4, 0, 8, 2, 9]
@@ -498,7 +499,7 @@ def test_a_source_passes_through():
 
 def test_shard_folders_are_buffered_where_there_is_a_gpu_to_feed(tmp_path, monkeypatch):
     folder = shard_folder(tmp_path / "acts")
-    assert isinstance(open_source(folder, hook="a"), RowsSource)
+    assert isinstance(open_source(folder, hook="a"), MappedSource)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert isinstance(open_source(folder, hook="a"), ShardBuffer)
-    assert isinstance(open_source(folder, hook="a", shuffle="mapped"), RowsSource)
+    assert isinstance(open_source(folder, hook="a", shuffle="mapped"), MappedSource)

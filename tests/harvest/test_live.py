@@ -4,14 +4,14 @@ import pytest
 import tiny_models
 import torch
 
-from saefast.data.origin import recorded_data
+from saefast.data.opening import open_source
+from saefast.data.provenance import recorded_data
 from saefast.data.shards import ShardFolder
-from saefast.data.sources import open_source
 from saefast.errors import InputError
-from saefast.harvest import again, live, sequences
-from saefast.harvest.again import describe_live
+from saefast.harvest import live, reharvest, sequences
 from saefast.harvest.lanes import lanes_for
 from saefast.harvest.live import live_sources
+from saefast.harvest.reharvest import describe_live
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import HarvestConfig, harvest
 
@@ -124,10 +124,10 @@ def test_rows_harvested_again_are_those_that_live_training_held_out(tmp_path, mo
     live_held = {row.numpy().tobytes() for part in source.heldout(100) for row in part}
 
     kept = recorded_data(describe_live(config, names, "layers.1"), tmp_path)
-    monkeypatch.setattr(again, "TOKENS", 20_000)
-    assert again.what_is_missing(tmp_path, kept) is not None
-    again.harvest_again(tmp_path, kept)
-    assert again.what_is_missing(tmp_path, kept) is None
+    monkeypatch.setattr(reharvest, "TOKENS", 20_000)
+    assert reharvest.what_is_missing(tmp_path, kept) is not None
+    reharvest.harvest_again(tmp_path, kept)
+    assert reharvest.what_is_missing(tmp_path, kept) is None
     folder = open_source(tmp_path / kept["path"])
     harvested = {row.numpy().tobytes() for part in folder.heldout(100) for row in part}
     # The first words of a sequence may be those of another; with other documents held out it would be most rows.
@@ -142,7 +142,7 @@ def test_settings_of_another_version_are_named(tmp_path):
     described = describe_live(HarvestConfig(), (), "layers.4")
     described["data"]["live"]["later_setting"] = 1
     with pytest.raises(InputError, match="harvested with later_setting, which this version"):
-        again.harvest_again(tmp_path, recorded_data(described, tmp_path))
+        reharvest.harvest_again(tmp_path, recorded_data(described, tmp_path))
 
 
 def test_held_out_rows_do_not_hang_on_how_far_reading_is_ahead():

@@ -15,9 +15,9 @@ from hanging import HANG
 
 import saefast
 from saefast import SAEConfig, TrainConfig
-from saefast.data import buffer as buffer_module
-from saefast.data.buffer import LiveBuffer
+from saefast.data import live_buffer
 from saefast.data.iterable_source import IterableSource
+from saefast.data.live_buffer import LiveBuffer
 from saefast.data.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -28,8 +28,8 @@ import gc, os, signal, sys, threading, time
 import torch
 import saefast
 from saefast import SAEConfig, TrainConfig
-from saefast.data import buffer as buffer_module
-from saefast.data.buffer import LiveBuffer
+from saefast.data import live_buffer
+from saefast.data.live_buffer import LiveBuffer
 from saefast.data.iterable_source import IterableSource
 
 torch.set_num_threads(1)
@@ -88,7 +88,7 @@ while producers():
     "left behind in a full queue": (
         # Nobody waits for the thread, which is told to stop while the interpreter goes.
         """
-buffer_module.LINGER = 0.0
+live_buffer.LINGER = 0.0
 one = torch.zeros(64, 8)
 def same():
     while True:
@@ -187,7 +187,7 @@ def test_train_closes_what_it_opened_and_leaves_what_it_was_given(monkeypatch: p
 
 
 def test_an_iterable_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(buffer_module, "LINGER", 0.01)
+    monkeypatch.setattr(live_buffer, "LINGER", 0.01)
     released = threading.Event()
 
     def stuck():

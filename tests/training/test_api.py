@@ -15,7 +15,7 @@ import train_job
 from torch import Tensor
 
 import saefast
-from saefast.data.sources import open_source
+from saefast.data.opening import open_source
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig, preset
 from saefast.engines.fused import FusedEngine

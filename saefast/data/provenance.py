@@ -1,11 +1,11 @@
-"""Where a run's rows came from, as its config says it: what `saefast eval` opens again."""
+"""What a run's config says of its data: written when the run begins, read when `saefast eval` opens the data again."""
 
 import os
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from saefast.data.buffer import ShardBuffer
-from saefast.data.rows_source import RowsSource
+from saefast.data.mapped_source import MappedSource
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Source
 from saefast.files import usable
@@ -65,7 +65,7 @@ def describe_data(
     absolute, base = (Path(os.path.realpath(usable(place))) for place in (path, folder))
     place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
-    if isinstance(source, RowsSource | ShardBuffer) and source.folder is not None:
+    if isinstance(source, MappedSource | ShardBuffer) and source.folder is not None:
         metadata[DATA]["shuffle"] = "buffer" if isinstance(source, ShardBuffer) else "mapped"
         metadata |= _shard_facts(source.folder, hook)
     return metadata

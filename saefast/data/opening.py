@@ -9,12 +9,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from saefast.data.arrays import SUFFIXES, Segment, from_array, from_file, from_shard
 from saefast.data.foreign import read_foreign
 from saefast.data.iterable_source import IterableSource
-from saefast.data.rows_source import Located, Rows, RowsSource
+from saefast.data.mapped_source import MappedSource, Rows
+from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
+from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
-from saefast.data.source import Source, first_bad_row
+from saefast.data.source import Source
 from saefast.errors import InputError
 from saefast.extension import available
 from saefast.files import usable
@@ -23,8 +24,6 @@ from saefast.typed import typed
 Shuffle = Literal["auto", "buffer", "mapped"]
 # The share of a file's rows that is held out.
 HELDOUT = 0.05
-
-__all__ = ["IterableSource", "Located", "RowsSource", "Source", "first_bad_row", "open_source"]
 
 
 @typed
@@ -61,9 +60,7 @@ def open_source(
     if not 0 <= heldout < 1:
         raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
     source = _open(data, heldout, hook, key, skip_bad_shards, verify)
-    if isinstance(source, RowsSource) and source.folder is not None and _streams(source, shuffle):
-        from saefast.data.buffer import ShardBuffer
-
+    if isinstance(source, MappedSource) and source.folder is not None and _streams(source, shuffle):
         source = ShardBuffer(source)
     if d_in is not None and source.d_in != d_in:
         raise InputError(f"{source.source_name} has rows of {source.d_in} columns, expected d_in = {d_in}")
@@ -79,7 +76,7 @@ def has_hooks(data: Any) -> bool:
     return (path / "index.json").is_file() or any(next(path.glob(pattern), None) for pattern in cached)
 
 
-def _streams(source: RowsSource, shuffle: Shuffle) -> bool:
+def _streams(source: MappedSource, shuffle: Shuffle) -> bool:
     """Whether a shard folder is streamed through a reservoir rather than drawn from at random."""
     if shuffle not in get_args(Shuffle):
         raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(get_args(Shuffle))}")
@@ -139,7 +136,7 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _from_segments(name: str, segments: list[Segment], heldout: float) -> RowsSource:
+def _from_segments(name: str, segments: list[Segment], heldout: float) -> MappedSource:
     d_in = segments[0].rows.shape[1]
     for segment in segments[1:]:
         if segment.rows.shape[1] != d_in:
@@ -148,10 +145,10 @@ def _from_segments(name: str, segments: list[Segment], heldout: float) -> RowsSo
     n = math.ceil(len(rows) * heldout)
     if n >= len(rows):
         raise InputError(f"{name} has {len(rows)} rows: none is left to train on when {n} are held out")
-    return RowsSource(name, *rows.split_tail(n))
+    return MappedSource(name, *rows.split_tail(n))
 
 
-def _from_shards(folder: ShardFolder, hook: str | None) -> RowsSource:
+def _from_shards(folder: ShardFolder, hook: str | None) -> MappedSource:
     name = folder.hook(hook)
     train, held = (
         Rows([from_shard(folder.open(info, name)) for info in folder.shards(split, name)])
@@ -160,4 +157,4 @@ def _from_shards(folder: ShardFolder, hook: str | None) -> RowsSource:
     if not len(train):
         left_out = f" ({len(folder.skipped)} bad shards left out)" if folder.skipped else ""
         raise InputError(f"{folder.path} holds no rows to train on{left_out}: run the harvest again, it goes on")
-    return RowsSource(f"{folder.path} ({name})", train, held, folder, name)
+    return MappedSource(f"{folder.path} ({name})", train, held, folder, name)

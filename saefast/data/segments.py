@@ -1,4 +1,4 @@
-"""Files and arrays of activations as segments: 2-D tensors of rows, mapped where the format allows it."""
+"""Segment, what every file or array of activations becomes: a 2-D tensor of rows, mapped where the format allows it."""
 
 from dataclasses import dataclass
 from pathlib import Path

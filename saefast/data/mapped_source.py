@@ -1,4 +1,4 @@
-"""Rows on disk or in memory, drawn without replacement in an order that a seed fixes."""
+"""MappedSource: rows in mapped files or in memory, drawn from all over them, in an order that a seed fixes."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saefast.data.arrays import Segment
 from saefast.data.gather import RowTable, gather_rows
-from saefast.data.order import Order
+from saefast.data.permutation import Permutation
+from saefast.data.segments import Segment
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Device, Source, check_batch_size, check_state
 from saefast.errors import InputError
@@ -77,7 +77,7 @@ class Rows:
         return Rows(head), Rows(tail)
 
 
-class RowsSource(Source):
+class MappedSource(Source):
     """A source over segments. Held out is what `held` holds; see open_source for which rows that are."""
 
     def __init__(
@@ -101,9 +101,9 @@ class RowsSource(Source):
         if not self._restored:
             self._seed, self._epoch, self._cursor = seed, 0, 0
         self._restored = False
-        return self._draw(batch_size, Order(len(self.train), seed), device, dtype)
+        return self._draw(batch_size, Permutation(len(self.train), seed), device, dtype)
 
-    def _draw(self, batch_size: int, order: Order, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw(self, batch_size: int, order: Permutation, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
         while True:
             parts, missing = [], batch_size
             while missing:

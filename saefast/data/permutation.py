@@ -1,4 +1,4 @@
-"""Shuffled orders that cost no memory worth naming: the same seed gives the same order on every machine, for ever."""
+"""Permutation, a shuffled order of n rows that costs no memory worth naming: one seed, one order on every machine."""
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def _key(*numbers: int) -> int:
     return int(state[0])
 
 
-class Order:
+class Permutation:
     """A permutation of range(n) for every epoch, readable from any place.
 
     Small n: the ranks of splitmix64 keys. Large n: an eight-round Feistel network over the smallest even number of

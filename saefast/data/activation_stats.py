@@ -1,27 +1,27 @@
-"""Running moments of activations in float64: count, sums, norms, and second moments where they are cheap."""
+"""Statistics of activations, summed in float64 as rows come: count, mean, norms, and Σ x xᵀ where that is cheap."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Second moments cost 2·d² flops a row; beyond this width they would slow the harvest down.
-SECOND_MOMENTS_UP_TO = 768
+# Σ x xᵀ costs 2·d² flops a row; beyond this width it would slow the harvest down.
+PRODUCTS_UP_TO = 768
 
 
 @dataclass
-class Moments:
+class ActivationStats:
     """Sums over rows x of width d: count, Σx (d,), Σ‖x‖², Σ‖x‖, and Σ x xᵀ (d, d) or None; all float64."""
 
     count: int
     sum: Tensor
     sum_sq_norm: Tensor
     sum_norm: Tensor
-    second: Tensor | None
+    products: Tensor | None
 
     @classmethod
-    def empty(cls, d: int, second: bool | None = None) -> "Moments":
-        wanted = d <= SECOND_MOMENTS_UP_TO if second is None else second
+    def empty(cls, d: int, products: bool | None = None) -> "ActivationStats":
+        wanted = d <= PRODUCTS_UP_TO if products is None else products
         shapes = ((d,), (), ()) + (((d, d),) if wanted else ())
         total, squares, norms, *matrix = (torch.zeros(shape, dtype=torch.float64, device="cpu") for shape in shapes)
         return cls(0, total, squares, norms, matrix[0] if matrix else None)
@@ -35,8 +35,8 @@ class Moments:
             sq_norms = (x * x).sum(1, dtype=torch.float64)
             self.sum_sq_norm += sq_norms.sum()
             self.sum_norm += sq_norms.sqrt().sum()
-            if self.second is not None:
-                self.second += x.T @ x
+            if self.products is not None:
+                self.products += x.T @ x
 
     @property
     def mean(self) -> Tensor:
@@ -55,12 +55,12 @@ class Moments:
             "sum_norm": self.sum_norm,
             "mean_norm": torch.tensor(self.mean_norm, dtype=torch.float64, device="cpu"),
         }
-        if self.second is not None:
-            out["second"] = self.second
+        if self.products is not None:
+            out["second"] = self.products
         return {f"{prefix}/{name}": tensor for name, tensor in out.items()}
 
     @classmethod
-    def from_tensors(cls, prefix: str, tensors: dict[str, Tensor]) -> "Moments":
+    def from_tensors(cls, prefix: str, tensors: dict[str, Tensor]) -> "ActivationStats":
         """Raises KeyError where `tensors` has none of this prefix."""
         count, total, sq_norm, norm = (
             tensors[f"{prefix}/{name}"] for name in ("count", "sum", "sum_sq_norm", "sum_norm")

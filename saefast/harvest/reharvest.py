@@ -1,10 +1,10 @@
-"""The rows of a run that trained live, which kept none: its model reads its text once more."""
+"""Harvesting anew for a run that trained live and kept no rows: its model reads its text once more."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
-from saefast.data.origin import DATA, Live, Recorded
+from saefast.data.provenance import DATA, Live, Recorded
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestConfig
 from saefast.harvest.text import open_texts

@@ -1,0 +1,182 @@
+"""LiveBuffer: shuffled batches from anything that gives rows as it goes, a running harvest above all."""
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from saefast.data.reservoir import LAG, Reservoir
+from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.errors import InputError
+
+# Seconds that closing a live source waits for the batch that its iterable is making: LINGER at most, while this process
+# works; when it has done nothing for IDLE, the iterable hangs, in a download say, and is left behind.
+LINGER, IDLE = 120.0, 0.5
+
+
+class Producer:
+    """A thread that draws an iterator's batches (n, d) and pushes them into a reservoir, until that is closed.
+
+    It must be stopped before the interpreter ends: Python unwinds a thread that asks for the interpreter later than
+    that, and where the thread comes out of C++ code (this module's, torch's) the process aborts.
+
+    failure: what the iterator raised.
+    """
+
+    def __init__(self, batches: Iterator[Tensor], reservoir: Reservoir, name: str) -> None:
+        self.failure: BaseException | None = None
+        self._batches, self._reservoir, self._name = batches, reservoir, name
+        self._thread = threading.Thread(target=self._run, daemon=True, name="saefast-live")
+        self._thread.start()
+
+    def stop(self) -> bool:
+        """Closes the reservoir and waits for the thread, unless it hangs; whether it has ended."""
+        self._reservoir.close()
+        # Garbage may be collected on any thread: one that makes batches itself could wait for one that waits for it.
+        if not threading.current_thread().name.startswith("saefast-"):
+            self._wait()
+        return not self._thread.is_alive()
+
+    def _wait(self) -> None:
+        end, working = time.monotonic() + LINGER, True
+        while self._thread.is_alive() and working and time.monotonic() < end:
+            before = time.process_time()
+            self._thread.join(IDLE)
+            # Waiting itself takes some microseconds.
+            working = time.process_time() - before > 1e-3
+
+    def _run(self) -> None:
+        try:
+            self._push_all()
+            self._reservoir.finish()
+        except BaseException as error:
+            self.failure = error
+            self._reservoir.finish(f"{self._name}: {type(error).__name__}: {error}")
+
+    def _push_all(self) -> None:
+        for batch in self._batches:
+            while not self._reservoir.closed and not self._reservoir.push(batch.contiguous()):
+                pass
+            if self._reservoir.closed:
+                return
+
+
+class Stream(Protocol):
+    """What LiveBuffer shuffles: an IterableSource, or the part of one that it needs."""
+
+    source_name: str
+    d_in: int
+    n_rows: int | None
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]: ...
+
+    def heldout(
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+class LiveBuffer(Source):
+    """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
+
+    A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by
+    the next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning
+    again and drops what was trained on, so the iterable must give the same rows each time.
+
+    The thread ends with close(), when the buffer is dropped, and before the interpreter's end; each waits for the batch
+    that the iterable is making.
+    """
+
+    def __init__(self, data: Stream, *, reservoir_rows: int = 1 << 16) -> None:
+        self._data, self._reservoir_rows = data, reservoir_rows
+        self.source_name, self.d_in, self.n_rows = data.source_name, data.d_in, data.n_rows
+        self._seed, self._drawn, self._batch_size = 0, 0, 0
+        # Batches that the run to resume had drawn: as told, and those that are being drawn once more.
+        self._skip, self._again = 0, 0
+        self._open: Reservoir | None = None
+        self._producer: Producer | None = None
+        self._end: Any = None  # stops the producer, once, if nobody else does
+
+    def batches(
+        self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        check_batch_size(batch_size)
+        if self._skip and (seed, batch_size) != (self._seed, self._batch_size):
+            raise InputError(
+                f"seed {seed} and batch_size {batch_size}, but the position to resume from was reached with "
+                f"{self._seed} and {self._batch_size}: use those"
+            )
+        self._stop()
+        self._seed, self._batch_size, self._drawn = seed, batch_size, 0
+        rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
+        reservoir = Reservoir(4 * self.d_in, max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size)
+        reservoir.read_queue(seed)
+        self._open, self._producer = reservoir, Producer(rows, reservoir, self.source_name)
+        self._end = weakref.finalize(self, self._producer.stop)
+        self._skip, self._again = 0, self._skip
+        return self._draw(reservoir, self._producer, torch.device(device), dtype)
+
+    def _draw(
+        self, reservoir: Reservoir, producer: Producer, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        self._draw_again(reservoir, producer)
+        while (raw := self._next(reservoir, producer)) is not None:
+            yield raw.view(torch.float32).to(device, dtype, copy=True)
+
+    def _draw_again(self, reservoir: Reservoir, producer: Producer, enough: Callable[[], bool] = lambda: False) -> None:
+        """After a resume: draws and drops what was drawn before, or as much of it as is enough."""
+        while self._drawn < self._again and not enough():
+            if self._next(reservoir, producer) is None:
+                return
+
+    def _next(self, reservoir: Reservoir, producer: Producer) -> Tensor | None:
+        try:
+            raw = reservoir.next()
+        except InputError as error:
+            if producer.failure is None:
+                raise
+            raise producer.failure from error
+        self._drawn += raw is not None
+        return raw
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._identity() | {"seed": self._seed, "batches": self._drawn, "batch_size": self._batch_size}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"kind": "live", "d_in": self.d_in, "reservoir_rows": self._reservoir_rows, "lag": LAG}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(self.source_name, state, self._identity())
+        self._seed, self._skip, self._batch_size = (int(state[k]) for k in ("seed", "batches", "batch_size"))
+
+    @property
+    def rows_drawn(self) -> int:
+        """Rows drawn since the beginning, those before a resume included."""
+        return max(self._drawn, self._again) * self._batch_size
+
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+        return self._data.heldout(batch_size, device, dtype)
+
+    def describe_row(self, i: int) -> str:
+        assert self._open is not None
+        return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
+
+    def close(self) -> None:
+        """Ends the threads and frees the reservoir; the iterator handed out is dead. The held-out rows stay."""
+        if self._stop():
+            self._data.close()
+
+    def _stop(self) -> bool:
+        """Whether nothing draws from the iterable any more."""
+        ended = self._producer is None or self._producer.stop()
+        if self._end is not None:
+            self._end.detach()
+        self._open = self._producer = self._end = None
+        return ended
