@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from saefast.cli.counts import HELP, count, meant
+from saefast.cli.counts import HELP, meant
+from saefast.cli.fields import rules
 from saefast.data.provenance import recorded_data
 from saefast.errors import InputError
 from saefast.harvest.reharvest import TOKENS, what_is_missing
@@ -33,7 +33,7 @@ def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = 
     complaint, said = io.StringIO(), io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     counts: dict[str, None] = {}  # as they were written, in that order
-    given |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": _takes_counts(counts)}
+    given |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": rules(kind, counts)}
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(said):
             args = tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
@@ -56,30 +56,6 @@ def _refuse_empty(argv: Sequence[str]) -> None:
             raise InputError(f"{flag} is empty: give it a value, or leave it out")
 
 
-def _takes_counts(written: dict[str, None]) -> ConstructorRegistry:
-    """tyro's rules, with every int read by `count`; what was given is noted in `written`."""
-
-    def read(words: list[str]) -> int:
-        value = count(words[0])
-        written[words[0]] = None
-        return value
-
-    def rule(asked: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
-        if asked.type is not int:
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="INT",
-            instance_from_str=read,
-            is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    registry = ConstructorRegistry()
-    registry.primitive_rule(rule)
-    return registry
-
-
 def _readable(page: str) -> str:
     """tyro's help without the {None}| that it puts before every value that may be left out."""
     usage, _, rest = page.partition("\n")
@@ -94,10 +70,10 @@ def _one_line(complaint: str, command: str) -> str:
     body = plain.partition("\n")[2]
     parts = [text for part in re.split(r"[─━-]{8,}", body) if (text := " ".join(part.split()))] or ["bad arguments"]
     message = parts[0].rstrip(".")
-    message = re.sub(r"^Error parsing (?:sae: |train: )?", "", message)
+    message = re.sub(r"^Error parsing (?:[a-z_]+: )?", "", message)
     message = re.sub(r"^Missing from .*?: ", "missing: ", message)
     # A value that may be left out is a union to tyro, and it reports on each of the types.
-    message = re.sub(r"no type matching {None}\|INT could be .*- <class 'int'>: ", "", message)
+    message = re.sub(r"no type matching {None}\|INT\S* could be .*- (?:<class|tuple).*?: ", "", message)
     message = re.sub(
         r"no type matching (?:{None}\|)?(\S+) could be .*? from \[(.*?)\]\. Got.*", r"\2 is no \1", message
     )

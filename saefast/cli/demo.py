@@ -4,6 +4,7 @@ import importlib.util
 import shlex
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from saefast.analysis.evaluation import EVAL, Evaluation, evaluate_run
@@ -12,10 +13,12 @@ from saefast.cli.args import parse
 from saefast.cli.eval import table
 from saefast.cli.features import FeaturesArgs, run_features
 from saefast.cli.harvest import HarvestArgs, describe, run_harvest
-from saefast.cli.train import ACTIVATIONS, SAEFlags, TrainArgs, run_train
+from saefast.cli.train import ACTIVATIONS, TrainArgs, run_train
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.files import usable
+from saefast.harvest.harvester import HarvestConfig
+from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG
 from saefast.training.progress import read_metrics
 from saefast.training.run_folder import check_ours
@@ -84,7 +87,8 @@ def main(argv: list[str]) -> int:
 def _all(args: DemoArgs) -> Evaluation:
     _check(args)
     print("1/4  harvest: MiniLM-L6 layer 4 reads the docstrings of Python's standard library", flush=True)
-    print(f"     {describe(run_harvest(HarvestArgs(out=args.out / ACTIVATIONS, max_tokens=args.max_tokens)))}")
+    asked = HarvestArgs(args.out / ACTIVATIONS, settings=HarvestConfig(max_tokens=args.max_tokens))
+    print(f"     {describe(run_harvest(asked))}")
     print(f"2/4  train: {args.n_latents:,} latents, k = {args.k}, {args.n_tokens:,} tokens", flush=True)
     _train(args)
     print("3/4  evaluate on held-out tokens", flush=True)
@@ -99,7 +103,7 @@ def _all(args: DemoArgs) -> Evaluation:
 
 def _check(args: DemoArgs) -> None:
     """Raises InputError for what would be refused after the harvest, of minutes."""
-    SAEFlags(n_latents=args.n_latents, k=args.k).config(WIDTH, {})
+    SAEConfig(d_in=WIDTH, n_latents=args.n_latents, k=args.k)
     recipe(args.n_tokens)
     check_ours(usable(args.out))
 
@@ -114,7 +118,8 @@ def _train(args: DemoArgs) -> None:
             data=str(args.out / ACTIVATIONS),
             out=args.out,
             resume=there,
-            sae=SAEFlags(n_latents=args.n_latents, k=args.k),
+            n_latents=args.n_latents,
+            sae=partial(SAEConfig, k=args.k),
             train=recipe(args.n_tokens),
         )
     )

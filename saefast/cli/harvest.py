@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
+
+import tyro
 
 from saefast.cli.args import parse, watched
 from saefast.harvest.harvester import HarvestConfig
-from saefast.harvest.language_models import DEFAULT_MODEL
 from saefast.harvest.text import Text, open_texts
 from saefast.harvest.to_disk import HarvestReport, harvest
 
@@ -23,38 +24,13 @@ class HarvestArgs:
 
     out: Path
     """folder for the activations"""
-    model: str = DEFAULT_MODEL
-    """Hugging Face name or folder"""
     text: tuple[str, ...] = ()
     """files, folders, or one `datasets` name (owner/name[:config[:split]])"""
-    hook: tuple[str, ...] = ("layers.4",)
+    hooks: Annotated[tuple[str, ...], tyro.conf.arg(name="hook")] = HarvestConfig.hooks
     """modules to listen to: layers.4, model.layers.12.mlp, blocks.4.hook_resid_post ..."""
-    max_tokens: int | None = None
-    """stop after this many tokens; a later call with more goes on"""
-    ctx_len: int | None = None
-    """tokens per sequence; default 128 for the default model, else 512 or what the model can"""
-    dtype: Literal["bfloat16", "float16", "float32", "int8"] = "bfloat16"
-    """of the stored activations"""
-    forward: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """dtype the model runs in; auto is bfloat16 where the processor is fast at it"""
-    heldout: float = 0.05
-    """share of the documents that is kept for evaluation"""
-    text_column: str = "text"
-    """field of a dataset or .jsonl file that holds the text"""
-    revision: str | None = None
-    """of the model"""
-    keep_special_tokens: bool = False
-    """keep the activations of beginning, end and other special tokens"""
-    max_norm_multiple: float | None = None
-    """drop rows whose norm exceeds this many times the median (attention sinks)"""
-    prepend_bos: bool | None = None
-    """begin sequences with BOS; default as the tokenizer does"""
-    seed: int = 0
-    """of the held-out choice and of the order of rows"""
-    batch_tokens: int = 8192
-    """tokens per forward pass"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the GPU if there is one"""
+    settings: HarvestConfig = field(default_factory=HarvestConfig)
+    """A folder begun with other values is refused; --max-tokens, --batch-tokens, --commit-seconds and --device may
+    change."""
 
 
 def main(argv: list[str]) -> int:
@@ -80,11 +56,10 @@ def run_harvest(args: HarvestArgs) -> HarvestReport:
 
 def harvest_config(args: HarvestArgs) -> tuple[HarvestConfig, Text | None]:
     """The harvest's settings, and its text where that is more than one name."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    values = {name: value for name, value in values.items() if name not in ("out", "text", "hook")}
-    config = HarvestConfig(hooks=args.hook, text=args.text[0] if len(args.text) == 1 else None, **values)
-    text = open_texts(args.text, args.text_column, args.seed) if len(args.text) > 1 else None
-    return config, text
+    text = args.text[0] if len(args.text) == 1 else None
+    config = dataclasses.replace(args.settings, hooks=args.hooks, text=text)
+    texts = open_texts(args.text, config.text_column, config.seed) if len(args.text) > 1 else None
+    return config, texts
 
 
 def describe(report: HarvestReport) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 import shlex
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,11 +16,10 @@ from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
 from saefast.data.provenance import describe_data, recorded_data
 from saefast.data.shard_buffer import ShardBuffer
-from saefast.data.source import Source
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.errors import InputError
+from saefast.harvest.harvester import HarvestConfig
 from saefast.models.config import SAEConfig
-from saefast.models.init import Init
 from saefast.models.sae import CONFIG, SAE
 from saefast.training.api import Stopped, count_steps, train
 from saefast.training.run_folder import read_config
@@ -29,40 +29,6 @@ ACTIVATIONS = "activations"
 # Latents per input dimension where none are asked for.
 EXPANSION = 16
 _WIDEST = 1 << 16
-
-
-@dataclass
-class SAEFlags:
-    """What the SAE is."""
-
-    n_latents: int | None = None
-    """dictionary size; default 16 times the width of the data"""
-    k: int = 32
-    """latents active per token"""
-    d_in: int | None = None
-    """width that the rows must have; default whatever they have"""
-    activation: Literal["topk"] = "topk"
-    """which latents are active (Gao et al. 2024, arXiv 2406.04093)"""
-    apply_b_dec_to_input: bool = True
-    """encode x - b_dec rather than x"""
-    unit_norm_decoder: bool = True
-    """training keeps decoder rows at unit norm"""
-    rescale_acts_by_decoder_norm: bool = False
-    """measure activations in units of the decoder row's norm (SAELens)"""
-    init: Init = "tied"
-    """how weights begin"""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """of the weights"""
-
-    @classmethod
-    def of(cls, config: SAEConfig, sized: bool) -> "SAEFlags":
-        """The flags of a config; without its sizes where it only stands for a recipe."""
-        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
-        return cls(**values) if sized else cls(**values | {"n_latents": None, "k": cls.k, "d_in": None})
-
-    def config(self, d_in: int, metadata: dict[str, Any]) -> SAEConfig:
-        values = dataclasses.asdict(self) | {"d_in": d_in, "n_latents": self.n_latents or EXPANSION * d_in}
-        return SAEConfig(metadata=metadata, **values)
 
 
 @dataclass
@@ -104,8 +70,24 @@ class TrainArgs:
     """share of the rows of a file that is held out (a harvest has chosen its own)"""
     keep_checkpoints: int = 2
     """newest checkpoints to keep"""
-    sae: SAEFlags = field(default_factory=SAEFlags)
+    n_latents: int | None = None
+    """dictionary size; default 16 times the width of the data"""
+    d_in: int | None = None
+    """width that the rows must have; default whatever they have"""
+    sae: partial[SAEConfig] = field(default_factory=lambda: partial(SAEConfig))
+    """What the SAE is."""
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def sae_config(self, d_in: int, metadata: dict[str, Any]) -> SAEConfig:
+        """For rows of this width. Raises InputError for what no SAE can be."""
+        n_latents = EXPANSION * d_in if self.n_latents is None else self.n_latents
+        return self.sae(d_in=d_in, n_latents=n_latents, metadata=metadata)
+
+    def folders(self) -> dict[str | None, Path]:
+        """Where each SAE goes, by its hook; None is the only one that the data has."""
+        if self.hooks is None:
+            return {self.hook: self.out}
+        return {name: self.out / name for name in self.hooks.split(",")}
 
 
 def main(argv: list[str]) -> int:
@@ -119,13 +101,19 @@ def main(argv: list[str]) -> int:
 def defaults(argv: list[str]) -> TrainArgs:
     """What a command line starts from: the settings of --config, of the run to resume, or of the preset."""
     config, out = peek(argv, "config"), Path(peek(argv, "out") or TrainArgs.out)
-    if config is None and "--resume" in argv and (out / "config.json").is_file():
+    if config is None and "--resume" in argv and (out / CONFIG).is_file():
         config = str(out)
     if config is not None:
-        sae_config, train_config = read_config(config)
-        return TrainArgs(sae=SAEFlags.of(sae_config, sized=True), train=train_config)
-    sae_config, train_config = preset(peek(argv, "preset") or "saefast", d_in=1, n_latents=1, k=1)
-    return TrainArgs(sae=SAEFlags.of(sae_config, sized=False), train=train_config)
+        sae, train = read_config(config)
+        return TrainArgs(n_latents=sae.n_latents, d_in=sae.d_in, sae=_unsized(sae), train=train)
+    sae, train = preset(peek(argv, "preset") or "saefast", d_in=_WIDEST, n_latents=EXPANSION * _WIDEST)
+    return TrainArgs(sae=_unsized(sae), train=train)
+
+
+def _unsized(config: SAEConfig) -> partial[SAEConfig]:
+    """All of it but what the data decides."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return partial(SAEConfig, **{name: values[name] for name in values.keys() - {"d_in", "n_latents", "metadata"}})
 
 
 def run_train(args: TrainArgs) -> dict[Path, SAE]:
@@ -135,125 +123,103 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         InputError: anything a user can put right.
         KeyboardInterrupt: Ctrl-C; its text says how to go on.
     """
-    names = [] if args.hooks is None else args.hooks.split(",")
     if args.hooks is not None:
-        check_names(names)
+        check_names(args.hooks.split(","))
         if args.hook is not None:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
-    args = _as_recorded(args, names)
+    args = _as_recorded(args)
     # Before a model is loaded and an hour harvested: what no SAE of the widest rows could have.
-    args.sae.config(args.sae.d_in or _WIDEST, {})
-    members = _live_members(args, names) if args.live else _members(args, names)
+    args.sae_config(_WIDEST if args.d_in is None else args.d_in, {})
+    members = _live_members(args) if args.live else _members(args)
     try:
-        return _trained(args, names, members)
+        return _trained(args, members)
     finally:
         for member in members.values():
             member.batches.close()
 
 
-def _trained(args: TrainArgs, names: list[str], members: dict[str, Member]) -> dict[Path, SAE]:
+def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
+    shown = watched()
+    options: dict[str, Any] = dict(resume=args.resume, keep_checkpoints=args.keep_checkpoints, progress=shown)
     try:
-        if names:
-            saes = train_many(
-                members, args.out, resume=args.resume, keep_checkpoints=args.keep_checkpoints, progress=watched()
-            )
-            return {args.out / name: sae for name, sae in saes.items()}
-        return {args.out: _train_one(args, next(iter(members.values())))}
+        if args.hooks is not None:
+            return {args.out / name: sae for name, sae in train_many(members, args.out, **options).items()}
+        (member,) = members.values()
+        lines = None if shown else LogLines(count_steps(member.batches, args.train))
+        return {args.out: train(*member, args.out, on_log=lines, **options)}
     except Stopped as stop:
-        again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if names else [])]
+        again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if args.hooks else [])]
         go_on = f"saefast train {' '.join(again)}"
         raise KeyboardInterrupt(f"stopped at step {stop.step} and saved; go on with: {go_on}") from None
 
 
-def _train_one(args: TrainArgs, member: Member) -> SAE:
-    shown = watched()
-    return train(
-        *member,
-        args.out,
-        resume=args.resume,
-        keep_checkpoints=args.keep_checkpoints,
-        progress=shown,
-        on_log=None if shown else LogLines(count_steps(member.batches, args.train)),
-    )
-
-
-def _members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
+def _members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, off data on disk."""
-    path, hook, key, heldout = _data(args, names)
-    members, trained = {}, set()
-    wanted: list[str | None] = [*names] or [hook]
-    for name in wanted:
-        folder = args.out / name if names and name else args.out
+    path, members = _data(args), {}
+    trained = set()
+    for hook, folder in args.folders().items():
         source = open_source(
             path,
-            heldout=heldout,
-            hook=name,
-            key=key,
-            d_in=args.sae.d_in,
+            heldout=args.heldout,
+            hook=hook,
+            key=args.key,
+            d_in=args.d_in,
             skip_bad_shards=args.skip_bad_shards,
             shuffle=_shuffle(args, folder),
         )
-        _report_skipped(source)
+        for bad in source.folder.skipped if isinstance(source, MappedSource | ShardBuffer) and source.folder else []:
+            print(f"saefast: skipped: {bad.reason}", file=sys.stderr)
         if source.source_name in trained:
             raise InputError(f"--hooks {args.hooks}: two of them are {source.source_name}; name each once")
         trained.add(source.source_name)
-        metadata = describe_data(path, folder, source, hook=name, key=key, heldout=heldout)
-        members[name or ""] = Member(source, args.sae.config(source.d_in, metadata), args.train)
+        metadata = describe_data(path, folder, source, hook=hook, key=args.key, heldout=args.heldout)
+        members[hook or ""] = Member(source, args.sae_config(source.d_in, metadata), args.train)
     return members
 
 
-def _live_members(args: TrainArgs, names: list[str]) -> dict[str, Member]:
+def _live_members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, off a model that is running."""
     from saefast.harvest.live import live_sources
     from saefast.harvest.reharvest import describe_live
 
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
-    asked = _harvest_args(args, names)
-    config, text = harvest_config(asked)
-    sources = live_sources(config, text=text)
+    config, text = harvest_config(_harvest_args(args))
     return {
-        name: Member(source, args.sae.config(source.d_in, describe_live(config, asked.text, name)), args.train)
-        for name, source in sources.items()
+        hook: Member(source, args.sae_config(source.d_in, describe_live(config, args.text, hook)), args.train)
+        for hook, source in live_sources(config, text=text).items()
     }
 
 
-def _as_recorded(args: TrainArgs, names: list[str]) -> TrainArgs:
-    """The arguments of a resume that names no data, with the run's own where it trained live."""
-    run = args.out / names[0] if names else args.out
-    if not args.resume or args.live or args.data or args.model or args.text or not (run / CONFIG).is_file():
+def _as_recorded(args: TrainArgs) -> TrainArgs:
+    """The arguments of a resume that names no data, with the run's own."""
+    if not args.resume or args.live or args.data or args.model or args.text:
         return args
+    run = next(iter(args.folders().values()))
     kept = recorded_data(read_config(run)[0].metadata, run)
-    if kept is None or "live" not in kept:
-        return args
-    live, hook = kept["live"], None if names else kept.get("hook")
-    return dataclasses.replace(
-        args, live=True, model=live["model"], text=tuple(live["text"]), heldout=live["heldout"], hook=hook
-    )
+    if kept is None:
+        raise InputError(f"{run} does not say what data it was trained on: name it")
+    hook = None if args.hooks else kept.get("hook")
+    if live := kept.get("live"):
+        named: dict[str, Any] = dict(live=True, model=live["model"], text=tuple(live["text"]), heldout=live["heldout"])
+    else:
+        named = dict(data=str(run / kept["path"]), key=kept.get("key"), heldout=kept.get("heldout", args.heldout))
+    return dataclasses.replace(args, hook=hook, **named)
 
 
-def _report_skipped(source: Source) -> None:
-    for bad in source.folder.skipped if isinstance(source, MappedSource | ShardBuffer) and source.folder else []:
-        print(f"saefast: skipped: {bad.reason}", file=sys.stderr)
-
-
-def _data(args: TrainArgs, names: list[str]) -> tuple[Path, str | None, str | None, float]:
-    """What to train on: a path and open_source's arguments. Harvests first where a model or text is given."""
+def _data(args: TrainArgs) -> Path:
+    """What to train on. Harvests first where a model or text is given."""
     if args.model is not None or args.text:
         if args.data is not None:
             raise InputError(f"DATA {args.data!r} and --model or --text are given: expected one or the other")
         if args.key is not None:
             raise InputError(f"--key {args.key} picks a tensor of a file, and --model or --text is given: leave it out")
-        return _harvested(args, names), args.hook, None, args.heldout
-    if args.data is not None:
-        return Path(args.data), args.hook, args.key, args.heldout
-    if not args.resume:
+        asked = _harvest_args(args)
+        print(describe(run_harvest(asked)))
+        return asked.out
+    if args.data is None:
         raise InputError("no data: name a folder or file of activations, or --model and --text to harvest from")
-    run = args.out / names[0] if names else args.out
-    kept = recorded_data(read_config(run)[0].metadata, run)
-    if kept is None:
-        raise InputError(f"{run} does not say what data it was trained on: name it")
-    return run / kept["path"], kept.get("hook"), kept.get("key"), kept.get("heldout", args.heldout)
+    return Path(args.data)
 
 
 def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
@@ -264,16 +230,8 @@ def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
     return args.shuffle if kept is None else kept.get("shuffle", args.shuffle)
 
 
-def _harvested(args: TrainArgs, names: list[str]) -> Path:
-    asked = _harvest_args(args, names)
-    print(describe(run_harvest(asked)))
-    return asked.out
-
-
-def _harvest_args(args: TrainArgs, names: list[str]) -> HarvestArgs:
-    asked = HarvestArgs(out=args.out / ACTIVATIONS, text=args.text, heldout=args.heldout)
-    if args.model is not None:
-        asked.model = args.model
-    if names or args.hook is not None:
-        asked.hook = tuple(names) or (str(args.hook),)
-    return asked
+def _harvest_args(args: TrainArgs) -> HarvestArgs:
+    model = HarvestConfig.model if args.model is None else args.model
+    hooks = tuple(hook for hook in args.folders() if hook is not None) or HarvestConfig.hooks
+    settings = HarvestConfig(model=model, heldout=args.heldout)
+    return HarvestArgs(args.out / ACTIVATIONS, args.text, hooks, settings)

@@ -32,7 +32,7 @@ class SAEConfig:
         apply_b_dec_to_input: encode x - b_dec rather than x.
         unit_norm_decoder: training keeps decoder rows at unit norm; False leaves them free.
         rescale_acts_by_decoder_norm: activations are measured in units of the decoder row's norm (SAELens).
-        init: see `saefast.models.init.init_weights`.
+        init: how weights begin; see `saefast.models.init.init_weights`.
         dtype: of the weights.
         metadata: free facts that travel with the SAE: model_name, hook_name, ...
     """

@@ -30,7 +30,7 @@ from saefast.cli import main as cli
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.harvest import HarvestArgs
-from saefast.cli.train import SAEFlags, TrainArgs
+from saefast.cli.train import TrainArgs
 from saefast.data.opening import open_source
 from saefast.data.shards import ShardFolder
 from saefast.engines.config import TrainConfig, preset
@@ -367,8 +367,9 @@ def typed(argv: list[str], encoding: str) -> None:
 
 
 def flags_of(*kinds: type) -> tuple[str, ...]:
-    names = [item.name for kind in kinds for item in dataclasses.fields(kind)]
-    return tuple(name.replace("_", "-") for name in names if name not in ("sae", "train", "data", "run"))
+    names = dict.fromkeys(item.name for kind in kinds for item in dataclasses.fields(kind))
+    inner = ("sae", "train", "settings", "data", "run")
+    return tuple(name.replace("_", "-") for name in names if name not in inner)
 
 
 TRAIN = (
@@ -398,7 +399,7 @@ RUN = ("run/eval.json", "run/latents.safetensors", "run/curves.png", "run/densit
 
 def commands() -> list[Command]:
     return [
-        Command("train", TRAIN, (*flags_of(TrainArgs, SAEFlags, TrainConfig), "no-resume"), more=(
+        Command("train", TRAIN, (*flags_of(TrainArgs, SAEConfig, TrainConfig), "no-resume"), more=(
             ("--out", "out"), ("--out", "run", "--resume"), ("--out", "out", "--resume"), ("--resume",),
             ("shards", "--out", "out", "--hooks", "layers.0,layers.1", "--n-tokens", "64", "--batch-size", "16"),
             ("shards", "--out", "out", "--hooks", "layers.0,layers.0", "--n-tokens", "64", "--batch-size", "16"),
@@ -406,7 +407,7 @@ def commands() -> list[Command]:
             ("x.npy", "--out", "out", "--hooks", "a,b"), ("x.npy", "--out", "foreign"), ("x.npy", "--out", ""),
             ("x.npy", "--out", "out", "--live"), LIVE,
         ), mine=("out", "run")),
-        Command("harvest", HARVEST, flags_of(HarvestArgs)),
+        Command("harvest", HARVEST, (*flags_of(HarvestArgs, HarvestConfig), "hook")),
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
         Command("plan", ("--device", "h100"), flags_of(PlanArgs)),

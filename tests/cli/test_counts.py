@@ -1,6 +1,8 @@
 """Counts as people write them, on every command line."""
 
 import dataclasses
+import functools
+from typing import get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -64,12 +66,13 @@ def test_what_was_meant_is_said_where_it_could_be_in_doubt() -> None:
 # Every option of every command that takes a whole number, by walking the dataclasses that commands are parsed into.
 def options(kind: type) -> list[str]:
     found = []
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.type):
-            found += options(field.type)  # type: ignore[arg-type]
-        elif field.type in (int, int | None):
-            found.append(field.name)
-    return found
+    for name, hint in get_type_hints(kind).items():
+        inner = get_args(hint)[0] if get_origin(hint) is functools.partial else hint
+        if dataclasses.is_dataclass(inner):
+            found += options(inner)  # type: ignore[arg-type]
+        elif hint in (int, int | None):
+            found.append(name)
+    return [*dict.fromkeys(found)]
 
 
 KINDS = {"harvest": HarvestArgs, "train": TrainArgs, "eval": EvalArgs, "features": FeaturesArgs, "plan": PlanArgs}
@@ -78,7 +81,8 @@ CASES = [(command, name) for command, kind in KINDS.items() for name in options(
 
 
 def test_the_walk_sees_the_options() -> None:
-    assert {("train", "n_latents"), ("train", "n_tokens"), ("harvest", "max_tokens"), ("eval", "lm_tokens")} <= {*CASES}
+    seen = {("train", "n_latents"), ("train", "k"), ("train", "n_tokens"), ("train", "seed")}
+    assert seen | {("harvest", "max_tokens"), ("harvest", "seed"), ("eval", "lm_tokens")} <= {*CASES}
 
 
 @pytest.mark.parametrize(("command", "name"), CASES)
@@ -92,8 +96,10 @@ def test_every_count_on_every_command_line_takes_them(command: str, name: str) -
 
 
 def value(args: object, name: str) -> object:
-    for part in (args, getattr(args, "sae", None), getattr(args, "train", None)):
-        if part is not None and hasattr(part, name):
+    for part in (args, *(getattr(args, config, None) for config in ("sae", "train", "settings"))):
+        if isinstance(part, functools.partial) and name in part.keywords:
+            return part.keywords[name]
+        if hasattr(part, name):
             return getattr(part, name)
     raise AssertionError(name)
 

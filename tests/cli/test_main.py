@@ -19,10 +19,8 @@ from hanging import HANG, wait_until
 import saefast
 from saefast.cli import args as cli_args
 from saefast.cli import main as cli
-from saefast.cli.harvest import HarvestArgs
-from saefast.cli.train import SAEFlags, TrainArgs
-from saefast.engines.config import PRESETS
-from saefast.harvest.harvester import HarvestConfig
+from saefast.cli.train import TrainArgs, defaults
+from saefast.engines.config import PRESETS, TrainConfig
 from saefast.models.config import SAEConfig
 from saefast.training.run_folder import read_config
 
@@ -183,25 +181,6 @@ def test_defaults_follow_the_data(run: Run, rows: Path) -> None:
     assert run("train", rows, "--out", "run", "--batch-size", "64")[0] == 0
     sae, _ = read_config("run")
     assert (sae.d_in, sae.n_latents, sae.k) == (12, 16 * 12, 32)
-
-
-def test_every_field_of_the_configs_has_a_flag() -> None:
-    import dataclasses
-
-    def names(kind: type) -> set[str]:
-        return {field.name for field in dataclasses.fields(kind)}
-
-    assert names(SAEFlags) == names(SAEConfig) - {"metadata"}
-    missing = names(HarvestConfig) - names(HarvestArgs)
-    assert missing == {
-        "hooks",
-        "rows_per_shard",
-        "commit_seconds",
-    }  # --hook, and two that only matter for huge harvests
-    ours, theirs = HarvestArgs(out=Path("x")), HarvestConfig()
-    assert all(getattr(ours, n) == getattr(theirs, n) for n in names(HarvestConfig) & names(HarvestArgs) - {"text"})
-    defaults = SAEConfig(d_in=1, n_latents=32)
-    assert all(getattr(SAEFlags(), n) == getattr(defaults, n) for n in names(SAEFlags) - {"d_in", "n_latents"})
 
 
 def spoil(kind: str, folder: Path) -> list[str | Path]:
@@ -398,8 +377,10 @@ def test_peek() -> None:
     assert found == ["a", "b.json", "3", None]
 
 
-def test_train_args_keep_their_order() -> None:
-    assert TrainArgs().sae == SAEFlags()
+def test_a_bare_command_line_starts_from_the_defaults_of_the_configs() -> None:
+    for args in (TrainArgs(), defaults([])):
+        assert args.sae_config(768, {}) == SAEConfig(d_in=768, n_latents=16 * 768)
+        assert args.train == TrainConfig()
 
 
 @pytest.mark.slow

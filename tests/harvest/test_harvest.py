@@ -671,26 +671,26 @@ def test_models_by_folder_and_what_does_not_load(tmp_path, models, tokenizer):
 def test_impossible_settings_are_one_line_and_leave_no_folder(tmp_path, models, tokenizer):
     path = tmp_path / "acts"
     texts = ["w1 w2 w3"]
-    for config, text, message in (
-        (changed(heldout=1.0), texts, "heldout is 1.0"),
-        (changed(dtype="int4"), texts, "dtype is 'int4'"),
-        (changed(forward="float8"), texts, "forward is 'float8'"),
-        (changed(ctx_len=65), texts, "ctx_len is 65, but this model reads at most 64"),
-        (changed(ctx_len=2), texts, "expected more than the 2 special tokens"),
-        (changed(ctx_len=0), texts, "ctx_len is 0"),
-        (changed(batch_tokens=0), texts, "batch_tokens is 0"),
-        (changed(max_tokens=-5), texts, "max_tokens is -5"),
-        (changed(max_norm_multiple=0.0), texts, "max_norm_multiple is 0.0"),
-        (changed(rows_per_shard=0), texts, "rows_per_shard is 0"),
-        (changed(device="tpu9"), texts, "device 'tpu9' is unknown"),
-        (changed(hooks=("layers.9",)), texts, "hook 'layers.9' is no module"),
-        (CONFIG, [], "holds no text"),
-        (CONFIG, ["  ", ""], "holds no text"),
-        (CONFIG, "./nowhere.txt", "does not exist"),
-        (CONFIG, ["[CLS] [SEP]"], "no row was kept, 4 tokens dropped"),
+    for changes, text, message in (
+        (dict(heldout=1.0), texts, "heldout is 1.0"),
+        (dict(dtype="int4"), texts, "dtype is 'int4'"),
+        (dict(forward="float8"), texts, "forward is 'float8'"),
+        (dict(ctx_len=65), texts, "ctx_len is 65, but this model reads at most 64"),
+        (dict(ctx_len=2), texts, "expected more than the 2 special tokens"),
+        (dict(ctx_len=0), texts, "ctx_len is 0"),
+        (dict(batch_tokens=0), texts, "batch_tokens is 0"),
+        (dict(max_tokens=-5), texts, "max_tokens is -5"),
+        (dict(max_norm_multiple=0.0), texts, "max_norm_multiple is 0.0"),
+        (dict(rows_per_shard=0), texts, "rows_per_shard is 0"),
+        (dict(device="tpu9"), texts, "device 'tpu9' is unknown"),
+        (dict(hooks=("layers.9",)), texts, "hook 'layers.9' is no module"),
+        ({}, [], "holds no text"),
+        ({}, ["  ", ""], "holds no text"),
+        ({}, "./nowhere.txt", "does not exist"),
+        ({}, ["[CLS] [SEP]"], "no row was kept, 4 tokens dropped"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            harvest(path, config, model=models["bert"], tokenizer=tokenizer, text=text, progress=False)
+            harvest(path, changed(**changes), model=models["bert"], tokenizer=tokenizer, text=text, progress=False)
         assert "\n" not in str(error.value)
         assert not path.exists()
     with pytest.raises(InputError, match="tokenizer is missing"):
