@@ -207,7 +207,7 @@ def memory(d: int, n: int) -> dict[str, object]:
 def main(argv: list[str] | None = None) -> int:
     args = common.arguments("bench.buffer", __doc__, argv)
     if not args.no_check:
-        common.check(args.device, "test_buffer.py")
+        common.check(args.device, "data/test_buffer.py")
     sizes = TINY if args.rehearse else QUICK if args.quick else FULL
     parts: dict[str, common.Call] = {
         f"speed {d} {batch}": partial(speed, d, batch, args.device, sizes)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bench.memory", __doc__, argv, **{"no-peers": dict(action="store_true", help="leave the peers out")}
     )
     if not options.no_check:
-        common.check(options.device, "test_plan.py")
+        common.check(options.device, "training/test_plan.py")
     names = [*OURS, *OF_TORCH] + (list(PEERS) if PEERS_PYTHON.exists() and not options.no_peers else [])
     shapes = CPU_SHAPES if options.device == "cpu" else MEMORY_GPU_SHAPES
     shapes = TINY if options.rehearse else shapes[:1] if options.quick else shapes

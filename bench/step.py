@@ -1,6 +1,7 @@
 """The whole training step against dense PyTorch and the peers: time, peak memory, growth with L, time by stage.
 
     python -m bench.step [--device cpu|cuda] [--rounds 9] [--out DIR] [--quick] [--no-check] [--no-peers]
+    python -m bench.step --activation batchtopk [--matryoshka 2048 8192 32768]
 
 Every contender is a process of its own that takes one step when its turn comes (bench/step_child.py), so rounds
 interleave and memory is told apart. The peers run where `make peers` put them. B = 1024 at (D, L, k) = (768, 32768, 32)
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import common
+from bench import common, step_child
 from bench.step_child import batches
 from bench.step_stages import by_stage, settle_ms
 from saefast.engines import hot
@@ -44,6 +45,26 @@ class Shape(NamedTuple):
     k: int
 
 
+class Kind(NamedTuple):
+    """What an SAE is: its activation, and the prefixes that Matryoshka reconstructs from."""
+
+    activation: str = "topk"
+    matryoshka: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What results of it are named after; TopK alone is "step"."""
+        parts = [self.activation] * (self.activation != "topk") + ["matryoshka"] * bool(self.matryoshka)
+        return "-".join(["step", *parts])
+
+    def has(self, name: str) -> bool:
+        """Whether a contender trains such SAEs: sparsify only TopK, the others Matryoshka only with BatchTopK."""
+        if name in PEERS and self != Kind():
+            return name != "sparsify" and self.activation == "batchtopk"
+        return True
+
+
+TOPK = Kind()
 CPU_SHAPES = (Shape(1024, 768, 32768, 32), Shape(1024, 384, 16384, 32))
 GPU_SHAPES = (Shape(8192, 768, 32768, 32), Shape(8192, 4096, 131072, 64))
 TINY = (Shape(16, 24, 256, 4),)
@@ -54,9 +75,9 @@ GROWTH = (8192, 16384, 32768, 65536)
 class Contender:
     """A child process that waits for orders."""
 
-    def __init__(self, name: str, shape: Shape, device: str) -> None:
+    def __init__(self, name: str, shape: Shape, device: str, kind: Kind = TOPK) -> None:
         python = str(PEERS_PYTHON) if name in PEERS else sys.executable
-        sizes = json.dumps(shape._asdict() | {"device": device})
+        sizes = json.dumps(shape._asdict() | kind._asdict() | {"device": device})
         environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
         self.name, self.process = name, subprocess.Popen(
             [python, str(common.ROOT / "bench" / "step_child.py"), name, sizes],
@@ -86,11 +107,11 @@ class Contender:
 
 
 @contextmanager
-def contenders(names: Sequence[str], shape: Shape, device: str) -> Iterator[list[Contender]]:
+def contenders(names: Sequence[str], shape: Shape, device: str, kind: Kind = TOPK) -> Iterator[list[Contender]]:
     with ExitStack() as stack:
         found = []
         for name in names:
-            one = Contender(name, shape, device)
+            one = Contender(name, shape, device, kind)
             stack.callback(one.close)
             found.append(one)
         yield found
@@ -108,19 +129,21 @@ def groups(names: Sequence[str], device: str) -> list[list[str]]:
     return [["saefast", name] for name in names if name != "saefast"] or [["saefast"]]
 
 
-def compare(names: Sequence[str], shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
+def compare(names: Sequence[str], shape: Shape, device: str, rounds: int, kind: Kind = TOPK) -> list[dict[str, Any]]:
     """All contenders at a shape; a group that fails is left out. Ours is timed in every group and stands here once."""
     found: dict[str, dict[str, Any]] = {}
     for group in groups(names, device):
         case = f"{', '.join(group)} {tuple(shape)}"
-        for row in common.attempt(case, partial(interleaved, group, shape, device, rounds)) or ():
+        for row in common.attempt(case, partial(interleaved, group, shape, device, rounds, kind)) or ():
             found.setdefault(row["what"], row)
     return list(found.values())
 
 
-def interleaved(names: Sequence[str], shape: Shape, device: str, rounds: int) -> list[dict[str, Any]]:
+def interleaved(
+    names: Sequence[str], shape: Shape, device: str, rounds: int, kind: Kind = TOPK
+) -> list[dict[str, Any]]:
     """Interleaved rounds of some contenders, all of them in memory."""
-    with contenders(names, shape, device) as found:
+    with contenders(names, shape, device, kind) as found:
         for one in found:
             for _ in range(warm_up(one.name, device)):
                 one.ask("step")
@@ -165,14 +188,14 @@ def verdict(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> dict[st
     }
 
 
-def new_engine(shape: Shape, device: str) -> FusedEngine:
-    sae_config, config = preset("saefast", shape.D, shape.L, shape.k)
+def new_engine(shape: Shape, device: str, kind: Kind = TOPK) -> FusedEngine:
+    sae_config, config = preset("saefast", shape.D, shape.L, shape.k, **step_child.kind(**kind._asdict()))
     return FusedEngine(SAE(sae_config, seed=0, device=device), config, 100_000)
 
 
-def profile(shape: Shape, device: str, steps: int) -> list[dict[str, Any]]:
+def profile(shape: Shape, device: str, steps: int, kind: Kind = TOPK) -> list[dict[str, Any]]:
     """Median milliseconds of each stage of our step, in this process, and what settling adds to a step on average."""
-    engine, data = new_engine(shape, device), batches(shape.B, shape.D, device)
+    engine, data = new_engine(shape, device, kind), batches(shape.B, shape.D, device)
     for number in range(warm_up("saefast", device)):
         engine.step(data[number % len(data)])
     table = by_stage(engine, data, device, steps)
@@ -216,49 +239,56 @@ def slopes(lines: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
+def who(device: str, kind: Kind, with_peers: bool) -> list[str]:
+    """The contenders that this machine and this kind of SAE have."""
+    names = [*OURS, *OF_TORCH] + ["torch.compile bf16"] * (device == "cuda")
+    if with_peers and not PEERS_PYTHON.exists():
+        print("the peers' environment is not there (make peers): they are left out")
+        with_peers = False
+    return names + [name for name in PEERS if with_peers and kind.has(name)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = common.arguments(
         "bench.step", __doc__, argv,
         rounds=dict(type=int, default=9, help="steps of each contender that are timed"),
+        activation=dict(choices=("topk", "batchtopk"), default="topk", help="of the SAEs that are trained"),
+        matryoshka=dict(type=int, nargs="*", default=(), help="widths of nested prefixes, ascending, the last one L"),
         **{"no-peers": dict(action="store_true", help="leave the peers out")},
     )  # fmt: skip
     if not options.no_check:
-        common.check(options.device, "test_step.py", "test_rows.py")
+        common.check(options.device, "engines/test_fused.py", "optim/test_row_ops.py")
     device, rounds = options.device, 3 if options.quick else options.rounds
-    names = [*OURS, *OF_TORCH]
-    if device == "cuda":
-        names.append("torch.compile bf16")
-    if PEERS_PYTHON.exists() and not options.no_peers:
-        names += PEERS
-    elif not options.no_peers:
-        print("the peers' environment is not there (make peers): they are left out")
-    shapes = TINY if options.rehearse else CPU_SHAPES if device == "cpu" else GPU_SHAPES
+    kind = Kind(options.activation, tuple(options.matryoshka))
+    names, shapes = who(device, kind, not options.no_peers), CPU_SHAPES if device == "cpu" else GPU_SHAPES
+    if kind.matryoshka:
+        shapes = tuple(shape for shape in shapes if kind.matryoshka[-1] == shape.L)
     if options.rehearse:
-        names, rounds = ["saefast", "torch fp32"], 1
+        names, shapes, rounds = ["saefast", "torch fp32"], TINY, 1
     results: list[dict[str, Any] | None] = []
     for shape in shapes[-1:] if options.quick and device == "cpu" else shapes:
         print(f"\nB = {shape.B}, D = {shape.D}, L = {shape.L}, k = {shape.k}")
-        results.append(common.attempt(f"all of {tuple(shape)}", partial(at_shape, names, shape, device, rounds)))
-    if not options.quick and not options.rehearse:
+        results.append(common.attempt(f"all of {tuple(shape)}", partial(at_shape, names, shape, device, rounds, kind)))
+    if kind == TOPK and not options.quick and not options.rehearse:
         lines = common.attempt("growth", partial(growth, shapes[-1 if device == "cpu" else 0], device, rounds))
         if lines is not None:
             results.append({"growth": lines, "slopes": slopes(lines)})
             print("\nGrowth with L")
             common.print_table(lines)
             print(slopes(lines))
-    common.write_results(options.out, device, "step", [result for result in results if result])
-    return int(None in results)
+    common.write_results(options.out, device, kind.label, [result for result in results if result])
+    return int(None in results or not results)
 
 
-def at_shape(names: Sequence[str], shape: Shape, device: str, rounds: int) -> dict[str, Any]:
+def at_shape(names: Sequence[str], shape: Shape, device: str, rounds: int, kind: Kind = TOPK) -> dict[str, Any]:
     """The contenders' table, our step by stage, and what both come to."""
-    table, stages = compare(names, shape, device, rounds), profile(shape, device, rounds)
+    table, stages = compare(names, shape, device, rounds, kind), profile(shape, device, rounds, kind)
     common.print_timed(table)
     print()
     common.print_table(stages)
     found = verdict(table, stages)
     print(f"\n{found}")
-    return {"shape": shape._asdict(), "steps": table, "verdict": found, "profile": stages}
+    return {"shape": shape._asdict(), "kind": kind._asdict(), "steps": table, "verdict": found, "profile": stages}
 
 
 if __name__ == "__main__":

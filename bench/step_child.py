@@ -2,16 +2,19 @@
 
     python bench/step_child.py CONTENDER '{"B": 1024, "D": 768, "L": 32768, "k": 32, "device": "cpu"}'
 
+With "activation": "batchtopk" and "matryoshka": [2048, 8192, 32768] it trains an SAE of that kind; without, TopK alone.
 Prints one JSON object a line: first {"ready": true}, then for each "step" {"seconds", "loss"}, and for "memory"
 {"peak"}, the resident memory it grew by at its worst since before the model was made. Imports only what its contender
 needs, since the peers live in another environment.
 """
 
+import itertools
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,38 +40,63 @@ def batches(B: int, D: int, device: str, **_: Any) -> list[Tensor]:
     return rows
 
 
-def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **_: Any) -> Step:
+def kind(activation: str = "topk", matryoshka: Sequence[int] = (), **_: Any) -> dict[str, Any]:
+    """Fields of SAEConfig that say what the SAE is; empty for TopK alone."""
+    named = {} if activation == "topk" else {"activation": activation}
+    return named | ({"matryoshka": tuple(matryoshka)} if matryoshka else {})
+
+
+def saefast(D: int, L: int, k: int, device: str, optimizer: str = "adam", **sizes: Any) -> Step:
     from saefast.engines.config import preset
     from saefast.engines.fused import FusedEngine
     from saefast.models.sae import SAE
 
     dtype = "bfloat16" if optimizer == "adam-lean" else "float32"  # as train() begins such a run
-    sae_config, config = preset("saefast", D, L, k, optimizer=optimizer, dtype=dtype)
+    sae_config, config = preset("saefast", D, L, k, optimizer=optimizer, dtype=dtype, **kind(**sizes))
     return FusedEngine(SAE(sae_config, seed=0, device=device), config, 100_000).step
 
 
 class Dense(torch.nn.Module):
-    """A TopK SAE as one writes it in PyTorch, with every part of the step that the others have too."""
+    """An SAE as one writes it in PyTorch, with every part of the step that the others have too."""
 
-    def __init__(self, D: int, L: int, k: int, device: str, autocast: bool, compiled: bool) -> None:
+    def __init__(
+        self, D: int, L: int, k: int, device: str, autocast: bool, compiled: bool, activation: str = "topk",
+        matryoshka: Sequence[int] = (), **_: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.k, self.autocast = k, autocast
+        self.k, self.autocast, self.activation, self.widths = k, autocast, activation, [0, *(matryoshka or [L])]
         W = torch.randn(L, D, device=device)
         W /= W.norm(dim=1, keepdim=True)
         self.W_enc, self.W_dec = torch.nn.Parameter(W.clone()), torch.nn.Parameter(W)
         self.b_enc = torch.nn.Parameter(torch.zeros(L, device=device))
         self.b_dec = torch.nn.Parameter(torch.zeros(D, device=device))
         self.since_fired = torch.zeros(L, dtype=torch.int64, device=device)
+        self.threshold = torch.zeros((), device=device)
         self.adam = torch.optim.Adam(self.parameters(), lr=2e-4, fused=True)
         self.run = torch.compile(self.loss) if compiled else self.loss
 
-    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pre = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+    def top_k(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """The code (B, L), and the latents that fired."""
         acts, idx = pre.topk(self.k, dim=1, sorted=False)
         acts = acts.relu()
-        code = torch.zeros_like(pre).scatter(1, idx, acts)
-        e = x - (code @ self.W_dec + self.b_dec)
-        return e.float().square().sum() / (x - x.mean(0)).square().sum(), idx[acts > 0]
+        return torch.zeros_like(pre).scatter(1, idx, acts), idx[acts > 0]
+
+    def batch_top_k(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the k · B largest of the batch; the running threshold follows the smallest of them."""
+        flat = pre.relu().flatten()
+        acts, idx = flat.topk(self.k * len(pre), sorted=False)
+        with torch.no_grad():
+            self.threshold.lerp_(acts[acts > 0].min().float(), 0.01)
+        return torch.zeros_like(flat).scatter(0, idx, acts).view_as(pre), idx[acts > 0] % pre.shape[1]
+
+    def loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = F.linear(x - self.b_dec, self.W_enc, self.b_enc)
+        code, fired = self.top_k(pre) if self.activation == "topk" else self.batch_top_k(pre)
+        x_hat, squares = self.b_dec, torch.zeros((), device=x.device)
+        for begin, end in itertools.pairwise(self.widths):
+            x_hat = x_hat + code[:, begin:end] @ self.W_dec[begin:end]
+            squares = squares + (x - x_hat).float().square().sum()
+        return squares / (len(self.widths) - 1) / (x - x.mean(0)).square().sum(), fired
 
     def step(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):
@@ -111,27 +139,45 @@ def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Step:
     return step
 
 
-def dictionary_learning(D: int, L: int, k: int, device: str, **_: Any) -> Step:
-    from dictionary_learning.trainers.top_k import AutoEncoderTopK, TopKTrainer
-
-    trainer = TopKTrainer(
-        steps=100_000, activation_dim=D, dict_size=L, k=k, layer=0, lm_name="none", dict_class=AutoEncoderTopK,
-        device=device, warmup_steps=5, seed=0,
+def dictionary_learning(
+    D: int, L: int, k: int, device: str, activation: str = "topk", matryoshka: Sequence[int] = (), **_: Any
+) -> Step:
+    settings: dict[str, Any] = dict(
+        steps=100_000, activation_dim=D, dict_size=L, k=k, layer=0, lm_name="none", device=device, warmup_steps=5,
+        seed=0,
     )  # fmt: skip
+    if activation == "topk":
+        from dictionary_learning.trainers.top_k import TopKTrainer as Trainer
+    else:
+        # From the first step on, as after the thousandth of a run.
+        settings["threshold_start_step"] = 0
+        if matryoshka:
+            from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer as Trainer
+
+            settings["group_fractions"] = [(b - a) / L for a, b in itertools.pairwise([0, *matryoshka])]
+        else:
+            from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer as Trainer
+    trainer = Trainer(**settings)
     count = iter(range(1 << 30))
     return lambda x: trainer.update(next(count), x)
 
 
-def saelens(D: int, L: int, k: int, device: str, **_: Any) -> Step:
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+def saelens(
+    D: int, L: int, k: int, device: str, activation: str = "topk", matryoshka: Sequence[int] = (), **_: Any
+) -> Step:
+    import sae_lens
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
+    settings: dict[str, Any] = {"matryoshka_widths": list(matryoshka)} if matryoshka else {}
+    name = {"topk": "TopK", "batchtopk": "MatryoshkaBatchTopK" if matryoshka else "BatchTopK"}[activation]
+    sae = getattr(sae_lens, f"{name}TrainingSAE")(
+        getattr(sae_lens, f"{name}TrainingSAEConfig")(d_in=D, d_sae=L, k=k, **settings)
+    )
     config = SAETrainerConfig(
         total_training_samples=1 << 30, train_batch_size_samples=1024, device=device, lr=3e-4, lr_end=3e-5,
         logger=LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=L, k=k))
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
 
     def step(x: Tensor) -> Tensor:
@@ -142,7 +188,7 @@ def saelens(D: int, L: int, k: int, device: str, **_: Any) -> Step:
 
 
 def dense(autocast: bool, compiled: bool = False) -> Callable[..., Step]:
-    return lambda D, L, k, device, **_: Dense(D, L, k, device, autocast, compiled).step
+    return lambda **sizes: Dense(autocast=autocast, compiled=compiled, **sizes).step
 
 
 CONTENDERS: dict[str, Callable[..., Step]] = {
@@ -159,10 +205,11 @@ CONTENDERS: dict[str, Callable[..., Step]] = {
 
 def import_for(name: str) -> None:
     """Imports a contender's packages before memory is counted."""
-    modules = {"saefast": "saefast.engines.fused", "SAELens": "sae_lens"}
+    # torch's optimisers import torch._dynamo, 145 MB.
+    modules = {"saefast": "saefast.engines.fused", "SAELens": "sae_lens", "torch": "torch._dynamo"}
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    if not name.startswith("torch"):
-        __import__(modules.get(name.split()[0], name))
+    first = re.split(r"[ .]", name)[0]
+    __import__(modules.get(first, first))
 
 
 def resident(field: str) -> int:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,16 @@ def common():
         from bench import common
 
         yield common
+
+
+def test_the_tests_that_benchmarks_run_first_are_there():
+    named = {
+        (file.name, match)
+        for file in (ROOT / "bench").glob("*.py")
+        for match in re.findall(r'"([a-z_/]*test_\w+\.py)"', file.read_text(encoding="utf-8"))
+    }
+    assert {name for name, _ in named} >= {"step.py", "memory.py", "buffer.py", "encode_topk.py"}
+    assert [one for one in sorted(named) if not (ROOT / "tests" / one[1]).is_file()] == []
 
 
 def test_contenders_take_turns(common):

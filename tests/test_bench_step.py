@@ -76,6 +76,39 @@ def test_on_a_gpu_each_contender_shares_memory_with_ours_alone() -> None:
     assert step.groups(["saefast"], "cuda") == [["saefast"]]
 
 
+BATCH = step.Kind("batchtopk", (64, 256))
+
+
+def test_who_trains_what_kind_of_sae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PEERS_PYTHON", Path(__file__))
+    others = ["saefast", "saefast lean", "torch fp32", "torch bf16 autocast"]
+    assert step.who("cpu", step.Kind(), True) == [*others, "sparsify", "dictionary_learning", "SAELens"]
+    assert step.who("cpu", step.Kind("batchtopk"), True) == [*others, "dictionary_learning", "SAELens"]
+    assert step.who("cpu", BATCH, False) == step.who("cpu", step.Kind("topk", (64, 256)), True) == others
+    assert [kind.label for kind in (step.Kind(), BATCH)] == ["step", "step-batchtopk-matryoshka"]
+
+
+@pytest.mark.parametrize("kind", [step.Kind(), step.Kind("batchtopk"), step.Kind("topk", (64, 256)), BATCH])
+def test_the_dense_step_is_that_of_its_kind(kind: step.Kind) -> None:
+    """Its loss is that of codes chosen by a sort and prefixes decoded one by one."""
+    torch.manual_seed(0)
+    dense = step_child.Dense(24, 256, 4, "cpu", False, False, *kind)
+    x = step.batches(16, 24, "cpu")[0]
+    W_dec = dense.W_dec.detach().clone()
+    pre = x @ dense.W_enc.detach().T
+    if kind.activation == "topk":
+        lowest = pre.sort(1, descending=True).values[:, 3:4]
+    else:
+        lowest = pre.flatten().sort(descending=True).values[4 * 16 - 1]
+    code = torch.where(pre >= lowest, pre, 0).relu()
+    prefixes = kind.matryoshka or (256,)
+    squares = [((x - code[:, :n] @ W_dec[:n]) ** 2).sum() for n in prefixes]
+    expected = sum(squares) / len(squares) / ((x - x.mean(0)) ** 2).sum()
+    assert float(dense.step(x)) == pytest.approx(float(expected), rel=1e-5)
+    if kind.activation == "batchtopk":
+        assert float(dense.threshold) == pytest.approx(0.01 * float(lowest), rel=1e-5)
+
+
 def test_ours_chooses_hot_latents_before_it_is_timed_on_a_gpu() -> None:
     assert step.warm_up("saefast", "cuda") > step.hot.REFRESH_EVERY
     assert step.warm_up("torch fp32", "cuda") == step.warm_up("saefast", "cpu") == step.WARM_UP
