@@ -14,7 +14,7 @@ import torch
 
 from bench import common
 from bench.step import GPU_SHAPES, OF_TORCH, OURS, PEERS, PEERS_PYTHON, Shape, contenders
-from saefast.training.plan import PlanArgs, memory_of
+from saefast.training.plan import Sizes, memory_of
 
 CPU_SHAPES = (
     Shape(1024, 384, 16384, 32),
@@ -31,7 +31,7 @@ LARGEST_DENSE = {"cpu": 40e6, "cuda": 1e9}
 
 def planned(shape: Shape, name: str, device: str) -> int:
     optimizer = "adam-lean" if name.endswith("lean") else "adam"
-    parts = memory_of(PlanArgs(shape.D, shape.L, shape.k, shape.B, optimizer), device)
+    parts = memory_of(Sizes(shape.D, shape.L, shape.k, shape.B, optimizer), device)
     return round(sum(parts.values()))
 
 

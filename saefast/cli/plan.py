@@ -1,25 +1,54 @@
 """`saefast plan`: what a training run will need, as a table."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 from saefast.cli.args import parse
-from saefast.training.plan import OPTIMIZERS, Plan, PlanArgs, largest, make_plan
+from saefast.engines.config import TrainConfig
+from saefast.errors import InputError
+from saefast.models.config import SAEConfig
+from saefast.training.plan import OPTIMIZERS, Plan, largest, make_plan
 
 # The share of the cores that others may have before the figures are doubted.
 BUSY = 0.1
 
 
+@dataclass
+class PlanArgs:
+    """Calculate memory, time and cost of a training run before it starts.
+
+    Takes the settings of `saefast train`. Sizes, k, optimizer and settle_every count; the others change nothing here.
+    """
+
+    d_in: int = 768
+    """width of the activations"""
+    n_latents: int = 32768
+    """dictionary size"""
+    device: str = "auto"
+    """b200, h200, h100, a100, l40s, l4, rtx4090, or cpu (this machine's, measured); auto: its GPU, else its CPU"""
+    price: float | None = None
+    """of an hour of the device, in your currency"""
+    sae: partial[SAEConfig] = field(default_factory=lambda: partial(SAEConfig))
+    """What the SAE is."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
 def main(argv: list[str]) -> int:
-    print(describe(make_plan(parse(PlanArgs, argv, "plan"))))
+    args = parse(PlanArgs, argv, "plan")
+    if args.price is not None and not args.price >= 0:
+        raise InputError(f"price is {args.price}: expected at least 0")
+    plan = make_plan(args.sae(d_in=args.d_in, n_latents=args.n_latents), args.train, args.device)
+    print(describe(plan, args.train.n_tokens, args.price))
     return 0
 
 
-def describe(plan: Plan) -> str:
-    """The plan as a table for a terminal."""
-    args, device = plan.args, plan.device
+def describe(plan: Plan, n_tokens: int | None = None, price: float | None = None) -> str:
+    """The plan as a table for a terminal; with n_tokens, the hours they take, and at a price an hour, their cost."""
+    sizes, device = plan.sizes, plan.device
     lines = [
-        f"{args.n_latents:,} latents × {args.d_in:,}, k = {args.k}, {args.batch_size:,} tokens a step, "
-        f"{args.optimizer}, on {plan.device_name} ({device.source}: {device.memory / 1e9:.0f} GB, "
+        f"{sizes.n_latents:,} latents × {sizes.d_in:,}, k = {sizes.k}, {sizes.batch_size:,} tokens a step, "
+        f"{sizes.optimizer}, on {plan.device_name} ({device.source}: {device.memory / 1e9:.0f} GB, "
         f"{device.flops / 1e12:.3g} TFLOP/s, {device.bandwidth / 1e9:,.0f} GB/s)",
         "",
         *_table([(name, _size(size)) for name, size in plan.memory.items()] + [("memory", _size(plan.total_bytes))]),
@@ -33,22 +62,21 @@ def describe(plan: Plan) -> str:
         f"{plan.tokens_per_second:,.0f} tokens/s, calculated",
         _verdict(plan),
     ]
-    return "\n".join(lines + _cost(plan) + _doubt(plan))
+    return "\n".join(lines + _cost(plan, n_tokens, price) + _doubt(plan))
 
 
 def _verdict(plan: Plan) -> str:
-    args, memory = plan.args, plan.device.memory
-    sizes = [(name, largest(args, name, plan.device_name, memory)) for name in OPTIMIZERS]
-    room = ", ".join(f"{size:,} latents with {name}" for name, size in sizes)
+    most = [(name, largest(plan.sizes, name, plan.device_name, plan.device.memory)) for name in OPTIMIZERS]
+    room = ", ".join(f"{size:,} latents with {name}" for name, size in most)
     return f"{'fits' if plan.fits else 'does not fit'}; the largest dictionary here: {room}"
 
 
-def _cost(plan: Plan) -> list[str]:
-    if plan.args.n_tokens is None:
+def _cost(plan: Plan, n_tokens: int | None, price: float | None) -> list[str]:
+    if n_tokens is None:
         return []
-    hours = plan.args.n_tokens / plan.tokens_per_second / 3600
-    price = "" if plan.args.price is None else f", {hours * plan.args.price:,.2f} at {plan.args.price:g} an hour"
-    return [f"{plan.args.n_tokens:,} tokens: {hours:,.2f} hours{price}"]
+    hours = n_tokens / plan.tokens_per_second / 3600
+    cost = "" if price is None else f", {hours * price:,.2f} at {price:g} an hour"
+    return [f"{n_tokens:,} tokens: {hours:,.2f} hours{cost}"]
 
 
 def _doubt(plan: Plan) -> list[str]:

@@ -6,7 +6,7 @@ from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.placement import require_memory
-from saefast.training.plan import PlanArgs, memory_of
+from saefast.training.plan import Sizes, memory_of
 
 
 def check_sizes(sae_config: SAEConfig, config: TrainConfig, tokens: int, device: torch.device) -> None:
@@ -25,6 +25,6 @@ def check_sizes(sae_config: SAEConfig, config: TrainConfig, tokens: int, device:
     what = f"training n_latents = {L} of width {D} with batch_size = {config.batch_size}"
     # First by hand: `memory_of` makes tensors of these sizes, without memory, and torch counts bytes in 64 bits.
     require_memory(device, 2 * L * D * 2 + config.batch_size * D * 4, what)
-    args = PlanArgs(D, L, sae_config.k, config.batch_size, config.optimizer)
+    sizes = Sizes.of(sae_config, config)
     ahead = min(config.init_rows or 0, tokens) * D * 4
-    require_memory(device, sum(memory_of(args, device.type).values()) + ahead, what)
+    require_memory(device, sum(memory_of(sizes, device.type).values()) + ahead, what)

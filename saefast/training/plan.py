@@ -21,7 +21,6 @@ from saefast.ops import dispatch as ops
 from saefast.ops import mixed
 from saefast.ops.chunks import scratch_bytes
 from saefast.optim.state import LeanMatrix, Matrix
-from saefast.schema import check_fields
 from saefast.training import machine
 from saefast.typed import typed
 
@@ -37,26 +36,19 @@ Optimizer = Literal["adam", "adam-lean"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adam-lean")
 
 
-@dataclass
-class PlanArgs:
-    """Calculate memory, time and cost of a training run before it starts."""
+class Sizes(NamedTuple):
+    """What the memory and the time of a run depend on."""
 
-    d_in: int = 768
-    """width of the activations"""
-    n_latents: int = 32768
-    """dictionary size"""
-    k: int = 32
-    """latents active per token"""
+    d_in: int
+    n_latents: int
+    k: int
     batch_size: int = TrainConfig.batch_size
-    """tokens per step"""
-    optimizer: Optimizer = "adam"
-    """adam: fp32 weights and moments; adam-lean: 3 bytes a parameter"""
-    device: str = "auto"
-    """b200, h200, h100, a100, l40s, l4, rtx4090, or cpu (this machine's, measured); auto: its GPU, else its CPU"""
-    n_tokens: int | None = None
-    """tokens to train on, for the time and cost of the run"""
-    price: float | None = None
-    """of an hour of the device, in your currency"""
+    optimizer: Optimizer = TrainConfig.optimizer
+    settle_every: int = TrainConfig.settle_every
+
+    @classmethod
+    def of(cls, sae: SAEConfig, train: TrainConfig) -> "Sizes":
+        return cls(sae.d_in, sae.n_latents, sae.k, train.batch_size, train.optimizer, train.settle_every)
 
 
 class Stage(NamedTuple):
@@ -72,7 +64,7 @@ class Stage(NamedTuple):
 class Plan:
     """What a run needs. memory: bytes by part; stages of a step in order."""
 
-    args: PlanArgs
+    sizes: Sizes
     device: Device
     device_name: str
     memory: dict[str, int]
@@ -93,25 +85,29 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.args.batch_size / self.seconds
+        return self.sizes.batch_size / self.seconds
 
 
 @typed
-def make_plan(args: PlanArgs) -> Plan:
-    """Raises InputError where a size is below 1, or k exceeds n_latents or batch."""
-    check_fields(args)
-    SAEConfig(d_in=args.d_in, n_latents=args.n_latents, k=args.k)
-    TrainConfig(batch_size=args.batch_size, n_tokens=args.n_tokens)
-    if args.price is not None and not args.price >= 0:
-        raise InputError(f"price is {args.price}: expected at least 0")
-    name, device = find_device(args.device)
-    return Plan(args, device, name, memory_of(args, name), stages_of(args, device))
+def make_plan(sae_config: SAEConfig, train_config: TrainConfig, device: str = "auto") -> Plan:
+    """What training this SAE so will need.
+
+    Args:
+        device: b200, h200, h100, ... (see `saefast.devices`), or cpu: this machine's, measured; "auto" is this
+            machine's GPU, else its CPU.
+
+    Raises:
+        InputError: a device that is not in the table.
+    """
+    sizes = Sizes.of(sae_config, train_config)
+    name, found = find_device(device)
+    return Plan(sizes, found, name, memory_of(sizes, name), stages_of(sizes, found))
 
 
-def memory_of(args: PlanArgs, device: str) -> dict[str, int]:
+def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
     """Bytes by part, all at the step's peak."""
-    L, D, B, k = args.n_latents, args.d_in, args.batch_size, args.k
-    weights, state, copies = matrices_of(args)
+    L, D, B, k = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k
+    weights, state, copies = matrices_of(sizes)
     return {
         "weights": weights,
         "optimiser state": state,
@@ -121,31 +117,31 @@ def memory_of(args: PlanArgs, device: str) -> dict[str, int]:
         "sparse code": B * k * ENTRY,
         # x as drawn and scaled, centred, residual, error.
         "batch": 5 * B * D * 4,
-        "encoder scratch": scratch_of(args, device),
+        "encoder scratch": scratch_of(sizes, device),
     }
 
 
-def scratch_of(args: PlanArgs, device: str) -> int:
+def scratch_of(sizes: Sizes, device: str) -> int:
     """Bytes of the encoder's scratch. On a CPU it keeps its tiles in the cache."""
     if device == "cpu":
         return 0
-    ranked = min(mixed.candidates(args.k), args.n_latents)
-    return scratch_bytes(args.batch_size, args.n_latents, ranked, SCRATCH)
+    ranked = min(mixed.candidates(sizes.k), sizes.n_latents)
+    return scratch_bytes(sizes.batch_size, sizes.n_latents, ranked, SCRATCH)
 
 
-def matrices_of(args: PlanArgs) -> tuple[int, int, int]:
+def matrices_of(sizes: Sizes) -> tuple[int, int, int]:
     """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, off the real classes."""
-    lean = args.optimizer == "adam-lean"
-    w = torch.empty(args.n_latents, args.d_in, dtype=torch.bfloat16 if lean else torch.float32, device="meta")
+    lean = sizes.optimizer == "adam-lean"
+    w = torch.empty(sizes.n_latents, sizes.d_in, dtype=torch.bfloat16 if lean else torch.float32, device="meta")
     matrix = LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)
     weights = 2 * w.numel() * w.element_size()
     return weights, 2 * matrix.bytes() - weights, 0 if lean else w.numel() * 2
 
 
-def stages_of(args: PlanArgs, device: Device) -> list[Stage]:
+def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
     """Arithmetic and traffic of a step, latents used uniformly (real use is skewed, which touches fewer rows)."""
-    L, D, B, k = args.n_latents, args.d_in, args.batch_size, args.k
-    lean = args.optimizer == "adam-lean"
+    L, D, B, k = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k
+    lean = sizes.optimizer == "adam-lean"
     entries, touched = B * k, L * -math.expm1(-B * k / L)
     weight_bytes = 2 if lean else 4
     # Read and written: weights and moments; adam-lean's second moment is one number a row.
@@ -159,7 +155,7 @@ def stages_of(args: PlanArgs, device: Device) -> list[Stage]:
         ("runs", 0.0, entries * 64.0),
         ("update W_dec", 2.0 * entries * D, entries * D * 4 + touched * row),
         ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * (row + 2 * D * (not lean))),
-        ("settling of W_enc", 0.0, (L - touched) * row / TrainConfig.settle_every),
+        ("settling of W_enc", 0.0, (L - touched) * row / sizes.settle_every),
         ("biases, counters", 0.0, L * 60.0),
     ]
     # Sparse products are gathers: what bounds them is traffic, on plain arithmetic units.
@@ -173,12 +169,12 @@ def _seconds(flops: float, traffic: float, device: Device) -> float:
     return max(flops / (MATRIX_SHARE * device.flops), traffic / (TRAFFIC_SHARE * device.bandwidth))
 
 
-def largest(args: PlanArgs, optimizer: Optimizer, device: str, memory: float) -> int:
+def largest(sizes: Sizes, optimizer: Optimizer, device: str, memory: float) -> int:
     """The largest n_latents that fits into `memory` bytes at this width, k and batch; 0 where none does."""
     low, high = 0, 1 << 36
     while low < high:
         middle = (low + high + 1) // 2
-        asked = PlanArgs(args.d_in, middle, min(args.k, middle), args.batch_size, optimizer)
+        asked = sizes._replace(n_latents=middle, k=min(sizes.k, middle), optimizer=optimizer)
         low, high = (middle, high) if sum(memory_of(asked, device).values()) <= memory else (low, middle - 1)
     return low
 

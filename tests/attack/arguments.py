@@ -30,6 +30,7 @@ from saefast.cli import main as cli
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.harvest import HarvestArgs
+from saefast.cli.plan import PlanArgs
 from saefast.cli.train import TrainArgs
 from saefast.data.opening import open_source
 from saefast.data.shards import ShardFolder
@@ -42,7 +43,7 @@ from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.ops import dispatch as ops
 from saefast.training.api import train
-from saefast.training.plan import PlanArgs, make_plan
+from saefast.training.plan import make_plan
 from saefast.training.progress import read_metrics
 from saefast.training.run_folder import read_config
 from saefast.training.several import Member, train_many
@@ -158,6 +159,9 @@ def api() -> list[Call]:
              dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=texts, column=odd.VALUES)),
         Call("read_config", read_config, {}, dict(path=path)),
         Call("read_metrics", read_metrics, {}, dict(path=path)),
+        Call("make_plan", make_plan,
+             dict(sae_config=small, train_config=TrainConfig, device=lambda: "h100"),
+             dict.fromkeys(("sae_config", "train_config", "device"), odd.VALUES)),
         *_ops(),
     ]  # fmt: skip
     return calls
@@ -183,14 +187,10 @@ def _settings() -> list[Call]:
         config = dataclasses.replace(readers.HARVEST, **changes)
         harvest("out", config, text=tiny_models.documents(9), progress=False, **readers.language_model())
 
-    def planned(**changes: Any) -> None:
-        make_plan(PlanArgs(**dict(device="h100") | changes))
-
     fields = {
         "TrainConfig": (trained, TrainConfig),
         "SAEConfig": (configured, SAEConfig),
         "HarvestConfig": (harvested, HarvestConfig),
-        "PlanArgs": (planned, PlanArgs),
     }
     return [
         Call(name, use, {}, {item.name: odd.VALUES | CHOICES.get(item.name, {}) for item in dataclasses.fields(config)})
@@ -410,7 +410,7 @@ def commands() -> list[Command]:
         Command("harvest", HARVEST, (*flags_of(HarvestArgs, HarvestConfig), "hook")),
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
-        Command("plan", ("--device", "h100"), flags_of(PlanArgs)),
+        Command("plan", ("--device", "h100"), flags_of(PlanArgs, SAEConfig, TrainConfig)),
         Command("demo", DEMO, ("out", "n-latents", "k", "n-tokens", "max-tokens"), bare=False),
         Command("bench", ("no-such-benchmark",), ()),
         Command("no-such-command", (), ()),

@@ -12,9 +12,9 @@ from saefast.cli.counts import count, meant
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.harvest import HarvestArgs
+from saefast.cli.plan import PlanArgs
 from saefast.cli.train import TrainArgs
 from saefast.errors import InputError
-from saefast.training.plan import PlanArgs
 
 
 @pytest.mark.parametrize(

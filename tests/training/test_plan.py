@@ -16,11 +16,18 @@ from saefast.cli.plan import describe
 from saefast.devices import DEVICES
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
+from saefast.models.config import SAEConfig
 from saefast.training import plan as plan_module
 from saefast.training.machine import Watch
-from saefast.training.plan import PlanArgs, find_device, largest, make_plan, memory_of
+from saefast.training.plan import Plan, Sizes, find_device, largest, make_plan, memory_of
 
 H200 = DEVICES["h200"]
+
+
+def planned(d_in=768, n_latents=32768, k=32, batch_size=4096, optimizer="adam", device="h200") -> Plan:
+    sae = SAEConfig(d_in=d_in, n_latents=n_latents, k=k)
+    return make_plan(sae, TrainConfig(batch_size=batch_size, optimizer=optimizer), device)
+
 
 # What training needs beyond what stood in memory before the SAE was made: the most that ever was, from the kernel.
 # (Not ru_maxrss, which a process inherits from the one that started it.)
@@ -58,55 +65,57 @@ def test_memory_is_what_a_run_takes(n_latents, d_in, batch_size, k, optimizer):
         [sys.executable, "-c", MEASURE, *arguments], env=environment, capture_output=True, text=True, timeout=HANG
     )
     assert child.returncode == 0, child.stderr
-    planned = sum(memory_of(PlanArgs(d_in, n_latents, k, batch_size, optimizer), "cpu").values())
+    expected = sum(memory_of(Sizes(d_in, n_latents, k, batch_size, optimizer), "cpu").values())
     measured = int(child.stdout)
     # An allocator's slack and the libraries' thread buffers come on top of what is planned, nothing else may.
-    assert 0.95 * planned < measured < 1.10 * planned + 60e6, f"{measured / 1e6:.0f} MB, planned {planned / 1e6:.0f} MB"
+    assert 0.95 * expected < measured < 1.10 * expected + 60e6, (
+        f"{measured / 1e6:.0f} MB, planned {expected / 1e6:.0f} MB"
+    )
 
 
 def test_the_sizes_that_have_to_fit_do():
-    lean = PlanArgs(768, 16 * 2**20, 32, 8192, "adam-lean", "h200")
-    assert 77e9 < make_plan(lean).total_bytes < 90e9
-    assert make_plan(lean).fits
-    assert not make_plan(PlanArgs(768, 16 * 2**20, 32, 8192, "adam", "h200")).fits
-    million = PlanArgs(4096, 2**20, 64, 8192, "adam", "h200")
-    assert 103e9 < make_plan(million).total_bytes < 141e9
-    assert make_plan(million).fits
-    assert make_plan(PlanArgs(4096, 2**20, 64, 8192, "adam-lean", "h200")).total_bytes < 32e9
+    lean = planned(768, 16 * 2**20, 32, 8192, "adam-lean")
+    assert 77e9 < lean.total_bytes < 90e9
+    assert lean.fits
+    assert not planned(768, 16 * 2**20, 32, 8192).fits
+    million = planned(4096, 2**20, 64, 8192)
+    assert 103e9 < million.total_bytes < 141e9
+    assert million.fits
+    assert planned(4096, 2**20, 64, 8192, "adam-lean").total_bytes < 32e9
 
 
 def test_scratch_is_that_of_the_chunks_which_come_up():
     """The encoder's chunks, of 4096, 8192, 16384 and 4096 latents here, share the memory of the widest."""
-    found = memory_of(PlanArgs(768, 32768, 32, 8192), "h200")["encoder scratch"]
+    found = memory_of(Sizes(768, 32768, 32, 8192), "h200")["encoder scratch"]
     values, groups = 8192 * 16384 * 4, 8192 * 16384 // 32 * 8
     # 36 candidates for 32: keys of a row, 64 sorted and 256 collected, and its threshold.
     assert found == values + groups + 8192 * ((64 + 256) * 8 + 4)
-    assert make_plan(PlanArgs(768, 32768, 32, 8192, "adam", "h200")).total_bytes < 2e9
+    assert planned(768, 32768, 32, 8192).total_bytes < 2e9
     for k in (32, 5000):
-        assert memory_of(PlanArgs(768, 2**24, k, 8192), "h200")["encoder scratch"] <= 1 << 30
+        assert memory_of(Sizes(768, 2**24, k, 8192), "h200")["encoder scratch"] <= 1 << 30
 
 
 def test_lean_counts_three_bytes_a_parameter():
-    weights, state, copies = plan_module.matrices_of(PlanArgs(768, 1 << 16, optimizer="adam-lean"))
+    weights, state, copies = plan_module.matrices_of(Sizes(768, 1 << 16, 32, optimizer="adam-lean"))
     assert (weights + state + copies) / (2 * 768 * (1 << 16)) == pytest.approx(3.02, abs=0.005)
 
 
 def test_largest_is_the_edge():
     for optimizer in ("adam", "adam-lean"):
-        args = PlanArgs(768, 1, 32, 8192, optimizer)
+        args = Sizes(768, 1, 32, 8192, optimizer)
         most = largest(args, optimizer, "h200", H200.memory)
-        at, over = (PlanArgs(768, n, 32, 8192, optimizer) for n in (most, most + 1))
+        at, over = (Sizes(768, n, 32, 8192, optimizer) for n in (most, most + 1))
         assert sum(memory_of(at, "h200").values()) <= H200.memory < sum(memory_of(over, "h200").values())
-    assert largest(PlanArgs(768), "adam", "h200", 1e6) == 0
+    assert largest(Sizes(768, 32768, 32), "adam", "h200", 1e6) == 0
 
 
 def test_times_add_up_and_follow_the_roofline():
-    plan = make_plan(PlanArgs(4096, 131072, 64, 8192, "adam", "h200"))
+    plan = planned(4096, 131072, 64, 8192)
     assert plan.seconds == pytest.approx(sum(stage.seconds for stage in plan.stages))
     encode = plan.stages[0]
     assert encode.flops == 2 * 8192 * 131072 * 4096
     assert encode.seconds == pytest.approx(encode.flops / (0.85 * H200.flops))
-    twice = make_plan(PlanArgs(4096, 262144, 64, 8192, "adam", "h200"))
+    twice = planned(4096, 262144, 64, 8192)
     assert twice.stages[0].seconds == pytest.approx(2 * encode.seconds)
     assert plan.tokens_per_second == pytest.approx(8192 / plan.seconds)
 
@@ -115,7 +124,7 @@ def test_the_command_prints_a_table_and_the_cost(capsys):
     arguments = ["plan", "--device", "h200", "--n-tokens", "1000000000", "--price", "3.5"]
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    plan = make_plan(PlanArgs(device="h200", n_tokens=10**9))
+    plan = planned()
     hours = 1e9 / plan.tokens_per_second / 3600
     assert f"{hours:,.2f} hours, {3.5 * hours:,.2f} at 3.5 an hour" in out
     for name in plan.memory:
@@ -124,14 +133,14 @@ def test_the_command_prints_a_table_and_the_cost(capsys):
 
 
 def test_this_machine_can_be_planned_for():
-    plan = make_plan(PlanArgs(64, 1024, 8, 128, device="cpu"))
+    plan = planned(64, 1024, 8, 128, device="cpu")
     assert plan.device.flops > 1e9
     assert plan.device.bandwidth > 1e8
     assert plan.memory["encoder scratch"] == 0
 
 
 def test_the_batch_is_that_of_training():
-    assert PlanArgs().batch_size == TrainConfig().batch_size
+    assert Sizes(768, 32768, 32) == Sizes.of(SAEConfig(768, 32768), TrainConfig())
 
 
 @pytest.mark.parametrize("name", ["l4", "L40S", "a100", "H100", "h200", "B200", "rtx 4090", "RTX4090"])
@@ -151,10 +160,10 @@ SPIN = "while True: pass"
 def test_a_busy_machine_is_told_apart(capsys):
     """Other processes on every core: they get about half of it, or more, whatever else runs."""
     with others(len(os.sched_getaffinity(0))):
-        plan = make_plan(PlanArgs(64, 1024, 8, 128, device="cpu"))
+        plan = planned(64, 1024, 8, 128, device="cpu")
     assert plan.device.busy > 0.25
     assert f"other processes had {plan.device.busy:.0%} of this machine's cores" in describe(plan)
-    quiet = make_plan(PlanArgs(device="h200"))
+    quiet = planned()
     assert quiet.device.busy == 0
     assert "other processes" not in describe(quiet)
 
@@ -182,14 +191,21 @@ def others(n):
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("options", "message"),
     [
-        ({"k": 40000}, "k is 40000 but n_latents only 32768"),
-        ({"d_in": 0}, "d_in is 0"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"price": -1.0}, "price is -1.0"),
+        ("--k 40000", "k is 40000 but n_latents only 32768"),
+        ("--d-in 0", "d_in is 0"),
+        ("--batch-size 0", "batch_size is 0"),
+        ("--price -1.0", "price is -1.0"),
+        ("--price nan", "price is nan"),
     ],
 )
-def test_bad_sizes_are_named(values, message):
-    with pytest.raises(InputError, match=message):
-        make_plan(PlanArgs(device="h200", **values))
+def test_bad_sizes_are_named(options, message, capsys):
+    assert main(["plan", "--device", "h200", *options.split()]) == 2
+    assert f"saefast: error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "changes"), [("--k 64", True), ("--settle-every 1", True), ("--lr 0.1", False)])
+def test_the_settings_of_train_are_taken(options, changes, capsys):
+    assert main(["plan", "--device", "h200", *options.split()]) == 0
+    assert (capsys.readouterr().out != f"{describe(planned())}\n") == changes
