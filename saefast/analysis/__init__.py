@@ -1,4 +1,4 @@
-"""What a trained SAE has learnt: evaluation, telling latents, report and plots."""
+"""What a trained SAE has learnt: evaluation, its most telling latents, report and plots."""
 
 from saefast.analysis.evaluation import Evaluation, evaluate, evaluate_run
 from saefast.analysis.feature_table import FeatureTable, make_table

@@ -1,1 +1,1 @@
-"""What `saefast` does at a terminal: one file per verb, `main.py` picks one."""
+"""What `saefast` does at a terminal: one file per verb, and main.py, which picks one."""

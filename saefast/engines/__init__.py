@@ -1,4 +1,4 @@
-"""One update of an SAE from one batch: fused (sparse, by hand) or autograd (dense, the readable statement)."""
+"""One update of an SAE from one batch: fused (sparse, by hand) or autograd (dense, the readable form)."""
 
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig, preset

@@ -1,4 +1,4 @@
-"""The stateless ops, exact on every backend: encode, decode, their transposes, and how their entries are grouped."""
+"""The stateless ops, exact on every backend: encode, decode, their transposes, groups of entries."""
 
 from saefast.ops.dispatch import encode_topk, sddmm, spmm, spmm_t, sum_by_latent, threshold_encode
 
