@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
+TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "saefast").rglob("*.html"))
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", ".peers", "build", "dist", "runs", "*.egg-info", "*.so", ".*_cache"
 )
@@ -55,6 +56,13 @@ def test_every_dependency_has_a_tested_version_inside_its_range() -> None:
         if requirement.name == "datasets":
             continue
         assert requirement.specifier.contains(tested[requirement.name]), line
+
+
+def test_torch_brings_the_template_engine() -> None:
+    """analysis/report.py renders a page with jinja2, which is no dependency of saefast's own."""
+    packaging = pytest.importorskip("packaging.requirements")
+    assert TEMPLATES
+    assert "jinja2" in {packaging.Requirement(line).name.lower() for line in importlib.metadata.requires("torch") or []}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +110,7 @@ def test_source_distribution_is_whole(sdist: Path) -> None:
         there = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[chp]*") if path.is_file()}
         there = {name for name in there if "__pycache__" not in name}
         assert there <= set(names)
-    assert {"LICENSE", "constraints.txt", "saefast/py.typed", "csrc/gather.cu"} <= set(names)
+    assert {"LICENSE", "constraints.txt", "saefast/py.typed", "csrc/gather.cu", *TEMPLATES} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -113,7 +121,7 @@ def test_wheel_is_whole(wheel: tuple[Path, str]) -> None:
     assert {f"saefast/kernels/{name}" for name in KERNELS} <= names
     assert "saefast/kernels/__init__.py" not in names
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "saefast").rglob("*.py")}
-    assert {"saefast/py.typed", *ours} <= names
+    assert {"saefast/py.typed", *ours, *TEMPLATES} <= names
     assert {name.split("/")[0] for name in names} == {"saefast", wheel[0].name.split("-cp")[0] + ".dist-info"}
 
 

@@ -1,7 +1,7 @@
-"""What each latent responds to: its strongest activations, and the tokens it fires on, in one pass over the code.
+"""What each latent responds to, gathered in one pass over rows: its strongest activations and the tokens it fires on.
 
-Works on the sparse code (B, K) of one batch at a time and keeps n examples per latent, (L, n) in all: never (rows, L),
-and every row is encoded once.
+Works on the sparse code of one batch at a time and keeps, for L latents, `n` examples and at most KEPT_TOKENS tokens of
+each: O(L · (n + KEPT_TOKENS)) memory beside one batch, whatever the number of rows, the vocabulary or the width.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,10 +13,29 @@ from torch import Tensor
 from saefast.data.mapped_source import Located
 from saefast.metrics.streaming import Sparsity
 from saefast.models.sae import SAE
-from saefast.ops import mixed
 
-# Pairs waiting to be summed before they are sorted into the table: about 100 MB while that happens.
+# Entries waiting to be summed before they are sorted into the table: about 100 MB.
 _PENDING = 1 << 22
+# Tokens kept per latent where the table of pairs is full.
+KEPT_TOKENS = 64
+
+
+def strongest(values: Tensor, latents: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest values of every latent.
+
+    Args:
+        values, latents: (entries,) a value and the latent that it belongs to.
+
+    Returns:
+        Positions of the entries chosen, ordered by latent and then by value, descending; equal values keep their
+        order. And their ranks within the latent, 0 to n - 1. Both int64.
+    """
+    order = values.argsort(descending=True, stable=True)
+    order = order[latents[order].argsort(stable=True)]
+    grouped = latents[order]
+    rank = torch.arange(len(order), dtype=torch.int64, device=order.device) - torch.searchsorted(grouped, grouped)
+    kept = rank < n
+    return order[kept], rank[kept]
 
 
 class TopExamples:
@@ -36,22 +55,14 @@ class TopExamples:
 
         Equal activations keep the order they came in.
         """
-        fired = acts > 0
+        fired, n = acts > 0, self.acts.shape[1]
         values, latents = acts[fired].float(), idx[fired].long()
-        origin = places[:, None].expand(acts.shape)[fired]
-        order = values.argsort(descending=True, stable=True)
-        order = order[latents[order].argsort(stable=True)]
-        values, latents, origin = values[order], latents[order], origin[order]
-        present, counts = torch.unique_consecutive(latents, return_counts=True)
-        rank = torch.arange(len(latents), device=latents.device)
-        rank -= (counts.cumsum(0) - counts).repeat_interleave(counts)
-        group = torch.arange(len(present), device=latents.device).repeat_interleave(counts)
-        n = self.acts.shape[1]
-        kept = rank < n
+        best, rank = strongest(values, latents, n)
+        present, line = latents[best].unique_consecutive(return_inverse=True)
         new_acts = values.new_zeros(len(present), n)
         new_places = torch.full_like(new_acts, -1, dtype=torch.int64)
-        new_acts[group[kept], rank[kept]] = values[kept]
-        new_places[group[kept], rank[kept]] = origin[kept]
+        new_acts[line, rank] = values[best]
+        new_places[line, rank] = places[:, None].expand(acts.shape)[fired][best]
         self._merge(present, new_acts, new_places)
 
     def _merge(self, latents: Tensor, acts: Tensor, places: Tensor) -> None:
@@ -64,20 +75,29 @@ class TopExamples:
 class PairSums:
     """A table from pairs (latent, token) to how often and with how much activation they met.
 
+    It holds up to max(KEPT_TOKENS · L, _PENDING) pairs. Where there are more, the KEPT_TOKENS tokens with the most
+    activation so far stay of every latent. So a token is counted in full unless it had less than 1/KEPT_TOKENS of its
+    latent's activation when the table was full: what makes a token a latent's own (choice.OWN_TOKEN) is more.
+
     Attributes, after `close`, sorted by latent and then token:
         latents, tokens: (pairs,) int64. counts: (pairs,) int64. sums: (pairs,) float64.
+        totals: (L,) float64 activation of each latent on all tokens, dropped ones included.
     """
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, n_latents: int, vocabulary: int) -> None:
         self.vocabulary = vocabulary
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.totals = torch.zeros(n_latents, dtype=torch.float64, device="cpu")
+        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._pending = [(empty, empty, empty.double())]
         self._waiting = 0
 
     def update(self, acts: Tensor, idx: Tensor, tokens: Tensor) -> None:
         """Takes in a sparse code acts, idx (B, K) of rows whose tokens are (B,) int64."""
         fired = acts > 0
-        keys = (idx.long() * self.vocabulary + tokens[:, None])[fired]
-        self._pending.append((keys, torch.ones_like(keys), acts[fired].double()))
+        latents, values = idx[fired].long(), acts[fired].double()
+        keys = latents * self.vocabulary + tokens[:, None].expand(acts.shape)[fired]
+        self.totals.index_add_(0, latents, values)
+        self._pending.append((keys, torch.ones_like(keys), values))
         self._waiting += len(keys)
         if self._waiting > _PENDING:
             self._sum()
@@ -88,18 +108,23 @@ class PairSums:
         self.latents, self.tokens = keys // self.vocabulary, keys % self.vocabulary
 
     def _sum(self) -> None:
-        empty = torch.zeros(0, dtype=torch.int64, device="cpu")
-        parts = self._pending or [(empty, empty, empty.double())]
-        keys, counts, sums = (torch.cat(column) for column in zip(*parts, strict=True))
-        unique, place = torch.unique(keys, return_inverse=True)
-        counts = counts.new_zeros(len(unique)).index_add_(0, place, counts)
-        sums = sums.new_zeros(len(unique)).index_add_(0, place, sums)
-        self._pending, self._waiting = [(unique, counts, sums)], 0
+        keys, place = torch.unique(self._column(0), return_inverse=True)
+        counts, sums = (
+            torch.zeros(len(keys), dtype=dtype, device="cpu").index_add_(0, place, self._column(number))
+            for number, dtype in ((1, torch.int64), (2, torch.float64))
+        )
+        if len(keys) > max(KEPT_TOKENS * len(self.totals), _PENDING):
+            kept = strongest(sums, keys // self.vocabulary, KEPT_TOKENS)[0].sort().values
+            keys, counts, sums = keys[kept], counts[kept], sums[kept]
+        self._pending, self._waiting = [(keys, counts, sums)], 0
+
+    def _column(self, number: int) -> Tensor:
+        return torch.cat([part[number] for part in self._pending])
 
 
 @dataclass
 class LatentStats:
-    """What one pass over rows tells of every latent. tokens and token_counts are None where rows have no tokens."""
+    """What one pass over rows tells of every latent. pairs and token_counts are None where rows have no tokens."""
 
     sparsity: Sparsity
     top: TopExamples
@@ -110,13 +135,13 @@ class LatentStats:
 TokensOf = Callable[[Tensor, Tensor], Tensor]
 
 
-def quick_encoder(sae: SAE) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`sae.encode_sparse` for x (B, d_in), by way of a bf16 copy of W_enc where that is faster (saefast.ops.mixed)."""
-    if sae.config.rescale_acts_by_decoder_norm or not mixed.pays_off(sae.W_enc):
-        return sae.encode_sparse
-    W_low = sae.W_enc.to(torch.bfloat16)
-    centre = sae.b_dec if sae.config.apply_b_dec_to_input else torch.zeros_like(sae.b_dec)
-    return lambda x: mixed.encode_topk_mixed(x.to(sae.dtype) - centre, W_low, sae.W_enc, sae.b_enc, sae.config.k)
+def code_of(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The sparse code of x (B, d_in) as the SAE gives it: acts, idx (B, K) on the CPU.
+
+    K may differ from batch to batch. An entry with act 0 is padding, whatever its id: nothing in here counts it.
+    """
+    acts, idx = sae.encode_sparse(x.to(sae.device))
+    return acts.cpu(), idx.cpu()
 
 
 @torch.no_grad()
@@ -139,10 +164,10 @@ def collect(
     L = sae.config.n_latents
     stats = LatentStats(Sparsity(L), TopExamples(L, n_examples or min(max((1 << 20) // L, 16), 128)))
     if tokens_of is not None:
-        stats.pairs, stats.token_counts = PairSums(vocabulary), torch.zeros(vocabulary, dtype=torch.int64, device="cpu")
-    encode = quick_encoder(sae)
+        stats.pairs = PairSums(L, vocabulary)
+        stats.token_counts = torch.zeros(vocabulary, dtype=torch.int64, device="cpu")
     for batch in batches:
-        acts, idx = (t.cpu() for t in encode(batch.x.to(sae.device)))
+        acts, idx = code_of(sae, batch.x)
         stats.sparsity.update(acts, idx)
         if batch.seq is None or batch.pos is None:
             continue

@@ -82,11 +82,8 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, title: str = "") ->
             axis.set_xlim(left=0)
 
 
-def draw_density(counts: Tensor, n_rows: int, path: Path, k: int) -> None:
-    """Histogram of firing densities on a log axis. counts (L,) int64: rows each latent fired on, of n_rows.
-
-    k: active latents per row; k / L is the mean density.
-    """
+def draw_density(counts: Tensor, n_rows: int, path: Path) -> None:
+    """Histogram of firing densities on a log axis. counts (L,) int64: rows each latent fired on, of n_rows."""
     edges, heights, never = density_histogram(counts, n_rows)
     first = next((i for i, h in enumerate(heights) if h), 0)
     edges, heights = edges[first:], heights[first:]
@@ -115,7 +112,7 @@ def draw_density(counts: Tensor, n_rows: int, path: Path, k: int) -> None:
         axis.set_xlim(min(edges[0], -4), 0)
         axis.grid(axis="x", visible=False)
         notes = f"{never:,} never fired ({never / n_latents:.1%})\n{dense:,} fire on more than 1% of tokens"
-        notes += f"\nL0 {float(counts.sum()) / max(n_rows, 1):.1f} of k = {k}"
+        notes += f"\nL0 {float(counts.sum()) / max(n_rows, 1):.1f}"
         axis.text(0.985, 0.86, notes, transform=axis.transAxes, ha="right", va="top", fontsize=9, linespacing=1.5)
 
 

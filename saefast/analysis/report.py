@@ -1,8 +1,11 @@
-"""The report of a run: pictures of training and densities, and its most telling latents as HTML, Markdown, PNG."""
+"""What is written down about a run: pictures of training and densities, and its telling latents as HTML and Markdown.
 
-import html
-from collections.abc import Sequence
+The page is the template features.html beside this file; the picture of the latents is plots.draw_features.
+"""
+
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from saefast.analysis.evaluation import Evaluation
 from saefast.analysis.feature_table import Feature, FeatureTable, Snippet
@@ -13,7 +16,7 @@ from saefast.models.sae import load
 from saefast.training.progress import read_metrics
 
 CURVES, DENSITY = "curves.png", "density.png"
-FEATURES = "features"
+FEATURES, PAGE = "features", "features.html"
 
 
 def draw_run(folder: Path, result: Evaluation) -> list[Path]:
@@ -29,11 +32,11 @@ def draw_run(folder: Path, result: Evaluation) -> list[Path]:
     except InputError:
         lines = []
     if lines:
-        title = f"{config.n_latents:,} latents, k = {config.k}, d_in = {config.d_in}"
+        title = f"{config.n_latents:,} latents, L0 = {result.metrics['l0']:.1f}, d_in = {config.d_in}"
         draw_curves(lines, folder / CURVES, title)
         written.append(folder / CURVES)
     sparsity = result.accumulated.sparsity
-    draw_density(sparsity.counts, sparsity.n_rows, folder / DENSITY, config.k)
+    draw_density(sparsity.counts, sparsity.n_rows, folder / DENSITY)
     return [*written, folder / DENSITY]
 
 
@@ -74,62 +77,38 @@ def _cell(text: str) -> str:
     return text.replace("\n", " ")
 
 
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, sans-serif; color: #22272e; background: #f5f6f8; margin: 0 auto; max-width: 1080px;
-  padding: 2rem 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } p.about { color: #57606a; margin: 0 0 1.6rem; }
-section { background: #fff; border: 1px solid #e1e4e8; border-radius: 10px; padding: 1rem 1.2rem; margin: 0 0 1rem; }
-h2 { font-size: 1.05rem; margin: 0; display: inline-block; } h2 small { color: #8b949e; font-weight: 400; }
-.facts { float: right; color: #57606a; font-size: .85rem; }
-.tokens { margin: .5rem 0 .6rem; } .token { display: inline-block; margin: 0 .5rem .3rem 0; padding: .05rem .5rem;
-  border-radius: 999px; background: #eef2f7; font: 13px ui-monospace, monospace; } .token i { color: #8b949e;
-  font-style: normal; }
-.context { font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; border-top: 1px solid #f0f2f4;
-  padding: .25rem 0; } .context b { font-weight: 700; }
-.context span { border-radius: 3px; padding: .1rem 0; }
-.context em { float: right; color: #8b949e; font-style: normal; }
-"""
+class Piece(NamedTuple):
+    """A token of a context on the page: the space before it, its text, and how strongly it is shaded (0 to 1)."""
+
+    space: str
+    text: str
+    act: float
+    shade: float
+    peak: bool
 
 
 def to_html(table: FeatureTable, title: str) -> str:
     """A page that needs nothing but itself: tokens are shaded by how strongly the latent fires on them."""
-    sections = "\n".join(_section(feature) for feature in table.features)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head>\n<body>'
-        f'<h1>{html.escape(title)}</h1><p class="about">{html.escape(table.about)}</p>\n{sections}\n</body></html>\n'
+    # torch requires jinja2, so it is there.
+    import jinja2
+
+    # Autoescaping: tokens are other people's text.
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template(PAGE).render(table=table, title=title, pieces=pieces)
 
 
-def _section(feature: Feature) -> str:
-    tokens = "".join(
-        f'<span class="token" title="fires on {t.covered:.0%} of its occurrences">'
-        f"{html.escape(t.text)} <i>{t.share:.0%}</i></span>"
-        for t in feature.tokens
-    )
-    contexts = "\n".join(_context(snippet, feature.max_act) for snippet in feature.snippets)
-    facts = f"fires on {feature.density:.3%} of tokens · {feature.n_fired:,} times · max {feature.max_act:.2f}"
-    return (
-        f"<section><h2>{html.escape(feature.title)} <small>latent {feature.latent}</small></h2>"
-        f'<span class="facts">{facts}</span><div class="tokens">{tokens}</div>\n{contexts}</section>'
-    )
-
-
-def _context(snippet: Snippet, max_act: float) -> str:
-    words = "".join(_shade(text, act, max_act, i == snippet.peak) for i, (text, act) in enumerate(snippet))
-    return f'<div class="context"><em>{snippet.acts[snippet.peak]:.2f}</em>{words}</div>'
-
-
-def _shade(text: str, act: float, max_act: float, peak: bool) -> str:
-    word = html.escape(text)
-    if act <= 0:
-        return word
-    lead = len(word) - len(word.lstrip())
-    inner = f"<b>{word[lead:]}</b>" if peak else word[lead:]
-    strength = min(act / max_act, 1.0) if max_act > 0 else 0.0
-    style = f"background: rgba(255, 159, 28, {0.15 + 0.75 * strength:.2f})"
-    return f'{word[:lead]}<span style="{style}" title="{act:.2f}">{inner}</span>'
+def pieces(snippet: Snippet, max_act: float) -> Iterator[Piece]:
+    """The tokens of a context; an act of max_act has shade 1."""
+    for place, (text, act) in enumerate(snippet):
+        word = text.lstrip()
+        shade = min(act / max_act, 1.0) if act > 0 and max_act > 0 else 0.0
+        yield Piece(text[: len(text) - len(word)], word, act, shade, place == snippet.peak)
 
 
 def summary(features: Sequence[Feature]) -> str:

@@ -1,4 +1,4 @@
-"""Top examples and token tables against brute force; the choice of latents; the page, the table and the pictures."""
+"""The table of telling latents from a harvest, and what is written of it: the page, the Markdown and the pictures."""
 
 import re
 import sys
@@ -8,160 +8,19 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from torch import Tensor
 
-from saefast.analysis.feature_table import (
-    Feature,
-    FeatureTable,
-    Snippet,
-    Texts,
-    TokenShare,
-    choose,
-    make_table,
-    own_tokens,
-    same_word,
-)
-from saefast.analysis.features import LatentStats, PairSums, TopExamples, collect
+from saefast.analysis.feature_table import Feature, FeatureTable, Snippet, TokenShare, make_table
+from saefast.analysis.features import collect
 from saefast.analysis.plots import draw_curves, draw_density, draw_features
 from saefast.analysis.report import to_html, to_markdown, write_features
-from saefast.data.mapped_source import Located, MappedSource
+from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import open_source
 from saefast.errors import InputError
 from saefast.harvest.to_disk import HarvestConfig, harvest
-from saefast.metrics.streaming import Sparsity
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 
 PNG = b"\x89PNG\r\n\x1a\n"
-L, K, V = 30, 4, 17
-
-
-def code(n: int) -> tuple[Tensor, Tensor]:
-    idx = torch.rand(n, L).argsort(1)[:, :K].int()
-    acts = torch.rand(n, K)
-    acts[torch.rand(n, K) < 0.2] = 0
-    return acts, idx
-
-
-@pytest.mark.parametrize("size", [400, 37])
-def test_top_examples_are_those_of_the_dense_code(size: int) -> None:
-    acts, idx = code(400)
-    top = TopExamples(L, n=6)
-    for part in torch.arange(400).split(size):
-        top.update(acts[part], idx[part], part * 10)
-    dense = torch.zeros(400, L).scatter(1, idx.long(), acts)
-    best = dense.topk(6, dim=0)
-    assert torch.equal(top.acts, best.values.T)
-    assert torch.equal(top.places, torch.where(best.values.T > 0, best.indices.T * 10, -1))
-
-
-def test_a_latent_with_few_firings_leaves_places_empty() -> None:
-    top = TopExamples(3, n=4)
-    top.update(
-        torch.tensor([[0.5, 0.0], [0.7, 0.0]]), torch.tensor([[1, 0], [1, 2]], dtype=torch.int32), torch.tensor([8, 9])
-    )
-    assert top.places.tolist() == [[-1] * 4, [9, 8, -1, -1], [-1] * 4]
-    assert top.acts[1].tolist() == pytest.approx([0.7, 0.5, 0, 0])
-
-
-def test_pairs_of_latent_and_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saefast.analysis.features._PENDING", 100)  # so that sums are taken in several goes
-    acts, idx = code(300)
-    tokens = torch.randint(0, V, (300,))
-    pairs = PairSums(V)
-    for part in torch.arange(300).split(29):
-        pairs.update(acts[part], idx[part], tokens[part])
-    pairs.close()
-    sums, counts = torch.zeros(L, V, dtype=torch.float64), torch.zeros(L, V, dtype=torch.int64)
-    for b in range(300):
-        for a, i in zip(acts[b].tolist(), idx[b].tolist(), strict=True):
-            if a > 0:
-                sums[i, tokens[b]] += a
-                counts[i, tokens[b]] += 1
-    assert torch.equal(torch.stack([pairs.latents, pairs.tokens]), counts.nonzero().T)
-    assert torch.equal(pairs.counts, counts[counts > 0])
-    torch.testing.assert_close(pairs.sums, sums[counts > 0])
-
-
-def planted(words: dict[int, list[int]], n: int = 4000) -> LatentStats:
-    """A code in which latent l fires on just the tokens words[l], strongest on the first; token 0 has none."""
-    tokens = torch.randint(0, V, (n,))
-    acts, idx = torch.zeros(n, 2), torch.tensor([[0, 1]]).repeat(n, 1)
-    for latent, own in words.items():
-        for strength, token in enumerate(reversed(own), start=2):
-            acts[tokens == token, 0] = float(strength) + 0.01 * latent
-            idx[tokens == token, 0] = latent
-    stats = LatentStats(Sparsity(L), TopExamples(L, 8), PairSums(V), torch.bincount(tokens, minlength=V))
-    stats.sparsity.update(acts, idx.int())
-    stats.top.update(acts, idx.int(), torch.arange(n))
-    stats.pairs.update(acts, idx.int(), tokens)
-    stats.pairs.close()
-    return stats
-
-
-def test_own_tokens_and_f1_of_a_planted_latent() -> None:
-    tokens = own_tokens(planted({5: [3, 4, 7], 9: [11]}))
-    assert set(tokens.ids[5][tokens.own[5]].tolist()) == {3, 4, 7}
-    assert tokens.ids[5, 0] == 3  # the strongest first
-    assert tokens.ids[9][tokens.own[9]].tolist() == [11]
-    assert tokens.f1[5] == pytest.approx(1)
-    assert tokens.covered[5][:3].tolist() == pytest.approx([1, 1, 1])
-    assert tokens.share[5].sum() == pytest.approx(1)
-    assert not tokens.own[6].any()
-
-
-class Words:
-    """Token 2i and 2i + 1 are two words; stands in for Texts."""
-
-    def n_words(self, tokens: list[int]) -> int:
-        return len(tokens)
-
-
-def test_the_choice_prefers_families_and_takes_no_token_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saefast.analysis.feature_table.MOST_DENSE", 0.4)
-    stats = planted({5: [3, 4, 7], 9: [11], 12: [13, 14, 15, 16], 3: [8, 9]})
-    chosen = choose(stats, Words(), n=10)  # type: ignore[arg-type]
-    assert [latent for latent, _ in chosen][:2] == [12, 5]
-    assert {latent for latent, _ in chosen} == {12, 5, 9, 3}
-    embedding = torch.eye(V)
-    embedding[[3, 4, 7]] = torch.tensor([[1.0] * V, [1.0] * V, [1.1] * V])
-    # Tokens that are alike to the model come before more tokens that are not.
-    assert choose(stats, Words(), n=1, embedding=embedding)[0][0] == 5  # type: ignore[arg-type]
-
-
-def test_forms_of_a_word() -> None:
-    assert same_word("raise", "Raised")
-    assert same_word("run", "running")
-    assert same_word("-ized", "-ize")
-    assert not same_word("table", "row")
-    assert not same_word("a", "all")
-
-
-class Bert:
-    """A word-piece tokenizer as far as Texts asks."""
-
-    all_special_ids = (0, 1)
-    names = ("[CLS]", "[SEP]", "don", "'", "t", "max", "_", "len", "##s", "(", "x", ")", ",", "print")
-
-    def get_vocab(self) -> dict[str, int]:
-        return {name: i for i, name in enumerate(self.names)}
-
-    def convert_ids_to_tokens(self, token: int) -> str:
-        return self.names[token]
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return " ".join(tokens).replace(" ##", "")
-
-
-def test_word_pieces_read_as_text() -> None:
-    texts = Texts(Bert())
-    ids = [
-        Bert.names.index(w)
-        for w in ["[CLS]", "don", "'", "t", "print", "max", "_", "len", "##s", "(", "x", ")", ",", "x"]
-    ]
-    assert "".join(texts.run(ids)) == " don't print max_lens (x), x"
-    assert texts.token(8) == "-s"
-    assert texts.n_words([7, 8, 5]) == 2  # -s is no word
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +40,7 @@ def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_table_from_a_harvest(harvested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saefast.analysis.feature_table.MOST_DENSE", 0.5)
+    monkeypatch.setattr("saefast.analysis.choice.MOST_DENSE", 0.5)
     source = open_source(harvested)
     assert isinstance(source, MappedSource)
     assert source.folder is not None
@@ -194,6 +53,7 @@ def test_table_from_a_harvest(harvested: Path, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(stats.sparsity.counts, (dense > 0).sum(0))
     ids = torch.tensor([int(source.folder.tokens(int(s))[int(p)]) for s, p in zip(seq, pos, strict=True)])
     assert torch.equal(stats.token_counts, torch.bincount(ids, minlength=66))
+    monkeypatch.setattr("saefast.analysis.feature_table._BATCH", 7)  # so that a sequence is encoded in several goes
     table = make_table(sae, source, stats, tiny_models.tokenizer(), None, n=5, contexts=3)
     assert table.features
     where = {(int(s), int(p)): row for row, (s, p) in enumerate(zip(seq, pos, strict=True))}
@@ -238,17 +98,25 @@ class Checker(HTMLParser):
         self.open: list[str] = []
         self.fetched: list[str] = []
         self.text = ""
+        self.contexts: list[str] = []
+        self.places: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag != "meta":
             self.open.append(tag)
+            self.places.append(dict(attrs).get("class") or tag)
+        if ("class", "context") in attrs:
+            self.contexts.append("")
         self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.places.pop()
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if "context" in self.places and "em" not in self.places:
+            self.contexts[-1] += data
 
 
 def test_the_page_is_self_contained_and_escaped() -> None:
@@ -260,6 +128,8 @@ def test_the_page_is_self_contained_and_escaped() -> None:
     assert not re.search(r"https?:|url\(|@import|<script", page)
     assert "a|b <script> $x_1$ *done* `end`" in checker.text
     assert "raise · <error>" in checker.text
+    # White space shows in a context: there is what the tokens have, and no more.
+    assert checker.contexts == ["".join(s.texts) for feature in table().features for s in feature.snippets]
     assert page.count("rgba(255, 159, 28, 0.90)") == 3  # the strongest firing of each latent, at full shade
 
 
@@ -290,8 +160,8 @@ def test_pictures_are_written(tmp_path: Path) -> None:
     draw_curves(
         [{"step": 1, "tokens": 5, "losses/overall_loss": 0.0, "fvu": 0.5, "dead_share": 0.0}], tmp_path / "b.png"
     )
-    draw_density(torch.tensor([0, 1, 5, 900]), 1000, tmp_path / "c.png", k=2)
-    draw_density(torch.zeros(4, dtype=torch.int64), 1000, tmp_path / "d.png", k=2)
+    draw_density(torch.tensor([0, 1, 5, 900]), 1000, tmp_path / "c.png")
+    draw_density(torch.zeros(4, dtype=torch.int64), 1000, tmp_path / "d.png")
     draw_features(table(), tmp_path / "e.png", "title")
     written = sorted(tmp_path.iterdir())
     assert [path.name for path in written] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
@@ -309,11 +179,3 @@ def test_two_pages_of_features(tmp_path: Path) -> None:
     written = write_features(tmp_path, table(), "Title")
     assert [path.name for path in written] == ["features.html", "features.md"]
     assert all(path.is_file() for path in written)
-
-
-def test_batches_without_places_still_count() -> None:
-    sae = SAE(SAEConfig(d_in=6, n_latents=12, k=2), seed=0)
-    stats = collect(sae, [Located(torch.randn(9, 6), None, None)])
-    assert 0 < int(stats.sparsity.counts.sum()) <= 18
-    assert stats.sparsity.n_rows == 9
-    assert bool((stats.top.places == -1).all())

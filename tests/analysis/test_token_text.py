@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from saefast.analysis.token_text import Texts
+from saefast.analysis.token_text import Texts, same_word
 
 # Headings make ## a token, and a longer one that begins with it.
 CORPUS = [f"## Heading {i}\n### Part ##{i}\nThe fox jumps over the lazy dog – naïve 狐 🦊, don't!\n" for i in range(40)]
@@ -127,3 +127,38 @@ def test_a_token_by_itself() -> None:
     assert Texts(llama).token(llama.get_vocab()["▁"]) == "' '"
     begins = next(name for name in llama.get_vocab() if name.startswith("▁") and name[1:].isalpha())
     assert Texts(llama).token(llama.get_vocab()[begins]) == begins[1:]
+
+
+def test_forms_of_a_word() -> None:
+    assert same_word("raise", "Raised")
+    assert same_word("run", "running")
+    assert same_word("-ized", "-ize")
+    assert not same_word("table", "row")
+    assert not same_word("a", "all")
+
+
+class Bert:
+    """A word-piece tokenizer as far as Texts asks."""
+
+    all_special_ids = (0, 1)
+    names = ("[CLS]", "[SEP]", "don", "'", "t", "max", "_", "len", "##s", "(", "x", ")", ",", "print")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.names[token]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return " ".join(tokens).replace(" ##", "")
+
+
+def test_word_pieces_read_as_text() -> None:
+    texts = Texts(Bert())
+    ids = [
+        Bert.names.index(w)
+        for w in ["[CLS]", "don", "'", "t", "print", "max", "_", "len", "##s", "(", "x", ")", ",", "x"]
+    ]
+    assert "".join(texts.run(ids)) == " don't print max_lens (x), x"
+    assert texts.token(8) == "-s"
+    assert texts.n_words([7, 8, 5]) == 2  # -s is no word

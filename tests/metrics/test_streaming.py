@@ -164,6 +164,17 @@ def test_per_latent_counts_and_maxima() -> None:
     assert flat.compute() == pytest.approx(one.compute())
 
 
+def test_rows_may_have_any_number_of_entries_and_padding_is_none() -> None:
+    x, x_hat, acts, idx, dense = draw(300)
+    metrics = SAEMetrics(L)
+    for width, b in enumerate(slices(300, (41,))):
+        n = len(acts[b])
+        padding = acts.new_zeros(n, width), torch.randint(0, L, (n, width), dtype=torch.int32)
+        metrics.update(x[b], x_hat[b], torch.cat([padding[0], acts[b]], 1), torch.cat([padding[1], idx[b]], 1))
+    expected = one_shot(x, x_hat, dense, slices(300, (41,)))
+    assert metrics.compute() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
 def test_density_histogram_covers_every_latent_once() -> None:
     counts = torch.tensor([0, 0, 1, 9, 10, 100, 1000])
     edges, heights, never = density_histogram(counts, 1000, bins_per_decade=1)
