@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING show one tree: the folders there are, rooms in the order of ROOMS, each with its own sentence."""
+"""README and CONTRIBUTING show one tree: the folders that exist, rooms in ROOMS' order and with their own sentences."""
 
 import ast
 import re
