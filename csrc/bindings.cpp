@@ -244,10 +244,11 @@ void bind_buffer(py::module_& m) {
 saefast::Encoder make_encoder(handle x, handle W, handle bias, handle scale, handle threshold, handle ids) {
     const int64_t B = size("x", x, 0, 2), D = size("x", x, 1, 2), L = size("W", W, 0, 2);
     const int64_t n_ids = ids.is_none() ? L : length("ids", ids);
-    const saefast::Float type = float_type("x", x);
-    return {type,
-            floats("x", x, type, product({B, D})),
-            floats("W", W, type, product({L, D})),
+    const Floats rows("x", x, product({B, D})), weights("W", W, product({L, D}));
+    if (weights.type != rows.type) throw unlike("W", W, "the dtype of x");
+    return {rows.type,
+            rows.at,
+            weights.at,
             B,
             D,
             L,
@@ -314,11 +315,11 @@ void bind_encode(py::module_& m) {
 // W (L, D) of any float format, idx (B, K) int32 or int64.
 saefast::Gathered make_gathered(handle W, handle idx, int n_threads) {
     const int64_t L = size("W", W, 0, 2), D = size("W", W, 1, 2), B = size("idx", idx, 0, 2), K = size("idx", idx, 1, 2);
-    const saefast::Float type = float_type("W", W);
+    const Floats weights("W", W, product({L, D}));
     const bool wide = dtype(idx).is(dtype_of<int64_t>());
     const int64_t n = product({B, K});
     const void* entries = wide ? static_cast<const void*>(at<int64_t>("idx", idx, n)) : at<int32_t>("idx", idx, n);
-    return {type, floats("W", W, type, product({L, D})), L, D, entries, wide, B, K, n_threads};
+    return {weights.type, weights.at, L, D, entries, wide, B, K, n_threads};
 }
 
 void bind_spmm(py::module_& m) {
@@ -397,7 +398,7 @@ void bind_row_stream(py::module_& m) {
 
 PYBIND11_MODULE(_native, m) {
     m.doc() = "saefast's C++ half; used through saefast.ops.native";
-    // saefast.ops.native.INTERFACE has the same number: both are raised where the bindings change.
+    // saefast/extension.py has the same number: both are raised where the bindings change.
     m.attr("INTERFACE") = 2;
 #ifdef SAEFAST_CUDA
     m.attr("HAS_CUDA") = true;

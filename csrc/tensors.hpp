@@ -150,6 +150,15 @@ inline const void* floats(const char* name, py::handle tensor, Float type, int64
     return raw(name, tensor, product({n, bytes_of(type)}));
 }
 
+// n values of any of the three, asked for once.
+struct Floats {
+    Float type;
+    const void* at;
+
+    Floats(const char* name, py::handle tensor, int64_t n)
+        : type(float_type(name, tensor)), at(raw(name, tensor, product({n, bytes_of(type)}))) {}
+};
+
 // Throws std::out_of_range for the first of n numbers outside [0, limit). Null is nothing to look at.
 template <class T>
 void check_inside(const char* name, const T* numbers, int64_t n, int64_t limit) {

@@ -21,6 +21,17 @@ namespace {
 // the batch it came in, and short, so that rounding errors grow with the square root of D / 256, not of D.
 constexpr int64_t kBlock = 256;
 
+// Code of an instruction set, whatever the compiler was told to build for.
+#define SAEFAST_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define SAEFAST_BEGIN(features) \
+    SAEFAST_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define SAEFAST_END SAEFAST_PRAGMA(clang attribute pop)
+#else
+#define SAEFAST_BEGIN(features) SAEFAST_PRAGMA(GCC push_options) SAEFAST_PRAGMA(GCC target(features))
+#define SAEFAST_END SAEFAST_PRAGMA(GCC pop_options)
+#endif
+
 #if SAEFAST_X86
 
 #if !defined(__clang__)
@@ -29,139 +40,64 @@ constexpr int64_t kBlock = 256;
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-template <int NV, int NL>
-__attribute__((target("avx512f"))) uint32_t finish_avx512(const Tile& t, __m512 (&sum)[NL][NV]) {
-    uint32_t hits = 0;
-    for (int i = 0; i < NL; ++i) {
-        const __m512 bias = _mm512_set1_ps(t.bias[i]), scale = _mm512_set1_ps(t.scale[i]);
-        for (int v = 0; v < NV; ++v) {
-            sum[i][v] = _mm512_add_ps(sum[i][v], bias);
-            const __m512 bound =
-                t.latent_bound ? _mm512_set1_ps(t.latent_bound[i]) : _mm512_loadu_ps(t.row_bound + 16 * v);
-            const __m512 rank = _mm512_mul_ps(sum[i][v], scale);
-            hits |= static_cast<uint32_t>(_mm512_cmp_ps_mask(rank, bound, _CMP_NLE_UQ)) << (16 * v);
-        }
-    }
-    if (hits != 0)
-        for (int i = 0; i < NL; ++i)
-            for (int v = 0; v < NV; ++v) _mm512_storeu_ps(t.pre + i * 16 * NV + 16 * v, sum[i][v]);
-    return hits;
-}
+SAEFAST_BEGIN("avx512f,avx512bf16")
+namespace avx512_bf16 {
+struct Isa {
+    using Vector = __m512;
+    static constexpr int kLanes = 16;
+    static Vector all(float value) { return _mm512_set1_ps(value); }
+    static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+    static uint32_t beats(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+};
+#include "tile_body.hpp"
+}  // namespace avx512_bf16
+SAEFAST_END
 
-template <int NV, int NL>
-__attribute__((target("avx512f"))) uint32_t tile_avx512(const Tile& t) {
-    __m512 sum[NL][NV] = {};
-    const uint32_t *x = t.x, *w = t.w;
-    for (int64_t done = 0; done < t.depth; done += kBlock) {
-        __m512 part[NL][NV] = {};
-        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 16 * NV, w += NL) {
-            __m512 xs[NV];
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) xs[v] = _mm512_castsi512_ps(_mm512_loadu_si512(x + 16 * v));
-#pragma GCC unroll 16
-            for (int i = 0; i < NL; ++i) {
-                const __m512 weight = _mm512_set1_ps(from_bits(w[i]));
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) part[i][v] = _mm512_fmadd_ps(weight, xs[v], part[i][v]);
-            }
-        }
-        for (int i = 0; i < NL; ++i)
-            for (int v = 0; v < NV; ++v) sum[i][v] = _mm512_add_ps(sum[i][v], part[i][v]);
-    }
-    return finish_avx512<NV, NL>(t, sum);
-}
+SAEFAST_BEGIN("avx512f")
+namespace avx512 {
+struct Isa {
+    using Vector = __m512;
+    static constexpr int kLanes = 16;
+    static Vector all(float value) { return _mm512_set1_ps(value); }
+    static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+    static uint32_t beats(Vector a, Vector b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+};
+#include "tile_body.hpp"
+}  // namespace avx512
+SAEFAST_END
 
-template <int NV, int NL>
-__attribute__((target("avx512f,avx512bf16"))) uint32_t tile_avx512_bf16(const Tile& t) {
-    __m512 sum[NL][NV] = {};
-    const uint32_t *x = t.x, *w = t.w;
-    for (int64_t done = 0; done < t.depth; done += kBlock) {
-        __m512 part[NL][NV] = {};
-        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 16 * NV, w += NL) {
-            __m512bh xs[NV];
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) xs[v] = (__m512bh)_mm512_loadu_si512(x + 16 * v);
-#pragma GCC unroll 16
-            for (int i = 0; i < NL; ++i) {
-                const __m512bh weight = (__m512bh)_mm512_set1_epi32(static_cast<int>(w[i]));
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) part[i][v] = _mm512_dpbf16_ps(part[i][v], weight, xs[v]);
-            }
-        }
-        for (int i = 0; i < NL; ++i)
-            for (int v = 0; v < NV; ++v) sum[i][v] = _mm512_add_ps(sum[i][v], part[i][v]);
+SAEFAST_BEGIN("avx2,fma")
+namespace avx2 {
+struct Isa {
+    using Vector = __m256;
+    static constexpr int kLanes = 8;
+    static Vector all(float value) { return _mm256_set1_ps(value); }
+    static Vector multiply_add(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+    static uint32_t beats(Vector a, Vector b) {
+        return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
     }
-    return finish_avx512<NV, NL>(t, sum);
-}
-
-template <int NV, int NL>
-__attribute__((target("avx2,fma"))) uint32_t tile_avx2(const Tile& t) {
-    __m256 sum[NL][NV] = {};
-    const uint32_t *x = t.x, *w = t.w;
-    for (int64_t done = 0; done < t.depth; done += kBlock) {
-        __m256 part[NL][NV] = {};
-        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 8 * NV, w += NL) {
-            __m256 xs[NV];
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v)
-                xs[v] = _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + 8 * v)));
-#pragma GCC unroll 16
-            for (int i = 0; i < NL; ++i) {
-                const __m256 weight = _mm256_set1_ps(from_bits(w[i]));
-#pragma GCC unroll 4
-                for (int v = 0; v < NV; ++v) part[i][v] = _mm256_fmadd_ps(weight, xs[v], part[i][v]);
-            }
-        }
-        for (int i = 0; i < NL; ++i)
-            for (int v = 0; v < NV; ++v) sum[i][v] = _mm256_add_ps(sum[i][v], part[i][v]);
-    }
-    uint32_t hits = 0;
-    for (int i = 0; i < NL; ++i) {
-        const __m256 bias = _mm256_broadcast_ss(t.bias + i), scale = _mm256_broadcast_ss(t.scale + i);
-        for (int v = 0; v < NV; ++v) {
-            sum[i][v] = _mm256_add_ps(sum[i][v], bias);
-            const __m256 bound =
-                t.latent_bound ? _mm256_broadcast_ss(t.latent_bound + i) : _mm256_loadu_ps(t.row_bound + 8 * v);
-            const __m256 beats = _mm256_cmp_ps(_mm256_mul_ps(sum[i][v], scale), bound, _CMP_NLE_UQ);
-            hits |= static_cast<uint32_t>(_mm256_movemask_ps(beats)) << (8 * v);
-            _mm256_storeu_ps(t.pre + i * 8 * NV + 8 * v, sum[i][v]);
-        }
-    }
-    return hits;
-}
+};
+#include "tile_body.hpp"
+}  // namespace avx2
+SAEFAST_END
 
 #endif
 
 // Any other machine: four lanes through the compiler's own vectors (NEON, SSE2).
-using Lanes = float __attribute__((vector_size(16)));
-
-template <int NV, int NL>
-uint32_t tile_portable(const Tile& t) {
-    Lanes sum[NL][NV] = {};
-    const uint32_t *x = t.x, *w = t.w;
-    for (int64_t done = 0; done < t.depth; done += kBlock) {
-        Lanes part[NL][NV] = {};
-        for (int64_t d = std::min(kBlock, t.depth - done); d > 0; --d, x += 4 * NV, w += NL) {
-            Lanes xs[NV];
-            float ws[NL];
-            std::memcpy(xs, x, sizeof xs);
-            std::memcpy(ws, w, sizeof ws);
-            for (int i = 0; i < NL; ++i)
-                for (int v = 0; v < NV; ++v) part[i][v] += ws[i] * xs[v];
-        }
-        for (int i = 0; i < NL; ++i)
-            for (int v = 0; v < NV; ++v) sum[i][v] += part[i][v];
+namespace portable {
+struct Isa {
+    using Vector = float __attribute__((vector_size(16)));
+    static constexpr int kLanes = 4;
+    static Vector all(float value) { return Vector{value, value, value, value}; }
+    static Vector multiply_add(Vector a, Vector b, Vector sum) { return sum + a * b; }
+    static uint32_t beats(Vector a, Vector b) {
+        uint32_t found = 0;
+        for (int lane = 0; lane < kLanes; ++lane) found |= static_cast<uint32_t>(!(a[lane] <= b[lane])) << lane;
+        return found;
     }
-    uint32_t hits = 0;
-    for (int i = 0; i < NL; ++i)
-        for (int r = 0; r < 4 * NV; ++r) {
-            const float pre = sum[i][r / 4][r % 4] + t.bias[i];
-            const float bound = t.latent_bound ? t.latent_bound[i] : t.row_bound[r];
-            t.pre[i * 4 * NV + r] = pre;
-            hits |= static_cast<uint32_t>(!(pre * t.scale[i] <= bound)) << r;
-        }
-    return hits;
-}
+};
+#include "tile_body.hpp"
+}  // namespace portable
 
 bool always() { return true; }
 #if SAEFAST_X86
@@ -179,11 +115,11 @@ struct InstructionSet {
 
 const InstructionSet kSets[] = {  // the best first
 #if SAEFAST_X86
-    {"avx512_bf16", has_avx512_bf16, {32, 12, true, tile_avx512_bf16<2, 12>}, {16, 12, true, tile_avx512_bf16<1, 12>}},
-    {"avx512", has_avx512, {32, 12, false, tile_avx512<2, 12>}, {16, 12, false, tile_avx512<1, 12>}},
-    {"avx2", has_avx2, {24, 4, false, tile_avx2<3, 4>}, {8, 12, false, tile_avx2<1, 12>}},
+    {"avx512_bf16", has_avx512_bf16, {32, 12, true, avx512_bf16::tile<2, 12>}, {16, 12, true, avx512_bf16::tile<1, 12>}},
+    {"avx512", has_avx512, {32, 12, false, avx512::tile<2, 12>}, {16, 12, false, avx512::tile<1, 12>}},
+    {"avx2", has_avx2, {24, 4, false, avx2::tile<3, 4>}, {8, 12, false, avx2::tile<1, 12>}},
 #endif
-    {"portable", always, {8, 8, false, tile_portable<2, 8>}, {4, 8, false, tile_portable<1, 8>}},
+    {"portable", always, {8, 8, false, portable::tile<2, 8>}, {4, 8, false, portable::tile<1, 8>}},
 };
 
 }  // namespace
