@@ -15,7 +15,7 @@ from bench import common
 from bench.cases import Case, Settings
 from bench.encode_topk import GPU_SHAPES, Problem, Shape
 from bench.kernel_times import by_kernel
-from saefast.ops import triton as triton_ops
+from saefast.ops import triton_encode_topk
 
 TINY = (Shape(4, 32, 128, 4), Shape(4, 40, 96, 4))
 METHODS = ("fused", "chunked")
@@ -46,7 +46,7 @@ def problem_of(shape: Shape, settings: Settings) -> Problem:
 def contender(problem: Problem, what: str) -> Callable[[], tuple[Tensor, Tensor]]:
     if what == "dense":
         return problem.dense
-    return lambda: triton_ops.encode_topk(problem.x, problem.W, problem.b, problem.shape.k, method=what)
+    return lambda: triton_encode_topk.encode_topk(problem.x, problem.W, problem.b, problem.shape.k, method=what)
 
 
 def against_product(shape: Shape, settings: Settings, what: str | None) -> dict[str, Any]:

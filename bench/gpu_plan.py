@@ -82,7 +82,7 @@ def tests(rehearse: bool) -> Stage:
     files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (rank(path), path.name))
     marked = ["-m", "gpu", *map(str, files)]
     if rehearse:
-        marked = ["-m", "not gpu", str(ROOT / "tests" / "test_triton_sddmm.py")]
+        marked = ["-m", "not gpu", str(ROOT / "tests" / "test_sddmm.py")]
     pytest = ["-m", "pytest", "-q", "-p", "bench.pytest_lines", "--continue-on-collection-errors", *marked]
     return Stage("tests", [sys.executable, *pytest], WEIGHTS["tests"], resumes=True, expected=frozenset({1, 2, 5}))
 

@@ -15,8 +15,7 @@ from bench.cases import Case, Settings
 from bench.gpu_smoke_rows import OPERATIONS, row_operation
 from bench.gpu_smoke_steps import STEPS, three_steps
 from saefast.kernels import tuning
-from saefast.ops import reference
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
 from saefast.ops.reference import stable_topk
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
@@ -116,7 +115,7 @@ def encode(
     # Powers of two scale without rounding.
     scale = 2.0 ** torch.randint(-2, 3, (size.L,), device=device) if scaled else None
     latents = torch.arange(1, size.L, 3, dtype=torch.int32, device=device) if listed else None
-    acts, idx = triton_ops.encode_topk(x, W, b, size.k, method=method, scale=scale, latents=latents, relu=False)
+    acts, idx = triton_encode_topk.encode_topk(x, W, b, size.k, method=method, scale=scale, latents=latents, relu=False)
     columns = torch.arange(size.L, device=device) if latents is None else latents.long()
     pre = (x.double() @ W[columns].double().T + b[columns]).float()
     order = stable_topk(pre if scale is None else pre * scale[columns], size.k)
@@ -126,7 +125,7 @@ def encode(
 def threshold_encode(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     x, W = integers(size.B, size.D, dtype=dtype, device=device), integers(size.L, size.D, dtype=dtype, device=device)
     theta = 8.0 * size.D**0.5  # two standard deviations of a sum of D products
-    row_ptr, idx, acts = triton_ops.threshold_encode(x, W, None, theta)
+    row_ptr, idx, acts = triton_threshold_encode.threshold_encode(x, W, None, theta)
     pre = (x.double() @ W.double().T).float()
     row, column = (pre > theta).nonzero(as_tuple=True)
     counts = torch.zeros(size.B + 1, dtype=torch.int64, device=device)
@@ -142,21 +141,23 @@ def code(size: Size, device: str) -> tuple[Tensor, Tensor]:
 
 def spmm(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     (acts, idx), W = code(size, device), torch.randn(size.L, size.D, device=device).to(dtype)
-    found = triton_ops.spmm(acts, idx, W)
+    found = triton_spmm.spmm(acts, idx, W)
     return close(found, reference.spmm(acts, idx, W), reference.spmm(acts.double(), idx, W.double()))
 
 
 def sddmm(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     (_, idx), W = code(size, device), torch.randn(size.L, size.D, device=device).to(dtype)
     x = torch.randn(size.B, size.D, device=device).to(dtype)
-    return close(triton_ops.sddmm(x, idx, W), reference.sddmm(x, idx, W), reference.sddmm(x.double(), idx, W.double()))
+    return close(
+        triton_sddmm.sddmm(x, idx, W), reference.sddmm(x, idx, W), reference.sddmm(x.double(), idx, W.double())
+    )
 
 
 def spmm_t(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     (acts, idx), x = code(size, device), torch.randn(size.B, size.D, device=device).to(dtype)
     args = (size.L,)
     plain, truth = reference.spmm_t(acts, idx, x, *args), reference.spmm_t(acts.double(), idx, x.double(), *args)
-    return close(triton_ops.spmm_t(acts, idx, x, *args), plain, truth)
+    return close(triton_spmm.spmm_t(acts, idx, x, *args), plain, truth)
 
 
 def decode_loss(size: Size, device: str) -> dict[str, Any]:

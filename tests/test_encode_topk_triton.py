@@ -21,8 +21,9 @@ from draws import given, settings, st
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
 from saefast.ops import dispatch as ops
-from saefast.ops import reference, triton_encode
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops import triton_encode_tiles as tiles
+from saefast.ops import triton_encode_topk as driver
 from saefast.ops.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
 
 interp.speed_up()
@@ -54,7 +55,7 @@ def use_form(monkeypatch, device):
     """Makes every setting of this device's architecture take a form; returns the method that leads to it."""
 
     def use(form):
-        arch = triton_encode.architecture(device)
+        arch = tiles.architecture(device)
         if form == "descriptor" and 0 < arch < 90:
             pytest.skip("no TMA on this device")
         per_sm = int(form == "descriptor")
@@ -153,7 +154,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 def test_is_the_stable_sort(case, form, use_form, device):
     x, W, b = case()
-    found = triton_ops.encode_topk(
+    found = driver.encode_topk(
         x.to(device), W.to(device), b.to(device), K, chunk=128, method=use_form(form), relu=False
     )
     assert_same(found, stable_sort(x, W, b, K, relu=False))
@@ -167,7 +168,7 @@ def test_is_the_stable_sort(case, form, use_form, device):
 def test_shapes_that_divide_nothing(B, D, L, k, form, use_form, device):
     x, W, b = integers(B, D), integers(L, D), integers(L)
     method = use_form(form)
-    acts, idx = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=64, method=method)
+    acts, idx = driver.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=64, method=method)
     assert acts.dtype == torch.float32
     assert idx.dtype == torch.int32
     assert_same((acts, idx), stable_sort(x, W, b, k))
@@ -176,7 +177,7 @@ def test_shapes_that_divide_nothing(B, D, L, k, form, use_form, device):
 @pytest.mark.parametrize("method", ["fused", "chunked"])
 def test_without_a_bias_and_in_fp32(method, device):
     x, W = integers(3, 20, dtype=torch.float32), integers(200, 20, dtype=torch.float32)
-    found = triton_ops.encode_topk(x.to(device), W.to(device), None, 9, chunk=96, method=method)
+    found = driver.encode_topk(x.to(device), W.to(device), None, 9, chunk=96, method=method)
     assert_same(found, stable_sort(x, W, None, 9))
 
 
@@ -190,7 +191,7 @@ def test_a_list_of_latents_competes_alone_and_keeps_its_ids(form, use_form, devi
         expected = reference.encode_topk(x, W, b, K, latents=latents, scale=scaled)
         moved = None if scaled is None else scaled.to(device)
         options = {"latents": latents.to(device), "scale": moved, "chunk": 64, "method": method}
-        found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
+        found = driver.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
         assert_same(found, expected)
 
 
@@ -202,14 +203,14 @@ def test_scale_ranks_and_returns_what_it_did_not_scale(form, use_form, device):
     pre = x.double() @ W.double().T + b
     order = torch.sort(pre.float() * scale, dim=1, descending=True, stable=True).indices[:, :K]
     options = {"scale": scale.to(device), "chunk": 128, "method": use_form(form), "relu": False}
-    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
+    found = driver.encode_topk(x.to(device), W.to(device), b.to(device), K, **options)
     assert_same(found, (pre.gather(1, order).float(), order.int()))
 
 
 def test_the_methods_agree_to_the_bit_and_so_do_two_runs(device):
     x, W, b = (t.to(device) for t in random_ints())
     fused, again, chunked = (
-        triton_ops.encode_topk(x, W, b, K, chunk=128, method=method) for method in ("fused", "fused", "chunked")
+        driver.encode_topk(x, W, b, K, chunk=128, method=method) for method in ("fused", "fused", "chunked")
     )
     for other in (again, chunked):
         assert torch.equal(fused[0], other[0])
@@ -223,10 +224,10 @@ def test_a_scratch_cap_splits_rows_and_changes_nothing(method, latents, device, 
     chosen = None if latents is None else torch.arange(latents) + 50
     expected = reference.encode_topk(x, W, b, K, latents=chosen)
     seen = []
-    watched = spy(triton_encode._topk_rows, lambda args: seen.append(len(args[1])))
-    monkeypatch.setattr(triton_encode, "_topk_rows", watched)
+    watched = spy(driver._topk_rows, lambda args: seen.append(len(args[1])))
+    monkeypatch.setattr(driver, "_topk_rows", watched)
     chosen = None if chosen is None else chosen.to(device)
-    found = triton_ops.encode_topk(
+    found = driver.encode_topk(
         x.to(device), W.to(device), b.to(device), K, latents=chosen, method=method, max_scratch_bytes=40_000, chunk=256
     )
     assert_same(found, expected)
@@ -253,10 +254,10 @@ def test_scratch_stays_under_its_cap_or_the_cap_is_refused(device, monkeypatch):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", counted)
-    triton_ops.encode_topk(x[:4], W, b, K, max_scratch_bytes=40_000)
+    driver.encode_topk(x[:4], W, b, K, max_scratch_bytes=40_000)
     assert 0 < sum(taken) <= 40_000 + 2 * 4 * K * 4  # one part of rows, and the result
     with pytest.raises(InputError, match="max_scratch_bytes is 700: expected at least"):
-        triton_ops.encode_topk(x, W, b, K, max_scratch_bytes=700)
+        driver.encode_topk(x, W, b, K, max_scratch_bytes=700)
 
 
 def misaligned(t):
@@ -285,7 +286,7 @@ def test_odd_strides_and_offsets(odd, D, form, use_form, device):
     assert x.is_contiguous()
     assert W.is_contiguous()
     k = min(K, len(W))
-    found = triton_ops.encode_topk(x, W, b, k, chunk=128, method=use_form(form))
+    found = driver.encode_topk(x, W, b, k, chunk=128, method=use_form(form))
     assert_same(found, stable_sort(x.cpu(), W.cpu(), b.cpu(), k))
 
 
@@ -303,7 +304,7 @@ def test_odd_strides_and_offsets(odd, D, form, use_form, device):
 def test_descriptors_take_what_they_can_address(W, described, use_form):
     use_form("descriptor")
     precision = "tf32" if W.dtype == torch.float32 else "ieee"
-    enc = triton_encode._encoder(torch.zeros(2, W.shape[1], dtype=W.dtype), W, None, None, None, "fused", precision)
+    enc = tiles.make_encoder(torch.zeros(2, W.shape[1], dtype=W.dtype), W, None, None, None, "fused", precision)
     assert enc.described == described
     assert (enc.tiles().per_sm > 0) == described, "the pointer form has settings of its own"
 
@@ -313,8 +314,8 @@ def test_operands_that_cannot_be_loaded_wide_take_the_library():
         W = torch.empty(base + 8 * D, dtype=torch.float16)[base:].view(8, D)
         for arch in (80, 90):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(triton_encode, "architecture", lambda _, arch=arch: arch)
-                enc = triton_encode._encoder(torch.zeros(1, D).half(), W, None, None, None, "auto", "ieee")
+                patch.setattr(tiles, "architecture", lambda _, arch=arch: arch)
+                enc = tiles.make_encoder(torch.zeros(1, D).half(), W, None, None, None, "auto", "ieee")
                 # Without descriptors the compiler wants to see rows of a multiple of 16 elements.
                 assert enc.method == ("chunked" if arch == 80 and D == 1000 else expected), (arch, D)
 
@@ -327,10 +328,10 @@ def test_scratch_is_what_the_chunks_take(B, D, columns, k, monkeypatch):
     """Real allocations at the design's sizes, on tensors without memory and with launches left out."""
     x = torch.empty(B, D, dtype=torch.float16, device="meta")
     W = torch.empty(columns, D, dtype=torch.float16, device="meta")
-    monkeypatch.setattr(triton_encode, "_run_tiles", lambda *_, **__: None)
-    monkeypatch.setattr(triton_encode.merge_topk, "merge_topk", {(B,): lambda *_, **__: None})
+    monkeypatch.setattr(driver, "run_tiles", lambda *_, **__: None)
+    monkeypatch.setattr(driver.merge_topk, "merge_topk", {(B,): lambda *_, **__: None})
     with Allocations(x, W) as watch:
-        acts, idx = triton_encode.encode_topk(x, W, None, k, relu=False)
+        acts, idx = driver.encode_topk(x, W, None, k, relu=False)
     first, group = max(4096, 64 * k), 32 if columns <= 1 << 18 else 64
     run = max(32, 1 << (k - 1).bit_length())
     per_row = 8 * (run + tuning.merge(run, group).visit * group) + 4
@@ -392,17 +393,17 @@ def test_cuts_fit_their_budget(B, columns, k, D, budget, product, listed, block,
 def test_a_chunk_of_several_products(case, product, device, monkeypatch):
     """Each product is filtered by itself, and the chunk is merged once."""
     x, W, b = case()
-    monkeypatch.setattr(triton_encode, "_library_columns", lambda _: product)
-    merges, merge = [], triton_encode._merge
-    monkeypatch.setattr(triton_encode, "_merge", spy(merge, lambda args: merges.append(args[3:5])))
+    monkeypatch.setattr(tiles, "_library_columns", lambda _: product)
+    merges, merge = [], driver._merge
+    monkeypatch.setattr(driver, "_merge", spy(merge, lambda args: merges.append(args[3:5])))
     arguments = [t.to(device) for t in (x, W, b)]
-    found = triton_ops.encode_topk(*arguments, K, chunk=128, method="chunked", relu=False)
+    found = driver.encode_topk(*arguments, K, chunk=128, method="chunked", relu=False)
     assert_same(found, stable_sort(x, W, b, K, relu=False))
     assert merges == [(0, 128), (128, 256), (384, L - 384)]
     latents = torch.arange(0, L, 2).to(torch.int32)
-    listed = triton_ops.encode_topk(*arguments, K, chunk=128, method="chunked", latents=latents.to(device))
+    listed = driver.encode_topk(*arguments, K, chunk=128, method="chunked", latents=latents.to(device))
     assert_same(listed, reference.encode_topk(x, W, b, K, latents=latents))
-    row_ptr, idx, acts = triton_ops.threshold_encode(*arguments, 3.0, method="chunked")
+    row_ptr, idx, acts = triton_threshold_encode.threshold_encode(*arguments, 3.0, method="chunked")
     for got, want in zip((row_ptr, idx, acts), reference.threshold_encode(x, W, b, 3.0), strict=True):
         torch.testing.assert_close(got.cpu(), want, rtol=0, atol=0, equal_nan=True)
 
@@ -427,11 +428,11 @@ def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
 
         return run_tiles
 
-    monkeypatch.setattr(triton_encode, "autotunes", lambda _: True)
+    monkeypatch.setattr(driver, "autotunes", lambda _: True)
     monkeypatch.setattr(tuning, "autotune", autotune)
-    monkeypatch.setattr(triton_encode, "_run_tiles", watched(triton_encode._run_tiles))
+    monkeypatch.setattr(driver, "run_tiles", watched(driver.run_tiles))
     arguments = [t.to(device) for t in (x, W, b)]
-    found = triton_ops.encode_topk(*arguments, K, chunk=64, method="fused", relu=False)
+    found = driver.encode_topk(*arguments, K, chunk=64, method="fused", relu=False)
     assert_same(found, stable_sort(x, W, b, K, relu=False))
     assert timed == ["encode_tiles", "merge_topk"]
     assert known == {L: [(192, 256, True)], 130: [(64, 66, True)], 90: [(0, 64, False)]}[columns]
@@ -439,13 +440,13 @@ def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
 
 def test_what_a_sweep_found_is_used_from_then_on(device, monkeypatch):
     x, W, b = (t.to(device) for t in random_ints())
-    enc = triton_encode._encoder(x, W, b, None, None, "fused", "ieee")
+    enc = tiles.make_encoder(x, W, b, None, None, "fused", "ieee")
     key = ("encode_tiles", enc.arch, enc.kind, False, enc.described, True)
     picked = tuning.tiles(enc.arch, enc.kind, D)._replace(block_l=64)
     monkeypatch.setitem(tuning._chosen, key, picked)
-    seen, launch = [], triton_encode._launch_tiles
-    monkeypatch.setattr(triton_encode, "_launch_tiles", spy(launch, lambda args: seen.append(args[-1])))
-    assert_same(triton_ops.encode_topk(x, W, b, K), stable_sort(x.cpu(), W.cpu(), b.cpu(), K))
+    seen, launch = [], tiles._launch_tiles
+    monkeypatch.setattr(tiles, "_launch_tiles", spy(launch, lambda args: seen.append(args[-1])))
+    assert_same(driver.encode_topk(x, W, b, K), stable_sort(x.cpu(), W.cpu(), b.cpu(), K))
     assert set(seen) == {picked}
 
 
@@ -457,21 +458,21 @@ def test_a_k_too_large_for_the_merge_takes_the_library(k, device, monkeypatch):
     expected = reference.encode_topk(x, W, b, k, scale=scale)
     budget = SORT_BYTES * (k + L) * 2  # two rows at a time
     arguments = [t.to(device) for t in (x, W, b)]
-    assert_same(triton_ops.encode_topk(*arguments, k, scale=scale.to(device), max_scratch_bytes=budget), expected)
+    assert_same(driver.encode_topk(*arguments, k, scale=scale.to(device), max_scratch_bytes=budget), expected)
     with pytest.raises(InputError, match=f"to sort k = {k} for one row"):
-        triton_ops.encode_topk(*arguments, k, max_scratch_bytes=1000)
+        driver.encode_topk(*arguments, k, max_scratch_bytes=1000)
 
 
 @pytest.mark.parametrize("case", [random_ints, all_equal, clustered, nan_in_W, infinities], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("k", [1, 40, 599])
 def test_chunks_of_a_k_too_large_for_the_merge(case, k, device, monkeypatch):
     monkeypatch.setattr(tuning, "MERGE_MAX_K", 0)
-    monkeypatch.setattr(triton_encode, "cut_sort", lambda *_: (2, 130))
+    monkeypatch.setattr(driver, "cut_sort", lambda *_: (2, 130))
     x, W, b = case()
-    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, relu=False)
+    found = driver.encode_topk(x.to(device), W.to(device), b.to(device), k, relu=False)
     assert_same(found, stable_sort(x, W, b, k, relu=False))
     latents = torch.arange(0, L, 3).to(torch.int32)
-    listed = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), min(k, 200), latents=latents.to(device))
+    listed = driver.encode_topk(x.to(device), W.to(device), b.to(device), min(k, 200), latents=latents.to(device))
     assert_same(listed, reference.encode_topk(x, W, b, min(k, 200), latents=latents))
 
 
@@ -481,9 +482,9 @@ def test_scratch_of_a_large_k_is_bounded(B, columns, k, scaled, monkeypatch):
     """One selection where all columns fit beside 256 rows, and never more memory than allowed."""
     x, W = (torch.empty(n, 64, dtype=torch.float16, device="meta") for n in (B, columns))
     scale = torch.empty(columns, device="meta") if scaled else None
-    monkeypatch.setattr(triton_encode, "_library_product", lambda *_: None)
+    monkeypatch.setattr(driver, "library_product", lambda *_: None)
     with Allocations(x, W, *([scale] if scaled else [])) as watch:
-        acts, idx = triton_encode.encode_topk(x, W, None, k, scale=scale, relu=False)
+        acts, idx = driver.encode_topk(x, W, None, k, scale=scale, relu=False)
     assert watch.peak - acts.nbytes - idx.nbytes <= 1 << 30
     rows, width = cut_sort(B, columns, k, 1 << 30)
     assert rows * (k + width) * SORT_BYTES <= 1 << 30
@@ -499,13 +500,13 @@ def test_nothing_is_read_back(method, k, monkeypatch):
         ((512, 64), torch.float16), ((20_000, 64), torch.float16), ((20_000,), torch.float32),
     ))  # fmt: skip
     latents = torch.empty(9000, dtype=torch.int64, device="meta")
-    kernels = {"merge_topk": (triton_encode.merge_topk, "merge_topk")}
+    kernels = {"merge_topk": (driver.merge_topk, "merge_topk")}
     kernels |= {name: (encode_tiles, name) for name in ("tiles_pointer", "tiles_descriptor", "tiles_library")}
     launched = set()
     for name, (module, attribute) in kernels.items():
         monkeypatch.setattr(module, attribute, AnyGrid(lambda *_, name=name, **__: launched.add(name)))
     for listed in (None, latents):
-        acts, idx = triton_encode.encode_topk(x, W, scale, k, scale=scale, latents=listed, method=method)
+        acts, idx = driver.encode_topk(x, W, scale, k, scale=scale, latents=listed, method=method)
         assert acts.is_meta
         assert acts.shape == idx.shape == (512, k)
     expected = {"fused": {"tiles_pointer", "merge_topk"}, "chunked": {"tiles_library", "merge_topk"}}[method]
@@ -524,7 +525,7 @@ class AnyGrid:
 @pytest.mark.parametrize("method", ["fused", "chunked"])
 def test_real_values_are_as_close_as_torch_gets(dtype, method, device):
     x, W, b = (t.to(device) for t in (torch.randn(4, 100).to(dtype), torch.randn(300, 100).to(dtype), torch.randn(300)))
-    acts, idx = triton_ops.encode_topk(x, W, b, 10, method=method, chunk=128, relu=False)
+    acts, idx = driver.encode_topk(x, W, b, 10, method=method, chunk=128, relu=False)
 
     def at_found(x, W, b):
         """Values at the indices found, from a matmul in fp32 accumulation as the reference has it."""
@@ -556,20 +557,20 @@ def test_any_shape_and_data(B, D, L, share, chunk, kind, method, seed, bad):
     for value in (math.inf, -math.inf, math.nan)[:bad]:
         b[torch.randint(L, (1,))] = value
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=chunk, method=method)
+    found = driver.encode_topk(x.to(device), W.to(device), b.to(device), k, chunk=chunk, method=method)
     assert_same(found, stable_sort(x, W, b, k))
 
 
 def test_tiles_store_only_groups_that_pass(device):
     """The maxima of all groups, and values of exactly those groups whose maximum is not below the row's threshold."""
     x, W, b = (t.to(device) for t in random_ints())
-    enc = triton_encode._encoder(x, W, b, None, None, "fused", "ieee")
+    enc = tiles.make_encoder(x, W, b, None, None, "fused", "ieee")
     pre = reference.pre_activations(x, W, b)
     tau = torch.stack([pre[0].topk(8).values[-1], pre.new_tensor(math.nan), pre.new_tensor(math.inf)])
     stride = triton.cdiv(L, enc.group) * enc.group
     scratch = torch.full((3 * stride,), -7e7, device=device)
     groups = torch.full((3 * stride // enc.group,), math.nan, device=device)
-    triton_encode._run_tiles(enc, x, 0, L, tau, groups, scratch)
+    tiles.run_tiles(enc, x, 0, L, tau, groups, scratch)
     padded = torch.cat([pre, pre[:, -1:].expand(-1, stride - L)], 1).view(3, -1, enc.group)
     best = padded.amax(2)
     assert torch.equal(groups.view(3, -1), best)
@@ -586,7 +587,7 @@ def test_the_first_chunk_is_bounded_by_its_group_maxima(device, monkeypatch):
     """Of a first chunk with more groups than k, only groups that can hold a winner are visited."""
     x, W, b = integers(4, D, low=-9, high=10), integers(2048, D, low=-9, high=10), torch.zeros(2048)
     seen = {}
-    merge = triton_encode.merge_topk.merge_topk
+    merge = driver.merge_topk.merge_topk
 
     class Spy:
         def __getitem__(self, grid):
@@ -596,8 +597,8 @@ def test_the_first_chunk_is_bounded_by_its_group_maxima(device, monkeypatch):
 
             return launch
 
-    monkeypatch.setattr(triton_encode.merge_topk, "merge_topk", Spy())
-    triton_ops.encode_topk(x.to(device), W.to(device), b.to(device), 8, chunk=2048, method="fused")
+    monkeypatch.setattr(driver.merge_topk, "merge_topk", Spy())
+    driver.encode_topk(x.to(device), W.to(device), b.to(device), 8, chunk=2048, method="fused")
     assert seen["bound"] == 64
     best = (x.float() @ W.float().T).view(4, 64, 32).amax(2)
     expected = (best >= best.topk(8).values[:, -1:]).sum(1)
@@ -629,19 +630,19 @@ def test_rows_beyond_int32_offsets(device):
     W = torch.from_numpy(np.zeros((rows, width), np.float16)).to(device)  # 4.3 GB of untouched pages
     W[-40:, ::1000] = integers(40, 17)
     x, latents = integers(2, width), torch.arange(rows - 60, rows)
-    acts, idx = triton_ops.encode_topk(x.to(device), W, None, 5, latents=latents.to(device), method="fused")
+    acts, idx = driver.encode_topk(x.to(device), W, None, 5, latents=latents.to(device), method="fused")
     expected = reference.encode_topk(x, W[-60:].cpu(), None, 5)
     assert_same((acts, idx), (expected[0], expected[1] + rows - 60))
     codes = (idx.long() - (rows - 60)).int()
     small = W[-60:].contiguous()
-    assert torch.equal(triton_ops.spmm(acts, idx, W), triton_ops.spmm(acts, codes, small))
-    assert torch.equal(triton_ops.sddmm(x.to(device), idx, W), triton_ops.sddmm(x.to(device), codes, small))
+    assert torch.equal(triton_spmm.spmm(acts, idx, W), triton_spmm.spmm(acts, codes, small))
+    assert torch.equal(triton_sddmm.sddmm(x.to(device), idx, W), triton_sddmm.sddmm(x.to(device), codes, small))
 
 
 def test_tensors_that_no_kernel_serves_are_refused():
     x, W = torch.zeros(2, 3, dtype=torch.float64), torch.zeros(4, 3, dtype=torch.float64)
     with pytest.raises(InputError, match=r"float64: expected float32, float16 or bfloat16"):
-        triton_ops.encode_topk(x, W, None, 1)
+        driver.encode_topk(x, W, None, 1)
 
 
 @pytest.mark.gpu
@@ -650,7 +651,7 @@ def test_gpu_every_case_in_bf16(form, use_form):
     method = use_form(form)
     for case in CASES:
         x, W, b = case()
-        found = triton_ops.encode_topk(
+        found = driver.encode_topk(
             x.bfloat16().cuda(), W.bfloat16().cuda(), b.cuda(), K, chunk=128, method=method, relu=False
         )
         assert_same(found, stable_sort(x, W, b, K, relu=False))
@@ -672,10 +673,10 @@ def test_gpu_large_integers_repeat_bit_for_bit(dtype, form, D, L, k, use_form):
     W = torch.randint(-3, 4, (L, D), device="cuda").to(dtype)
     b = torch.randint(-3, 4, (L,), device="cuda").float()
     method = use_form(form)
-    first = triton_ops.encode_topk(x, W, b, k, method=method)
+    first = driver.encode_topk(x, W, b, k, method=method)
     # A race shows as a difference between runs sooner or later.
     for _ in range(10):
-        again = triton_ops.encode_topk(x, W, b, k, method=method)
+        again = driver.encode_topk(x, W, b, k, method=method)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
     pre = (x.float() @ W.float().T + b) if dtype != torch.float32 else (x.double() @ W.double().T + b)
@@ -688,7 +689,7 @@ def test_gpu_large_integers_repeat_bit_for_bit(dtype, form, D, L, k, use_form):
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_gpu_precision_of_fp32_products(precision, monkeypatch):
     x, W = torch.randn(512, 1024, device="cuda"), torch.randn(4096, 1024, device="cuda")
-    acts, idx = triton_ops.encode_topk(x, W, None, 32, method="fused", precision=precision, relu=False)
+    acts, idx = driver.encode_topk(x, W, None, 32, method="fused", precision=precision, relu=False)
     exact = (x.double() @ W.double().T).gather(1, idx.long())
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", precision == "tf32")
     library = (x @ W.T).gather(1, idx.long())
@@ -700,10 +701,10 @@ def test_gpu_precision_of_fp32_products(precision, monkeypatch):
 @pytest.mark.gpu
 def test_gpu_a_graph_of_the_encoder_replays():
     x, W, b = (t.cuda() for t in (integers(256, 64), integers(5000, 64), integers(5000)))
-    expected = triton_ops.encode_topk(x, W, b, 16, method="fused")
+    expected = driver.encode_topk(x, W, b, 16, method="fused")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        acts, idx = triton_ops.encode_topk(x, W, b, 16, method="fused")
+        acts, idx = driver.encode_topk(x, W, b, 16, method="fused")
     graph.replay()
     assert torch.equal(acts, expected[0])
     assert torch.equal(idx, expected[1])
@@ -711,6 +712,6 @@ def test_gpu_a_graph_of_the_encoder_replays():
 
 def test_ops_gives_what_the_kernels_give(device):
     x, W, b = (t.to(device) for t in random_ints())
-    expected = triton_ops.encode_topk(x, W, b, K)
+    expected = driver.encode_topk(x, W, b, K)
     found = ops.encode_topk(x, W, b, K)
     assert_same(found, (expected[0].cpu(), expected[1].cpu()))

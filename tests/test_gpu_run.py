@@ -214,13 +214,13 @@ def test_needs_no_package_that_a_gpu_machine_lacks(tmp_path: Path) -> None:
     for name in ("safetensors", "tqdm", "tyro", "hypothesis", "transformers", "pytest_benchmark", "matplotlib"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})")
     modules = "bench.gpu_smoke, bench.gpu_kernels, bench.gpu_step, bench.gpu_sanitizer, bench.memory, bench.encode_topk"
-    engines = "saefast.engines.fused, saefast.engines.autograd, saefast.ops.triton, saefast.optim.triton"
+    engines = "saefast.engines.fused, saefast.engines.autograd, saefast.ops.triton_encode_topk, saefast.optim.triton"
     program = f"import {modules}, bench.spmm, bench.sddmm, {engines}, saefast\nsaefast.SAE(saefast.SAEConfig(8, 16, 2))"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command(program), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = ("encode_topk_triton", "threshold_encode_triton", "merge_topk", "decode_loss", "row_update", "triton_spmm",
-             "triton_sddmm", "step", "lean", "hot", "rows", "gather")  # fmt: skip
+    files = ("encode_topk_triton", "threshold_encode", "merge_topk", "decode_loss", "row_update", "spmm",
+             "sddmm", "step", "lean", "hot", "rows", "gather")  # fmt: skip
     paths = [str(ROOT / "tests" / f"test_{name}.py") for name in files]
     collect = [PYTHON, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *paths]
     done = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True)

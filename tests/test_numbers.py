@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.ops import dispatch as ops
-from saefast.ops import reference
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference, triton_sddmm, triton_spmm
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, DriftTable, Matrix
 from saefast.training.api import train
@@ -167,7 +167,12 @@ def test_decoder_rows_of_zeros_decode_to_zeros() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in sae.parameters())
 
 
-@pytest.mark.parametrize("module", [ops, reference, triton_ops], ids=lambda m: m.__name__)
+KERNELS = SimpleNamespace(
+    spmm=triton_spmm.spmm, sddmm=triton_sddmm.sddmm, spmm_t=triton_spmm.spmm_t, sum_by_latent=triton_spmm.sum_by_latent
+)
+
+
+@pytest.mark.parametrize("module", [ops, reference, KERNELS], ids=["ops", "reference", "kernels"])
 @pytest.mark.parametrize("shape", [(5, 0), (0, 4), (0, 0)])
 def test_codes_of_nothing(module: Any, shape: tuple[int, int]) -> None:
     acts, idx, W, x = torch.ones(shape), torch.zeros(shape, dtype=torch.int32), made(64), made(shape[0])

@@ -5,8 +5,7 @@ import pytest
 import torch
 from closeness import assert_close_to_reference
 
-from saefast.ops import reference
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference, triton_spmm
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")
@@ -25,7 +24,7 @@ def sparse_problem(B, D, L, K, dtype, device, idx_dtype=torch.int32):
 @pytest.mark.parametrize(("B", "D", "L", "K"), SHAPES)
 def test_close_to_reference(B, D, L, K, dtype, device):
     acts, idx, W = sparse_problem(B, D, L, K, dtype, device)
-    out = triton_ops.spmm(acts, idx, W)
+    out = triton_spmm.spmm(acts, idx, W)
     assert out.dtype == dtype
     assert_close_to_reference(out, reference.spmm, acts, idx, W, per_row=True)
 
@@ -35,29 +34,29 @@ def test_close_to_reference(B, D, L, K, dtype, device):
 def test_types_of_the_code(acts_dtype, idx_dtype, device):
     acts, idx, W = sparse_problem(3, 40, 30, 5, torch.float32, device, idx_dtype)
     acts = acts.to(acts_dtype)
-    assert_close_to_reference(triton_ops.spmm(acts, idx, W), reference.spmm, acts, idx, W)
+    assert_close_to_reference(triton_spmm.spmm(acts, idx, W), reference.spmm, acts, idx, W)
 
 
 @pytest.mark.parametrize(("B", "D", "K"), [(0, 8, 3), (3, 8, 0), (2, 0, 3)])
 def test_nothing_to_add(B, D, K, device):
     acts, idx, W = sparse_problem(B, D, 5, K, torch.float32, device)
-    assert torch.equal(triton_ops.spmm(acts, idx, W), torch.zeros(B, D, device=device))
+    assert torch.equal(triton_spmm.spmm(acts, idx, W), torch.zeros(B, D, device=device))
 
 
 def test_a_row_does_not_depend_on_the_others_nor_on_how_launches_are_cut(device, monkeypatch):
     acts, idx, W = sparse_problem(7, 1030, 40, 9, torch.float32, device)
-    whole = triton_ops.spmm(acts, idx, W)
-    assert torch.equal(whole, triton_ops.spmm(acts, idx, W))
-    assert torch.equal(whole[3:4], triton_ops.spmm(acts[3:4].clone(), idx[3:4].clone(), W))
-    monkeypatch.setattr(triton_ops, "MAX_PROGRAMS", 4)
-    assert torch.equal(whole, triton_ops.spmm(acts, idx, W))
+    whole = triton_spmm.spmm(acts, idx, W)
+    assert torch.equal(whole, triton_spmm.spmm(acts, idx, W))
+    assert torch.equal(whole[3:4], triton_spmm.spmm(acts[3:4].clone(), idx[3:4].clone(), W))
+    monkeypatch.setattr(triton_spmm, "MAX_PROGRAMS", 4)
+    assert torch.equal(whole, triton_spmm.spmm(acts, idx, W))
 
 
 def test_repeated_and_last_latents_count_as_often_as_they_stand(device):
     W = torch.arange(12.0, device=device).view(4, 3)
     acts = torch.tensor([[1.0, 2.0, 4.0]], device=device)
     idx = torch.tensor([[3, 3, 0]], device=device, dtype=torch.int32)
-    assert torch.equal(triton_ops.spmm(acts, idx, W), 3 * W[3:] + 4 * W[:1])
+    assert torch.equal(triton_spmm.spmm(acts, idx, W), 3 * W[3:] + 4 * W[:1])
 
 
 @pytest.mark.parametrize("K", [1, 3, 8, 13])
@@ -67,7 +66,7 @@ def test_what_a_row_does_not_name_stays_out_of_it(K, device):
     idx = idx.clamp(min=1)
     W[0] = float("nan")
     acts[1] = float("inf")
-    assert torch.isfinite(triton_ops.spmm(acts, idx, W)[0]).all()
+    assert torch.isfinite(triton_spmm.spmm(acts, idx, W)[0]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -75,14 +74,14 @@ def test_what_a_row_does_not_name_stays_out_of_it(K, device):
 def test_transpose_close_to_reference_and_in_a_fixed_order(B, D, L, K, dtype, device):
     acts, idx, _ = sparse_problem(B, 1, L, K, dtype, device)
     x = torch.randn(B, D, device=device).to(dtype)
-    out = triton_ops.spmm_t(acts, idx, x, L)
+    out = triton_spmm.spmm_t(acts, idx, x, L)
     assert out.dtype == torch.float32
     assert_close_to_reference(out, reference.spmm_t, acts, idx, x, L)
-    sums = triton_ops.sum_by_latent(acts, idx, L)
+    sums = triton_spmm.sum_by_latent(acts, idx, L)
     assert_close_to_reference(sums, reference.sum_by_latent, acts, idx, L)
     for _ in range(3 if torch.cuda.is_available() else 1):
-        assert torch.equal(out, triton_ops.spmm_t(acts, idx, x, L))
-        assert torch.equal(sums, triton_ops.sum_by_latent(acts, idx, L))
+        assert torch.equal(out, triton_spmm.spmm_t(acts, idx, x, L))
+        assert torch.equal(sums, triton_spmm.sum_by_latent(acts, idx, L))
 
 
 @pytest.mark.gpu
@@ -92,11 +91,11 @@ def test_transpose_close_to_reference_and_in_a_fixed_order(B, D, L, K, dtype, de
 )
 def test_gpu_large_shapes_repeat_bit_for_bit(B, D, L, K, dtype):
     acts, idx, W = sparse_problem(B, D, L, K, dtype, "cuda")
-    out = triton_ops.spmm(acts, idx, W)
+    out = triton_spmm.spmm(acts, idx, W)
     assert_close_to_reference(out, reference.spmm, acts, idx, W, per_row=True)
     x = torch.randn(B, D, device="cuda", dtype=dtype)
-    transposed = triton_ops.spmm_t(acts, idx, x, L)
+    transposed = triton_spmm.spmm_t(acts, idx, x, L)
     assert_close_to_reference(transposed, reference.spmm_t, acts, idx, x, L)
     for _ in range(10):
-        assert torch.equal(out, triton_ops.spmm(acts, idx, W))
-        assert torch.equal(transposed, triton_ops.spmm_t(acts, idx, x, L))
+        assert torch.equal(out, triton_spmm.spmm(acts, idx, W))
+        assert torch.equal(transposed, triton_spmm.spmm_t(acts, idx, x, L))

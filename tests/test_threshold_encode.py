@@ -9,8 +9,9 @@ from draws import given, settings, st
 
 from saefast.errors import InputError
 from saefast.kernels import tuning
-from saefast.ops import reference, triton_encode
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference
+from saefast.ops import triton_threshold_encode as driver
+from saefast.ops.triton_encode_tiles import make_encoder
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
@@ -31,7 +32,7 @@ def both(x, W, b, threshold, **options):
     """The kernels' result and the reference's, of integers and so to the bit."""
     on = [None if t is None else t.to(DEVICE) for t in (x, W, b)]
     moved = threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold
-    return triton_ops.threshold_encode(*on, moved, **options), reference.threshold_encode(x, W, b, threshold)
+    return driver.threshold_encode(*on, moved, **options), reference.threshold_encode(x, W, b, threshold)
 
 
 @pytest.mark.parametrize("method", ["fused", "chunked"])
@@ -78,7 +79,7 @@ def test_a_scratch_cap_splits_rows_and_changes_nothing(B):
     x, W, b = integers(B, 16), integers(150, 16), integers(150)
     found, expected = both(x, W, b, 3.0, max_scratch_bytes=12_000)
     assert_same_csr(found, expected)
-    cut = triton_encode._cut_csr(triton_encode._encoder(x, W, b, None, None, "fused", "ieee"), x, None, 12_000)
+    cut = driver._cut_csr(make_encoder(x, W, b, None, None, "fused", "ieee"), x, None, 12_000)
     assert B < 2 or cut.rows < B
     with pytest.raises(InputError, match="max_scratch_bytes is 100: expected at least"):
         both(x, W, b, 3.0, max_scratch_bytes=100)

@@ -1,6 +1,6 @@
 """How the GPU encoder cuts a batch to its scratch memory: rows taken at once, and chunks of latents.
 
-Arithmetic alone, so that `saefast plan` says on any machine what `triton_encode` will allocate.
+Arithmetic alone, so that `saefast plan` says on any machine what `triton_encode_topk` will allocate.
 """
 
 from collections.abc import Iterator

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from saefast import extension
 from saefast.ops import backends, native
-from saefast.ops import dispatch as ops
+from saefast.ops.encode_topk import encode_topk
 from saefast.ops.reference import stable_topk
+from saefast.ops.sddmm import sddmm
 
 
 def pays_off(W: Tensor) -> bool:
@@ -59,9 +60,9 @@ def encode_topk_mixed(
         return native.encode_topk_mixed(
             *(x, W_low, W_enc, b_enc, k), candidates=candidates(k), latents=latents, scale=scale, relu=relu
         )
-    _, idx = ops.encode_topk(x.to(W_low.dtype), W_low, b_enc, min(candidates(k), n), latents=latents, scale=scale)
+    _, idx = encode_topk(x.to(W_low.dtype), W_low, b_enc, min(candidates(k), n), latents=latents, scale=scale)
     idx = idx.sort(dim=1).values  # ascending, so that a stable choice gives ties to the lower latent
-    pre = ops.sddmm(x, idx, W_enc) + b_enc[idx.long()]
+    pre = sddmm(x, idx, W_enc) + b_enc[idx.long()]
     rank = pre if scale is None else pre * scale[idx.long()]
     best = stable_topk(rank, k)
     acts, idx = pre.gather(1, best), idx.gather(1, best)

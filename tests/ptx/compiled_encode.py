@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ptx.emulate import emulated
 from saefast.kernels import tuning
-from saefast.ops import triton as triton_ops
-from saefast.ops import triton_encode
+from saefast.ops import triton_encode_tiles, triton_encode_topk
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
@@ -39,9 +38,9 @@ def misaligned(t: Tensor) -> Tensor:
 def test_the_encoder_is_the_stable_sort(method: str, D: int, sm: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, W, b = integers(37, D), integers(L, D), integers(L).float()
     W[3] = W[690] = W[40]  # ties across chunks
-    monkeypatch.setattr(triton_encode, "_library_columns", lambda _: 96)
+    monkeypatch.setattr(triton_encode_tiles, "_library_columns", lambda _: 96)
     with emulated(sm) as found:
-        acts, idx = triton_ops.encode_topk(x, W, b, K, chunk=224, method=method, relu=False)
+        acts, idx = triton_encode_topk.encode_topk(x, W, b, K, chunk=224, method=method, relu=False)
     assert not found.faults, found.faults
     kernel = "tiles_library" if method == "chunked" else "tiles_descriptor" if sm == 90 else "tiles_pointer"
     kernels = [call.kernel for call in found.calls]
@@ -63,7 +62,7 @@ def test_odd_memory_on_descriptors(odd: str) -> None:
     x = misaligned(x) if odd.startswith("x") else x
     W = misaligned(W) if odd.startswith("W") else W
     with emulated(90) as found:
-        acts, idx = triton_ops.encode_topk(x, W, b, K, method="fused", relu=False)
+        acts, idx = triton_encode_topk.encode_topk(x, W, b, K, method="fused", relu=False)
     assert not found.faults, found.faults
     expected_kernel = "tiles_pointer" if odd.startswith("W") else "tiles_descriptor"
     assert {call.kernel for call in found.calls} == {expected_kernel, "merge_topk"}

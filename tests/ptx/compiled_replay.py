@@ -23,7 +23,7 @@ SM = (80, 90)
 @pytest.fixture(scope="session")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launches")
-    child = captured(["tests/test_triton_sddmm.py", "tests/test_merge_topk.py"], folder)
+    child = captured(["tests/test_sddmm.py", "tests/test_merge_topk.py"], folder)
     assert child.returncode == 0, child.stdout[-3000:] + child.stderr[-3000:]
     return folder
 

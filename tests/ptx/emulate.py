@@ -150,19 +150,17 @@ def emulated(sm: int, watch: Callable[[Watched], None] | None = None) -> Iterato
         yield found
 
 
-def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, ops_backend: Any = None) -> None:
+def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None) -> None:
     """saefast takes CPU tensors of fp32 and 2-byte types for those of a GPU of architecture sm.
 
     Args:
-        rows_backend, ops_backend: what serves them; None: the GPU's drivers.
+        rows_backend: what serves row operations; None: the GPU's driver.
     """
     from saefast.ops import backends, mixed, triton_launch
-    from saefast.ops import dispatch as ops
-    from saefast.ops import triton as triton_ops
     from saefast.optim import triton as rows_triton
     from saefast.optim.dispatch import row_ops
 
-    plain_rows, plain_ops, plain_backend = row_ops, ops._module, backends.backend
+    plain_rows, plain_backend = row_ops, backends.backend
 
     def served(t: Tensor) -> bool:
         return t.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -182,7 +180,6 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None, op
     # Candidates by bf16 products, as on every GPU, and not by the CPU's own.
     patch.setattr(mixed, "pays_off", lambda W: W.dtype == torch.float32)
     patch.setattr(backends, "backend", lambda x: "triton" if served(x) else plain_backend(x))
-    patch.setattr(ops, "_module", lambda x: (ops_backend or triton_ops) if served(x) else plain_ops(x))
 
 
 def _lookup(table: dict[Any, Any], value: Any) -> Any:

@@ -27,8 +27,7 @@ from ptx.emulate import as_on_a_gpu
 from ptx.scenes import RECIPES, Sizes, encoding, soon, training
 from saefast import kernels
 from saefast.kernels import tuning
-from saefast.ops import reference, triton_encode
-from saefast.ops import triton as triton_ops
+from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
@@ -36,21 +35,28 @@ from saefast.optim import triton as rows_triton
 MANY = 4096
 
 
+OPS = (triton_encode_topk.encode_topk, triton_threshold_encode.threshold_encode, triton_sddmm.sddmm, triton_spmm.spmm)
+
+
+def shadowed(launch: Callable[..., Any], work: Callable[..., Any]) -> Callable[..., Any]:
+    """Launches on copies of its arguments and then does the work in plain torch."""
+    known = inspect.signature(work).parameters
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        launch(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        return work(*args, **{k: v for k, v in kwargs.items() if k in known})
+
+    return both
+
+
 class Shadowed:
-    """A backend whose functions launch on copies of their arguments and then do their work in plain torch."""
+    """A backend whose functions are all `shadowed`."""
 
     def __init__(self, driver: ModuleType, plain: ModuleType) -> None:
         self.driver, self.plain = driver, plain
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        launch, work = getattr(self.driver, name), getattr(self.plain, name)
-        known = inspect.signature(work).parameters
-
-        def both(*args: Any, **kwargs: Any) -> Any:
-            launch(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-            return work(*args, **{k: v for k, v in kwargs.items() if k in known})
-
-        return both
+        return shadowed(getattr(self.driver, name), getattr(self.plain, name))
 
 
 @contextmanager
@@ -66,7 +72,10 @@ def recorded(sm: int) -> Iterator[list[Call]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", note)
-        as_on_a_gpu(patch, sm, Shadowed(rows_triton, rows), Shadowed(triton_ops, reference))
+        as_on_a_gpu(patch, sm, Shadowed(rows_triton, rows))
+        for launch in OPS:
+            name = launch.__name__
+            patch.setattr(f"{launch.__module__}.{name}", shadowed(launch, getattr(reference, name)))
         yield found
 
 
@@ -153,7 +162,7 @@ def encodes() -> None:
 def best(dtype: torch.dtype, D: int, k: int = 64, L: int = MANY, precision: str = "ieee", **options: Any) -> None:
     """A top-k by the kernel's own products, in a first chunk and later ones."""
     x, W, b = torch.zeros(2, D, dtype=dtype), torch.zeros(L, D, dtype=dtype), torch.zeros(L)
-    triton_encode.encode_topk(x, W, b, k, method="fused", precision=precision, chunk=L // 2, **options)
+    triton_encode_topk.encode_topk(x, W, b, k, method="fused", precision=precision, chunk=L // 2, **options)
 
 
 def steps_launched(every: bool) -> list[Call]:

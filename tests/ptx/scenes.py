@@ -14,8 +14,7 @@ from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.kernels import tuning
 from saefast.models.sae import SAE
-from saefast.ops import triton as triton_ops
-from saefast.ops import triton_encode
+from saefast.ops import triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,12 @@ def encoding(dtype: torch.dtype, method: str, D: int = 48, k: int = 8, L: int = 
     x, W, b = torch.randn(6, D).to(dtype), torch.randn(L, D).to(dtype), torch.randn(L)
     scale, latents = torch.rand(L), torch.randperm(L)[: L // 3].sort().values.int()
     how = dict(method=method, precision=precision)
-    triton_encode.encode_topk(x, W, b, k, scale=scale, chunk=L // 3, **how)
-    triton_encode.encode_topk(x, W, None, k, latents=latents, **how)
-    triton_encode.threshold_encode(x, W, b, torch.full((L,), 9.0), **how)
-    triton_encode.threshold_encode(x, W, b, 9.0, **how)
-    acts, idx = triton_encode.encode_topk(x, W, b, k, **how)
-    triton_ops.spmm(acts, idx, W)
-    triton_ops.sddmm(x, idx, W)
-    triton_ops.spmm_t(acts, idx, x, L)
-    triton_ops.sum_by_latent(acts, idx, L)
+    triton_encode_topk.encode_topk(x, W, b, k, scale=scale, chunk=L // 3, **how)
+    triton_encode_topk.encode_topk(x, W, None, k, latents=latents, **how)
+    triton_threshold_encode.threshold_encode(x, W, b, torch.full((L,), 9.0), **how)
+    triton_threshold_encode.threshold_encode(x, W, b, 9.0, **how)
+    acts, idx = triton_encode_topk.encode_topk(x, W, b, k, **how)
+    triton_spmm.spmm(acts, idx, W)
+    triton_sddmm.sddmm(x, idx, W)
+    triton_spmm.spmm_t(acts, idx, x, L)
+    triton_spmm.sum_by_latent(acts, idx, L)

@@ -1,0 +1,106 @@
+"""Checks of arguments that several ops share. Each raises InputError naming the argument and what was expected."""
+
+import torch
+from torch import Tensor
+
+from saefast.errors import InputError
+from saefast.placement import require_memory
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTS = (torch.int32, torch.int64)
+
+
+def dense(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided:
+            raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; use {name}.to_dense()")
+
+
+def encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
+    """x (B, D), W_enc (L, D) of one dtype and device, b_enc (L,) or None. -> L."""
+    dense(x=x, W_enc=W_enc)
+    if W_enc.dim() != 2 or W_enc.shape[0] == 0:
+        raise InputError(f"W_enc has shape {tuple(W_enc.shape)}: expected (n_latents, d_in) with n_latents >= 1")
+    width("x", x, W_enc)
+    if W_enc.shape[0] >= 2**31:
+        raise InputError(f"W_enc has {W_enc.shape[0]} latents: at most 2**31 - 1 fit the int32 indices")
+    if x.dtype not in FLOATS or W_enc.dtype != x.dtype:
+        raise InputError(f"x is {x.dtype} and W_enc {W_enc.dtype}: expected one floating dtype for both; cast one")
+    if b_enc is not None:
+        vector("b_enc", b_enc, W_enc)
+    return W_enc.shape[0]
+
+
+def vector(name: str, values: Tensor, W: Tensor) -> None:
+    """One float for each row of W."""
+    dense(**{name: values})
+    if values.shape != W.shape[:1]:
+        raise InputError(f"{name} has shape {tuple(values.shape)}: expected ({W.shape[0]},), one value per latent")
+    if values.dtype not in FLOATS or values.device != W.device:
+        raise InputError(f"{name} is {values.dtype} on {values.device}: expected a float tensor on {W.device}")
+
+
+def width(name: str, x: Tensor, W: Tensor) -> None:
+    """x (B, D) and W (L, D) on one device."""
+    dense(**{name: x})
+    if x.dim() != 2 or W.dim() != 2 or x.shape[1] != W.shape[1]:
+        raise InputError(f"{name} has shape {tuple(x.shape)} and W {tuple(W.shape)}: expected (batch, D) and (L, D)")
+    if x.device != W.device:
+        raise InputError(f"{name} is on {x.device} and W on {W.device}: expected one device; move one with .to()")
+
+
+def listed(latents: Tensor, W: Tensor) -> None:
+    """Ascending ids of rows of W."""
+    dense(latents=latents)
+    if latents.dim() != 1 or latents.dtype not in INTS or latents.device != W.device:
+        raise InputError(
+            f"latents is {latents.dtype} of shape {tuple(latents.shape)} on {latents.device}: "
+            f"expected a 1-D int32 or int64 tensor on {W.device}"
+        )
+    if latents.device.type == "cpu" and len(latents):  # on a GPU the check would stall the stream
+        ascending = bool((latents[1:] > latents[:-1]).all())
+        if not ascending or latents[0] < 0 or latents[-1] >= W.shape[0]:
+            raise InputError(f"latents must be strictly ascending ids in [0, {W.shape[0]}): sort and deduplicate them")
+
+
+def code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = None) -> None:
+    """acts and idx (B, K), idx being rows of W."""
+    dense(idx=idx, W=W, **({} if acts is None else {"acts": acts}))
+    if W.dim() != 2 or W.dtype not in FLOATS:
+        raise InputError(f"W is {W.dtype} of shape {tuple(W.shape)}: expected a floating (n_latents, D) tensor")
+    if idx.dim() != 2 or idx.dtype not in INTS:
+        raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected (batch, k) int32 or int64")
+    if acts is not None and (acts.shape != idx.shape or acts.dtype not in FLOATS):
+        raise InputError(
+            f"acts is {acts.dtype} of shape {tuple(acts.shape)}: expected floats of idx's {tuple(idx.shape)}"
+        )
+    if rows is not None and idx.shape[0] != rows:
+        raise InputError(f"idx has {idx.shape[0]} rows and x {rows}: expected as many")
+    if idx.device != W.device or (acts is not None and acts.device != W.device):
+        raise InputError(f"acts and idx must be on W's device {W.device}, idx is on {idx.device}")
+    _inside(idx, W.shape[0])
+
+
+def entries(acts: Tensor, idx: Tensor, n_latents: int) -> None:
+    """acts and idx (B, K) of which only the number of latents is known."""
+    dense(acts=acts, idx=idx)
+    if acts.dim() != 2 or acts.shape != idx.shape or acts.dtype not in FLOATS or acts.device != idx.device:
+        raise InputError(f"acts is {of(acts)} and idx {of(idx)}: expected floats and ints, both (batch, k)")
+    if idx.dtype not in INTS:
+        raise InputError(f"idx is {of(idx)}: expected int32 or int64")
+    if not 1 <= n_latents < 2**31:
+        raise InputError(f"n_latents is {n_latents}: expected an int from 1 to 2**31 - 1")
+    require_memory(acts.device, n_latents * 4, f"one number for each of n_latents = {n_latents}")
+    _inside(idx, n_latents)
+
+
+def of(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _inside(idx: Tensor, n_latents: int) -> None:
+    """On a GPU the check would stall the stream."""
+    if idx.device.type == "cpu" and idx.numel():
+        low, high = torch.aminmax(idx)
+        if int(low) < 0 or int(high) >= n_latents:
+            raise InputError(f"idx holds {int(low)}..{int(high)}: expected values in [0, {n_latents})")

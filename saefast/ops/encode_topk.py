@@ -1,0 +1,123 @@
+"""encode_topk: the k largest pre-activations of every row."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from saefast.errors import InputError
+from saefast.ops import backends, checks, native, reference
+from saefast.ops.spmm import spmm
+from saefast.ops.spmm_t import spmm_t
+from saefast.ops.sum_by_latent import sum_by_latent
+from saefast.typed import typed
+
+Method = Literal["auto", "fused", "chunked"]
+Precision = Literal["ieee", "tf32"]
+
+
+@typed
+def encode_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    latents: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    clip_grad: bool = True,
+    method: Method = "auto",
+    precision: Precision = "ieee",
+    max_scratch_bytes: int = 1 << 30,
+) -> tuple[Tensor, Tensor]:
+    """The exact k largest of x W_encᵀ + b_enc for every row, without ever writing the (B, L) matrix.
+
+    Exact over fp32 accumulators (fp64 for fp64 inputs): values descend, ties go to the lower index, NaN ranks
+    above +inf, and each row holds k distinct indices even where fewer than k values are positive.
+    Differentiable in x, W_enc and b_enc, through the entries selected and not where ReLU clipped.
+
+    Args:
+        x: (B, D) float. Any strides; copied once if not contiguous.
+        W_enc: (L, D), x's dtype and device.
+        b_enc: (L,) float, or None.
+        k: latents kept per row, 1 <= k <= L (or the number of `latents`).
+        latents: (n,) sorted int ids: only these compete. Ids returned are still those of W_enc.
+        scale: (L,) positive floats: ranks by scale · pre, returns pre. Gets no gradient.
+        relu: clip the returned values at zero; the indices do not change.
+        clip_grad: False lets gradients through where ReLU clipped, which is wrong and what one peer does
+            (`TrainConfig.reproduce_bugs`).
+        method: GPU only. "fused" filters in the GEMM's epilogue, "chunked" runs a library GEMM on chunks that fit in
+            L2 and filters after, "auto" follows measurements (kernels/tuning.py).
+        precision: products of fp32 inputs on a GPU: "ieee", or "tf32" (faster, 10-bit mantissa).
+        max_scratch_bytes: scratch memory allowed beside inputs and results.
+
+    Returns:
+        acts (B, k) fp32 (fp64 for fp64 inputs), idx (B, k) int32.
+
+    Raises:
+        InputError: a shape, dtype, device, k or option that cannot be served.
+    """
+    n = checks.encoder(x, W_enc, b_enc)
+    if latents is not None:
+        checks.listed(latents, W_enc)
+        n = latents.shape[0]
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
+        what = "len(latents)" if latents is not None else "n_latents"
+        raise InputError(f"k is {k!r}: expected an int between 1 and {what} = {n}")
+    if scale is not None:
+        checks.vector("scale", scale, W_enc)
+    if method not in ("auto", "fused", "chunked"):
+        raise InputError(f"method is {method!r}: expected 'auto', 'fused' or 'chunked'")
+    if precision not in ("ieee", "tf32"):
+        raise InputError(f"precision is {precision!r}: expected 'ieee' or 'tf32'")
+    if max_scratch_bytes < 1:
+        raise InputError(f"max_scratch_bytes is {max_scratch_bytes}: expected a positive number of bytes")
+    options = (latents, scale, relu, method, precision, min(max_scratch_bytes, 1 << 62))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc)):
+        acts, idx = EncodeTopK.apply(x, W_enc, b_enc, k, relu and clip_grad, options)
+        return acts, idx
+    return _encode_topk(x, W_enc, b_enc, k, *options)
+
+
+class EncodeTopK(torch.autograd.Function):
+    """`encode_topk` with its derivative. Saves B·k entries, never a (B, L) tensor."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, clip: bool, options: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor]:
+        acts, idx = _encode_topk(x, W_enc, b_enc, k, *options)
+        ctx.save_for_backward(x, W_enc, acts, idx)
+        ctx.clip, ctx.b_dtype = clip, None if b_enc is None else b_enc.dtype
+        ctx.mark_non_differentiable(idx)
+        return acts, idx
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, acts, idx = ctx.saved_tensors
+        grad = grads[0] * (acts > 0) if ctx.clip else grads[0]  # (B, k)
+        grad_x = spmm(grad, idx, W_enc).to(x.dtype) if ctx.needs_input_grad[0] else None
+        grad_W = spmm_t(grad, idx, x, W_enc.shape[0]).to(W_enc.dtype) if ctx.needs_input_grad[1] else None
+        grad_b = sum_by_latent(grad, idx, W_enc.shape[0]).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_W, grad_b, None, None, None
+
+
+def _encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, latents: Tensor | None, scale: Tensor | None, relu: bool,
+    method: Method, precision: Precision, scratch: int,
+) -> reference.Code:  # fmt: skip
+    x, W_enc = x.contiguous(), W_enc.contiguous()
+    match backends.backend(x):
+        case "triton":
+            from saefast.ops import triton_encode_topk
+
+            return triton_encode_topk.encode_topk(
+                x, W_enc, b_enc, k, latents=latents, scale=scale, relu=relu, method=method, precision=precision,
+                max_scratch_bytes=scratch,
+            )  # fmt: skip
+        case "native":
+            return native.encode_topk(
+                x, W_enc, b_enc, k, latents=latents, scale=scale, relu=relu, max_scratch_bytes=scratch
+            )
+    return reference.encode_topk(x, W_enc, b_enc, k, latents=latents, scale=scale, relu=relu)
