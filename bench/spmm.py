@@ -64,7 +64,7 @@ def compare(shape: tuple[int, int, int, int], dtype: str, device: str, budget: f
 def main(argv: Sequence[str] | None = None) -> int:
     options = common.arguments("bench.spmm", __doc__, argv)
     if not options.no_check:
-        common.check(options.device, "test_triton_spmm.py")
+        common.check(options.device, "test_spmm.py")
     shapes = TINY if options.rehearse else GPU_SHAPES if options.device == "cuda" else CPU_SHAPES
     budget = 0.1 if options.rehearse else 2.0 if options.quick else 10.0
     results = []

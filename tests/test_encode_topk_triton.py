@@ -7,16 +7,16 @@ On a CPU the kernels run in Triton's interpreter; with a GPU the same tests run 
 
 import itertools
 import math
+from functools import partial
 
 import interp
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
 from allocations import Allocations
 from closeness import assert_close_to_reference
 from draws import given, settings, st
+from tile_forms import FORMS, force, integers, misaligned, sliced
 
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
@@ -28,12 +28,7 @@ from saefast.ops.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, 
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")
-FORMS = ("pointer", "descriptor", "chunked")
 D, L, K = 24, 600, 12
-
-
-def integers(*shape, low=-3, high=4, dtype=torch.float16):
-    return torch.randint(low, high, shape).to(dtype)
 
 
 def stable_sort(x, W, b, k, relu=True):
@@ -52,26 +47,7 @@ def assert_same(found, expected):
 
 @pytest.fixture
 def use_form(monkeypatch, device):
-    """Makes every setting of this device's architecture take a form; returns the method that leads to it."""
-
-    def use(form):
-        arch = tiles.architecture(device)
-        if form == "descriptor" and 0 < arch < 90:
-            pytest.skip("no TMA on this device")
-        per_sm = int(form == "descriptor")
-        forced = {
-            key: tuple(config._replace(per_sm=per_sm) for config in pair)
-            for key, pair in tuning.TILES.items()
-            if key[0] == arch and key[1] != "ieee"
-        }
-        monkeypatch.setattr(tuning, "TILES", tuning.TILES | forced)
-        if device.type == "cpu":
-            small = dict.fromkeys(("half", "tf32"), tuning.Tiles(16, 128, 64, 4, 1, 0))
-            monkeypatch.setattr(tuning, "POINTER_TILES", small)
-            monkeypatch.setattr(tuning, "LEAN_TILES", {k: v._replace(per_sm=1) for k, v in small.items()})
-        return "chunked" if form == "chunked" else "fused"
-
-    return use
+    return partial(force, monkeypatch, device)
 
 
 def random_ints():
@@ -260,20 +236,6 @@ def test_scratch_stays_under_its_cap_or_the_cap_is_refused(device, monkeypatch):
         driver.encode_topk(x, W, b, K, max_scratch_bytes=700)
 
 
-def misaligned(t):
-    """The same rows, one element off every 16-byte boundary."""
-    memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
-    moved = memory[1:].view(t.shape)
-    return moved.copy_(t)
-
-
-def sliced(t):
-    """(1, D) cut from a wider row: contiguous as torch sees it, with a stride that is no multiple of 16 bytes."""
-    wide = torch.zeros(1, t.shape[1] + 3, dtype=t.dtype, device=t.device)
-    wide[:, : t.shape[1]] = t[:1]
-    return wide[:, : t.shape[1]]
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("D", [24, 25])
 @pytest.mark.parametrize("odd", ["x sliced", "W sliced", "x moved", "W moved", "both moved"])
@@ -288,36 +250,6 @@ def test_odd_strides_and_offsets(odd, D, form, use_form, device):
     k = min(K, len(W))
     found = driver.encode_topk(x, W, b, k, chunk=128, method=use_form(form))
     assert_same(found, stable_sort(x.cpu(), W.cpu(), b.cpu(), k))
-
-
-@pytest.mark.parametrize(
-    ("W", "described"),
-    [
-        (torch.zeros(40, 24).half(), True),
-        (sliced(torch.zeros(1, 24).half()), True),
-        (misaligned(torch.zeros(40, 24).half()), False),
-        (torch.zeros(40, 25).half(), False),
-        (torch.zeros(40, 12), True),
-        (torch.zeros(40, 13), False),
-    ],
-)
-def test_descriptors_take_what_they_can_address(W, described, use_form):
-    use_form("descriptor")
-    precision = "tf32" if W.dtype == torch.float32 else "ieee"
-    enc = tiles.make_encoder(torch.zeros(2, W.shape[1], dtype=W.dtype), W, None, None, None, "fused", precision)
-    assert enc.described == described
-    assert (enc.tiles().per_sm > 0) == described, "the pointer form has settings of its own"
-
-
-def test_operands_that_cannot_be_loaded_wide_take_the_library():
-    for D, base, expected in ((768, 0, "fused"), (1000, 0, "fused"), (1001, 0, "chunked"), (768, 1, "chunked")):
-        W = torch.empty(base + 8 * D, dtype=torch.float16)[base:].view(8, D)
-        for arch in (80, 90):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(tiles, "architecture", lambda _, arch=arch: arch)
-                enc = tiles.make_encoder(torch.zeros(1, D).half(), W, None, None, None, "auto", "ieee")
-                # Without descriptors the compiler wants to see rows of a multiple of 16 elements.
-                assert enc.method == ("chunked" if arch == 80 and D == 1000 else expected), (arch, D)
 
 
 TARGETS = [(8192, 768, 32768, 32), (8192, 4096, 131_072, 64), (8192, 4096, 1 << 20, 64), (8192, 768, 1 << 24, 32)]
@@ -561,28 +493,6 @@ def test_any_shape_and_data(B, D, L, share, chunk, kind, method, seed, bad):
     assert_same(found, stable_sort(x, W, b, k))
 
 
-def test_tiles_store_only_groups_that_pass(device):
-    """The maxima of all groups, and values of exactly those groups whose maximum is not below the row's threshold."""
-    x, W, b = (t.to(device) for t in random_ints())
-    enc = tiles.make_encoder(x, W, b, None, None, "fused", "ieee")
-    pre = reference.pre_activations(x, W, b)
-    tau = torch.stack([pre[0].topk(8).values[-1], pre.new_tensor(math.nan), pre.new_tensor(math.inf)])
-    stride = triton.cdiv(L, enc.group) * enc.group
-    scratch = torch.full((3 * stride,), -7e7, device=device)
-    groups = torch.full((3 * stride // enc.group,), math.nan, device=device)
-    tiles.run_tiles(enc, x, 0, L, tau, groups, scratch)
-    padded = torch.cat([pre, pre[:, -1:].expand(-1, stride - L)], 1).view(3, -1, enc.group)
-    best = padded.amax(2)
-    assert torch.equal(groups.view(3, -1), best)
-    passed = ~(best <= tau[:, None])
-    written = scratch.view(3, -1, enc.group) != -7e7
-    assert 0 < int(passed[0].sum()) < passed.shape[1], "this threshold separates nothing"
-    assert torch.equal(written.any(2), passed)
-    found = scratch.view(3, stride)[:, :L]
-    inside = passed.repeat_interleave(enc.group, 1)[:, :L]
-    assert torch.equal(found[inside], pre[inside])
-
-
 def test_the_first_chunk_is_bounded_by_its_group_maxima(device, monkeypatch):
     """Of a first chunk with more groups than k, only groups that can hold a winner are visited."""
     x, W, b = integers(4, D, low=-9, high=10), integers(2048, D, low=-9, high=10), torch.zeros(2048)
@@ -604,24 +514,6 @@ def test_the_first_chunk_is_bounded_by_its_group_maxima(device, monkeypatch):
     expected = (best >= best.topk(8).values[:, -1:]).sum(1)
     # Slots past the count keep the poison.
     assert torch.equal((seen["passed"] >= 0).sum(1), expected)
-
-
-@pytest.mark.skipif(not interp.INTERPRETED, reason="compares two ways to interpret")
-def test_quick_reductions_are_the_interpreters_own():
-    from triton.runtime.interpreter import ReduceOps, TensorHandle
-
-    floats = np.array([[1, 2, np.nan, 4], [4, -np.inf, 3, np.inf]], np.float32)
-    ints = np.array([[1, 7, -3, 2**40], [4, 4, 9, -1]], np.int64)
-    for data, dtype, combine in (
-        (floats, tl.float32, encode_tiles.nan_max),
-        (ints, tl.int64, tl.standard._xor_combine),
-    ):
-        tensor = tl.core.tensor(TensorHandle(data, dtype), tl.block_type(dtype, [2, 4]))
-        reduction = ReduceOps(1, combine, False)
-        quick = reduction.generic_reduce((tensor,))[0].handle.data
-        with interp.language_patched():
-            slow = reduction.slow_reduce((tensor,))[0].handle.data
-        assert np.array_equal(quick, slow, equal_nan=data is floats)
 
 
 def test_rows_beyond_int32_offsets(device):

@@ -219,9 +219,10 @@ def test_needs_no_package_that_a_gpu_machine_lacks(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command(program), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    files = ("encode_topk_triton", "threshold_encode", "merge_topk", "decode_loss", "row_update", "spmm",
-             "sddmm", "step", "lean", "hot", "rows", "gather")  # fmt: skip
-    paths = [str(ROOT / "tests" / f"test_{name}.py") for name in files]
+    kernels = [f"test_{path.stem}.py" for path in (ROOT / "kernels").glob("*.py")]
+    files = ("test_encode_topk_triton.py", "test_threshold_encode.py", "engines/test_fused.py", "engines/test_hot.py",
+             "optim/test_lean.py", "optim/test_row_ops.py", "data/test_gather.py", *kernels)  # fmt: skip
+    paths = [str(ROOT / "tests" / name) for name in files]
     collect = [PYTHON, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *paths]
     done = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

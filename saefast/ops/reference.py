@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Code = tuple[Tensor, Tensor]  # acts (B, K), idx (B, K) int32
+Ranked = tuple[Tensor, Tensor, Tensor]  # acts, what they rank by, idx: each (B, n)
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -52,19 +53,53 @@ def encode_topk(
         acts (B, k) in the accumulation dtype and idx (B, k) int32.
     """
     B, ids = x.shape[0], torch.arange(W_enc.shape[0], device=x.device) if latents is None else latents.long()
-    best = x.new_empty((B, 0), dtype=accumulate_dtype(x.dtype))
-    rank, idx = best, ids.new_empty((B, 0))
+    none = x.new_empty((B, 0), dtype=accumulate_dtype(x.dtype))
+    best: Ranked = none, none, ids.new_empty((B, 0))
     for part in ids.split(chunk):
         # A slice of consecutive ids is a view; only an explicit list pays for a copy of its rows.
         rows = slice(int(part[0]), int(part[-1]) + 1) if latents is None else part
         pre = pre_activations(x, W_enc[rows], None if b_enc is None else b_enc[rows])
-        best = torch.cat([best, pre], dim=1)
-        rank = best if scale is None else torch.cat([rank, pre * scale[rows].to(pre.dtype)], dim=1)
-        idx = torch.cat([idx, part.expand(B, -1)], dim=1)
-        # Candidates stand in ascending order of index, so a stable order gives ties to the lower one.
-        order = stable_topk(rank.detach(), min(k, rank.shape[1]))
-        best, rank, idx = best.gather(1, order), rank.gather(1, order), idx.gather(1, order)
-    return (best.relu() if relu else best), idx.int()
+        rank = pre if scale is None else pre * scale[rows].to(pre.dtype)
+        best = merge_topk(best, (pre, rank, part.expand(B, -1)), k)
+    return (best[0].relu() if relu else best[0]), best[2].int()
+
+
+def encode_tiles(
+    pre: Tensor, bound: Tensor, group: int, *, scale: Tensor | None = None, count: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What the tiles of an encoder say about each group of columns of a chunk pre (B, n) of pre-activations.
+
+    Args:
+        bound: (B,) the k-th best so far of every row, NaN for none; with `count` (n,) a threshold for every column.
+        group: columns of a group; the last one may have fewer.
+        scale: (n,) positive; ranks by scale · pre.
+
+    Returns:
+        (B, groups): the largest rank of each group, or how many of its values are above their threshold.
+        (B, groups) bool: whether any can matter, so that the group's values are stored.
+    """
+    B, past = len(pre), -pre.shape[1] % group
+    if count:
+        on = torch.nn.functional.pad((~(pre <= bound)).int(), (0, past))
+        found = on.view(B, -1, group).sum(2, dtype=torch.int32)
+        return found, found > 0
+    rank = pre if scale is None else pre * scale.to(pre.dtype)
+    found = torch.nn.functional.pad(rank, (0, past), value=-torch.inf).view(B, -1, group).amax(2)
+    return found, ~(found <= bound[:, None])
+
+
+def merge_topk(best: Ranked, chunk: Ranked, k: int) -> Ranked:
+    """The k best so far, and those of a chunk of later columns, become the k best of both.
+
+    Values descend by rank, ties go to the earlier column, NaN stands first. Each is acts, what they rank by, and idx,
+    all (B, n). Where acts rank by themselves, the second is the first.
+    """
+    acts, idx = torch.cat([best[0], chunk[0]], dim=1), torch.cat([best[2], chunk[2]], dim=1)
+    rank = acts if chunk[1] is chunk[0] else torch.cat([best[1], chunk[1]], dim=1)
+    # Candidates stand in ascending order of column, so a stable order gives ties to the earlier one.
+    order = stable_topk(rank.detach(), min(k, rank.shape[1]))
+    kept = acts.gather(1, order)
+    return kept, kept if rank is acts else rank.gather(1, order), idx.gather(1, order)
 
 
 def stable_topk(values: Tensor, k: int) -> Tensor:
@@ -96,15 +131,23 @@ def threshold_encode(
     for start in range(0, L, chunk):
         part = slice(start, min(start + chunk, L))
         pre = pre_activations(x, W_enc[part], None if b_enc is None else b_enc[part])
-        row, col = torch.nonzero(~(pre.detach() <= theta[part]), as_tuple=True)
-        rows.append(row)
-        cols.append(col + start)
-        acts.append(pre[row, col])
+        for found, piece in zip((rows, cols, acts), fill_csr(pre, theta[part], start), strict=True):
+            found.append(piece)
     row = torch.cat(rows)
     order = row.argsort(stable=True)
     counts = torch.bincount(row, minlength=x.shape[0])
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     return row_ptr, torch.cat(cols)[order].int(), torch.cat(acts)[order]
+
+
+def fill_csr(pre: Tensor, threshold: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk's values above their threshold, row by row and by ascending latent: row, latent and value, each (nnz,).
+
+    Args:
+        pre: (B, n) pre-activations of the latents from `start` on. threshold: (n,).
+    """
+    row, col = torch.nonzero(~(pre.detach() <= threshold), as_tuple=True)
+    return row, col + start, pre[row, col]
 
 
 def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
