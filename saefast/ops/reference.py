@@ -127,17 +127,16 @@ def threshold_encode(
     """
     L = W_enc.shape[0]
     theta = torch.as_tensor(threshold, device=x.device, dtype=accumulate_dtype(x.dtype)).expand(L)
-    rows, cols, acts = [], [], []
+    found = []
     for start in range(0, L, chunk):
         part = slice(start, min(start + chunk, L))
         pre = pre_activations(x, W_enc[part], None if b_enc is None else b_enc[part])
-        for found, piece in zip((rows, cols, acts), fill_csr(pre, theta[part], start), strict=True):
-            found.append(piece)
-    row = torch.cat(rows)
+        found.append(fill_csr(pre, theta[part], start))
+    row, col, acts = (torch.cat(pieces) for pieces in zip(*found, strict=True))
     order = row.argsort(stable=True)
     counts = torch.bincount(row, minlength=x.shape[0])
     row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return row_ptr, torch.cat(cols)[order].int(), torch.cat(acts)[order]
+    return row_ptr, col[order].int(), acts[order]
 
 
 def fill_csr(pre: Tensor, threshold: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
