@@ -49,7 +49,7 @@ Buffer::Buffer(std::shared_ptr<RowSource> source, Planner planner, char* reservo
     try {
         for (int i = 0; i < n; ++i) threads_.emplace_back([this] { work(); });
     } catch (const std::exception&) {
-        // No more threads to be had, or no memory for them: those there are do all of it.
+        // The system gives no more threads, or no memory for them: those that started do all the work.
         if (threads_.empty()) throw;
     }
 }
@@ -74,14 +74,14 @@ void Buffer::fail(const char* message) noexcept {
         try {
             error_ = message;
         } catch (const std::bad_alloc&) {
-            error_.clear();  // next() has words for that
+            error_.clear();  // next() has a message for that
         }
     }
     failed_ = true;
     changed_.notify_all();
 }
 
-// What leaves a thread's function ends the process: nothing does.
+// An exception that leaves a thread's function ends the process, so none may.
 void Buffer::work() noexcept {
     try {
         std::unique_lock<std::mutex> lock(mutex_);
@@ -111,7 +111,7 @@ void Buffer::work() noexcept {
 void Buffer::fill_first(int64_t piece) {
     const int64_t begin = piece * kPieceRows;
     const int64_t n = std::min<int64_t>(kPieceRows, static_cast<int64_t>(first_slots_.size()) - begin);
-    // The planner stands still until all pieces are there.
+    // The planner does not move on until all pieces are filled.
     std::vector<int64_t> rows(static_cast<size_t>(n));
     for (int64_t i = 0; i < n; ++i)
         rows[static_cast<size_t>(i)] =
@@ -126,18 +126,18 @@ void Buffer::fill_first(int64_t piece) {
     changed_.notify_all();
 }
 
-// Under the lock: whether next_job_ has a free place in the ring, and job next_job_ - lag is done. A consumer holds the
-// batch before the one it asks for next, so the place of that batch is not free yet.
+// Whether next_job_ has a free place in the ring, and job next_job_ - lag is done. A consumer holds the batch before the
+// one it asks for next, so the place of that batch is not free yet. The caller holds the lock.
 bool Buffer::may_start_job() const {
     const int64_t held = *std::min_element(taken_.begin(), taken_.end()) - 1;
     return next_job_ < std::max(held, settings_.first_batch) + settings_.prefetch &&
            filled_[static_cast<size_t>(next_job_ % settings_.lag)] >= 0;
 }
 
-// Under the lock, in the order of jobs.
+// Called in the order of jobs, by whoever holds the lock.
 Plan Buffer::start_job(int64_t job) {
     int64_t& filled = filled_[static_cast<size_t>(job % settings_.lag)];
-    // What stood in the refills of a resumed position came with the first fill.
+    // At a resumed position, rows of the refills under way came with the first fill.
     Plan plan = planner_.next(job - settings_.first_batch < settings_.lag ? Planner::kAll : filled);
     filled = -1;
     if (plan.last) end_ = plan.slots.empty() ? job : job + 1;

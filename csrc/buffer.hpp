@@ -2,7 +2,8 @@
 //
 // Every batch is a job: copy its rows out of their slots into a place of the ring, then read the rows that come next
 // into those slots. Jobs start in order, run side by side, and job t starts once job t - lag is done, so what a batch
-// holds never depends on timing. Batches go to `consumers` readers, each at its own pace; the slowest holds the ring.
+// holds never depends on timing. Batches go to `consumers` readers, each at its own pace; a place in the ring is free once
+// the slowest is done with it.
 // The memory of reservoir and ring belongs to the caller (torch makes it, pinned where CUDA is).
 #pragma once
 
@@ -42,7 +43,7 @@ class Buffer {
     Buffer(const Buffer&) = delete;
 
     // The consumer's next batch, which also gives its last one back. False when timeout_ms passed without one.
-    // Throws what a reader ran into, and in another process than the one that made the buffer.
+    // Throws the error that a reader met, and in every process but the one that made the buffer.
     bool next(int consumer, int timeout_ms, Batch& out);
     // Rows, counted through the shards in file order, of a batch that the consumer holds.
     std::vector<int64_t> rows(int64_t place);

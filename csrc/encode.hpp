@@ -70,8 +70,8 @@ class Sink {
     virtual void take(const Found& found) = 0;
 };
 
-// Blocks of rows [first_block, last_block) against competing latents at positions [first, last). Each row meets its
-// latents in ascending order.
+// Blocks of rows [first_block, last_block) against competing latents at positions [first, last). Each row is
+// compared with its latents in ascending order.
 void visit_tiles(const Encoder& encoder, const TileKernel& kernel, const PackedRows& x, int64_t first_block,
            int64_t last_block, int64_t first, int64_t last, Sink& sink);
 

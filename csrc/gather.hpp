@@ -1,5 +1,5 @@
 // Rows of one or several matrices, drawn by index: how training takes shuffled batches out of stored activations.
-// A row is row_bytes bytes, whatever they mean. No torch, no Python, no CUDA types.
+// A row is row_bytes bytes of any type. No torch, no Python, no CUDA types.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 
 namespace saefast {
 
-// Orders as the results are ordered: by value, NaN first and -0 equal to 0, then by the lower latent. All differ.
+// Orders as the results are ordered: by value, NaN first and -0 equal to 0, then by the lower latent. No two are equal.
 inline uint64_t key_of(float rank, int64_t id) {
     uint32_t bits = to_bits(rank + 0.0f);
     bits = rank != rank ? 0xffffffffu : bits ^ (bits & 0x80000000u ? 0xffffffffu : 0x80000000u);

@@ -17,7 +17,7 @@ struct Candidate {
     float pre;
 };
 
-// The k best of n latents with values `pre`, which lack their bias still.
+// The k best of n latents with values `pre`, to which the bias is still to be added.
 void decide(const Encoder& e, const int32_t* latents, const float* pre, int64_t n, int64_t k, bool relu, float* acts,
             int32_t* idx, std::vector<Candidate>& found) {
     found.clear();

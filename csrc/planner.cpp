@@ -36,13 +36,13 @@ Planner::Planner(std::vector<int64_t> shard_rows, int64_t capacity, int64_t batc
     }
     n_rows_ = first_row_.back();
     if (n_rows_ == 0) throw std::invalid_argument("there are no rows");
-    // With less, a batch could find its rows still on their way.
+    // With less, rows of a batch might not have come in yet.
     if (capacity < (lag + 2) * batch)
         throw std::invalid_argument("capacity " + std::to_string(capacity) + " is under (lag + 2) batches = " +
                                     std::to_string((lag + 2) * batch) + " rows");
     begin_epoch(0);
     resident_.assign(static_cast<size_t>(capacity), -1);
-    // Most often all slots are of the first epoch: their memory is had once.
+    // Most often all slots are of the first epoch: their memory is reserved at once.
     ready_.push_back({0, {}});
     ready_.front().slots.reserve(static_cast<size_t>(std::min(capacity, n_rows_)));
     StreamRow row;
@@ -97,7 +97,7 @@ void Planner::shorten(int64_t n) {
 // A slot out of the epoch being drawn, by swapping the last one into its place; -1 when nothing at all is left.
 int32_t Planner::draw() {
     while (!ready_.empty() && ready_.front().slots.empty()) {
-        // Only the epoch's end leaves it empty: capacity keeps more rows ready than are on their way.
+        // Only the end of an epoch leaves it empty: the capacity is large enough that rows are always ready before.
         ready_.pop_front();
         if (!ready_.empty()) epoch_ = ready_.front().epoch;
     }

@@ -3,8 +3,9 @@
 // Rows stream in epoch after epoch; shards come in an order drawn anew for each epoch, rows of a shard in file order.
 // A reservoir of `capacity` slots holds the next rows of that stream. Batch t draws `batch` slots without replacement,
 // uniformly from what is ready; the slots it frees take the next rows of the stream, ready again for batch t + lag.
-// So the reservoir is refilled all the time and stays full but for lag batches. An epoch is drawn out before the next
-// one begins, whose rows meanwhile come in: every row appears exactly once an epoch, and nothing waits at the seam.
+// So the reservoir is refilled all the time and stays full but for lag batches. All rows of an epoch are drawn before
+// the first of the next epoch, which come in meanwhile: every row appears exactly once an epoch, and no batch waits
+// where two epochs meet.
 //
 // The plan depends on the arguments alone, never on threads or timing: the same seed gives the same batches, and a
 // position is found again by planning up to it, which reads no data.

@@ -49,7 +49,7 @@ struct AdamConstants {
 // One Adam update of n elements, bit for bit what torch.optim.Adam(fused=True) does on a CPU.
 void adam_elements(float* w, float* m, float* v, const float* grad, int64_t n, const AdamConstants& c);
 
-// What n elements owe after a sleep: w -= drift · m / (√v + drift_eps), m *= m_decay, v *= v_decay.
+// Settles n elements that missed some steps: w -= drift · m / (√v + drift_eps), m *= m_decay, v *= v_decay.
 void drift_elements(float* w, float* m, float* v, int64_t n, float drift, float drift_eps, float m_decay, float v_decay);
 
 // The lean optimiser. Random bits are a hash of key + column.

@@ -9,7 +9,7 @@
 namespace saefast {
 namespace {
 
-// Rows lie far apart, where the hardware sees each one's start too late: while one is summed, a later one is asked for,
+// Rows lie far apart, where the hardware sees each one's start too late: while one is summed, a later one is prefetched,
 // line by line. Four rows of fp32 ahead, or eight of 16 bits.
 template <class Type>
 constexpr int64_t kRowsAhead = 16 / static_cast<int64_t>(sizeof(typename Type::Stored));
@@ -41,7 +41,7 @@ const char* row_at(const Gathered& code, int64_t entry) {
     return static_cast<const char*>(code.W) + index_at(code, entry) * code.d * bytes_of(code.type);
 }
 
-// The row to ask for while entry `e` is worked on; near the end one that is there already.
+// The row to prefetch while entry `e` is worked on; near the end one that was read already.
 template <class Type>
 const typename Type::Stored* row_ahead(const Gathered& code, int64_t e, int64_t end) {
     const int64_t later = e + kRowsAhead<Type>;

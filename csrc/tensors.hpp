@@ -1,5 +1,5 @@
-// Tensors as Python hands them over, and the only way from one to an address: kind, size, layout and device are looked
-// at first, so that a wrong tensor raises TypeError or ValueError instead of being written past its end.
+// Tensors as Python hands them over, and the only way from one to an address: kind, size, layout and device are checked
+// first, so that a wrong tensor raises TypeError or ValueError instead of being written past its end.
 // Python's side of the bindings: nothing but bindings*.cpp includes this. It asks a tensor for its attributes, so the build
 // needs no torch. Everything here needs the GIL.
 #pragma once
@@ -126,7 +126,7 @@ inline int64_t bytes(py::handle tensor) {
     return product({numel(tensor), py::cast<int64_t>(call(tensor, SAEFAST_NAME("element_size")))});
 }
 
-// The address of a contiguous tensor of exactly n bytes, whatever they mean.
+// The address of a contiguous tensor of exactly n bytes, of any type.
 inline char* raw(const char* name, py::handle tensor, int64_t n, Place place = Place::cpu) {
     const std::uintptr_t found = address(name, tensor, place);
     check_count(name, "bytes", bytes(tensor), n, false);

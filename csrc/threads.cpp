@@ -34,7 +34,7 @@ void run_on_threads(int64_t n_threads, void (*work)(void*) noexcept, void* data)
         threads.reserve(static_cast<size_t>(n_threads - 1));
         while (static_cast<int64_t>(threads.size()) < n_threads - 1) threads.emplace_back(work, data);
     } catch (const std::exception&) {
-        // No more threads to be had, or no memory for them: those there are do all of it.
+        // The system gives no more threads, or no memory for them: those that started do all the work.
     }
     work(data);
     for (auto& thread : threads) thread.join();

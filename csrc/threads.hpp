@@ -26,7 +26,7 @@ inline int resolve_threads(int n_threads) {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-// How many threads n items are worth: each is to have at least `grain` of them, what starting a thread costs.
+// How many threads pay for n items: each gets at least `grain`, whose work costs about as much as starting a thread.
 inline int64_t threads_for(int64_t n, int n_threads, int64_t grain) {
     const int64_t worth = std::max<int64_t>(1, n / std::max<int64_t>(grain, 1));
     return std::min<int64_t>(resolve_threads(n_threads), worth);
@@ -35,12 +35,13 @@ inline int64_t threads_for(int64_t n, int n_threads, int64_t grain) {
 // Calls work(data) on up to n_threads threads at once, the caller's included, and returns when all are done. They are
 // the OpenMP runtime's, if one is in the process: torch brings it, and its threads spin for milliseconds after every
 // torch operation. Threads of our own would have to share the cores with them. Elsewhere std::threads, started and
-// joined here. What an exception would leave half done is the caller's to catch: `work` throws none.
+// joined here. `work` must not throw.
 void run_on_threads(int64_t n_threads, void (*work)(void*) noexcept, void* data);
 
 // Calls fn(begin, end) on contiguous pieces that cover [0, n), on at most n_threads threads, the caller's included, and
-// returns when all are done. Pieces are handed out one by one, so the caller works while the other threads wake up; they
-// depend on n, n_threads and grain alone, who does which does not. Work under two grains stays on the caller's thread.
+// returns when all are done. Pieces are handed out one by one, so the caller works while the other threads start; they
+// depend on n, n_threads and grain alone, and any thread may take any of them. Work under two grains stays on the
+// caller's thread.
 // If pieces throw, the exception of the lowest is rethrown here, after all have ended.
 template <class Fn>
 void parallel_for(int64_t n, int n_threads, const Fn& fn, int64_t grain = 1) {

@@ -12,7 +12,7 @@ namespace saefast {
 class ThresholdCode {
   public:
     // encoder.threshold must be set; max_scratch_bytes bounds the packed rows, not the entries found. kernel and
-    // n_threads as in TopK. On where pre > threshold; NaN counts as on.
+    // n_threads as in TopK. A latent is on where pre > threshold; NaN counts as on.
     ThresholdCode(const Encoder& encoder, int64_t max_scratch_bytes, const char* kernel, int n_threads);
 
     int64_t size() const;

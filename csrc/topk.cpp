@@ -19,10 +19,10 @@ namespace {
 constexpr int64_t kCutAt = 4;
 constexpr int64_t kShortestCut = 64;
 constexpr int64_t kLongestCut = 512;
-// A range of latents of one thread: short ones would keep most of what they see.
+// The shortest range of latents that a thread gets, over k: from a shorter one it would keep most of what it sees.
 constexpr int64_t kRangePerK = 16;
 
-// A candidate. Unscaled, its value can be read off the key.
+// A candidate. Without a scale, the key holds its value too.
 struct Plain {
     uint64_t key;
     static Plain make(float /*pre*/, float rank, int64_t id) { return {key_of(rank, id)}; }

@@ -16,7 +16,7 @@ struct TopK {
 };
 
 // acts (n_rows, k) and idx (n_rows, k): values descending, ties to the lower latent, NaN above +inf, -0 equal to 0.
-// Bitwise the same whatever the threads, scratch and batch. Throws std::out_of_range for a bad id and
+// The same bits for any number of threads, scratch and batch. Throws std::out_of_range for a bad id and
 // std::invalid_argument for a bad k or kernel, before anything is written.
 void encode_topk(const Encoder& encoder, const TopK& options, float* acts, int32_t* idx);
 

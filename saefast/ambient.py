@@ -1,13 +1,13 @@
 """The modes of torch that surround a call: plain ones while saefast computes, the caller's while their code runs.
 
 Autocast, gradients switched off, inference mode and a lower matmul precision change what a line of torch means. Inside
-`plain` none of them is in force, so that training, loading and evaluating give the same bits whatever surrounds them.
-But a source of data may be the caller's own generator, running a model that they put under autocast and no_grad on
-purpose: without those it would give other rows, or keep a graph of every batch. So `theirs` and `drawn` hand over:
-while the caller's code runs, the modes are those that it was running in.
+`plain` none of them is in force, so that training, loading and evaluating give the same bits under each of them. But a
+source of data may be the caller's own generator, running a model that they put under autocast and no_grad on purpose:
+without those it would give other rows, or keep a graph of every batch. So `theirs` and `drawn` switch back: the
+caller's code runs in the modes in which they called saefast.
 
-The default dtype and device, process-wide and a mode of other people's code, are never touched: all memory names its
-own (tests/test_memory.py). Deterministic algorithms may stay on: nothing here depends on them.
+The default dtype and device belong to the whole process and are never touched: every tensor names its own
+(tests/test_memory.py). Deterministic algorithms may stay on: nothing here depends on them.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ def _in_force() -> Modes:
 
 @contextlib.contextmanager
 def _under(modes: Modes) -> Iterator[None]:
-    """The block runs in these modes; afterwards those are back that were there before, whatever it leaves behind."""
+    """Runs the block in these modes, then restores those from before, even if the block has changed some."""
     before = _in_force()
     try:
         # The one mode that has no setter. It sets grad as well.
@@ -63,9 +63,10 @@ def _set(modes: Modes) -> None:
 
 
 class _Precision:
-    """How torch multiplies float32 matrices, which is one setting for the whole process: in full while any thread asks.
+    """The precision of float32 matrix products, one setting for the whole process: full while any thread asks for that.
 
-    The first to ask keeps what was set, the last one sets it again: two trainings side by side leave it as it was.
+    The first thread to ask remembers the setting and the last one to leave restores it, so that two trainings side by
+    side leave it as it was.
     """
 
     def __init__(self) -> None:
@@ -93,14 +94,14 @@ class _Precision:
 
     @staticmethod
     def _overall() -> str | None:
-        """None where a backend was set by itself, which torch then refuses to sum up in one word."""
+        """The setting; None where the backends' settings differ: torch then has no one word for them and raises."""
         try:
             return torch.get_float32_matmul_precision()
         except RuntimeError:
             return None
 
     def untouched(self) -> bool:
-        """Whether it is full without our doing, so that no thread of ours is about to change it."""
+        """Whether precision is full and no thread of ours made it so: then none of them is about to change it."""
         return self._before is None and self._overall() == "highest"
 
     @contextlib.contextmanager
@@ -126,7 +127,7 @@ def _backends() -> tuple[Any, ...]:
 
 
 class _Thread(threading.local):
-    """The modes this thread came in with; None while it runs no code of ours, or the caller's again."""
+    """The modes in which this thread called saefast; None outside of saefast and while the caller's code runs."""
 
     theirs: Modes | None = None
 
@@ -141,7 +142,7 @@ def plain(grad: bool | None = None) -> Iterator[None]:
 
     Args:
         grad: whether gradients are recorded; inference mode is off then. None leaves both as the caller has them, for
-            methods whose derivative is the caller's business.
+            methods that the caller may differentiate.
     """
     before, now = _thread.theirs, _in_force()
     ours = Modes(now.grad, now.inference, _OFF) if grad is None else Modes(grad, False, _OFF)
@@ -196,7 +197,7 @@ def _handed_over(modes: Modes) -> Iterator[None]:
 
 @contextlib.contextmanager
 def theirs() -> Iterator[None]:
-    """Runs the block, which calls code of the caller's, in the modes that they came in with."""
+    """Runs the block, which calls the caller's code, in the modes in which they called saefast."""
     modes = _thread.theirs
     if modes is None:
         yield
@@ -211,8 +212,8 @@ _END = object()
 def drawn(given: Iterable[T]) -> Iterator[T]:
     """Iterates over what the caller gave, running their code in their modes.
 
-    A generator that yields inside `with torch.no_grad():` leaves that mode behind, in a plain loop for whoever draws
-    from it. Here it is kept for the next draw, with each generator's own, and never reaches our side.
+    A generator that yields inside `with torch.no_grad():` leaves that mode on for the loop that draws from it. Here the
+    mode is taken away after each draw and put back for the next one, so that it never reaches saefast's code.
     """
     modes, iterator = _thread.theirs, None
     if modes is None:

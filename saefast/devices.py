@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
-# What large matrix products and copies reach of a data sheet's rates: the H200's measured figures over its data sheet's
-# (790 of 989 TFLOP/s, 50 of 67, 4.3 of 4.8 TB/s). It stands in where nothing was measured.
+# The share of a data sheet's rates that large matrix products and copies reach: the H200's measured figures over its
+# data sheet's (790 of 989 TFLOP/s, 50 of 67, 4.3 of 4.8 TB/s). Used for devices that were not measured.
 MATRIX_REACHED, FP32_REACHED, TRAFFIC_REACHED = 0.80, 0.75, 0.90
 
 

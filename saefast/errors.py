@@ -8,7 +8,7 @@ class InputError(ValueError):
     """Bad input: one line naming the argument, what was seen, what was expected and what to do.
 
     A ValueError, so callers need not know this class; the command line prints its text and exits with code 2. Line
-    breaks, which a path may hold, are written as \\n, and the middle of a text beyond measure is left out.
+    breaks, which a path may hold, are written as \\n, and the middle of a very long text is left out.
     """
 
     def __init__(self, message: object = "") -> None:

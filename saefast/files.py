@@ -39,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         sync(temporary)
-        # mkstemp makes files private; a saved SAE is as readable as any other file of this user.
+        # mkstemp makes files private; a saved SAE gets the permissions of any other new file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -51,7 +51,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file or folder to the disk, so that a rename never outruns the bytes it names."""
+    """Flushes a file or folder to the disk, so that a rename never gets there before the bytes that it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +65,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_sealed_json(path: str | Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object with its digest as the last entry, in place of one that `value` may have."""
+    """Writes a JSON object with its digest as the last entry; a digest that `value` has already is replaced."""
     body = json.dumps({key: item for key, item in value.items() if key != SEAL}, indent=2).removesuffix("\n}")
     seal = hashlib.sha256(body.encode()).hexdigest()
     with replacing(path) as temporary:
@@ -97,7 +97,7 @@ def read_sealed_json(path: str | Path, kind: Any = Any) -> Any:
 
 
 def parse_json(data: bytes | str, path: object) -> Any:
-    """The value that JSON text stands for. Raises InputError naming `path` for text that is none."""
+    """The value that JSON text stands for. Raises InputError naming `path` for text that is not JSON."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -117,14 +117,14 @@ def _read(path: str | Path) -> bytes:
 
 
 def no_pipe(path: Path) -> Path:
-    """The path, for whoever is about to open it. Raises InputError for a pipe or device: nothing may ever come."""
+    """The path, to be opened. Raises InputError for a pipe or a device: reading one may wait for ever."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path} cannot be read: it is a pipe or a device, expected a file")
     return path
 
 
 def usable(path: str | Path) -> Path:
-    """A path that a person gave, with ~ for their home; there need be nothing at it.
+    """A path that a person gave, with ~ for their home; nothing has to exist there.
 
     Raises:
         InputError: one that no file can have: empty, with a NUL character, too long, a loop of links ...
@@ -135,7 +135,7 @@ def usable(path: str | Path) -> Path:
         found = Path(text).expanduser()
         found.stat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # whoever opens it says so better
+        pass  # opening it gives the better message
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~name of a user who is not there
         reason = getattr(error, "strerror", None) or str(error)
     if reason:

@@ -48,7 +48,7 @@ def require_memory(device: torch.device | str, needed: int, what: str) -> None:
 
 
 def _memory_of(device: torch.device) -> int | None:
-    """Bytes that a device has, or that this process may have of them; None where nobody says."""
+    """Bytes of a device's memory, or the part that this process may use; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     if device.type != "cpu" or not hasattr(os, "sysconf"):

@@ -13,7 +13,7 @@ from saefast.errors import InputError
 
 # A number of things, or a place in a file; what torch and numpy can address.
 Count = Annotated[int, range(2**63)]
-# Of torch's generators and numpy's, and of the C++ ones.
+# Of generators: torch's, numpy's and those in C++.
 Seed = Annotated[int, range(2**63)]
 
 
@@ -91,7 +91,7 @@ def _problem(value: object, declared: Any, field: str) -> str | None:
 
 
 def _fits_plain(value: object, declared: Any) -> bool:
-    """Everything but objects and lists, of which only the part inside a union comes here."""
+    """As `fits`, for a value that is no object or list: False where one is declared."""
     origin, inner = get_origin(declared), get_args(declared)
     if declared is Any:
         return True

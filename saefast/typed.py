@@ -1,7 +1,7 @@
 """Arguments checked against the annotations of the function that takes them, where people call it.
 
-A wrong type is then named at once, in one line, rather than by whatever fails on it ten calls further in. The
-annotation stays the one declaration, which mypy holds the function's own code to.
+A wrong type is then named at once, in one line, and not by an error ten calls further in. The annotation stays the only
+declaration: mypy checks the function's own code against it.
 """
 
 import functools
@@ -23,15 +23,15 @@ Fits = Callable[[Any], bool]
 def typed(function: Callable[P, T]) -> Callable[P, T]:
     """The function, raising InputError for an argument that is not of its annotated type.
 
-    numpy's numbers are numbers, and anything that os.fspath turns into text is a path. Containers are looked at from
-    outside alone: an iterable may be readable once.
+    numpy's numbers are numbers, and anything that os.fspath turns into text is a path. Of a container only the type is
+    checked, not its elements: an iterable may be readable only once.
     """
     names = tuple(inspect.signature(function).parameters)
     checks: dict[str, Fits] = {}
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not checks:  # at the first call, when every name that the annotations use is there
+        if not checks:  # at the first call, when every name that the annotations use exists
             checks.update(_checks(function))
         for name, value in (*zip(names, args, strict=False), *kwargs.items()):
             fits = checks.get(name)

@@ -1,3 +1,3 @@
-"""The version of saefast, for whoever must say it without importing the rest."""
+"""The version of saefast, in a file that can be imported without the rest."""
 
 __version__ = "0.1.0"

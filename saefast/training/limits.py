@@ -10,10 +10,10 @@ from saefast.training.plan import Sizes, memory_of
 
 
 def check_sizes(sae_config: SAEConfig, config: TrainConfig, tokens: int, device: torch.device) -> None:
-    """Raises InputError for a run that cannot be: a batch beyond its tokens, or more memory than the device has.
+    """Raises InputError for an impossible run: a batch of more than its tokens, or more memory than the device has.
 
     Args:
-        tokens: of the whole run. Fewer than a default batch are no fault: they make a run of one step.
+        tokens: of the whole run. Fewer than a default batch are allowed: they make a run of one step.
         device: where it trains; memory is counted as `saefast plan` counts it, which is the least that is needed.
     """
     if config.batch_size > max(tokens, TrainConfig.batch_size):
@@ -23,7 +23,7 @@ def check_sizes(sae_config: SAEConfig, config: TrainConfig, tokens: int, device:
         )
     L, D = sae_config.n_latents, sae_config.d_in
     what = f"training n_latents = {L} of width {D} with batch_size = {config.batch_size}"
-    # First by hand: `memory_of` makes tensors of these sizes, without memory, and torch counts bytes in 64 bits.
+    # First by hand: `memory_of` makes meta tensors of these sizes, whose bytes torch counts in 64 bits.
     require_memory(device, 2 * L * D * 2 + config.batch_size * D * 4, what)
     sizes = Sizes.of(sae_config, config)
     ahead = min(config.init_rows or 0, tokens) * D * 4

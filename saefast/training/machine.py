@@ -13,7 +13,7 @@ _IDLE = (3, 4)
 class Watch:
     """While open, counts what processes other than this one take of the cores that this one may use.
 
-    share: of those cores' time, from 0 to 1, once closed; 0 where the system does not say (there is no /proc/stat).
+    share: their part of those cores' time, from 0 to 1, known once closed; 0 where there is no /proc/stat.
     """
 
     share = 0.0
@@ -34,7 +34,7 @@ def _cores() -> set[int]:
 
 
 def _busy_seconds() -> float:
-    """Seconds that this process's cores have worked since the machine started, for whomever."""
+    """Seconds that this process's cores have worked since the machine started, for all processes."""
     if not _STAT.exists():
         return 0.0
     cores, ticks = _cores(), 0

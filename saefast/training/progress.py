@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl for programs and plots, a progress bar for the person who waits."""
+"""What a run reports while it goes: metrics.jsonl for programs and plots, a progress bar for the person who waits."""
 
 import json
 import math
@@ -43,7 +43,7 @@ class MetricsLog:
             self._file.write(json.dumps({name: _number(value) for name, value in line.items()}, allow_nan=False) + "\n")
             self._file.flush()
         except OSError:
-            # What the buffer still holds would be tried again at close; the file ends with its last whole line.
+            # Closing the file writes what its buffer still holds: after that it is cut back to its last whole line.
             self._abandon(size)
             raise
         self._last = (line["step"], size)
@@ -74,12 +74,12 @@ class MetricsLog:
 
 
 def _number(value: Any) -> Any:
-    """A figure that does not exist (NaN, inf) is null: JSON has no word for it."""
+    """NaN and inf become null: JSON has no words for them."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _step_of(raw: bytes) -> float:
-    """The step of a line; beyond every step for one that a crash garbled, so that it is cut off."""
+    """The step of a line; inf for one that a crash garbled, so that it is cut off."""
     try:
         return int(json.loads(raw)["step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -25,7 +25,7 @@ from saefast.typed import typed
 
 CHECKPOINTS, EMA = "checkpoints", "ema"
 TRAIN = "train"
-# What may differ when a run goes on: how long it is, what it reports and saves, where it runs.
+# What may differ when a run is resumed: its length, what it reports and saves, where it runs.
 FREE = ("n_tokens", "device", "log_every", "save_every", "eval_every")
 
 
@@ -57,7 +57,7 @@ def read_config(path: str | Path) -> tuple[SAEConfig, TrainConfig]:
 def check_ours(folder: Path) -> None:
     """Raises InputError where a run in this folder would overwrite the config.json of another program.
 
-    A folder with checkpoints is a run's, whatever became of its config.json, which the run writes anew.
+    A folder with checkpoints is a run's, even if its config.json was changed or is gone: the run writes it anew.
     """
     if not checkpoint.list_steps(folder / CHECKPOINTS):
         for place in (folder, folder / EMA):
@@ -128,7 +128,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 @contextlib.contextmanager
 def nothing_begun(folder: Path) -> Iterator[None]:
-    """Where bad input ends a new run before its first checkpoint, its files go again; what was there before stays."""
+    """Removes the files of a new run that bad input ends before its first checkpoint; older files stay."""
     new = [path for path in (folder / CONFIG, folder / METRICS) if not path.exists()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""train_many(): several SAEs trained side by side, step by step, off one pass over the data."""
+"""train_many(): several SAEs trained side by side, step by step, from one pass over the data."""
 
 import contextlib
 from collections.abc import Collection, Mapping
@@ -58,7 +58,7 @@ def train_many(
         total = sum(run.total_steps * run.config.batch_size for run in runs.values())
         shown = stack.enter_context(bar(total, sum(run.tokens for run in runs.values()), progress))
         stop = stack.enter_context(stop_signals())
-        # Whoever lags behind goes first: after a kill, checkpoints of different members may be of different steps.
+        # The member with the fewest steps goes first: after a kill, their checkpoints may be of different steps.
         while not stop.is_set() and (behind := _furthest_behind(runs)):
             advance(runs[behind], shown, stop)
         if stop.is_set() and _furthest_behind(runs):
@@ -67,7 +67,7 @@ def train_many(
 
 
 def check_names(names: Collection[str]) -> None:
-    """Raises InputError for no names, and for those that are no folders of their own inside a run's folder."""
+    """Raises InputError for no names, and for names that cannot each be a folder inside the run's."""
     if odd := [name for name in names if not isinstance(name, str)]:
         raise InputError(f"members has the name {odd[0]!r}: expected text, which becomes a folder")
     places = [PurePosixPath(name) for name in names]
