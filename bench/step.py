@@ -51,11 +51,14 @@ class Kind(NamedTuple):
     activation: str = "topk"
     matryoshka: tuple[int, ...] = ()
 
-    @property
-    def label(self) -> str:
-        """What results of it are named after; TopK alone is "step"."""
+    def label(self, what: str) -> str:
+        """What its results are called; those of TopK alone are `what`."""
         parts = [self.activation] * (self.activation != "topk") + ["matryoshka"] * bool(self.matryoshka)
-        return "-".join(["step", *parts])
+        return "-".join([what, *parts])
+
+    def fields(self) -> dict[str, Any]:
+        """Those of SAEConfig that say so."""
+        return step_child.kind(**self._asdict())
 
     def has(self, name: str) -> bool:
         """Whether a contender trains such SAEs: sparsify only TopK, the others Matryoshka only with BatchTopK."""
@@ -65,6 +68,10 @@ class Kind(NamedTuple):
 
 
 TOPK = Kind()
+KIND_OPTIONS: dict[str, Any] = dict(
+    activation=dict(choices=("topk", "batchtopk"), default="topk", help="of the SAEs that are trained"),
+    matryoshka=dict(type=int, nargs="*", default=(), help="widths of nested prefixes, ascending, the last one L"),
+)
 CPU_SHAPES = (Shape(1024, 768, 32768, 32), Shape(1024, 384, 16384, 32))
 GPU_SHAPES = (Shape(8192, 768, 32768, 32), Shape(8192, 4096, 131072, 64))
 TINY = (Shape(16, 24, 256, 4),)
@@ -189,7 +196,7 @@ def verdict(rows: list[dict[str, Any]], stages: list[dict[str, Any]]) -> dict[st
 
 
 def new_engine(shape: Shape, device: str, kind: Kind = TOPK) -> FusedEngine:
-    sae_config, config = preset("saefast", shape.D, shape.L, shape.k, **step_child.kind(**kind._asdict()))
+    sae_config, config = preset("saefast", shape.D, shape.L, shape.k, **kind.fields())
     return FusedEngine(SAE(sae_config, seed=0, device=device), config, 100_000)
 
 
@@ -252,9 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = common.arguments(
         "bench.step", __doc__, argv,
         rounds=dict(type=int, default=9, help="steps of each contender that are timed"),
-        activation=dict(choices=("topk", "batchtopk"), default="topk", help="of the SAEs that are trained"),
-        matryoshka=dict(type=int, nargs="*", default=(), help="widths of nested prefixes, ascending, the last one L"),
-        **{"no-peers": dict(action="store_true", help="leave the peers out")},
+        **KIND_OPTIONS, **{"no-peers": dict(action="store_true", help="leave the peers out")},
     )  # fmt: skip
     if not options.no_check:
         common.check(options.device, "engines/test_fused.py", "optim/test_row_ops.py")
@@ -276,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\nGrowth with L")
             common.print_table(lines)
             print(slopes(lines))
-    common.write_results(options.out, device, kind.label, [result for result in results if result])
+    common.write_results(options.out, device, kind.label("step"), [result for result in results if result])
     return int(None in results or not results)
 
 

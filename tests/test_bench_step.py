@@ -85,7 +85,7 @@ def test_who_trains_what_kind_of_sae(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step.who("cpu", step.Kind(), True) == [*others, "sparsify", "dictionary_learning", "SAELens"]
     assert step.who("cpu", step.Kind("batchtopk"), True) == [*others, "dictionary_learning", "SAELens"]
     assert step.who("cpu", BATCH, False) == step.who("cpu", step.Kind("topk", (64, 256)), True) == others
-    assert [kind.label for kind in (step.Kind(), BATCH)] == ["step", "step-batchtopk-matryoshka"]
+    assert [kind.label("step") for kind in (step.Kind(), BATCH)] == ["step", "step-batchtopk-matryoshka"]
 
 
 @pytest.mark.parametrize("kind", [step.Kind(), step.Kind("batchtopk"), step.Kind("topk", (64, 256)), BATCH])
