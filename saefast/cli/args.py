@@ -23,28 +23,33 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], argv: Sequence[str], command: str, default: T | None = None) -> T:
-    """An instance of the dataclass `kind` from a command line; its docstrings are the help.
+    """An instance of the dataclass `kind` from a command line; its docstrings are the help. Says what counts mean.
 
     Raises:
         InputError: an unknown, missing or impossible argument.
         SystemExit: after --help.
     """
+    args, counts = read(kind, argv, command, default)
+    for line in filter(None, map(meant, counts)):
+        print(f"saefast: {line}", file=sys.stderr)
+    return args
+
+
+def read(kind: type[T], argv: Sequence[str], command: str, default: T | None = None) -> tuple[T, list[str]]:
+    """As `parse`, and says nothing: -> the instance, and the counts as they were written, in that order."""
     _refuse_empty(argv)
     complaint, said = io.StringIO(), io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
-    counts: dict[str, None] = {}  # as they were written, in that order
+    counts: dict[str, None] = {}
     given |= {"config": (tyro.conf.OmitArgPrefixes,), "registry": rules(kind, counts)}
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(said):
-            args = tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given)
+            return tyro.cli(kind, args=list(argv), prog=f"saefast {command}", **given), [*counts]
     except SystemExit as stop:
         if not stop.code:
             print(f"{_readable(said.getvalue())}\n{HELP}")
             raise
         raise InputError(_one_line(complaint.getvalue(), command)) from None
-    for line in filter(None, map(meant, counts)):
-        print(f"saefast: {line}", file=sys.stderr)
-    return args
 
 
 def _refuse_empty(argv: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from saefast.cli.args import LogLines, parse, peek, watched
+from saefast.cli.args import LogLines, parse, peek, read, watched
 from saefast.cli.harvest import HarvestArgs, describe, harvest_config, run_harvest
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
@@ -83,6 +83,10 @@ class TrainArgs:
         n_latents = EXPANSION * d_in if self.n_latents is None else self.n_latents
         return self.sae(d_in=d_in, n_latents=n_latents, metadata=metadata)
 
+    def widest(self) -> SAEConfig:
+        """For rows that are as wide as they may be, before the data is known: what this refuses, no data makes good."""
+        return self.sae_config(_WIDEST if self.d_in is None else self.d_in, {})
+
     def folders(self) -> dict[str | None, Path]:
         """Where each SAE goes, by its hook; None is the only one that the data has."""
         if self.hooks is None:
@@ -106,8 +110,13 @@ def defaults(argv: list[str]) -> TrainArgs:
     if config is not None:
         sae, train = read_config(config)
         return TrainArgs(n_latents=sae.n_latents, d_in=sae.d_in, sae=_unsized(sae), train=train)
-    sae, train = preset(peek(argv, "preset") or "saefast", d_in=_WIDEST, n_latents=EXPANSION * _WIDEST)
-    return TrainArgs(sae=_unsized(sae), train=train)
+    name = peek(argv, "preset") or "saefast"
+    sae, train = preset(name, d_in=_WIDEST, n_latents=EXPANSION * _WIDEST)
+    begun = TrainArgs(sae=_unsized(sae), train=train)
+    # How a recipe trains depends on the architecture, which other flags name.
+    asked, _ = read(TrainArgs, argv, "train", begun)
+    _, train = preset(name, **vars(asked.widest()))
+    return dataclasses.replace(begun, train=train)
 
 
 def _unsized(config: SAEConfig) -> partial[SAEConfig]:
@@ -128,8 +137,8 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         if args.hook is not None:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     args = _as_recorded(args)
-    # Before a model is loaded and an hour harvested: what no SAE of the widest rows could have.
-    args.sae_config(_WIDEST if args.d_in is None else args.d_in, {})
+    # Before a model is loaded and an hour harvested.
+    args.widest()
     members = _live_members(args) if args.live else _members(args)
     try:
         return _trained(args, members)

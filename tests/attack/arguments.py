@@ -410,7 +410,8 @@ def commands() -> list[Command]:
         Command("harvest", HARVEST, (*flags_of(HarvestArgs, HarvestConfig), "hook")),
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
-        Command("plan", ("--device", "h100"), flags_of(PlanArgs, SAEConfig, TrainConfig)),
+        # The other settings are those of `train`.
+        Command("plan", ("--device", "h100"), (*flags_of(PlanArgs), "k", "batch-size", "optimizer", "n-tokens")),
         Command("demo", DEMO, ("out", "n-latents", "k", "n-tokens", "max-tokens"), bare=False),
         Command("bench", ("no-such-benchmark",), ()),
         Command("no-such-command", (), ()),

@@ -47,7 +47,8 @@ def parsed(config: type, argv: list[str]) -> Any:
     if config is HarvestConfig:
         return harvest_config(parse(HarvestArgs, ["--out", "x", *argv], "harvest"))[0]
     # What goes with the odd settings: reproduce_bugs has one engine, and beta1 depends on beta2.
-    args = parse(TrainArgs, ["--engine", "autograd", "--beta1", "0.1", *argv], "train", defaults(argv))
+    argv = ["--engine", "autograd", "--beta1", "0.1", *argv]
+    args = parse(TrainArgs, argv, "train", defaults(argv))
     return args.sae_config(64, {}) if config is SAEConfig else args.train
 
 
@@ -255,3 +256,22 @@ def test_a_config_in_a_file_gives_every_field_of_the_sae(tmp_path: Path) -> None
     args = parse(TrainArgs, argv, "train", defaults(argv))
     assert (args.n_latents, args.d_in, args.train) == (96, 24, TrainConfig(lr=0.5))
     assert args.sae_config(24, {}) == sae
+
+
+def test_a_recipe_follows_the_architecture_that_the_flags_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of this recipe is one thing with 32 latents active, as presets give it, and another with 7."""
+
+    def recipe(name: str, **fields: Any) -> tuple[SAEConfig, TrainConfig]:
+        config = SAEConfig(**fields)
+        return config, TrainConfig(lr=config.k / 1000, batch_size=100)
+
+    monkeypatch.setattr("saefast.cli.train.preset", recipe)
+    for argv, k, lr in (([], 32, 0.032), (["--k", "7"], 7, 0.007), (["--k", "7", "--lr", "0.5"], 7, 0.5)):
+        args = parse(TrainArgs, argv, "train", defaults(argv))
+        assert (args.sae.keywords["k"], args.train.lr, args.train.batch_size) == (k, lr, 100)
+
+
+def test_counts_of_train_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--n-latents", "2Ki", "--batch-size", "1k"]
+    parse(TrainArgs, argv, "train", defaults(argv))
+    assert capsys.readouterr().err.splitlines() == ["saefast: 2Ki is 2,048", "saefast: 1k is 1,000 (1Ki is 1,024)"]
