@@ -85,11 +85,11 @@ class MemmapRows(torch.utils.data.Dataset[Tensor]):
         return torch.from_numpy(self.rows[i].copy()).view(STORED)
 
 
-def contenders(folder: Path, d: int, n: int, batch: int, device: str) -> dict[str, Callable[[], Iterator[Tensor]]]:
+def contenders(folder: Path, d: int, n: int, batch: int, device: str) -> dict[str, Callable[[], Iterator[object]]]:
     """Endless batches of each kind, by name."""
     mapped = open_source(folder, shuffle="mapped")
     assert isinstance(mapped, MappedSource)
-    in_memory = torch.cat([segment.rows for segment in mapped.train.segments])
+    in_memory = torch.cat([segment.rows for segment in mapped.train["x"].segments])
     flat = folder / "flat.bin"
     in_memory.view(torch.int16).numpy().tofile(flat)
 
@@ -137,7 +137,7 @@ def speed(d: int, batch: int, device: str, sizes: Sizes) -> list[dict[str, objec
         return rows
 
 
-def drain(batches: Iterator[Tensor], n: int, device: str) -> None:
+def drain(batches: Iterator[object], n: int, device: str) -> None:
     for _ in islice(batches, n):
         pass
     if device == "cuda":

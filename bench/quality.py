@@ -48,7 +48,8 @@ def measure(sae: SAE, data: Path) -> tuple[float, float]:
     """Held-out FVU, and the share of latents that fire on none of the held-out tokens."""
     found, fired = Reconstruction(), torch.zeros(N_LATENTS, dtype=torch.bool)
     with torch.no_grad():
-        for x in open_source(data).heldout(BATCH):
+        for batch in open_source(data).heldout(BATCH):
+            x = batch["x"]
             # Dense: codes of every kind of SAE have this form in common.
             f = sae.encode(x)
             found.update(x, sae.decode(f).to(x.dtype))

@@ -128,12 +128,15 @@ struct OpenBuffer {
 };
 
 using BufferSettings = saefast::Buffer::Settings;
-// path, rows, and the byte each column starts at
-using ShardTuple = std::tuple<std::string, int64_t, std::vector<int64_t>>;
+// rows, and for each column its file and the byte it starts at
+using ShardTuple = std::tuple<int64_t, std::vector<std::pair<std::string, int64_t>>>;
 
 std::vector<saefast::Shard> as_shards(const std::vector<ShardTuple>& files) {
     std::vector<saefast::Shard> shards;
-    for (const auto& [path, rows, offsets] : files) shards.push_back({path, rows, offsets});
+    for (const auto& [rows, columns] : files) {
+        shards.push_back({rows, {}});
+        for (const auto& [path, offset] : columns) shards.back().columns.push_back({path, offset});
+    }
     return shards;
 }
 
@@ -156,7 +159,7 @@ OpenBuffer open_files(const std::vector<ShardTuple>& files, std::vector<int64_t>
     if (std::accumulate(column_bytes.begin(), column_bytes.end(), int64_t{0}) != settings.slot_bytes)
         throw py::value_error("column_bytes do not add up to slot_bytes");
     std::vector<int64_t> rows;
-    for (const auto& file : files) rows.push_back(std::get<1>(file));
+    for (const auto& file : files) rows.push_back(std::get<0>(file));
     py::gil_scoped_release release;
     saefast::Planner planner(rows, settings.capacity, settings.batch, settings.lag, epochs, seed);
     auto source = std::make_shared<saefast::FileSource>(as_shards(files), std::move(column_bytes));
@@ -365,7 +368,7 @@ void bind_row_stream(py::module_& m) {
         .def(py::init([](const std::vector<ShardTuple>& files, std::vector<int64_t> column_bytes, int64_t capacity,
                          int64_t batch, int64_t lag, uint64_t seed, int64_t first_batch) {
                  std::vector<int64_t> rows;
-                 for (const auto& file : files) rows.push_back(std::get<1>(file));
+                 for (const auto& file : files) rows.push_back(std::get<0>(file));
                  py::gil_scoped_release release;
                  RowStream stream{saefast::Planner(rows, capacity, batch, lag, 0, seed), nullptr, 0};
                  for (int64_t bytes : column_bytes) stream.row_bytes += bytes;
@@ -399,7 +402,7 @@ void bind_row_stream(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "saefast's C++ half; used through saefast.ops.native";
     // saefast/extension.py has the same number: both are raised where the bindings change.
-    m.attr("INTERFACE") = 2;
+    m.attr("INTERFACE") = 3;
 #ifdef SAEFAST_CUDA
     m.attr("HAS_CUDA") = true;
 #else

@@ -14,8 +14,9 @@
 namespace saefast {
 
 struct FileSource::File {
+    std::string path;
     int descriptor;
-    explicit File(int fd) : descriptor(fd) {}
+    File(std::string path_, int fd) : path(std::move(path_)), descriptor(fd) {}
     ~File() { ::close(descriptor); }
     File(const File&) = delete;
 };
@@ -24,29 +25,28 @@ FileSource::FileSource(std::vector<Shard> shards, std::vector<int64_t> column_by
     : shards_(std::move(shards)), column_bytes_(std::move(column_bytes)) {
     first_row_.assign(1, 0);
     for (const auto& shard : shards_) {
-        if (shard.offsets.size() != column_bytes_.size())
-            throw std::invalid_argument(shard.path + ": one offset per column is needed");
+        if (shard.columns.size() != column_bytes_.size())
+            throw std::invalid_argument("every shard needs a file and an offset for each column");
         first_row_.push_back(first_row_.back() + shard.rows);
     }
 }
 
 FileSource::~FileSource() = default;
 
-// A handful of files stay open: the stream is in one or two, and a resumed reservoir visits each once.
-std::shared_ptr<FileSource::File> FileSource::open(size_t shard) {
-    constexpr size_t kOpen = 16;
+// A handful of files stay open: the stream is in those of one or two shards, and a resumed reservoir visits each once.
+std::shared_ptr<FileSource::File> FileSource::open(const std::string& path) {
+    const size_t most = std::max<size_t>(16, 2 * column_bytes_.size());
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [id, file] : open_)
-        if (id == shard) return file;
-    const std::string& path = shards_[shard].path;
+    for (const auto& file : open_)
+        if (file->path == path) return file;
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) throw std::runtime_error(path + ": cannot be opened: " + std::strerror(errno));
-    auto file = std::make_shared<File>(descriptor);
+    auto file = std::make_shared<File>(path, descriptor);
 #ifdef POSIX_FADV_SEQUENTIAL
     ::posix_fadvise(descriptor, 0, 0, POSIX_FADV_SEQUENTIAL);
 #endif
-    if (open_.size() == kOpen) open_.pop_front();
-    open_.emplace_back(shard, file);
+    if (open_.size() == most) open_.pop_front();
+    open_.push_back(file);
     return file;
 }
 
@@ -63,14 +63,14 @@ void FileSource::read(const File& file, const Shard& shard, size_t column, int64
         const int64_t count = std::min(kVectors, n - start);
         for (int64_t i = 0; i < count; ++i)
             vectors[i] = {storage + slots[start + i] * slot_bytes + place, static_cast<size_t>(bytes)};
-        int64_t offset = shard.offsets[column] + (first + start) * bytes;
+        int64_t offset = shard.columns[column].offset + (first + start) * bytes;
         iovec* left = vectors;
         auto left_count = static_cast<int>(count);
         while (left_count > 0) {
             const ssize_t got = ::preadv(file.descriptor, left, left_count, offset);
             if (got < 0 && errno == EINTR) continue;
             if (got <= 0)
-                throw std::runtime_error(shard.path + (got == 0 ? ": ends at byte " : ": cannot be read at byte ") +
+                throw std::runtime_error(file.path + (got == 0 ? ": ends at byte " : ": cannot be read at byte ") +
                                          std::to_string(offset) +
                                          (got == 0 ? ", its index promises " + std::to_string(shard.rows) + " rows"
                                                    : std::string(": ") + std::strerror(errno)));
@@ -96,10 +96,9 @@ int64_t FileSource::fill(int64_t, const int64_t* rows, const int32_t* slots, int
         const auto shard = static_cast<size_t>(above - first_row_.begin()) - 1;
         int64_t end = start + 1;
         while (end < n && rows[end] == rows[end - 1] + 1 && rows[end] < first_row_[shard + 1]) ++end;
-        const auto file = open(shard);
         for (size_t column = 0; column < column_bytes_.size(); ++column)
-            read(*file, shards_[shard], column, rows[start] - first_row_[shard], slots + start, end - start, storage,
-                 slot_bytes);
+            read(*open(shards_[shard].columns[column].path), shards_[shard], column, rows[start] - first_row_[shard],
+                 slots + start, end - start, storage, slot_bytes);
         start = end;
     }
     return n;

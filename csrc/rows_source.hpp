@@ -24,11 +24,16 @@ class RowSource {
     virtual void stop() {}
 };
 
-// A row's bytes lie in `columns` pieces, each a matrix of its own in every file; a slot holds them one after another.
-struct Shard {
+// A row's bytes lie in pieces, the columns, each a matrix of its own in some file: the activations of a hook, their
+// scales, those of another hook in a file beside it. A slot holds a row's pieces one after another.
+struct Column {
     std::string path;
+    int64_t offset;  // where the matrix starts in the file
+};
+
+struct Shard {
     int64_t rows;
-    std::vector<int64_t> offsets;  // where each column's matrix starts in the file
+    std::vector<Column> columns;
 };
 
 // Reads with preadv straight into the slots. Throws std::runtime_error naming file and offset.
@@ -41,14 +46,14 @@ class FileSource : public RowSource {
 
   private:
     struct File;
-    std::shared_ptr<File> open(size_t shard);
+    std::shared_ptr<File> open(const std::string& path);
     void read(const File& file, const Shard& shard, size_t column, int64_t first, const int32_t* slots, int64_t n,
               char* storage, int64_t slot_bytes) const;
 
     std::vector<Shard> shards_;
     std::vector<int64_t> column_bytes_, first_row_;
     std::mutex mutex_;
-    std::deque<std::pair<size_t, std::shared_ptr<File>>> open_;  // most recently used last
+    std::deque<std::shared_ptr<File>> open_;  // most recently used last
 };
 
 // Rows that are pushed in, in order. push() waits while `room` rows or more stand in the queue.

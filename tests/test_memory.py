@@ -147,10 +147,10 @@ def buffered(folder: Path) -> Iterator[Tensor]:
     rows = open_source(folder, shuffle="mapped")
     for on_device in (False, True):
         source = ShardBuffer(rows, reservoir_rows=10 * 16, on_device=on_device)
-        yield next(source.batches(16)).clone()
+        yield next(source.batches(16))["x"].clone()
         source.close()
     live = LiveBuffer(IterableSource([torch.ones(16, 8)] * 40), reservoir_rows=10 * 16)
-    yield next(live.batches(16)).clone()
+    yield next(live.batches(16))["x"].clone()
     live.close()
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import saefast
 from saefast.analysis.evaluation import evaluate
 from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
+from saefast.data.source import Batch, Source
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
@@ -260,23 +260,24 @@ def test_a_bad_heldout_row_of_a_harvest_is_named_with_its_token(shuffle: Any, tm
         train(source, CONFIG, TrainConfig(**COMMON))
 
 
-class Constant(saefast.data.source.Source):
+class Constant(Source):
     """Rows that differ, and held-out rows that do not: their FVU does not exist."""
 
-    d_in, n_rows, source_name = 24, 2000, "constant"
+    n_rows, source_name = 2000, "constant"
+    widths = {"x": 24}  # noqa: RUF012
 
-    def batches(self, batch_size: int, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
-        yield from made().split(batch_size)
+    def batches(self, batch_size: int, *args: Any, **kwargs: Any) -> Iterator[Batch]:
+        yield from ({"x": part} for part in made().split(batch_size))
 
-    def heldout(self, batch_size: int, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
-        yield torch.ones(batch_size, 24)
+    def heldout(self, batch_size: int, *args: Any, **kwargs: Any) -> Iterator[Batch]:
+        yield {"x": torch.ones(batch_size, 24)}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
-    def describe_row(self, i: int) -> str:
+    def describe_row(self, i: int, name: str = "x") -> str:
         return f"row {i}"
 
 

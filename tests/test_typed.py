@@ -135,7 +135,7 @@ def test_transposed_products_check_their_code(changes: dict[str, Any], said: str
 
 def test_rows_that_run_backwards_are_copied() -> None:
     x = np.arange(40, dtype=np.float32).reshape(10, 4)
-    assert torch.equal(next(open_source(x[::-1, ::-1]).batches(9)).sum(), torch.tensor(x[1:].sum()))
+    assert torch.equal(next(open_source(x[::-1, ::-1]).batches(9))["x"].sum(), torch.tensor(x[1:].sum()))
 
 
 def test_a_tensor_is_one_batch_to_evaluate() -> None:

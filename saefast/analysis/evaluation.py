@@ -13,7 +13,7 @@ from saefast import ambient
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
-from saefast.data.source import Source, first_bad_row
+from saefast.data.source import Source, X, first_bad_row
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
 from saefast.harvest.reharvest import harvest_again
@@ -126,7 +126,8 @@ def evaluate_run(
     folder = usable(run)
     sae = load_finished(folder)
     source = run_source(folder, sae, data, progress)
-    metrics = evaluate(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout)
+    rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
+    metrics = evaluate(sae, rows, source.describe_heldout)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
@@ -169,8 +170,8 @@ def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False)
     """
     kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
-        hook = kept.get("hook") if kept is not None and has_hooks(data) else None
-        return open_source(data, hook=hook, d_in=sae.config.d_in, shuffle="mapped")
+        hook, hooks = (kept.get("hook"), kept.get("hooks")) if kept is not None and has_hooks(data) else (None, None)
+        return open_source(data, hook=hook, hooks=hooks, d_in=sae.config.d_in, shuffle="mapped")
     if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
     if "live" in kept:
@@ -178,8 +179,16 @@ def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False)
     here = folder / kept["path"]
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
-    hook, key, heldout = kept.get("hook"), kept.get("key"), kept.get("heldout", HELDOUT)
-    return open_source(here, d_in=sae.config.d_in, hook=hook, key=key, heldout=heldout, shuffle="mapped")
+    return open_source(
+        here,
+        d_in=sae.config.d_in,
+        hook=kept.get("hook"),
+        hooks=kept.get("hooks"),
+        key=kept.get("key"),
+        keys=kept.get("keys"),
+        heldout=kept.get("heldout", HELDOUT),
+        shuffle="mapped",
+    )
 
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
@@ -219,7 +228,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
 
 def _heldout_sequences(source: MappedSource, n_tokens: int) -> Iterator[Tensor]:
     """Token ids of held-out sequences, in order, until there are n_tokens."""
-    seqs = [part.seq for part in source.held.segments if part.seq is not None]
+    seqs = [part.seq for part in source.held[X].segments if part.seq is not None]
     for seq in torch.cat(seqs).unique().tolist() if seqs else []:
         ids = source.tokens(seq)
         yield ids

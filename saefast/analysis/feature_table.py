@@ -15,6 +15,7 @@ from saefast.analysis.features import LatentStats, code_of
 from saefast.analysis.token_text import Texts, same_word
 from saefast.data.mapped_source import MappedSource
 from saefast.data.shards import SPLITS, ShardFolder, dequantise
+from saefast.data.source import X
 from saefast.models.sae import SAE
 
 # Tokens shown before and after a firing.
@@ -162,7 +163,7 @@ def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[in
             shown.setdefault(number, set()).add(latent)
     found: dict[Place, float] = {}
     sequences = torch.tensor(sorted(shown), dtype=torch.int32, device="cpu")
-    for x, seq, pos in _rows_of(source.folder, source.hook, sequences):
+    for x, seq, pos in _rows_of(source.folder, source.hooks[X], sequences):
         acts, idx = code_of(sae, x)
         wanted = torch.isin(idx, torch.tensor(list(places), dtype=idx.dtype, device="cpu")) & (acts > 0)
         for row, column in wanted.nonzero().tolist():

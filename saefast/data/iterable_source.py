@@ -1,16 +1,15 @@
 """IterableSource: batches out of a Python iterable: a list, a generator, a DataLoader, a model that is running."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saefast import ambient
 from saefast.data.segments import from_array
-from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity, joined, n_rows_of
 from saefast.errors import InputError
 
 # Held-out rows of an iterable live in memory; once there are this many, all other batches are trained on.
@@ -30,6 +29,9 @@ def _needs_nothing(function: Callable[..., Any]) -> bool:
 
 class IterableSource(Source):
     """A source over tensors (B, d_in) in the order the iterable gives them, re-cut to the batch size asked for.
+
+    Each may be a mapping of tensors (B, width) too, {"x": ..., "target": ...}: the same names, widths and dtypes every
+    time, and row i of each of one token.
 
     The iterable is started again for every epoch: pass something that can be (a list, a DataLoader, an object with
     __iter__), or a function that returns a new iterator, and let it give the same batches each time. A generator works
@@ -54,18 +56,20 @@ class IterableSource(Source):
         self._epoch, self._pulled, self._used, self._trained = 0, 0, 0, 0
         self._seed, self._restored = 0, False
         # How many held-out batches the first epoch has set aside, and those of them met in this process.
-        self._n_held, self._held = 0, list[Tensor]()
+        self._n_held, self._held = 0, list[Batch]()
         self._last: list[tuple[int, int, int, int]] = []
         self._iterator: Iterator[Any] | None = self._restart()
         first = next(self._iterator, None)
         if first is None:
             raise InputError(f"{name} is empty: no batch came out of it")
-        self.d_in = int(from_array(f"batch 0 of {name}", first).rows.shape[1])
+        tensors = _tensors(f"batch 0 of {name}", first)
+        self.widths = {tensor: rows.shape[1] for tensor, rows in tensors.items()}
+        self._dtypes = {tensor: rows.dtype for tensor, rows in tensors.items()}
         self._iterator = chain([first], self._iterator)
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         """As Source says, but in the iterable's own order (`seed` is only kept), and ends with a generator's end."""
         check_batch_size(batch_size)
         if not self._restored:
@@ -77,7 +81,7 @@ class IterableSource(Source):
         self._seed, self._restored = seed, False
         return self._draw(batch_size, resume, device, dtype)
 
-    def _draw(self, batch_size: int, resume: bool, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw(self, batch_size: int, resume: bool, device: Device, dtype: torch.dtype) -> Iterator[Batch]:
         rest = self._skip(self._pulled) if resume else None
         while True:
             parts, missing, last = [], batch_size, []
@@ -86,21 +90,22 @@ class IterableSource(Source):
                     rest = self._pull()
                     if rest is None:
                         break
-                part = rest[self._used : self._used + missing]
-                last.append((self._epoch, self._pulled - 1, self._used, len(part)))
+                n = min(missing, n_rows_of(rest) - self._used)
+                last.append((self._epoch, self._pulled - 1, self._used, n))
                 # A copy, because an iterable may fill one buffer again and again.
-                parts.append(part.to(device=device, dtype=dtype, copy=True))
-                missing -= len(part)
-                self._used += len(part)
-                if self._used == len(rest):
+                cut = slice(self._used, self._used + n)
+                parts.append({name: t[cut].to(device=device, dtype=dtype, copy=True) for name, t in rest.items()})
+                missing -= n
+                self._used += n
+                if self._used == n_rows_of(rest):
                     rest, self._used = None, 0
             self._last = last
             if parts:
-                yield parts[0] if len(parts) == 1 else torch.cat(parts)
+                yield joined(parts)
             if missing:
                 return
 
-    def _pull(self) -> Tensor | None:
+    def _pull(self) -> Batch | None:
         """The next batch to train on, over the ends of epochs; None when a generator is used up."""
         while True:
             if self._iterator is None:
@@ -119,21 +124,31 @@ class IterableSource(Source):
             rows = self._checked(self._pulled, item)
             held = self._hold(self._pulled, rows)
             self._pulled += 1
-            if not held and len(rows):
+            if not held and n_rows_of(rows):
                 self._trained += 1
                 return rows
 
-    def _checked(self, number: int, item: Any) -> Tensor:
-        """Rows (n, d_in) of batch `number`; n may be 0."""
+    def _checked(self, number: int, item: Any) -> Batch:
+        """Rows of batch `number`, in the order of `widths`; there may be none."""
         name = f"batch {number} of {self.source_name}"
-        if getattr(item, "ndim", 0) >= 2 and 0 in item.shape:
-            return torch.zeros(0, self.d_in, dtype=torch.float32, device="cpu")
-        rows = from_array(name, item).rows
-        if rows.shape[1] != self.d_in:
-            raise InputError(f"{name} has {rows.shape[1]} columns, those before have {self.d_in}")
-        return rows
+        given = _named(item).values()
+        if given and all(getattr(rows, "ndim", 0) >= 2 and 0 in rows.shape for rows in given):
+            return {
+                tensor: torch.zeros(0, width, dtype=torch.float32, device="cpu")
+                for tensor, width in self.widths.items()
+            }
+        batch = _tensors(name, item)
+        if batch.keys() != self.widths.keys():
+            raise InputError(f"{name} has the tensors {', '.join(batch)}, those before have {', '.join(self.widths)}")
+        for tensor, rows in batch.items():
+            what = name if len(batch) == 1 else f"{name}: {tensor!r}"
+            if rows.shape[1] != self.widths[tensor]:
+                raise InputError(f"{what} has {rows.shape[1]} columns, those before have {self.widths[tensor]}")
+            if rows.dtype != self._dtypes[tensor]:
+                raise InputError(f"{what} has dtype {rows.dtype}, those before have {self._dtypes[tensor]}")
+        return {tensor: batch[tensor] for tensor in self.widths}
 
-    def _hold(self, number: int, rows: Tensor) -> bool:
+    def _hold(self, number: int, rows: Batch) -> bool:
         """Whether batch `number` of an epoch is held out; keeps it the first time it is met."""
         if not self._every or number % self._every != self._every - 1:
             return False
@@ -143,14 +158,13 @@ class IterableSource(Source):
         if place >= self._n_held:
             return False
         if place == len(self._held):
-            # A copy: what the iterable yields may be a buffer that it fills again.
-            self._held.append(rows.to("cpu", copy=True))
+            self._held.append(_kept(rows))
         return True
 
     def _held_rows(self, n: int) -> int:
-        return sum(len(rows) for rows in self._held[:n])
+        return sum(n_rows_of(rows) for rows in self._held[:n])
 
-    def _skip(self, target: int) -> Tensor | None:
+    def _skip(self, target: int) -> Batch | None:
         """Goes through the batches of this epoch that were drawn before the resume; the last one if not used up."""
         self._iterator, self._pulled, rows = self._restart(), 0, None
         while self._pulled < target:
@@ -187,11 +201,10 @@ class IterableSource(Source):
             "rows_used": self._used,
             "trained": self._trained,
             "held_batches": self._n_held,
-            "d_in": self.d_in,
-        }
+        } | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(self.source_name, state, {"kind": "iterable", "d_in": self.d_in})
+        check_state(self.source_name, state, {"kind": "iterable"} | identity(self.widths))
         if state["batches"] or state["epoch"]:
             self._refuse_once("resumed")
         self._seed, self._epoch, self._pulled, self._used, self._trained, self._n_held = (
@@ -201,12 +214,13 @@ class IterableSource(Source):
         if self._pulled:
             self._iterator = None
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         check_batch_size(batch_size)
         self._collect_held()
         for rows in self._held:
-            for part in rows.split(batch_size):
-                yield part.to(device=device, dtype=dtype)
+            for start in range(0, n_rows_of(rows), batch_size):
+                cut = slice(start, start + batch_size)
+                yield {name: tensor[cut].to(device=device, dtype=dtype) for name, tensor in rows.items()}
 
     def _collect_held(self) -> None:
         """After a resume in a later epoch the held-out batches come from a pass of their own."""
@@ -214,7 +228,7 @@ class IterableSource(Source):
             return
         for number, item in enumerate(self._restart()):
             if number // self._every == len(self._held) and number % self._every == self._every - 1:
-                self._held.append(self._checked(number, item).to("cpu", copy=True))
+                self._held.append(_kept(self._checked(number, item)))
             if len(self._held) == self._n_held:
                 return
 
@@ -223,20 +237,44 @@ class IterableSource(Source):
         if not self._once:
             self._iterator = None
 
-    def describe_heldout(self, i: int) -> str:
+    def describe_heldout(self, i: int, name: str = X) -> str:
         for place, rows in enumerate(self._held):
-            if i < len(rows):
+            if i < n_rows_of(rows):
                 return f"batch {(place + 1) * self._every - 1} of {self.source_name}, row {i}"
-            i -= len(rows)
+            i -= n_rows_of(rows)
         raise IndexError(i)
 
-    def describe_row(self, i: int) -> str:
+    def describe_row(self, i: int, name: str = X) -> str:
         for epoch, number, start, rows in self._last:
             if i < rows:
                 again = f", epoch {epoch + 1}" if epoch else ""
                 return f"batch {number} of {self.source_name}{again}, row {start + i}"
             i -= rows
         raise IndexError(i)
+
+
+def _named(item: Any) -> Mapping[Any, Any]:
+    """What an iterable gave, by name: a tensor alone is x."""
+    return item if isinstance(item, Mapping) else {X: item}
+
+
+def _tensors(name: str, item: Any) -> Batch:
+    """The tensors of a batch, each (n, width). Raises InputError where it cannot be one."""
+    if isinstance(item, Mapping) and not (item and all(isinstance(tensor, str) for tensor in item)):
+        raise InputError(f"{name} is a mapping with the keys {list(item)!a}: expected names of tensors, such as {X!r}")
+    of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in _named(item)}
+    batch = {tensor: from_array(of[tensor], given).rows for tensor, given in _named(item).items()}
+    if len({len(rows) for rows in batch.values()}) > 1:
+        sizes = ", ".join(f"{tensor!r} {len(rows)}" for tensor, rows in batch.items())
+        raise InputError(
+            f"{name} has tensors of different numbers of rows ({sizes}): row i of each must be of one token"
+        )
+    return batch
+
+
+def _kept(rows: Batch) -> Batch:
+    """A copy on the CPU: what an iterable yields may be a buffer that it fills again."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in rows.items()}
 
 
 def _every(data: object, heldout: float) -> int:

@@ -3,14 +3,14 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from saefast.data.reservoir import LAG, Reservoir
-from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
 # Seconds that closing a live source waits for the batch that its iterable is making: LINGER at most, while this process
@@ -19,7 +19,7 @@ LINGER, IDLE = 120.0, 0.5
 
 
 class Producer:
-    """A thread that draws an iterator's batches (n, d) and pushes them into a reservoir, until that is closed.
+    """A thread that draws an iterator's batches and pushes them into a reservoir, until that is closed.
 
     It must be stopped before the interpreter ends: Python unwinds a thread that asks for the interpreter later than
     that, and where the thread comes out of C++ code (this module's, torch's) the process aborts.
@@ -27,7 +27,7 @@ class Producer:
     failure: what the iterator raised.
     """
 
-    def __init__(self, batches: Iterator[Tensor], reservoir: Reservoir, name: str) -> None:
+    def __init__(self, batches: Iterator[Batch], reservoir: Reservoir, name: str) -> None:
         self.failure: BaseException | None = None
         self._batches, self._reservoir, self._name = batches, reservoir, name
         self._thread = threading.Thread(target=self._run, daemon=True, name="saefast-live")
@@ -59,7 +59,9 @@ class Producer:
 
     def _push_all(self) -> None:
         for batch in self._batches:
-            while not self._reservoir.closed and not self._reservoir.push(batch.contiguous()):
+            # One slot holds all of a row's tensors, side by side.
+            rows = torch.cat(list(batch.values()), dim=1) if len(batch) > 1 else batch[next(iter(batch))].contiguous()
+            while not self._reservoir.closed and not self._reservoir.push(rows):
                 pass
             if self._reservoir.closed:
                 return
@@ -69,22 +71,22 @@ class Stream(Protocol):
     """What LiveBuffer shuffles: an IterableSource, or the part of one that it needs."""
 
     source_name: str
-    d_in: int
+    widths: Mapping[str, int]
     n_rows: int | None
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]: ...
+    ) -> Iterator[Batch]: ...
 
     def heldout(
         self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]: ...
+    ) -> Iterator[Batch]: ...
 
     def close(self) -> None: ...
 
 
 class LiveBuffer(Source):
-    """Shuffles an iterable of (n, d_in) tensors, such as a running harvest, through a reservoir.
+    """Shuffles an iterable of batches, such as a running harvest, through a reservoir.
 
     A thread draws from the iterable and waits while the reservoir is full. An exception in the iterable is raised by
     the next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning
@@ -96,7 +98,7 @@ class LiveBuffer(Source):
 
     def __init__(self, data: Stream, *, reservoir_rows: int = 1 << 16) -> None:
         self._data, self._reservoir_rows = data, reservoir_rows
-        self.source_name, self.d_in, self.n_rows = data.source_name, data.d_in, data.n_rows
+        self.source_name, self.widths, self.n_rows = data.source_name, data.widths, data.n_rows
         self._seed, self._drawn, self._batch_size = 0, 0, 0
         # Batches that the run to resume had drawn: as told, and those that are being drawn once more.
         self._skip, self._again = 0, 0
@@ -106,7 +108,7 @@ class LiveBuffer(Source):
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         check_batch_size(batch_size)
         if self._skip and (seed, batch_size) != (self._seed, self._batch_size):
             raise InputError(
@@ -116,7 +118,9 @@ class LiveBuffer(Source):
         self._stop()
         self._seed, self._batch_size, self._drawn = seed, batch_size, 0
         rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
-        reservoir = Reservoir(4 * self.d_in, max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size)
+        reservoir = Reservoir(
+            4 * sum(self.widths.values()), max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size
+        )
         reservoir.read_queue(seed)
         self._open, self._producer = reservoir, Producer(rows, reservoir, self.source_name)
         self._end = weakref.finalize(self, self._producer.stop)
@@ -125,10 +129,14 @@ class LiveBuffer(Source):
 
     def _draw(
         self, reservoir: Reservoir, producer: Producer, device: torch.device, dtype: torch.dtype
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         self._draw_again(reservoir, producer)
         while (raw := self._next(reservoir, producer)) is not None:
-            yield raw.view(torch.float32).to(device, dtype, copy=True)
+            columns = raw.view(torch.float32).split(list(self.widths.values()), dim=1)
+            yield {
+                name: column.to(device, dtype, copy=True).contiguous()
+                for name, column in zip(self.widths, columns, strict=True)
+            }
 
     def _draw_again(self, reservoir: Reservoir, producer: Producer, enough: Callable[[], bool] = lambda: False) -> None:
         """After a resume: draws and drops what was drawn before, or as much of it as is enough."""
@@ -150,7 +158,7 @@ class LiveBuffer(Source):
         return self._identity() | {"seed": self._seed, "batches": self._drawn, "batch_size": self._batch_size}
 
     def _identity(self) -> dict[str, Any]:
-        return {"kind": "live", "d_in": self.d_in, "reservoir_rows": self._reservoir_rows, "lag": LAG}
+        return {"kind": "live", "reservoir_rows": self._reservoir_rows, "lag": LAG} | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(self.source_name, state, self._identity())
@@ -161,10 +169,10 @@ class LiveBuffer(Source):
         """Rows drawn since the beginning, those before a resume included."""
         return max(self._drawn, self._again) * self._batch_size
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         return self._data.heldout(batch_size, device, dtype)
 
-    def describe_row(self, i: int) -> str:
+    def describe_row(self, i: int, name: str = X) -> str:
         assert self._open is not None
         return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
 

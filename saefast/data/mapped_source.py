@@ -1,6 +1,7 @@
 """MappedSource: rows in mapped files or in memory, drawn from all over them, in an order that a seed fixes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from saefast.data.gather import RowTable, gather_rows
 from saefast.data.permutation import Permutation
 from saefast.data.segments import Segment
 from saefast.data.shards import ShardFolder
-from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
 
@@ -59,6 +60,15 @@ class Rows:
             out[torch.from_numpy(places).to(out.device)] = rows
         return out
 
+    @property
+    def width(self) -> int:
+        return int(self.segments[0].rows.shape[1])
+
+    def piece(self, start: int, stop: int) -> Segment:
+        """Rows start to stop, which lie in one segment."""
+        segment, place = self.locate(start)
+        return segment.part(place, place + stop - start)
+
     def locate(self, number: int) -> tuple[Segment, int]:
         """The segment of a row, and the row's place in it."""
         owner = int(np.searchsorted(self.starts, number, side="right")) - 1
@@ -78,21 +88,29 @@ class Rows:
 
 
 class MappedSource(Source):
-    """A source over segments. Held out is what `held` holds; see open_source for which rows that are."""
+    """A source over segments. Held out is what `held` holds; see open_source for which rows that are.
+
+    train, held: by tensor, as many rows of each. folder, hooks: of a shard folder, with the hook of each tensor.
+    """
 
     def __init__(
-        self, name: str, train: Rows, held: Rows, folder: ShardFolder | None = None, hook: str | None = None
+        self,
+        name: str,
+        train: Mapping[str, Rows],
+        held: Mapping[str, Rows],
+        folder: ShardFolder | None = None,
+        hooks: Mapping[str, str] | None = None,
     ) -> None:
-        self.source_name, self.train, self.held, self.folder, self.hook = name, train, held, folder, hook
-        self.d_in = int(train.segments[0].rows.shape[1])
-        self.n_rows = len(train)
+        self.source_name, self.train, self.held, self.folder, self.hooks = name, train, held, folder, dict(hooks or {})
+        self.widths = {tensor: rows.width for tensor, rows in train.items()}
+        self.n_rows = self._n = len(next(iter(train.values())))
         self._seed, self._epoch, self._cursor = 0, 0, 0
         self._restored = False
         self._last = np.zeros(0, np.int64)
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         check_batch_size(batch_size)
         if self._restored and seed != self._seed:
             raise InputError(
@@ -101,64 +119,67 @@ class MappedSource(Source):
         if not self._restored:
             self._seed, self._epoch, self._cursor = seed, 0, 0
         self._restored = False
-        return self._draw(batch_size, Permutation(len(self.train), seed), device, dtype)
+        return self._draw(batch_size, Permutation(self._n, seed), device, dtype)
 
-    def _draw(self, batch_size: int, order: Permutation, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw(self, batch_size: int, order: Permutation, device: Device, dtype: torch.dtype) -> Iterator[Batch]:
         while True:
             parts, missing = [], batch_size
             while missing:
-                stop = min(self._cursor + missing, len(self.train))
+                stop = min(self._cursor + missing, self._n)
                 parts.append(order.rows(self._epoch, self._cursor, stop))
                 missing -= stop - self._cursor
                 self._cursor = stop
-                if stop == len(self.train):
+                if stop == self._n:
                     self._epoch, self._cursor = self._epoch + 1, 0
             self._last = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            yield self.train.gather(self._last, device, dtype)
+            yield {name: rows.gather(self._last, device, dtype) for name, rows in self.train.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "kind": "rows",
-            "seed": self._seed,
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "n_rows": len(self.train),
-            "d_in": self.d_in,
-        }
+        return self._identity() | {"seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}
+
+    def _identity(self) -> dict[str, Any]:
+        return {"kind": "rows", "n_rows": self.n_rows} | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(self.source_name, state, {"kind": "rows", "n_rows": len(self.train), "d_in": self.d_in})
+        check_state(self.source_name, state, self._identity())
         self._seed, self._epoch, self._cursor = (int(state[k]) for k in ("seed", "epoch", "cursor"))
         self._restored = True
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         check_batch_size(batch_size)
-        return (part.x for part in self.located("heldout", batch_size, device, dtype))
+        return (
+            {name: rows.piece(start, stop).read(device, dtype) for name, rows in self.held.items()}
+            for start, stop in _pieces(self.held.values(), batch_size)
+        )
 
     def located(
         self, split: str, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Iterator[Located]:
-        """A split ("train" or "heldout") once, in order, with sequence and position of each row."""
-        for segment in (self.train if split == "train" else self.held).segments:
-            for start in range(0, len(segment.rows), batch_size):
-                part = segment.part(start, start + batch_size)
-                x = part.rows.to(device).to(dtype)
-                if part.scale is not None:
-                    x = x * part.scale.to(device)[:, None].to(dtype)
-                yield Located(x, part.seq, part.pos)
+        """x of a split ("train" or "heldout") once, in order, with sequence and position of each row."""
+        rows = (self.train if split == "train" else self.held)[X]
+        for start, stop in _pieces([rows], batch_size):
+            part = rows.piece(start, stop)
+            yield Located(part.read(device, dtype), part.seq, part.pos)
 
-    def describe_row(self, i: int) -> str:
-        return self.describe_number(int(self._last[i]))
+    def describe_row(self, i: int, name: str = X) -> str:
+        return self.describe_number(int(self._last[i]), name)
 
-    def describe_number(self, number: int) -> str:
+    def describe_number(self, number: int, name: str = X) -> str:
         """File, row, sequence and position of a row of the training share, by its number in it."""
-        return _describe(self.train, number)
+        return _describe(self.train[name], number)
 
-    def describe_heldout(self, i: int) -> str:
-        return _describe(self.held, i)
+    def describe_heldout(self, i: int, name: str = X) -> str:
+        return _describe(self.held[name], i)
 
     def tokens(self, seq: int) -> Tensor:
         return super().tokens(seq) if self.folder is None else self.folder.tokens(seq)
+
+
+def _pieces(tensors: Iterable[Rows], batch_size: int) -> Iterator[tuple[int, int]]:
+    """Where to cut rows into batches of at most batch_size that lie in one segment of each tensor: start and stop."""
+    for first, end in pairwise(sorted({int(start) for rows in tensors for start in rows.starts})):
+        for start in range(first, end, batch_size):
+            yield start, min(start + batch_size, end)
 
 
 def _describe(rows: Rows, number: int) -> str:

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from saefast.data.mapped_source import MappedSource, Rows
 from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
-from saefast.data.source import Source
+from saefast.data.source import TARGET, Names, Source, X, by_tensor
 from saefast.errors import InputError
 from saefast.extension import available
 from saefast.files import usable
@@ -32,8 +32,11 @@ def open_source(
     *,
     heldout: float = HELDOUT,
     hook: str | None = None,
+    hooks: Names | None = None,
     key: str | None = None,
+    keys: Names | None = None,
     d_in: int | None = None,
+    d_out: int | None = None,
     skip_bad_shards: bool = False,
     verify: bool = False,
     shuffle: Shuffle = "auto",
@@ -54,17 +57,48 @@ def open_source(
     - an iterable of tensors (B, d_in), or a function that returns one: see IterableSource;
     - a Source, which is passed through.
 
-    Raises InputError in one line for what cannot be trained on, and for a hook or key where nothing has that name;
-    `d_in`, if given, is the width it must have.
+    The source has one tensor, "x". Several, of the same rows, come from
+
+    - `hooks` of a shard folder or a folder cached elsewhere, `keys` of a file: {"x": "layers.3.mlp.in", "target":
+      "layers.3.mlp.out"} gives each tensor its name, a list leaves them their own;
+    - a mapping of arrays and files, {"x": ..., "target": ...}, row for row of the same tokens;
+    - an iterable of such mappings of tensors.
+
+    Raises InputError in one line for what cannot be trained on, for a hook or key where nothing has that name, and for
+    tensors of one source that differ in their number of rows; `d_in` and `d_out`, if given, are the widths that x and
+    target must have.
     """
     if not 0 <= heldout < 1:
         raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
-    source = _open(data, heldout, hook, key, skip_bad_shards, verify)
+    picks = Picks(_picked("hook", hook, hooks), _picked("key", key, keys))
+    source = _open(data, heldout, picks, skip_bad_shards, verify)
     if isinstance(source, MappedSource) and source.folder is not None and _streams(source, shuffle):
         source = ShardBuffer(source)
     if d_in is not None and source.d_in != d_in:
-        raise InputError(f"{source.source_name} has rows of {source.d_in} columns, expected d_in = {d_in}")
+        where = f" in {X!r}" if len(source.widths) > 1 else ""
+        raise InputError(f"{source.source_name} has rows of {source.d_in} columns{where}, expected d_in = {d_in}")
+    if d_out is not None and source.widths.get(TARGET, d_out) != d_out:
+        found = source.widths[TARGET]
+        raise InputError(f"{source.source_name} has rows of {found} columns in {TARGET!r}, expected d_out = {d_out}")
     return source
+
+
+class Picks(NamedTuple):
+    """Which hook, or which key of a file, each of the source's tensors is; None is the only one there is."""
+
+    hook: Mapping[str, str | None]
+    key: Mapping[str, str | None]
+
+
+def _picked(what: str, one: str | None, several: Names | None) -> dict[str, str | None]:
+    if several is None:
+        return {X: one}
+    if one is not None:
+        raise InputError(f"{what} is {one!r} and {what}s is given too: name all of them in {what}s")
+    names = by_tensor(several)
+    if isinstance(several, str) or not names or not all(isinstance(n, str) for pair in names.items() for n in pair):
+        raise InputError(f"{what}s is {several!a}: expected a list of {what}s, or {{'x': {what}, 'target': {what}}}")
+    return dict(names)
 
 
 def has_hooks(data: Any) -> bool:
@@ -82,47 +116,78 @@ def _streams(source: MappedSource, shuffle: Shuffle) -> bool:
         raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(get_args(Shuffle))}")
     if shuffle != "auto":
         return shuffle == "buffer"
-    stored = sum(segment.rows.nbytes for segment in source.train.segments)
+    stored = sum(segment.rows.nbytes for rows in source.train.values() for segment in rows.segments)
     large = stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
     return available() and (large or torch.cuda.is_available())
 
 
-def _open(data: Any, heldout: float, hook: str | None, key: str | None, skip_bad_shards: bool, verify: bool) -> Source:
+def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify: bool) -> Source:
     if isinstance(data, Source):
-        _refuse(data.source_name, hook=hook, key=key)
+        _refuse(data.source_name, hook=picks.hook, key=picks.key)
         return data
     if isinstance(data, str | Path):
         path = usable(data)
         if (path / "index.json").is_file():
-            _refuse(path, key=key)
-            return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), hook)
-        return _from_segments(str(path), _from_path(path, hook, key), heldout)
-    _refuse("what is given", hook=hook, key=key)
+            _refuse(path, key=picks.key)
+            return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), picks.hook)
+        return _from_segments(str(path), _from_path(path, picks), heldout)
+    _refuse("what is given", hook=picks.hook, key=picks.key)
+    if isinstance(data, Mapping):
+        return _from_mapping(data, heldout)
     if isinstance(data, torch.Tensor | np.ndarray):
-        return _from_segments("the array", [from_array("the array", data)], heldout)
+        return _from_segments("the array", {X: [from_array("the array", data)]}, heldout)
     if isinstance(data, Iterable) or callable(data):
         return IterableSource(data, heldout)
     raise InputError(
         f"a {type(data).__name__} is nothing to train on,"
-        " expected a path, an array, or an iterable of (B, d_in) tensors"
+        " expected a path, an array, a mapping of these, or an iterable of (B, d_in) tensors"
     )
 
 
-def _from_path(path: Path, hook: str | None, key: str | None) -> list[Segment]:
-    foreign = read_foreign(path, hook) if path.is_dir() else None
-    if foreign is not None:
-        _refuse(path, key=key)
-        return foreign
-    segments = [from_file(file, key) for file in _files(path)]
-    _refuse(path, hook=hook)
+def _from_mapping(data: Mapping[Any, Any], heldout: float) -> MappedSource:
+    """A source of the arrays and files of a mapping, one tensor each."""
+    if not data or not all(isinstance(name, str) for name in data):
+        raise InputError(f"a mapping with the keys {list(data)!a}: expected names of tensors, {X!r} and {TARGET!r}")
+    tensors, places = {}, {}
+    for name, value in data.items():
+        if isinstance(value, str | Path):
+            path = usable(value)
+            if (path / "index.json").is_file():
+                raise InputError(
+                    f"{name}: {path} is a shard folder, which has a row order of its own: open that folder "
+                    "alone, and name its hooks with hooks={...}"
+                )
+            tensors[name], places[name] = _from_path(path, Picks({X: None}, {X: None}))[X], str(path)
+        elif isinstance(value, torch.Tensor | np.ndarray):
+            places[name] = f"the array {name!r}"
+            tensors[name] = [from_array(places[name], value)]
+        else:
+            raise InputError(
+                f"{name} is a {type(value).__name__}: expected an array or a path; for batches as they come, give one "
+                "iterable of mappings of tensors"
+            )
+    return _from_segments(", ".join(places.values()), tensors, heldout)
+
+
+def _from_path(path: Path, picks: Picks) -> dict[str, list[Segment]]:
+    if path.is_dir():
+        foreign = {name: read_foreign(path, hook) for name, hook in picks.hook.items()}
+        found = {name: segments for name, segments in foreign.items() if segments is not None}
+        if found:
+            _refuse(path, key=picks.key)
+            return found
+    files = _files(path)
+    segments = {name: [from_file(file, key) for file in files] for name, key in picks.key.items()}
+    _refuse(path, hook=picks.hook)
     return segments
 
 
-def _refuse(data: object, **names: str | None) -> None:
+def _refuse(data: object, **picked: Mapping[str, str | None]) -> None:
     """Raises InputError for a hook or key that would pick nothing: to ignore it would train on something else."""
-    for name, value in names.items():
-        if value is not None:
-            raise InputError(f"{name} is {value!a}, but {data} has no {name}s to choose from: leave it out")
+    for what, names in picked.items():
+        if names != {X: None}:
+            given = names[X] if set(names) == {X} else names
+            raise InputError(f"{what} is {given!a}, but {data} has no {what}s to choose from: leave it out")
 
 
 def _files(path: Path) -> list[Path]:
@@ -136,25 +201,40 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _from_segments(name: str, segments: list[Segment], heldout: float) -> MappedSource:
-    d_in = segments[0].rows.shape[1]
+def _from_segments(name: str, tensors: Mapping[str, list[Segment]], heldout: float) -> MappedSource:
+    rows = {tensor: Rows(_of_one_width(segments)) for tensor, segments in tensors.items()}
+    first, n_rows = next((tensor, len(found)) for tensor, found in rows.items())
+    for tensor, found in rows.items():
+        if len(found) != n_rows:
+            raise InputError(
+                f"{name}: {tensor!r} has {len(found)} rows, {first!r} has {n_rows}: row i of each must be of one token"
+            )
+    n = math.ceil(n_rows * heldout)
+    if n >= n_rows:
+        raise InputError(f"{name} has {n_rows} rows: none is left to train on when {n} are held out")
+    split = {tensor: found.split_tail(n) for tensor, found in rows.items()}
+    train, held = ({tensor: parts[i] for tensor, parts in split.items()} for i in range(2))
+    return MappedSource(name, train, held)
+
+
+def _of_one_width(segments: list[Segment]) -> list[Segment]:
+    width = segments[0].rows.shape[1]
     for segment in segments[1:]:
-        if segment.rows.shape[1] != d_in:
-            raise InputError(f"{segment.name} has {segment.rows.shape[1]} columns, {segments[0].name} has {d_in}")
-    rows = Rows(segments)
-    n = math.ceil(len(rows) * heldout)
-    if n >= len(rows):
-        raise InputError(f"{name} has {len(rows)} rows: none is left to train on when {n} are held out")
-    return MappedSource(name, *rows.split_tail(n))
+        if segment.rows.shape[1] != width:
+            raise InputError(f"{segment.name} has {segment.rows.shape[1]} columns, {segments[0].name} has {width}")
+    return segments
 
 
-def _from_shards(folder: ShardFolder, hook: str | None) -> MappedSource:
-    name = folder.hook(hook)
-    train, held = (
-        Rows([from_shard(folder.open(info, name)) for info in folder.shards(split, name)])
-        for split in ("train", "heldout")
-    )
-    if not len(train):
+def _from_shards(folder: ShardFolder, picked: Mapping[str, str | None]) -> MappedSource:
+    hooks = {tensor: folder.hook(hook) for tensor, hook in picked.items()}
+    train, held = (_rows_of_shards(folder, hooks, split) for split in ("train", "heldout"))
+    if not len(next(iter(train.values()))):
         left_out = f" ({len(folder.skipped)} bad shards left out)" if folder.skipped else ""
         raise InputError(f"{folder.path} holds no rows to train on{left_out}: run the harvest again, it goes on")
-    return MappedSource(f"{folder.path} ({name})", train, held, folder, name)
+    return MappedSource(f"{folder.path} ({', '.join(hooks.values())})", train, held, folder, hooks)
+
+
+def _rows_of_shards(folder: ShardFolder, hooks: Mapping[str, str], split: str) -> dict[str, Rows]:
+    """The rows of each hook, which are in one order: those of a shard that is bad in one hook are left out of all."""
+    infos = folder.shards_of_all(split, hooks.values())
+    return {tensor: Rows([from_shard(folder.open(info, hook)) for info in infos]) for tensor, hook in hooks.items()}

@@ -1,13 +1,14 @@
 """What a run's config says of its data: written when the run begins, read when `saefast eval` opens the data again."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from saefast.data.mapped_source import MappedSource
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
-from saefast.data.source import Source
+from saefast.data.source import TARGET, Names, Source, X, by_tensor
 from saefast.files import usable
 from saefast.schema import check
 
@@ -30,11 +31,19 @@ class Live(TypedDict):
     seed: int
 
 
-class Recorded(Place, total=False):
-    """What a run's config says of its data."""
+class Choice(TypedDict, total=False):
+    """Which of the tensors at a place: arguments of open_source."""
 
     hook: str | None
     key: str | None
+    # Where the run trained on several tensors: the hook, or the key, of each.
+    hooks: dict[str, str]
+    keys: dict[str, str]
+
+
+class Recorded(Place, Choice, total=False):
+    """What a run's config says of its data."""
+
     heldout: float
     shuffle: Literal["auto", "buffer", "mapped"]
     live: Live
@@ -54,7 +63,15 @@ def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:
 
 
 def describe_data(
-    path: Path, folder: Path, source: Source, *, hook: str | None, key: str | None, heldout: float
+    path: Path,
+    folder: Path,
+    source: Source,
+    *,
+    hook: str | None,
+    key: str | None,
+    heldout: float,
+    hooks: Names | None = None,
+    keys: Names | None = None,
 ) -> dict[str, Any]:
     """SAEConfig.metadata of a run in `folder` on the data at `path`: where the rows are, and what they are.
 
@@ -65,19 +82,21 @@ def describe_data(
     absolute, base = (Path(os.path.realpath(usable(place))) for place in (path, folder))
     place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
     metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
+    metadata[DATA] |= {name: by_tensor(given) for name, given in (("hooks", hooks), ("keys", keys)) if given}
     if isinstance(source, MappedSource | ShardBuffer) and source.folder is not None:
         metadata[DATA]["shuffle"] = "buffer" if isinstance(source, ShardBuffer) else "mapped"
-        metadata |= _shard_facts(source.folder, hook)
+        metadata |= _shard_facts(source.folder, source.hooks)
     return metadata
 
 
-def _shard_facts(folder: ShardFolder, hook: str | None) -> dict[str, Any]:
-    index, name = folder.index, folder.hook(hook)
+def _shard_facts(folder: ShardFolder, hooks: Mapping[str, str]) -> dict[str, Any]:
+    index, name = folder.index, hooks.get(X, next(iter(hooks.values())))
     entry = next(entry for entry in index["hooks"] if entry["name"] == name)
     facts = {
         "model_name": index.get("model"),
         "hook_name": name,
         "hf_hook_name": entry.get("hf_name"),
+        "hook_name_out": hooks.get(TARGET),
         "context_size": index.get("ctx_len"),
         "dataset_path": index.get("text"),
         "exclude_special_tokens": not folder.keeps_special_tokens,

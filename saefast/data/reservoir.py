@@ -18,8 +18,8 @@ from saefast.placement import require_memory
 LAG = 8
 PREFETCH = 4
 
-# Per file its path, rows, and the byte where each column's matrix starts.
-Files = list[tuple[str, int, list[int]]]
+# Per shard its rows, and for each column the file it lies in and the byte where it starts.
+Files = list[tuple[int, list[tuple[str, int]]]]
 
 
 class Reservoir:
@@ -62,7 +62,7 @@ class Reservoir:
         self._drawn, self._threads = [0] * readers, [0] * readers
 
     def read_files(self, files: Files, column_bytes: list[int], epochs: int, seed: int) -> None:
-        """Starts reading: per file its path, rows, and the byte where each column's matrix starts."""
+        """Starts reading rows that lie in columns, each of so many bytes a row."""
         memory = (self._reservoir, self._ring)
         self._run(native_module().open_files(files, column_bytes, *memory, self._settings, epochs, seed))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saefast.data.shardfile import map_tensor, read_header
 from saefast.data.shards import Shard
+from saefast.data.source import Device
 from saefast.errors import InputError
 from saefast.files import no_pipe
 
@@ -32,6 +33,11 @@ class Segment:
         """Rows start to stop, which still know their number in the file."""
         scale, seq, pos = (None if t is None else t[start:stop] for t in (self.scale, self.seq, self.pos))
         return Segment(self.name, self.rows[start:stop], scale, seq, pos, self.first + start)
+
+    def read(self, device: Device, dtype: torch.dtype) -> Tensor:
+        """The rows as numbers (n, d); they cross to the device as they are stored and are widened there."""
+        rows = self.rows.to(device).to(dtype)
+        return rows if self.scale is None else rows * self.scale.to(device)[:, None].to(dtype)
 
 
 def from_shard(shard: Shard) -> Segment:

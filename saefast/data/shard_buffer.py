@@ -14,7 +14,7 @@ from saefast.data.device_reservoir import DeviceReservoir
 from saefast.data.mapped_source import MappedSource
 from saefast.data.reservoir import LAG, Files, Reservoir, default_threads, native_module
 from saefast.data.shards import dequantise
-from saefast.data.source import Device, Source, check_batch_size, check_state
+from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
 
@@ -38,10 +38,10 @@ class ShardBuffer(Source):
         reuse_memory: bool = False,
         on_device: bool | None = None,
     ) -> None:
-        if mapped.folder is None or mapped.hook is None:
+        if mapped.folder is None:
             raise InputError(f"{mapped.source_name} is no shard folder: only those are buffered from disk")
-        self.source_name, self.d_in, self.n_rows = mapped.source_name, mapped.d_in, mapped.n_rows
-        self._mapped, self.folder, self._hook = mapped, mapped.folder, mapped.hook
+        self.source_name, self.widths, self.n_rows = mapped.source_name, mapped.widths, mapped.n_rows
+        self._mapped, self.folder, self.hooks = mapped, mapped.folder, mapped.hooks
         self._reservoir_rows, self._threads = reservoir_rows, threads or default_threads()
         self._reuse_memory, self._on_device = reuse_memory, on_device
         self._seed, self._drawn, self._batch_size = 0, 0, 0
@@ -50,15 +50,14 @@ class ShardBuffer(Source):
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
-        target = torch.device(device)
+    ) -> Iterator[Batch]:
+        place = torch.device(device)
         self._check_position(batch_size, seed)
-        files, column_bytes = self._files()
-        if self._belongs_on(target, sum(column_bytes)):
-            self._open = self._begin_on_device(files, column_bytes, target)
+        if self._belongs_on(place):
+            self._open = self._begin_on_device(place)
             return self._draw_on_device(self._open, dtype)
-        self._open = self._begin(files, column_bytes, readers=1)
-        return self._draw(self._open, 0, target, dtype)
+        self._open = self._begin(readers=1)
+        return self._draw(self._open, 0, place, dtype)
 
     def readers(
         self,
@@ -67,14 +66,14 @@ class ShardBuffer(Source):
         seed: int = 0,
         device: Device = "cpu",
         dtype: torch.dtype = torch.float32,
-    ) -> list[Iterator[Tensor]]:
+    ) -> list[Iterator[Batch]]:
         """n iterators over the same batches, for several SAEs off one reservoir, each at its own pace.
 
         The fastest waits where it is PREFETCH - 1 batches ahead of the slowest: draw from them in turn, or each from a
         thread of its own. The position saved is reader 0's.
         """
         self._check_position(batch_size, seed)
-        self._open = self._begin(*self._files(), readers=n)
+        self._open = self._begin(readers=n)
         return [self._draw(self._open, reader, torch.device(device), dtype) for reader in range(n)]
 
     def _check_position(self, batch_size: int, seed: int) -> None:
@@ -93,7 +92,8 @@ class ShardBuffer(Source):
     def _capacity(self) -> int:
         return max(self._reservoir_rows, (LAG + 2) * self._batch_size)
 
-    def _begin(self, files: Files, column_bytes: list[int], readers: int) -> Reservoir:
+    def _begin(self, readers: int) -> Reservoir:
+        files, column_bytes = self._files(), self._column_bytes
         reservoir = Reservoir(
             sum(column_bytes),
             self._capacity,
@@ -105,28 +105,40 @@ class ShardBuffer(Source):
         reservoir.read_files(files, column_bytes, 0, self._seed)
         return reservoir
 
-    def _belongs_on(self, device: torch.device, row_bytes: int) -> bool:
+    def _belongs_on(self, device: torch.device) -> bool:
         if self._on_device is not None or device.type != "cuda":
             return bool(self._on_device)
-        return self._capacity * row_bytes < torch.cuda.mem_get_info(device)[0] / 4
+        return self._capacity * sum(self._column_bytes) < torch.cuda.mem_get_info(device)[0] / 4
 
-    def _begin_on_device(self, files: Files, column_bytes: list[int], device: torch.device) -> DeviceReservoir:
+    def _begin_on_device(self, device: torch.device) -> DeviceReservoir:
+        files, row_bytes = self._files(), sum(self._column_bytes)
         stream = native_module().RowStream(
-            files, column_bytes, self._capacity, self._batch_size, LAG, self._seed, self._drawn
+            files, self._column_bytes, self._capacity, self._batch_size, LAG, self._seed, self._drawn
         )
-        row_bytes = sum(column_bytes)
         return DeviceReservoir(stream, self._capacity, row_bytes, self._batch_size, LAG, device, self._threads)
 
-    def _files(self) -> tuple[Files, list[int]]:
-        """Path, rows and column offsets of each shard, and the bytes a row has in each column (acts [, scale])."""
-        names = ["acts", "scale"] if self.folder.dtype == torch.int8 else ["acts"]
-        files = []
-        for info in self.folder.shards("train", self._hook):
-            path, entries = self.folder.entries(info, self._hook)
-            files.append((str(path), info.rows, [entries[name].start for name in names]))
-        return files, [self.d_in * self.folder.dtype.itemsize, 4][: len(names)]
+    def _files(self) -> Files:
+        files: Files = []
+        for info in self.folder.shards_of_all("train", self.hooks.values()):
+            columns = []
+            for hook in self.hooks.values():
+                path, entries = self.folder.entries(info, hook)
+                columns += [(str(path), entries[name].start) for name in self._stored]
+            files.append((info.rows, columns))
+        return files
 
-    def _draw(self, reservoir: Reservoir, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    @property
+    def _stored(self) -> tuple[str, ...]:
+        """What a shard keeps of each row of a hook."""
+        return ("acts", "scale") if self.folder.dtype == torch.int8 else ("acts",)
+
+    @property
+    def _column_bytes(self) -> list[int]:
+        """Bytes of a row in each column: tensor by tensor, its acts [, scale]."""
+        item = self.folder.dtype.itemsize
+        return [size for width in self.widths.values() for size in (width * item, 4)[: len(self._stored)]]
+
+    def _draw(self, reservoir: Reservoir, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
         drawn = reservoir.batches(reader)
         # Bytes cross as they are stored, half as many as fp32, and are widened on the other side.
         for raw in drawn if device.type == "cpu" else copied_ahead(drawn, device):
@@ -135,20 +147,23 @@ class ShardBuffer(Source):
                 self._drawn += 1
             yield self._decode(raw, dtype)
 
-    def _draw_on_device(self, reservoir: DeviceReservoir, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw_on_device(self, reservoir: DeviceReservoir, dtype: torch.dtype) -> Iterator[Batch]:
         while True:
             raw = reservoir.next()
             self._drawn += 1
             yield self._decode(raw, dtype)
 
-    def _decode(self, raw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Stored bytes (n, row_bytes) -> rows (n, d_in), a copy unless reuse_memory."""
-        width = self.d_in * self.folder.dtype.itemsize
-        # Without a scale beside them the codes fill the row, and this is a view.
-        acts = raw[:, :width].contiguous().view(self.folder.dtype)
-        if self.folder.dtype == torch.int8:
-            return dequantise(acts, raw[:, width:].contiguous().view(torch.float32)[:, 0]).to(dtype)
-        return acts.to(dtype, copy=not self._reuse_memory)
+    def _decode(self, raw: Tensor, dtype: torch.dtype) -> Batch:
+        """Stored bytes (n, row_bytes) -> each tensor's rows (n, width), copies unless reuse_memory."""
+        columns, batch = iter(raw.split(self._column_bytes, dim=1)), {}
+        for name in self.widths:
+            acts = _apart(next(columns), raw).view(self.folder.dtype)
+            if self.folder.dtype == torch.int8:
+                batch[name] = dequantise(acts, _apart(next(columns), raw).view(torch.float32)[:, 0]).to(dtype)
+            else:
+                in_ring = acts.shape[1] * acts.element_size() == raw.shape[1]
+                batch[name] = acts.to(dtype, copy=in_ring and not self._reuse_memory)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return self._identity() | {
@@ -162,27 +177,25 @@ class ShardBuffer(Source):
         return {
             "kind": "buffer",
             "n_rows": self.n_rows,
-            "d_in": self.d_in,
             "reservoir_rows": self._reservoir_rows,
             "lag": LAG,
-        }
+        } | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(self.source_name, state, self._identity())
         self._seed, self._drawn, self._batch_size = (int(state[k]) for k in ("seed", "batches", "batch_size"))
         self._restored = True
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         return self._mapped.heldout(batch_size, device, dtype)
 
-    def describe_heldout(self, i: int) -> str:
-        return self._mapped.describe_heldout(i)
+    def describe_heldout(self, i: int, name: str = X) -> str:
+        return self._mapped.describe_heldout(i, name)
 
-    def describe_row(self, i: int) -> str:
-        if isinstance(self._open, DeviceReservoir):
-            return self._mapped.describe_number(int(self._open.rows[i]))
+    def describe_row(self, i: int, name: str = X) -> str:
         assert self._open is not None
-        return self._mapped.describe_number(self._open.row_number(i))
+        number = int(self._open.rows[i]) if isinstance(self._open, DeviceReservoir) else self._open.row_number(i)
+        return self._mapped.describe_number(number, name)
 
     def tokens(self, seq: int) -> Tensor:
         return self._mapped.tokens(seq)
@@ -192,3 +205,8 @@ class ShardBuffer(Source):
         if self._open is not None:
             self._open.close()
             self._open = None
+
+
+def _apart(column: Tensor, raw: Tensor) -> Tensor:
+    """A column's bytes (n, size) as one piece of memory; a column that fills the rows is one where it lies."""
+    return column if column.shape[1] == raw.shape[1] else column.clone(memory_format=torch.contiguous_format)

@@ -9,7 +9,7 @@ Files of the held-out share are called heldout-00000.safetensors. The row order 
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -214,6 +214,12 @@ class ShardFolder:
         if name not in self._usable:
             self._usable[name] = self._check(name)
         return [info for info in self._usable[name] if info.split == split]
+
+    def shards_of_all(self, split: str, hooks: Collection[str]) -> list[ShardInfo]:
+        """The shards of a split that are usable in every one of the hooks."""
+        found = {name: self.shards(split, name) for name in hooks}
+        usable = set.intersection(*({info.file for info in infos} for infos in found.values()))
+        return [info for info in next(iter(found.values())) if info.file in usable]
 
     def n_rows(self, split: str = "train", hook: str | None = None) -> int:
         return sum(info.rows for info in self.shards(split, hook))

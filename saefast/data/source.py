@@ -1,7 +1,7 @@
 """Source, where training draws its batches from: one interface over shard folders, files, arrays and iterables."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,12 @@ from torch import Tensor
 from saefast.errors import InputError
 
 Device = str | torch.device
+# Tensors (B, width) by name: row i of each is of one and the same token. "x" is what goes into an encoder, and "target"
+# what a reconstruction is held to, where that is not x itself.
+Batch = dict[str, Tensor]
+X, TARGET = "x", "target"
+# Hooks or keys: of each tensor by the tensor's name, or a list where each is a tensor of that name.
+Names = Mapping[str, str] | Sequence[str]
 
 
 def first_bad_row(batch: Tensor) -> int | None:
@@ -29,20 +35,31 @@ def where_it_ends(row: Tensor) -> str:
 
 
 class Source(ABC):
-    """Rows to train on, and a held-out share that is never trained on.
+    """Rows to train on, and a held-out share that is never trained on. A row is one token's, in every named tensor.
 
-    d_in: width of a row. n_rows: rows to train on per epoch, None where nobody knows. source_name: for messages.
+    widths: of each tensor, by name. n_rows: rows to train on per epoch, None where nobody knows. source_name: for
+    messages.
     """
 
-    d_in: int
+    widths: Mapping[str, int]
     n_rows: int | None
     source_name: str
+
+    @property
+    def d_in(self) -> int:
+        """Width of x. Raises InputError where no tensor has that name."""
+        if X not in self.widths:
+            raise InputError(
+                f"{self.source_name} has the tensors {', '.join(self.widths)} and none called {X!r}: give that name to "
+                "the one that goes into the encoder"
+            )
+        return self.widths[X]
 
     @abstractmethod
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
-        """Batches (batch_size, d_in), epoch after epoch without end, each epoch in a new order.
+    ) -> Iterator[Batch]:
+        """Batches of batch_size rows, epoch after epoch without end, each epoch in a new order.
 
         Every batch is full: one that an epoch's end would cut short goes on with the first rows of the next epoch.
         Starts at the beginning, or where load_state_dict put it just before.
@@ -58,19 +75,19 @@ class Source(ABC):
         where this source is not the one the state came from."""
 
     @abstractmethod
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         """The held-out share once, in order, in batches of at most `batch_size` rows."""
 
     @abstractmethod
-    def describe_row(self, i: int) -> str:
-        """Where row i of the batch drawn last came from: file and row."""
+    def describe_row(self, i: int, name: str = X) -> str:
+        """Where row i of the batch drawn last came from, in the tensor of that name: file and row."""
 
     def close(self) -> None:
         """Ends the threads and frees the memory of drawing; iterators handed out are dead. Held-out rows stay."""
         return
 
-    def describe_heldout(self, i: int) -> str:
-        """Where row i of heldout() comes from, counted over its batches."""
+    def describe_heldout(self, i: int, name: str = X) -> str:
+        """Where row i of heldout() comes from, in the tensor of that name, counted over its batches."""
         return f"held-out row {i} of {self.source_name}"
 
     def tokens(self, seq: int) -> Tensor:
@@ -81,6 +98,26 @@ class Source(ABC):
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}, expected at least 1")
+
+
+def identity(widths: Mapping[str, int]) -> dict[str, Any]:
+    """What a saved position says of the tensors, so that it is not taken for another source's."""
+    return {"d_in": widths[X]} if set(widths) == {X} else {"widths": dict(widths)}
+
+
+def by_tensor(names: Names) -> dict[str, str]:
+    """The hook or key of each tensor."""
+    return dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+
+
+def n_rows_of(batch: Batch) -> int:
+    """How many rows a batch has."""
+    return len(next(iter(batch.values())))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """The rows of several batches, one after the other."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def check_state(name: str, state: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -2,16 +2,15 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from saefast.data import live_buffer
 from saefast.data.iterable_source import HELDOUT_ROWS
 from saefast.data.live_buffer import LiveBuffer
-from saefast.data.source import Device, Source
+from saefast.data.source import Batch, Device, Names, Source, X, by_tensor, n_rows_of
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
 from saefast.typed import typed
@@ -38,11 +37,40 @@ def live_sources(
     harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
     hooks = [hook["name"] for hook in harvester.runner.hooks]
     shared = Shared(harvester.batches, readers=len(hooks))
-    name = f"{harvester.facts().get('model', 'the model')} on {harvester.text.name}"
     return {
-        hook: HookBuffer(HookStream(shared, reader, hook, f"{name}, {hook}"), reservoir_rows=reservoir_rows)
+        hook: HookBuffer(HookStream(shared, reader, {X: hook}, _name(harvester, [hook])), reservoir_rows=reservoir_rows)
         for reader, hook in enumerate(hooks)
     }
+
+
+@typed
+def live_source(
+    config: HarvestConfig,
+    hooks: Names | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    reservoir_rows: int = 1 << 16,
+) -> Source:
+    """One source of several hooks of the config: its batches hold a tensor of each, row for row of the same tokens.
+
+    hooks: {"x": "layers.3.mlp.in", "target": "layers.3.mlp.out"} names the tensors, a list (None: all hooks of the
+    config) leaves them the hooks' names. The rest is as in live_sources. Raises InputError for a hook that the config
+    does not name.
+    """
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    names = {name: hook["name"] for hook in harvester.runner.hooks for name in (hook["hf_name"], hook["name"])}
+    asked = by_tensor(list(config.hooks) if hooks is None else hooks)
+    if missing := [hook for hook in asked.values() if hook not in names]:
+        raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(config.hooks)}")
+    picked = {tensor: names[hook] for tensor, hook in asked.items()}
+    stream = HookStream(Shared(harvester.batches, readers=1), 0, picked, _name(harvester, list(picked.values())))
+    return HookBuffer(stream, reservoir_rows=reservoir_rows)
+
+
+def _name(harvester: Harvester, hooks: list[str]) -> str:
+    return f"{harvester.facts().get('model', 'the model')} on {harvester.text.name}, {', '.join(hooks)}"
 
 
 class Shared:
@@ -101,39 +129,45 @@ class Shared:
 
 
 class HookStream:
-    """What one hook of a shared pass gives, as LiveBuffer takes it: rows to train on without end, and held-out ones."""
+    """What a shared pass gives of some hooks, a tensor each, as LiveBuffer takes it: rows to train on without end, and
+    held-out ones."""
 
     n_rows: int | None = None
 
-    def __init__(self, shared: Shared, reader: int, hook: str, name: str) -> None:
-        self._shared, self._reader, self._hook, self.source_name = shared, reader, hook, name
-        self._held: list[tuple[int, Tensor]] = []  # held-out rows, and how many rows to train on came before them
+    def __init__(self, shared: Shared, reader: int, hooks: Mapping[str, str], name: str) -> None:
+        self._shared, self._reader, self._hooks, self.source_name = shared, reader, hooks, name
+        self._held: list[tuple[int, Batch]] = []  # held-out rows, and how many rows to train on came before them
         self._n_held = 0
         self._begun = False
         self._first = shared.read(reader, 0)
-        self.d_in = int(self._first.rows[hook].shape[1])
+        self.widths: Mapping[str, int] = {
+            tensor: int(rows.shape[1]) for tensor, rows in self._rows(self._first).items()
+        }
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
-        """Rows (n, d_in) as they come; batch_size and seed are the buffer's business. Once: then InputError."""
+    ) -> Iterator[Batch]:
+        """Rows as they come; batch_size and seed are the buffer's business. Once: then InputError."""
         if self._begun:
             raise InputError(f"{self.source_name} was drawn from already: a live source can be drawn from once")
         self._begun = True
         return self._draw(device, dtype)
 
-    def _draw(self, device: Device, dtype: torch.dtype) -> Iterator[Tensor]:
+    def _draw(self, device: Device, dtype: torch.dtype) -> Iterator[Batch]:
         batch, number, given = self._first, 0, 0
         while True:
-            rows = batch.rows[self._hook]
+            rows, n = self._rows(batch), len(batch.seq)
             if batch.split == "train":
-                given += len(rows)
-                yield rows.to(device, dtype)
+                given += n
+                yield {tensor: part.to(device, dtype) for tensor, part in rows.items()}
             elif not self.holds_all():
-                self._held.append((given, rows.to("cpu")))
-                self._n_held += len(rows)
+                self._held.append((given, {tensor: part.to("cpu") for tensor, part in rows.items()}))
+                self._n_held += n
             number += 1
             batch = self._shared.read(self._reader, number)
+
+    def _rows(self, batch: HarvestBatch) -> Batch:
+        return {tensor: batch.rows[hook] for tensor, hook in self._hooks.items()}
 
     def holds_all(self) -> bool:
         """Whether no further rows will be held out."""
@@ -144,23 +178,24 @@ class HookStream:
 
     def heldout(
         self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32, before: int | None = None
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         """The held-out rows met so far; with `before`, those that came before so many rows to train on."""
         for given, rows in list(self._held):
             if before is None or given < before:
-                for part in rows.split(batch_size):
-                    yield part.to(device, dtype)
+                for start in range(0, n_rows_of(rows), batch_size):
+                    cut = slice(start, start + batch_size)
+                    yield {tensor: part[cut].to(device, dtype) for tensor, part in rows.items()}
 
 
 class HookBuffer(LiveBuffer):
-    """Shuffled rows of one hook. Its held-out rows are those that came before as many rows as were drawn: how far the
-    reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped."""
+    """Shuffled rows of a HookStream. Its held-out rows are those that came before as many rows as were drawn: how far
+    the reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped."""
 
     def __init__(self, stream: HookStream, *, reservoir_rows: int) -> None:
         super().__init__(stream, reservoir_rows=reservoir_rows)
         self._stream = stream
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
+    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         if self._open is not None and self._producer is not None:
             # A run that goes on may ask before it draws.
             self._draw_again(self._open, self._producer, self._stream.holds_all)

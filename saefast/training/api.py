@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import signal
 import threading
 import warnings
@@ -25,7 +26,7 @@ from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
 from saefast.training import checkpoint, run_folder
-from saefast.training.feed import Feed, input_scale
+from saefast.training.feed import Feed
 from saefast.training.limits import check_sizes
 from saefast.training.loop import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
 from saefast.training.progress import MetricsLog, bar
@@ -181,10 +182,11 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     sae = SAE(sae_config, seed=config.seed, device=device)
     engine = make_engine(sae, config, total_steps)
     feed = Feed(source, config, device, sae.dtype)
+    _check_target(feed, engine)
     # A run looks at no more rows than it trains on.
-    rows = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
-    feed.scale = input_scale(rows, config.normalize)
-    engine.initialise((rows * feed.scale).to(sae.dtype))
+    first = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
+    feed.fit_scales(first, config.normalize)
+    engine.initialise(feed.scaled(first).x)
     check_heldout(feed)
     return Run(sae, engine, feed, config, total_steps)
 
@@ -211,12 +213,21 @@ def _restore(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
+    _check_target(feed, engine)
     feed.scale = state["scale"]
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
     run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
     run.seconds_before, run.waited_before = state["seconds"], state["waited"]
     return run
+
+
+def _check_target(feed: Feed, engine: Engine) -> None:
+    if feed.has_target and "target" not in inspect.signature(engine.step).parameters:
+        raise InputError(
+            f"{feed.source.source_name} has a target besides x: training on a target needs an engine that takes one, "
+            f"{type(engine).__name__} does not; leave the target out"
+        )
 
 
 def _set_rng(state: dict[str, Tensor]) -> None:

@@ -3,17 +3,24 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.source import Source, first_bad_row, where_it_ends
+from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, n_rows_of, where_it_ends
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.ops.reference import accumulate_dtype
+
+
+class Rows(NamedTuple):
+    """What an engine takes: rows x (B, d_in), and what they are to be mapped to, (B, d_out): x itself, or another."""
+
+    x: Tensor
+    target: Tensor
 
 
 class Feed:
@@ -25,7 +32,9 @@ class Feed:
     Attributes:
         cursor: the source's position after the batch returned last.
         waited: seconds spent waiting for data.
-        scale: every batch is multiplied by this number.
+        scale: x of every batch is multiplied by this number.
+        target_scale: as scale, of a target that is not x.
+        has_target: whether the source has a target besides x.
         ahead: batches that were drawn ahead at the start of the run.
         deferred: whether NaN and inf are reported by `confirm` rather than at once: on a GPU, where looking waits.
     """
@@ -42,19 +51,26 @@ class Feed:
         self.deferred = device.type != "cpu"
         self._batch_size, self._seed = config.batch_size, config.seed
         self._raw_dtype = accumulate_dtype(dtype)
+        self.has_target = TARGET in source.widths
+        if unused := set(source.widths) - {X, TARGET}:
+            raise InputError(
+                f"{source.source_name} has the tensors {', '.join(source.widths)}: expected {X!r}, perhaps with "
+                f"{TARGET!r}; training makes no use of {min(unused)!r}"
+            )
         # A source may be the caller's own class: its code runs in their modes.
         with ambient.theirs():
             if cursor is not None:
                 source.load_state_dict(cursor)
             batches = source.batches(config.batch_size, config.seed, device, self._raw_dtype)
-        self._batches: Iterator[Tensor] = ambient.drawn(batches)
-        self._pending: deque[tuple[Tensor, dict[str, Any]]] = deque()
+        self._batches: Iterator[Batch] = ambient.drawn(batches)
+        self._pending: deque[tuple[Batch, dict[str, Any]]] = deque()
         self._drawn = cursor
         self._first_bad: Tensor | None = None
         self._unconfirmed: dict[int, dict[str, Any] | None] = {}
-        self.cursor, self.waited, self.scale, self.ahead = cursor, 0.0, 1.0, 0
+        self.cursor, self.waited, self.ahead = cursor, 0.0, 0
+        self.scale = self.target_scale = 1.0
 
-    def look_ahead(self, n_rows: int) -> Tensor:
+    def look_ahead(self, n_rows: int) -> Rows:
         """At the start of a run: draws batches until there are n_rows (or the source ends).
 
         Returns:
@@ -65,12 +81,19 @@ class Feed:
         """
         drawn = 0
         while drawn < n_rows and self._draw_ahead(0):
-            drawn += len(self._pending[-1][0])
+            drawn += n_rows_of(self._pending[-1][0])
         if not self._pending:
             raise InputError(f"{self.source.source_name} is empty: no batch came out of it")
         self.confirm()
         self.ahead = len(self._pending)
-        return torch.cat([x for x, _ in self._pending])[:n_rows]
+        first = {name: torch.cat([batch[name] for batch, _ in self._pending])[:n_rows] for name in self.source.widths}
+        return Rows(first[X], first.get(TARGET, first[X]))
+
+    def fit_scales(self, first: Rows, kind: str) -> None:
+        """Sets the scales of x and target, each from its own first rows, unscaled; see `input_scale`."""
+        self.scale = self.target_scale = input_scale(first.x, kind)
+        if self.has_target:
+            self.target_scale = input_scale(first.target, kind)
 
     def restore_ahead(self, ahead: int, step: int) -> None:
         """After a resume at `step`: draws again what the run had drawn ahead, so that the source is where it was."""
@@ -78,7 +101,7 @@ class Feed:
         while len(self._pending) < ahead - step and self._draw_ahead(step):
             pass
 
-    def next(self, step: int) -> Tensor | None:
+    def next(self, step: int) -> Rows | None:
         """The batch of `step`, scaled, in the SAE's dtype; None where the source has ended.
 
         Raises:
@@ -87,23 +110,26 @@ class Feed:
         drawn = self._pending.popleft() if self._pending else self._draw(step)
         if drawn is None:
             return None
-        x, cursor = drawn
-        self.cursor = cursor
-        return self._scaled(x)
+        batch, self.cursor = drawn
+        return self._scaled(batch)
 
-    def heldout(self) -> Iterator[Tensor]:
+    def heldout(self) -> Iterator[Rows]:
         """The held-out rows as `next` would give them.
 
         Raises:
             InputError: a row holds NaN or inf.
         """
         seen = 0
-        for x in ambient.drawn(self.source.heldout(self._batch_size, self.device, self._raw_dtype)):
-            if (bad := first_bad_row(x)) is not None:
-                where = f"held-out row {seen + bad} holds NaN or inf: {self.source.describe_heldout(seen + bad)}"
-                raise InputError(f"{where}; drop or repair that row{where_it_ends(x[bad])}")
-            seen += len(x)
-            yield self._scaled(x)
+        for batch in ambient.drawn(self.source.heldout(self._batch_size, self.device, self._raw_dtype)):
+            if (bad := first_bad(batch)) is not None:
+                name, row = bad
+                where = self.source.describe_heldout(seen + row, name)
+                raise InputError(
+                    f"held-out row {seen + row} holds NaN or inf{_in(name)}: {where}; drop or repair that "
+                    f"row{where_it_ends(batch[name][row])}"
+                )
+            seen += n_rows_of(batch)
+            yield self._scaled(batch)
 
     def confirm(self) -> None:
         """On a GPU: raises InputError where a batch since the last call held NaN or inf. Waits for the device."""
@@ -120,30 +146,38 @@ class Feed:
             self._pending.append(drawn)
         return drawn is not None
 
-    def _draw(self, step: int) -> tuple[Tensor, dict[str, Any]] | None:
+    def _draw(self, step: int) -> tuple[Batch, dict[str, Any]] | None:
         start = time.perf_counter()
-        x = next(self._batches, None)
+        drawn = next(self._batches, None)
         self.waited += time.perf_counter() - start
-        if x is None:
+        if drawn is None:
             return None
-        if x.is_inference():  # made in inference mode, such a tensor takes part in no gradient
-            x = x.clone()
-        if not self.deferred:
-            bad = first_bad_row(x)
-            if bad is not None:
-                raise InputError(self._describe(step, bad, x))
-        else:
-            self._note(x, step)
+        # Made in inference mode, a tensor takes part in no gradient.
+        batch = {name: t.clone() if t.is_inference() else t for name, t in self._checked(drawn).items()}
+        if self.deferred:
+            self._note(batch, step)
+        elif (bad := first_bad(batch)) is not None:
+            raise InputError(self._describe(step, *bad, batch))
         self._drawn = self.source.state_dict()
-        return x, self._drawn
+        return batch, self._drawn
 
-    def _note(self, x: Tensor, step: int) -> None:
+    def _checked(self, batch: Any) -> Batch:
+        """A source may be the caller's own class."""
+        if not isinstance(batch, Mapping) or batch.keys() != self.source.widths.keys():
+            given = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+            raise InputError(
+                f"{self.source.source_name} gave a batch of {given}: expected a dict of {', '.join(self.source.widths)}"
+            )
+        return dict(batch)
+
+    def _note(self, batch: Batch, step: int) -> None:
         """Looks for NaN and inf without waiting for the device: the answer stays there until `confirm` reads it."""
-        if self._first_bad is None:
-            self._first_bad = torch.full((), -1, dtype=torch.int64, device=x.device)
-        low, high = torch.aminmax(x)
-        bad = ~(low.isfinite() & high.isfinite()) & (self._first_bad < 0)
-        self._first_bad = torch.where(bad, step, self._first_bad)
+        for tensor in batch.values():
+            if self._first_bad is None:
+                self._first_bad = torch.full((), -1, dtype=torch.int64, device=tensor.device)
+            low, high = torch.aminmax(tensor)
+            bad = ~(low.isfinite() & high.isfinite()) & (self._first_bad < 0)
+            self._first_bad = torch.where(bad, step, self._first_bad)
         self._unconfirmed[step] = self._drawn
 
     def _describe_again(self, step: int, cursor: dict[str, Any] | None) -> str:
@@ -151,20 +185,41 @@ class Feed:
         try:
             if cursor is not None:
                 self.source.load_state_dict(cursor)
-            x = next(self.source.batches(self._batch_size, self._seed, "cpu", self._raw_dtype))
-            bad = first_bad_row(x)
+            batch = next(self.source.batches(self._batch_size, self._seed, "cpu", self._raw_dtype))
+            bad = first_bad(batch)
         except (InputError, StopIteration):
             bad = None
         if bad is None:
             return f"step {step}: the batch from {self.source.source_name} holds NaN or inf; drop or repair its rows"
-        return self._describe(step, bad, x)
+        return self._describe(step, *bad, batch)
 
-    def _describe(self, step: int, row: int, x: Tensor) -> str:
-        where = f"row {row} of the batch holds NaN or inf: {self.source.describe_row(row)}"
-        return f"step {step}: {where}; drop or repair that row{where_it_ends(x[row])}"
+    def _describe(self, step: int, name: str, row: int, batch: Batch) -> str:
+        where = f"row {row} of the batch holds NaN or inf{_in(name)}: {self.source.describe_row(row, name)}"
+        return f"step {step}: {where}; drop or repair that row{where_it_ends(batch[name][row])}"
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        return (x * self.scale if self.scale != 1 else x).to(self.dtype)
+    def _scaled(self, batch: Batch) -> Rows:
+        return self.scaled(Rows(batch[X], batch.get(TARGET, batch[X])))
+
+    def scaled(self, rows: Rows) -> Rows:
+        """The rows as an engine takes them: in its dtype, multiplied by the scales."""
+        x = _times(rows.x, self.scale).to(self.dtype)
+        return Rows(x, _times(rows.target, self.target_scale).to(self.dtype) if self.has_target else x)
+
+
+def first_bad(batch: Batch) -> tuple[str, int] | None:
+    """The tensor and the row that hold NaN or inf, the first of them; None where all is finite."""
+    for name, tensor in batch.items():
+        if (row := first_bad_row(tensor)) is not None:
+            return name, row
+    return None
+
+
+def _in(name: str) -> str:
+    return "" if name == X else f" in {name!r}"
+
+
+def _times(rows: Tensor, scale: float) -> Tensor:
+    return rows * scale if scale != 1 else rows
 
 
 def input_scale(rows: Tensor, kind: str) -> float:

@@ -20,7 +20,7 @@ from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.sae import SAE, WEIGHTS
 from saefast.training import checkpoint, run_folder
-from saefast.training.feed import Feed
+from saefast.training.feed import Feed, Rows
 from saefast.training.progress import Bar, MetricsLog
 
 Line = dict[str, Any]
@@ -82,7 +82,7 @@ class Run:
     waited_before: float = 0.0
     saved_step: int = 0
     line: Line | None = None
-    last: tuple[Tensor, StepStats] | None = None  # the batch of the step done last, and its figures
+    last: tuple[Rows, StepStats] | None = None  # the batch of the step done last, and its figures
     folder: Path | None = None
     keep: int = 2
     log: MetricsLog | None = None
@@ -123,23 +123,23 @@ def advance(run: Run, shown: Bar, stop: threading.Event | None = None) -> bool:
     if run.step >= run.total_steps:
         return False
     try:
-        x = run.feed.next(run.step)
+        rows = run.feed.next(run.step)
     except Exception:
         if stop is not None and stop.is_set():
             return False
         raise
-    if x is None:
+    if rows is None:
         _end_early(run)
         return False
-    stats = _step(run, x)
+    stats = _step(run, rows)
     run.step += 1
-    run.tokens += len(x)
-    run.last = (x, stats)
-    shown.advance(len(x))
+    run.tokens += len(rows.x)
+    run.last = (rows, stats)
+    shown.advance(len(rows.x))
     if run.step == run.total_steps:
-        run.line = _line(run, x, stats)
+        run.line = _line(run, rows, stats)
     else:
-        _report_and_save(run, x, stats, shown)
+        _report_and_save(run, rows, stats, shown)
     return True
 
 
@@ -150,20 +150,21 @@ def stopped(run: Run) -> Stopped:
     return Stopped(run.step, run.folder, fold(run.sae, run.feed.scale))
 
 
-def _step(run: Run, x: Tensor) -> StepStats:
+def _step(run: Run, rows: Rows) -> StepStats:
+    given = rows._asdict() if run.feed.has_target else {"x": rows.x}
     try:
-        return run.engine.step(x)
+        return run.engine.step(**given)
     except InputError:
         run.feed.confirm()  # where the batch itself was bad, this names its source
         raise
 
 
-def _report_and_save(run: Run, x: Tensor, stats: StepStats, shown: Bar) -> None:
+def _report_and_save(run: Run, rows: Rows, stats: StepStats, shown: Bar) -> None:
     """What is due after a step that is not the last. The line comes first: a checkpoint never lacks lines before it."""
     config = run.config
     evaluates = _due(run.step, config.eval_every)
     if evaluates or _due(run.step, config.log_every):
-        line = _line(run, x, stats)
+        line = _line(run, rows, stats)
         _publish(run, line | evaluate_heldout(run.sae, run.feed) if evaluates else line, shown)
     if _due(run.step, config.save_every):
         _save(run)
@@ -187,14 +188,18 @@ def _end_early(run: Run) -> None:
         run.line = _line(run, *run.last)
 
 
-def _line(run: Run, x: Tensor, stats: StepStats) -> Line:
-    """The metrics of a step with batch x. Reads the device.
+def _line(run: Run, rows: Rows, stats: StepStats) -> Line:
+    """The metrics of a step with a batch of rows. Reads the device.
 
     Raises:
         InputError: the batch or the loss is not finite.
     """
     run.feed.confirm()
-    line = {"step": run.step, "tokens": run.tokens, "seconds": run.seconds} | _figures(run, x, stats) | run.speeds()
+    line = (
+        {"step": run.step, "tokens": run.tokens, "seconds": run.seconds}
+        | _figures(run, rows.target, stats)
+        | run.speeds()
+    )
     if not math.isfinite(line["losses/overall_loss"]):
         raise InputError(f"loss is {line['losses/overall_loss']} at step {run.step}: training diverged; lower lr")
     return line
@@ -211,13 +216,13 @@ def _publish(run: Run, line: Line, shown: Bar) -> None:
     run.mark()
 
 
-def _figures(run: Run, x: Tensor, stats: StepStats) -> Line:
+def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
     """A step's figures under the names of SAELens' panels, and FVU and dead share under their own."""
     fvu, dead = float(stats.fvu), float(stats.dead_share)
     return {
         "losses/overall_loss": float(stats.loss),
         # Mean over tokens of the summed squared error of scaled inputs, whatever the loss was.
-        "losses/mse_loss": fvu * float(total_variance(x)) / len(x),
+        "losses/mse_loss": fvu * float(total_variance(target)) / len(target),
         "losses/auxiliary_reconstruction_loss": float(stats.auxk_loss),
         "metrics/explained_variance": 1 - fvu,
         "metrics/l0": float(stats.l0),
@@ -240,9 +245,9 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
         InputError: a row holds NaN or inf.
     """
     reconstruction, fired, n_rows = Reconstruction(), 0.0, 0
-    for x in feed.heldout():
+    for x, target in feed.heldout():
         x_hat, acts, _ = sae(x)
-        reconstruction.update(x, x_hat)
+        reconstruction.update(target, x_hat)
         fired, n_rows = fired + float((acts != 0).sum()), n_rows + len(x)
         if n_rows >= HELDOUT_ROWS:
             break
@@ -255,7 +260,7 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
 def check_heldout(feed: Feed) -> None:
     """At the start of a run: raises InputError where one of the rows that `evaluate_heldout` looks at is not finite."""
     n_rows = 0
-    for x in feed.heldout():
+    for x, _ in feed.heldout():
         n_rows += len(x)
         if n_rows >= HELDOUT_ROWS:
             return

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from batches import xs
 from safetensors.torch import load_file
 
 from saefast.analysis import evaluation as evaluate_module
@@ -73,7 +74,7 @@ def lm_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_figures_are_those_of_the_held_out_rows(lm_run: Path) -> None:
     result = evaluate_run(lm_run, batch_size=50)
-    x = torch.cat(list(open_source(lm_run / "activations").heldout(1000))).double()
+    x = torch.cat(xs(open_source(lm_run / "activations").heldout(1000))).double()
     sae = SAE(SAEConfig(d_in=16, n_latents=48, k=4), seed=0)
     with torch.no_grad():
         x_hat, acts, _ = sae(x.float())

@@ -502,8 +502,8 @@ def test_drawing_ahead_counts_each_batch_once() -> None:
             return int(self.shape[0])
 
     feed = Feed(open_source(train_job.rows()), settings(batch_size=1), torch.device("cpu"), torch.float32)
-    feed._batches = (x.as_subclass(Lengths) for x in train_job.rows(600).split(1))
-    assert feed.look_ahead(500).shape == (500, 12)
+    feed._batches = ({"x": x.as_subclass(Lengths)} for x in train_job.rows(600).split(1))
+    assert feed.look_ahead(500).x.shape == (500, 12)
     assert Lengths.counted < 5000
 
 

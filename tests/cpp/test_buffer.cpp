@@ -26,12 +26,12 @@ namespace {
 
 constexpr int64_t kBatch = 32, kLag = 4, kPrefetch = 3, kCapacity = 256;
 
-// Files whose row r is the numbers (r, r + 1/2) as doubles, in two columns.
-std::vector<Shard> write_shards(const std::string& folder, const std::vector<int64_t>& rows) {
+// Files whose row r is the numbers (r, r + 1/2) as doubles, in two columns: of one file, or of a file each.
+std::vector<Shard> write_shards(const std::string& folder, const std::vector<int64_t>& rows, bool apart = false) {
     std::vector<Shard> shards;
     double row = 0;
     for (size_t s = 0; s < rows.size(); ++s) {
-        const std::string path = folder + "/" + std::to_string(s);
+        const std::string path = folder + "/" + std::to_string(s), beside = path + ".beside";
         std::ofstream file(path, std::ios::binary);
         std::vector<double> first, second;
         for (int64_t r = 0; r < rows[s]; ++r, ++row) {
@@ -41,8 +41,11 @@ std::vector<Shard> write_shards(const std::string& folder, const std::vector<int
         const auto bytes = static_cast<std::streamsize>(rows[s] * 8);
         file.write("header", 6);
         file.write(reinterpret_cast<char*>(first.data()), bytes);
-        file.write(reinterpret_cast<char*>(second.data()), bytes);
-        shards.push_back({path, rows[s], {6, 6 + rows[s] * 8}});
+        if (apart)
+            std::ofstream(beside, std::ios::binary).write(reinterpret_cast<char*>(second.data()), bytes);
+        else
+            file.write(reinterpret_cast<char*>(second.data()), bytes);
+        shards.push_back({rows[s], {{path, 6}, apart ? Column{beside, 0} : Column{path, 6 + rows[s] * 8}}});
     }
     return shards;
 }
@@ -147,7 +150,7 @@ void errors_reach_the_reader(const std::string& folder) {
         run.all();
         CHECK(!"a short file must throw");
     } catch (const std::runtime_error& error) {
-        CHECK(std::string(error.what()).find(shards[0].path + ": ends at byte") == 0);
+        CHECK(std::string(error.what()).find(shards[0].columns[0].path + ": ends at byte") == 0);
     }
     auto queue = std::make_shared<QueueSource>(16, 100);
     Run live(queue, {Planner::kUnknown}, 2, 1);
@@ -177,6 +180,7 @@ int main(int, char** argv) {
     const auto shards = write_shards(folder, rows);
     each_row_once_an_epoch(shards, rows, 828);
     each_row_once_an_epoch(write_shards(folder, {50}), {50}, 50);  // several epochs lie in the reservoir at once
+    each_row_once_an_epoch(write_shards(folder, {50, 70}, true), {50, 70}, 120);
     write_shards(folder, rows);
     consumers_see_the_same(shards, rows);
     for (int64_t total : {0, 1, 100, 255, 256, 257, 1000, 3000})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import xs
 from folders import D, N, rows_of, write_folder
 from hanging import HANG, wait_until
 
@@ -39,8 +40,7 @@ def source(folder, **options):
 
 def draw(buffer, n, seed=0, batch_size=B):
     batches = buffer.batches(batch_size, seed)
-    out = [next(batches) for _ in range(n)]
-    return torch.cat(out)
+    return torch.cat(xs(batches, n))
 
 
 def first_batch(folder):
@@ -102,7 +102,7 @@ def test_several_readers_see_the_same_batches(folder):
 
     def consume(reader):
         for _ in range(150):
-            seen[reader].append(next(readers[reader]))
+            seen[reader].append(next(readers[reader])["x"])
 
     threads = [threading.Thread(target=consume, args=(i,)) for i in range(3)]
     for thread in threads:
@@ -195,12 +195,12 @@ def test_batches_on_a_gpu_are_those_of_the_host(folder):
     expected = draw(source(folder), 130)
     for on_device in (False, True):
         batches = source(folder, on_device=on_device).batches(B, 0, "cuda")
-        assert torch.equal(torch.cat([next(batches) for _ in range(130)]).cpu(), expected)
+        assert torch.equal(torch.cat(xs(batches, 130)).cpu(), expected)
 
 
 def test_describe_row_names_file_and_row(folder):
     buffer = source(folder)
-    batch = next(buffer.batches(B, 3))
+    batch = next(buffer.batches(B, 3))["x"]
     number = int(batch[5, 0])
     text = buffer.describe_row(5)
     assert f"row {number % 300} " in text
@@ -229,7 +229,7 @@ class Endless:
 
 @pytest.mark.parametrize("n", [1, 15, R - 1, R, R + 1, N])
 def test_live_rows_all_come_once(n):
-    batches = list(live(part for part in rows_of(n).split(33)).batches(B))
+    batches = xs(live(part for part in rows_of(n).split(33)).batches(B))
     assert [len(batch) for batch in batches[:-1]] == [B] * (len(batches) - 1)
     drawn = torch.cat(batches)
     assert torch.equal(drawn[drawn[:, 0].argsort()], rows_of(n))
@@ -371,7 +371,7 @@ def test_ctrl_c_ends_a_waiting_draw(folder):
 def test_copies_ahead_are_of_memory_that_is_used_again(folder):
     whole = draw(source(folder), 40)
     raw = source(folder, reuse_memory=True).batches(B, 0)
-    ahead = copied_ahead((next(raw) for _ in range(40)), torch.device("cpu"))
+    ahead = copied_ahead((next(raw)["x"] for _ in range(40)), torch.device("cpu"))
     first = next(ahead)
     assert torch.equal(torch.cat([first, *ahead]), whole)
     assert list(copied_ahead(iter([]), torch.device("cpu"))) == []

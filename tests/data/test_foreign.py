@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from batches import xs
 from safetensors.torch import save_file
 
 from saefast.data.foreign import read_foreign
@@ -62,9 +63,9 @@ def test_a_source_trains_on_every_row(tmp_path):
     write_memmaps(tmp_path / "a", parts, torch.float32)
     source = open_source(tmp_path / "a", heldout=0.1)
     batches = source.batches(9)
-    drawn = torch.cat([next(batches) for _ in range(3)])[:, 0]
+    drawn = torch.cat(xs(batches, 3))[:, 0]
     assert sorted(drawn.tolist()) == list(range(27))
-    assert torch.cat(list(source.heldout(8)))[:, 0].tolist() == [27, 28, 29]
+    assert torch.cat(xs(source.heldout(8)))[:, 0].tolist() == [27, 28, 29]
 
 
 def test_arrow_folders_of_saelens(tmp_path):

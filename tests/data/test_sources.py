@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from batches import xs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -26,11 +27,12 @@ def numbered(n, d=3, first=0, dtype=torch.float32):
 
 
 def take(iterator, n):
-    return list(itertools.islice(iterator, n))
+    return xs(iterator, n)
 
 
 def numbers(batches):
-    return [int(x) for batch in batches for x in batch[:, 0]]
+    """Of tensors, or of batches with an x."""
+    return [int(x) for batch in batches for x in (batch["x"] if isinstance(batch, dict) else batch)[:, 0]]
 
 
 def shard_folder(path, train=(40, 25), held=(7, 3), hooks=("a", "b"), dtype="float32"):
@@ -152,17 +154,17 @@ def test_rows_say_where_they_came_from(tmp_path):
     for name, first in (("x0", 0), ("x1", 30)):
         np.save(tmp_path / f"{name}.npy", numbered(30, first=first).numpy())
     source = open_source(tmp_path, heldout=0.1)
-    batch = next(source.batches(20, seed=5))
+    batch = next(source.batches(20, seed=5))["x"]
     for i, number in enumerate(batch[:, 0].int().tolist()):
         assert source.describe_row(i) == f"{tmp_path}/x{number // 30}.npy row {number % 30}"
 
 
 def test_dtype_and_device():
     source = open_source(numbered(20, dtype=torch.float64))
-    assert next(source.batches(4)).dtype == torch.float32
-    assert next(source.batches(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
-    assert next(source.heldout(4, dtype=torch.float16)).dtype == torch.float16
-    assert next(source.batches(4, device="meta")).device.type == "meta"
+    assert next(source.batches(4))["x"].dtype == torch.float32
+    assert next(source.batches(4, dtype=torch.bfloat16))["x"].dtype == torch.bfloat16
+    assert next(source.heldout(4, dtype=torch.float16))["x"].dtype == torch.float16
+    assert next(source.batches(4, device="meta"))["x"].device.type == "meta"
 
 
 def writers():
@@ -186,7 +188,7 @@ def test_every_file_format_gives_the_same_rows(tmp_path, kind):
     name, write = writers()[kind]
     write(tmp_path / name)
     source = open_source(tmp_path / name, d_in=5)
-    rows = torch.cat([*take(source.batches(19, seed=2), 2), *source.heldout(100)])
+    rows = torch.cat([*take(source.batches(19, seed=2), 2), *xs(source.heldout(100))])
     assert torch.equal(rows[rows[:, 0].argsort()], numbered(40, d=5))
 
 
@@ -206,9 +208,9 @@ def test_mapped_files_are_not_read_into_memory_nor_written_to(tmp_path):
     np.save(path, numbered(50).numpy())
     before = path.read_bytes()
     source = open_source(path, heldout=0)
-    source.train.segments[0].rows[0] = 99
+    source.train["x"].segments[0].rows[0] = 99
     assert path.read_bytes() == before
-    assert open_source(path, heldout=0).train.segments[0].rows[0, 0] == 0
+    assert open_source(path, heldout=0).train["x"].segments[0].rows[0, 0] == 0
 
 
 def cut(path):
@@ -313,7 +315,7 @@ def test_shards_give_their_own_splits(tmp_path):
     assert source.n_rows == 65
     assert sorted(numbers(take(source.batches(13), 5))) == list(range(65))
     assert sorted(numbers(source.heldout(4))) == list(range(1000, 1010))
-    batch = next(source.batches(9, seed=4))
+    batch = next(source.batches(9, seed=4))["x"]
     for i, number in enumerate(batch[:, 0].int().tolist()):
         file, first = ("00000", 0) if number < 40 else ("00001", 40)
         text = source.describe_row(i)
@@ -336,7 +338,7 @@ def test_shards_of_every_dtype(tmp_path, dtype):
     seen = torch.cat(take(source.batches(65), 1))[:, 0].sort().values
     # Rows of equal elements are exact in int8 up to float32 rounding; these numbers are exact in the half types.
     assert torch.allclose(seen, torch.arange(65.0), rtol=1e-5)
-    assert next(source.heldout(5)).dtype == torch.float32
+    assert next(source.heldout(5))["x"].dtype == torch.float32
 
 
 def test_bad_shard_raises_or_is_skipped(tmp_path):
@@ -384,7 +386,7 @@ def test_iterable_resume_at_any_point(seed):
     batches = reference.batches(6, 1)
     states, drawn = [reference.state_dict()], []
     for _ in range(40):
-        drawn.append(next(batches))
+        drawn.append(next(batches)["x"])
         states.append(reference.state_dict())
     for place in range(0, 40, 3):
         resumed = IterableSource(lambda: iter(data), heldout=0.2)
@@ -429,7 +431,7 @@ def test_short_lists_hold_out_their_last_batch():
 def test_a_generator_works_for_one_epoch_and_cannot_be_resumed():
     data = [numbered(4, first=4 * i) for i in range(10)]
     source = IterableSource((x for x in data), heldout=0.5)
-    batches = list(source.batches(3))
+    batches = xs(source.batches(3))
     assert [len(b) for b in batches] == [3] * 6 + [2]
     assert numbers(batches) == [n for i in range(0, 10, 2) for n in numbers([data[i]])]
     with pytest.raises(InputError, match="is a generator and cannot be resumed: pass a list"):

@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from batches import xs
 
 from saefast.data.opening import open_source
 from saefast.data.provenance import recorded_data
@@ -39,13 +40,13 @@ def test_hooks_of_one_pass_give_the_same_tokens_shuffled(tmp_path, monkeypatch):
     sources = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)
     batches = {hook: source.batches(8, seed=3) for hook, source in sources.items()}
     n = folder.n_rows("train", "layers.0")
-    drawn = {hook: torch.cat([next(batches[hook]) for _ in range(n // 8)]) for hook in sources}
+    drawn = {hook: torch.cat(xs(batches[hook], n // 8)) for hook in sources}
     at = {}
     for hook, source in sources.items():
         known = places(folder, hook, "train")
         at[hook] = [known[row.numpy().tobytes()] for row in drawn[hook]]
         held = places(folder, hook, "heldout")
-        seen = torch.cat(list(source.heldout(5)))
+        seen = torch.cat(xs(source.heldout(5)))
         assert len(seen)
         assert all(row.numpy().tobytes() in held for row in seen)
         source.close()
@@ -86,7 +87,7 @@ def test_closing_all_hooks_lets_go_of_the_model_and_one_alone_of_what_was_kept_f
     sources[0].close()
     assert hooks_of(model) == 0
     assert not shared._kept
-    held = list(sources[0].heldout(5))
+    held = xs(sources[0].heldout(5))
     assert held
     assert all(rows.isfinite().all() for rows in held)
 
@@ -119,9 +120,9 @@ def test_rows_harvested_again_are_those_that_live_training_held_out(tmp_path, mo
     names = tuple(map(str, texts))
     source = live_sources(config, text=open_texts(names))["layers.1"]
     batches = source.batches(64)
-    trained = {row.numpy().tobytes() for _ in range(400) for row in next(batches)}
+    trained = {row.numpy().tobytes() for part in xs(batches, 400) for row in part}
     source.close()
-    live_held = {row.numpy().tobytes() for part in source.heldout(100) for row in part}
+    live_held = {row.numpy().tobytes() for part in xs(source.heldout(100)) for row in part}
 
     kept = recorded_data(describe_live(config, names, "layers.1"), tmp_path)
     monkeypatch.setattr(reharvest, "TOKENS", 20_000)
@@ -129,7 +130,7 @@ def test_rows_harvested_again_are_those_that_live_training_held_out(tmp_path, mo
     reharvest.harvest_again(tmp_path, kept)
     assert reharvest.what_is_missing(tmp_path, kept) is None
     folder = open_source(tmp_path / kept["path"])
-    harvested = {row.numpy().tobytes() for part in folder.heldout(100) for row in part}
+    harvested = {row.numpy().tobytes() for part in xs(folder.heldout(100)) for row in part}
     # The first words of a sequence may be those of another; with other documents held out it would be most rows.
     assert len(harvested & trained) < 0.05 * len(harvested)
     # Live training met all of these 20,000 tokens. The last window is cut short and run in other batches, which round
@@ -154,10 +155,10 @@ def test_held_out_rows_do_not_hang_on_how_far_reading_is_ahead():
         for drawn in (1, 30, 200):
             while source.rows_drawn < 8 * drawn:
                 next(batches)
-            held = torch.cat([torch.zeros(0, source.d_in), *source.heldout(5)])
+            held = torch.cat([torch.zeros(0, source.d_in), *xs(source.heldout(5))])
             seen.append(held)
         source.close()
-        assert torch.equal(torch.cat(list(source.heldout(7))), held)
+        assert torch.equal(torch.cat(xs(source.heldout(7))), held)
     assert [len(held) for held in seen[:3]] == sorted(len(held) for held in seen[:3])
     assert len(seen[2]) > len(seen[0])
     for one, other in zip(seen[:3], seen[3:], strict=True):
@@ -171,16 +172,16 @@ def test_a_resumed_source_holds_out_the_same_before_it_draws():
     for _ in range(200):
         next(batches)
     state = first.state_dict()
-    found.append(torch.cat(list(first.heldout(5))))
-    after = next(batches)
+    found.append(torch.cat(xs(first.heldout(5))))
+    after = next(batches)["x"]
     first.close()
     again = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)["layers.0"]
     again.load_state_dict(state)
     more = again.batches(8)
-    found.append(torch.cat(list(again.heldout(5))))
+    found.append(torch.cat(xs(again.heldout(5))))
     assert torch.equal(*found)
     assert again.state_dict() == state
-    assert torch.equal(next(more), after)
+    assert torch.equal(next(more)["x"], after)
     again.close()
 
 

@@ -145,7 +145,8 @@ def endless():
 class Watched(Source):
     """A source that notes whether it was closed."""
 
-    d_in, n_rows, source_name = 8, None, "watched"
+    n_rows, source_name = None, "watched"
+    widths = {"x": 8}  # noqa: RUF012
 
     def __init__(self) -> None:
         self.inner, self.closed = IterableSource(endless, heldout=0), 0
@@ -162,7 +163,7 @@ class Watched(Source):
     def load_state_dict(self, state):
         self.inner.load_state_dict(state)
 
-    def describe_row(self, i):
+    def describe_row(self, i, name="x"):
         return self.inner.describe_row(i)
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import train_job
+from batches import xs
 from torch import Tensor
 
 import saefast
@@ -57,7 +58,7 @@ def plain_loop(data: Any, config: TrainConfig, init_batches: int = 1) -> tuple[S
     """What train() promises, without anything around it."""
     source, steps = open_source(data), count_steps(open_source(data), config)
     draws = source.batches(config.batch_size, config.seed)
-    batches = [next(draws) for _ in range(max(steps, init_batches))]
+    batches = xs(draws, max(steps, init_batches))
     scale = input_scale(torch.cat(batches[:init_batches]), config.normalize)
     sae = SAE(CONFIG, seed=config.seed)
     engine = (AutogradEngine if config.engine == "autograd" else FusedEngine)(sae, config, steps)
@@ -122,7 +123,7 @@ def test_it_learns_and_heldout_figures_are_of_unseen_rows(tmp_path: Path, engine
     assert [line["step"] for line in lines] == [100, 200, 300, 400]
     assert lines[-1]["heldout/fvu"] < 0.16 < lines[0]["heldout/fvu"]
     held = Reconstruction()
-    x = torch.cat(list(open_source(train_job.rows(2000)).heldout(64)))
+    x = torch.cat(xs(open_source(train_job.rows(2000)).heldout(64)))
     held.update(x, sae(x).x_hat.detach())
     assert lines[-1]["heldout/fvu"] == pytest.approx(held.compute()["fvu"], rel=1e-4)
     assert lines[-1]["heldout/l0"] == pytest.approx(float((sae(x).acts != 0).sum(1).float().mean()))
@@ -221,7 +222,7 @@ def test_bad_first_batch_leaves_no_folder(tmp_path: Path) -> None:
 def test_bad_row_before_the_first_checkpoint_leaves_no_folder(tmp_path: Path) -> None:
     x = train_job.rows()
     draws = open_source(x).batches(32, seed=3)
-    last = [next(draws) for _ in range(8)][-1]
+    last = xs(draws, 8)[-1]
     x[(x == last[5]).all(1), 3] = float("nan")
     (tmp_path / "there").mkdir()
     for folder in ("made/run", "there"):
@@ -241,7 +242,7 @@ def test_deferred_check_names_the_row_where_it_can(kind: str) -> None:
     x = train_job.rows()
     x[:, 0] = torch.arange(len(x))
     feed = Feed(open_source(x), settings(), torch.device("cpu"), torch.float32)
-    rows = torch.cat([feed.next(step) for step in range(6)])[:, 0].long()  # type: ignore[misc]
+    rows = torch.cat([feed.next(step).x for step in range(6)])[:, 0].long()  # type: ignore[union-attr]
     x[rows[4 * 32 + 7], 1] = torch.inf
     sources = {"array": x, "callable": lambda: iter(x[rows].split(50)), "generator": iter(x[rows].split(50))}
     feed = Feed(open_source(sources[kind], heldout=0.05 if kind == "array" else 0), settings(), torch.device("cpu"),
