@@ -86,15 +86,15 @@ def wait(
     process: "subprocess.Popen[bytes]", watched: tuple[Path, ...], deadline: float | None, patience: float
 ) -> str | None:
     """None when it ended by itself; else why it has to be ended."""
-    sizes, heard = [-1], time.monotonic()
+    sizes, grew = [-1], time.monotonic()
     while process.poll() is None:
         now, found = time.monotonic(), [path.stat().st_size if path.exists() else 0 for path in watched]
         if found != sizes:
-            sizes, heard = found, now
+            sizes, grew = found, now
         if deadline is not None and now > deadline:
             return "its share of the time is over"
-        if now - heard > patience:
-            return f"nothing heard for {patience:.0f} s"
+        if now - grew > patience:
+            return f"no output for {patience:.0f} s"
         time.sleep(LOOK_EVERY_S)
     return None
 

@@ -1,4 +1,4 @@
-"""The row kernels of the fused step against plain torch on one job: sleeping rows, empty runs, a run that is cut."""
+"""The row kernels of the fused engine against plain torch: rows to settle, empty groups, a group that is cut."""
 
 from types import ModuleType
 from typing import Any
@@ -46,7 +46,7 @@ def run(module: ModuleType, operation: str, job: Job) -> None:
 
 
 def new_job(D: int, device: str, kind: str, n: int) -> Job:
-    """n rows of 2 n, one of which has a run that is longer than one program adds up."""
+    """n rows of 2 n, one of which has a group longer than one program adds up."""
     lengths = torch.randint(0, 6, (n,))
     lengths[0], lengths[1] = 0, tuning.CUT + 5
     entries, offsets = int(lengths.sum()), torch.zeros(n + 1, dtype=torch.int32)

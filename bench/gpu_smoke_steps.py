@@ -27,12 +27,12 @@ class Kind(NamedTuple):
     clip: float | None = None
 
 
-# With every row in every update it is dense Adam's arithmetic in fp32; tests/engines/test_fused.py and
-# tests/optim/test_lean.py say what sleeping rows and 8-bit moments cost over fifty steps, which bounds what three may.
+# With every row in every update it is dense Adam's arithmetic in fp32. tests/engines/test_fused.py and
+# tests/optim/test_lean.py bound what rows settled late and 8-bit moments cost in fifty steps, so in these three.
 STEPS = {
     "dense": Kind(1e-4),
     "clipped": Kind(1e-4, clip=0.01),
-    "swept": Kind(0.02, settle_every=2),
+    "settled": Kind(0.02, settle_every=2),
     "lean": Kind(0.1, settle_every=2, optimizer="adam-lean"),
     "hot": Kind(1e-4, settle_every=2, hot=True),
     "AuxK": Kind(1e-4, auxk=True),
@@ -46,7 +46,7 @@ def three_steps(name: str, size: tuple[int, int, int, int], device: str) -> dict
     ours = fused(kind, D, L, k, device)
     dense: FusedEngine | AutogradEngine = autograd(kind, D, L, k, device)
     if kind.hot:
-        # Only rows that sleep can do without the dense block, so its twin is the same engine with nothing hot.
+        # Hot latents need rows that are settled late, so it is compared with the same engine that has none hot.
         dense = fused(kind, D, L, k, device)
         make_hot(ours, data[0], max(8, L // 16))
     dense.sae.load_state_dict(ours.sae.state_dict())

@@ -1,8 +1,8 @@
 """The whole training step at the first shapes of the design's table: undisturbed, then by stage, then by kernel.
 
 Adam and the lean optimiser after enough steps for hot latents to be chosen; Adam with an eighth of the latents dead, so
-that AuxK runs; Adam late in a run, whose table of what sleeping rows owe is long. The undisturbed time comes from an
-engine that nothing watches, waits for the device once, and counts settling as often as they come.
+that AuxK runs; Adam late in a run, whose drift table is long. The undisturbed time comes from an engine that nothing
+watches; it waits for the device once, and counts settling as often as it comes.
 """
 
 import time

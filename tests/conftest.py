@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # A shell's background job ignores Ctrl-C and hands that down: processes under test would never hear theirs.
+    # A shell's background job ignores Ctrl-C and hands that down: processes under test would never get theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PEERS = ("sae_lens", "sparsify", "dictionary_learning")
@@ -90,7 +90,7 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(autouse=True, scope="session")
 def poisoned_empty() -> Iterator[None]:
-    """torch.empty and its kin return poison to saefast's own code: what reads or skips an element shows."""
+    """torch.empty and the like hand NaN to saefast's own code, so that an element nobody wrote shows."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (torch, "empty"),

@@ -341,7 +341,7 @@ def test_a_chunk_of_several_products(case, product, device, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [L, 130, 90])
-def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
+def test_autotuning_times_chunks_as_most_are(columns, device, monkeypatch):
     """Where there are several chunks, with the thresholds known; and what it tries changes no result."""
     x, W, b = (t[:columns] if len(t) == L else t for t in random_ints())
     timed, known, launches = [], [], tuning.merge_candidates(tuning.merge(32, 32), 32)[:3]
@@ -370,7 +370,7 @@ def test_a_sweep_times_chunks_as_most_are(columns, device, monkeypatch):
     assert known == {L: [(192, 256, True)], 130: [(64, 66, True)], 90: [(0, 64, False)]}[columns]
 
 
-def test_what_a_sweep_found_is_used_from_then_on(device, monkeypatch):
+def test_what_autotuning_found_is_used_from_then_on(device, monkeypatch):
     x, W, b = (t.to(device) for t in random_ints())
     enc = tiles.make_encoder(x, W, b, None, None, "fused", "ieee")
     key = ("encode_tiles", enc.arch, enc.kind, False, enc.described, True)

@@ -102,7 +102,7 @@ def alive(pid: int) -> bool:
 def test_a_case_that_hangs_is_given_up_and_the_rest_runs(marker: Path, tmp_path: Path) -> None:
     found = run(Stage("five", command(CASES, "hangs", str(marker)), resumes=True), tmp_path, patience=900)
     assert outcomes(found) == GOOD | {"case 3": "stopped", "stage": "ok"}
-    assert next(line for line in found if line["case"] == "case 3")["message"] == "nothing heard for 900 s"
+    assert next(line for line in found if line["case"] == "case 3")["message"] == "no output for 900 s"
 
 
 def test_a_stage_that_is_no_list_of_cases(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_rehearsal_runs_the_whole_plan_around_stages_that_fail(tmp_path: Path)
         assert len(kept) >= 2 or stage.skipped or stage.name == "build", stage.name
     cases = {line["case"].split(" 5x")[0] for line in own if line["outcome"] == "ok"}
     assert {"encode_topk fused float16", "encode_topk chunked float32", "update_rows lean", "decode_loss"} <= cases
-    for name in ("dense", "clipped", "swept", "lean", "hot", "AuxK"):
+    for name in ("dense", "clipped", "settled", "lean", "hot", "AuxK"):
         assert any(case.startswith(f"three steps {name} ") for case in cases), name
     smoke = next(line for line in own if line["stage"] == "smoke" and line["case"] == "kernels launched")
     # The interpreter serves the encoder's other form; what is compiled ahead of time is all that is ever launched.

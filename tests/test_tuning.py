@@ -1,4 +1,4 @@
-"""Launch settings: every architecture has them, and a sweep finds and prints the fastest without keeping it."""
+"""Launch settings: every architecture has them, and autotuning finds and prints the fastest without keeping it."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_merge_settings_are_powers_of_two_that_launch(run, group):
     assert config.warps * 32 * config.registers <= 65536
 
 
-def test_a_sweep_takes_the_fastest_once_and_says_what_to_check_in(capsys):
+def test_autotuning_takes_the_fastest_once_and_says_what_to_check_in(capsys):
     times = {"slow": 3.0, "quick": 1.0, "middling": 2.0}
     ran = []
 
@@ -58,7 +58,7 @@ def test_a_sweep_takes_the_fastest_once_and_says_what_to_check_in(capsys):
         tuning.autotune(("op", 90, "another"), ["too large"], run, clock)
 
 
-def test_sweeping_is_asked_for(monkeypatch):
+def test_autotuning_is_asked_for(monkeypatch):
     monkeypatch.delenv("SAEFAST_AUTOTUNE", raising=False)
     assert not tuning.autotuning()
     monkeypatch.setenv("SAEFAST_AUTOTUNE", "1")

@@ -1,4 +1,4 @@
-"""What is killed beside plain training runs: sweeps, runs off shard folders and running models, and harvests.
+"""What is killed besides plain training runs: several runs at once, runs from shards and running models, harvests.
 
 Each task is a function of a job (see train_job.py), whose "acts" is a folder that `prepare` has filled.
 """
@@ -49,21 +49,21 @@ def config(job: Job) -> TrainConfig:
 
 
 def mapped(job: Job) -> None:
-    """One run off a shard folder, or off a file, named by its path as most runs are."""
+    """One run from a shard folder, or from a file, named by its path as most runs are."""
     data = Path(job["acts"], job["data"])
     source = data if data.is_file() else open_source(data, hook=HOOKS[0], shuffle=job.get("shuffle", "mapped"))
     train(source, train_job.SAE, config(job), job["out_dir"], resume=job.get("resume", False))
 
 
-def sweep(job: Job) -> None:
-    """Three runs side by side off one folder."""
+def several(job: Job) -> None:
+    """Three runs side by side from one folder."""
     sources = {hook: open_source(Path(job["acts"], "shards"), hook=hook, shuffle="buffer") for hook in HOOKS}
     members = {hook: Member(source, train_job.SAE, config(job)) for hook, source in sources.items()}
     train_many(members, job["out_dir"], resume=job.get("resume", False))
 
 
 def live(job: Job) -> None:
-    """Two runs off a model that is running."""
+    """Two runs from a model that is running."""
     sources = live_sources(HARVEST, text=tiny_models.documents(), reservoir_rows=256, **language_model())
     sae = dataclasses.replace(train_job.SAE, d_in=16)
     members = {hook: Member(source, sae, config(job)) for hook, source in sources.items()}
@@ -88,4 +88,4 @@ def warm_up(task: str) -> None:
         model["model"](torch.ones(1, 3, dtype=torch.long))
 
 
-TASKS: dict[str, Callable[[Job], None]] = {"mapped": mapped, "sweep": sweep, "live": live, "harvest": harvested}
+TASKS: dict[str, Callable[[Job], None]] = {"mapped": mapped, "several": several, "live": live, "harvest": harvested}

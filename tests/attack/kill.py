@@ -101,7 +101,7 @@ CONDITIONS = [
     Condition("file", {"task": "mapped", "data": "rows.npy"}),
     Condition("shards, mapped", {"task": "mapped", "data": "shards"}),
     Condition("shards, buffer, lean", {"task": "mapped", "data": "shards", "shuffle": "buffer", "config": LEAN}),
-    Condition("sweep", {"task": "sweep"}, outcome_of_many, check_many),
+    Condition("several", {"task": "several"}, outcome_of_many, check_many),
     Condition("live", {"task": "live"}, outcome_of_many, check_many),
     Condition("harvest", {"task": "harvest"}, harvest_outcome, check_no_leftovers),
 ]

@@ -1,7 +1,7 @@
 """Training steps on the emulated GPU against the CPU engine: the drivers, their launches and the compiled kernels.
 
 Everything that a step launches, with the weights' own dtypes: bf16 and int8 in the lean optimiser, hot latents' dense
-blocks, sweeps over whole matrices (NORM = 0), AuxK, several prefixes, clipping, averages and every way to keep the
+blocks, settling of whole matrices (NORM = 0), AuxK, several prefixes, clipping, averages and every way to keep the
 decoder's norm.
 """
 

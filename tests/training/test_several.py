@@ -74,7 +74,7 @@ def test_ctrl_c_saves_all_and_resume_ends_as_if_nothing_had_happened(tmp_path, m
 def test_a_bad_member_is_named_and_no_folder_stays(tmp_path):
     bad = members() | {"wrong": Member(ROWS, SAEConfig(d_in=9, n_latents=16, k=2), CONFIG)}
     with pytest.raises(InputError, match=r"^wrong: .*expected d_in = 9"):
-        train_many(bad, tmp_path / "sweep")
+        train_many(bad, tmp_path / "several")
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="members is empty"):
         train_many({})
