@@ -1,4 +1,8 @@
-"""Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns."""
+"""Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns.
+
+`evaluate` streams rows through an SAE, whatever its architecture; `evaluate_run` finds the run's own rows and language
+model, and leaves eval.json and latents.safetensors in its folder.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field

@@ -6,6 +6,7 @@ each: O(L · (n + KEPT_TOKENS)) memory beside one batch, whatever the number of 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from saefast.models.sae import SAE
 
 # Entries waiting to be summed before they are sorted into the table: about 100 MB.
 _PENDING = 1 << 22
+# Pairs sorted at a time where the table is full.
+_AT_A_TIME = 1 << 18
 # Tokens kept per latent where the table of pairs is full.
 KEPT_TOKENS = 64
 
@@ -88,7 +91,8 @@ class PairSums:
         self.vocabulary = vocabulary
         self.totals = torch.zeros(n_latents, dtype=torch.float64, device="cpu")
         empty = torch.zeros(0, dtype=torch.int64, device="cpu")
-        self._pending = [(empty, empty, empty.double())]
+        # Columns of what is summed already and of what waits for it: keys, counts, sums.
+        self._pending = [empty], [empty], [empty.double()]
         self._waiting = 0
 
     def update(self, acts: Tensor, idx: Tensor, tokens: Tensor) -> None:
@@ -97,29 +101,52 @@ class PairSums:
         latents, values = idx[fired].long(), acts[fired].double()
         keys = latents * self.vocabulary + tokens[:, None].expand(acts.shape)[fired]
         self.totals.index_add_(0, latents, values)
-        self._pending.append((keys, torch.ones_like(keys), values))
+        for column, new in zip(self._pending, (keys, torch.ones_like(keys), values), strict=True):
+            column.append(new)
         self._waiting += len(keys)
         if self._waiting > _PENDING:
             self._sum()
 
     def close(self) -> None:
         self._sum()
-        keys, self.counts, self.sums = self._pending[0]
+        (keys,), (self.counts,), (self.sums,) = self._pending
         self.latents, self.tokens = keys // self.vocabulary, keys % self.vocabulary
 
     def _sum(self) -> None:
-        keys, place = torch.unique(self._column(0), return_inverse=True)
-        counts, sums = (
-            torch.zeros(len(keys), dtype=dtype, device="cpu").index_add_(0, place, self._column(number))
-            for number, dtype in ((1, torch.int64), (2, torch.float64))
-        )
-        if len(keys) > max(KEPT_TOKENS * len(self.totals), _PENDING):
-            kept = strongest(sums, keys // self.vocabulary, KEPT_TOKENS)[0].sort().values
-            keys, counts, sums = keys[kept], counts[kept], sums[kept]
-        self._pending, self._waiting = [(keys, counts, sums)], 0
+        table = self._summed()
+        if len(table[0]) > max(KEPT_TOKENS * len(self.totals), _PENDING):
+            kept = self._most_active(table[0], table[2])
+            table = [column[kept] for column in table]
+        for column, new in zip(self._pending, table, strict=True):
+            column.append(new)
+        self._waiting = 0
 
-    def _column(self, number: int) -> Tensor:
-        return torch.cat([part[number] for part in self._pending])
+    def _summed(self) -> list[Tensor]:
+        """Takes all columns, and gives them back with one line a key, ascending."""
+        keys, place = torch.unique(_taken(self._pending[0]), return_inverse=True)
+        table = [keys]
+        for parts in self._pending[1:]:
+            values = _taken(parts)
+            table.append(values.new_zeros(len(keys)).index_add_(0, place, values))
+        return table
+
+    def _most_active(self, keys: Tensor, sums: Tensor) -> Tensor:
+        """Where the KEPT_TOKENS largest sums of each latent stand, ascending. Sorts some latents at a time."""
+        n_latents = len(self.totals)
+        step = max(1, n_latents * _AT_A_TIME // len(keys))
+        first = torch.arange(0, n_latents + step, step, dtype=torch.int64, device="cpu") * self.vocabulary
+        kept = [
+            start + strongest(sums[start:stop], keys[start:stop] // self.vocabulary, KEPT_TOKENS)[0].sort().values
+            for start, stop in pairwise(torch.searchsorted(keys, first).tolist())
+        ]
+        return torch.cat(kept)
+
+
+def _taken(parts: list[Tensor]) -> Tensor:
+    """Parts as one tensor; the list is empty then, so that nothing is held twice."""
+    whole = torch.cat(parts)
+    parts.clear()
+    return whole
 
 
 @dataclass

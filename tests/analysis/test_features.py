@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor
 
 from saefast.analysis.evaluation import evaluate
@@ -72,6 +73,7 @@ def test_a_full_table_keeps_what_matters_to_a_latent(monkeypatch: pytest.MonkeyP
     """Every other firing of a latent is on its own token, all others on tokens that come once: those are dropped."""
     monkeypatch.setattr("saefast.analysis.features._PENDING", 150)
     monkeypatch.setattr("saefast.analysis.features.KEPT_TOKENS", 3)
+    monkeypatch.setattr("saefast.analysis.features._AT_A_TIME", 40)  # so that latents are sorted in several goes
     rows = torch.arange(3000)
     latents, on_own = rows % L, (rows // L) % 2 == 0
     tokens, acts = torch.where(on_own, latents, L + rows), torch.where(on_own, 1.0, 0.5) + 0.1 * torch.rand(3000)
@@ -87,6 +89,26 @@ def test_a_full_table_keeps_what_matters_to_a_latent(monkeypatch: pytest.MonkeyP
     per_latent = torch.zeros(2, L, dtype=torch.float64).index_put_((on_own.long(), latents), acts.double(), True)
     torch.testing.assert_close(pairs.sums[own], per_latent[1])
     torch.testing.assert_close(pairs.totals, per_latent.sum(0))
+
+
+def most_held(n_batches: int) -> int:
+    """The most bytes that a table of pairs holds over some batches of latents and tokens drawn at random."""
+    pairs = PairSums(500, 10_000)
+    with Allocations(pairs.totals) as made:
+        for _ in range(n_batches):
+            pairs.update(torch.rand(100, 8) + 0.1, torch.randint(500, (100, 8)), torch.randint(10_000, (100,)))
+        pairs.close()
+    return made.peak
+
+
+def test_memory_is_bounded_whatever_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saefast.analysis.features._PENDING", 10_000)
+    monkeypatch.setattr("saefast.analysis.features._AT_A_TIME", 2_000)
+    some, twice = most_held(100), most_held(200)
+    assert twice <= 1.02 * some
+    # Pairs at a time: those of a full table and those that wait. Each is three numbers, before and after it is summed.
+    # And ten for those that are sorted together.
+    assert twice <= (64 * 500 + 10_000 + 800) * 8 * 6 + 2_000 * 8 * 10
 
 
 class Padded(SAE):
