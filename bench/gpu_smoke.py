@@ -16,6 +16,7 @@ from bench.gpu_smoke_rows import OPERATIONS, row_operation
 from bench.gpu_smoke_steps import STEPS, three_steps
 from saefast.kernels import tuning
 from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops.code import Code, Prefixes
 from saefast.ops.reference import stable_topk
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
@@ -167,7 +168,7 @@ def decode_loss(size: Size, device: str) -> dict[str, Any]:
     def run(module: Any, dtype: torch.dtype) -> list[Tensor]:
         residual = torch.zeros(1, size.B, size.D, dtype=dtype, device=device)
         found = module.decode_loss(
-            x.to(dtype), acts.to(dtype), idx, W.to(dtype), b.to(dtype), [0.5], [size.k], residual
+            x.to(dtype), Code(acts.to(dtype), idx), W.to(dtype), b.to(dtype), Prefixes([size.k], [0.5]), residual
         )
         return [residual, found.squares, found.grad_acts]
 

@@ -141,6 +141,23 @@ void bind_matrices(py::module_& m) {
         .def(py::init(&make_gradient), "source"_a, "offsets"_a, "row"_a, "coef"_a);
 }
 
+saefast::CodeEntries make_code(handle acts, handle idx, handle row_ptr) {
+    saefast::CodeEntries code;
+    if (row_ptr.is_none()) {
+        code.B = size("idx", idx, 0, 2), code.K = size("idx", idx, 1, 2);
+        code.n = product({code.B, code.K});
+    } else {
+        code.n = length("idx", idx), code.B = length("row_ptr", row_ptr) - 1;
+        code.row_ptr = at<int32_t>("row_ptr", row_ptr, code.B + 1);
+        check_offsets("row_ptr", code.row_ptr, code.B + 1, code.n);
+        if (code.B < 0 || code.row_ptr[0] != 0 || (code.B == 0 && code.n > 0))
+            throw py::value_error("row_ptr does not begin at 0, or has no row for the entries");
+    }
+    code.acts = at<float>("acts", acts, code.n);
+    code.idx = at<int32_t>("idx", idx, code.n);
+    return code;
+}
+
 void bind_code(py::module_& m) {
     using namespace saefast;
     m.def(
@@ -155,31 +172,40 @@ void bind_code(py::module_& m) {
             return group_entries(entries, kept, n, n_latents, to_order, to_latents, to_offsets);
         },
         "idx"_a, "keep"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a);
+    py::class_<EntryPart>(m, "EntryPart")
+        .def(py::init([](handle acts, handle idx, handle row_ptr, handle grad) {
+                 const CodeEntries code = make_code(acts, idx, row_ptr);
+                 return EntryPart{code, at<float>("grad", grad, code.n)};
+             }),
+             "acts"_a, "idx"_a, "row_ptr"_a, "grad"_a);
     m.def(
         "fill_entries",
-        [](handle acts, handle grad, const std::vector<int64_t>& columns, const std::vector<int32_t>& bounds,
-           int64_t n_tokens, int64_t n_latents, handle order, handle latents, handle offsets, handle dec_row, handle dec_coef,
-           handle enc_row, handle enc_coef, handle grad_by_latent) {
+        [](const std::vector<EntryPart>& parts, const std::vector<int32_t>& bounds, bool by_latent, int64_t n_latents,
+           handle order, handle latents, handle offsets, handle dec_row, handle dec_coef, handle enc_row,
+           handle enc_coef, handle grad_by_latent) {
             int64_t all = 0;
-            for (int64_t width : columns) all += product({n_tokens, width});
-            const int64_t n = length("order", order), n_runs = length("latents", latents);
-            const EntryParts parts{at<float>("acts", acts, all),           at<float>("grad", grad, all),
-                                   columns.data(),                         static_cast<int64_t>(columns.size()),
-                                   bounds.data(),                          static_cast<int64_t>(bounds.size()),
-                                   n_tokens};
-            const auto *from = at<int32_t>("order", order, n), *of = at<int32_t>("latents", latents, n_runs);
-            const auto* cuts = at<int32_t>("offsets", offsets, n_runs + 1);
-            check_inside("order", from, n, all);
-            check_inside("latents", of, n_runs, n_latents);
-            check_offsets("offsets", cuts, n_runs + 1, n);
-            auto *to_dec = at<int32_t>("dec_row", dec_row, n), *to_enc = at<int32_t>("enc_row", enc_row, n);
-            auto *dec = at<float>("dec_coef", dec_coef, n), *enc = at<float>("enc_coef", enc_coef, n);
-            auto* sums = at<float>("grad_by_latent", grad_by_latent, n_latents);
+            for (const EntryPart& part : parts) {
+                check_count("a part's code", "rows", part.code.B, parts[0].code.B, false);
+                all += part.code.n;
+            }
+            const int64_t n = length("order", order), n_groups = length("latents", latents);
+            const Groups groups{at<int32_t>("order", order, n), at<int32_t>("latents", latents, n_groups),
+                                at<int32_t>("offsets", offsets, n_groups + 1), n_groups};
+            check_inside("order", groups.order, n, all);
+            check_inside("latents", groups.latents, n_groups, n_latents);
+            check_offsets("offsets", groups.offsets, n_groups + 1, n);
+            const Prefixes prefixes{bounds.data(), static_cast<int64_t>(bounds.size()), by_latent};
+            const Entries out{at<int32_t>("dec_row", dec_row, n),
+                              at<float>("dec_coef", dec_coef, n),
+                              at<int32_t>("enc_row", enc_row, n),
+                              at<float>("enc_coef", enc_coef, n),
+                              at<float>("grad_by_latent", grad_by_latent, n_latents),
+                              n_latents};
             py::gil_scoped_release release;
-            fill_entries(parts, from, of, cuts, n_runs, n_latents, to_dec, dec, to_enc, enc, sums);
+            fill_entries(parts, prefixes, groups, out);
         },
-        "acts"_a, "grad"_a, "columns"_a, "bounds"_a, "n_tokens"_a, "n_latents"_a, "order"_a, "latents"_a,
-        "offsets"_a, "dec_row"_a, "dec_coef"_a, "enc_row"_a, "enc_coef"_a, "grad_by_latent"_a);
+        "parts"_a, "bounds"_a, "by_latent"_a, "n_latents"_a, "order"_a, "latents"_a, "offsets"_a, "dec_row"_a,
+        "dec_coef"_a, "enc_row"_a, "enc_coef"_a, "grad_by_latent"_a);
 }
 
 // fp32 or bf16: what the row operations read a weight matrix in.
@@ -189,25 +215,23 @@ bool is_bf16(const char* name, handle W) {
     return type == saefast::Float::bf16;
 }
 
-saefast::DecodeLoss make_decode_loss(handle x, handle acts, handle idx, handle W_dec, handle b_dec, handle bounds,
-                                     handle weight, bool by_latent, handle residual, handle squares, handle grad_acts,
-                                     handle error, bool relu) {
+saefast::DecodeLoss make_decode_loss(handle x, handle acts, handle idx, handle row_ptr, handle W_dec, handle b_dec,
+                                     handle bounds, handle weight, bool by_latent, int64_t main, handle residual,
+                                     handle squares, handle grad_acts, handle error, bool relu) {
     saefast::DecodeLoss a;
-    a.B = size("idx", idx, 0, 2), a.K = size("idx", idx, 1, 2), a.P = length("weight", weight);
+    a.code = make_code(acts, idx, row_ptr);
     a.d = size("W_dec", W_dec, 1, 2), a.n_latents = size("W_dec", W_dec, 0, 2);
-    a.bf16 = is_bf16("W_dec", W_dec), a.by_latent = by_latent, a.relu = relu;
-    const int64_t code = product({a.B, a.K}), rows = product({a.B, a.d});
+    a.bf16 = is_bf16("W_dec", W_dec), a.main = main, a.relu = relu;
+    const int64_t P = length("weight", weight), rows = product({a.code.B, a.d});
     a.x = at<float>("x", x, rows);
-    a.acts = at<float>("acts", acts, code);
-    a.idx = at<int32_t>("idx", idx, code);
     a.W_dec = floats("W_dec", W_dec, a.bf16 ? saefast::Float::bf16 : saefast::Float::fp32,
                      product({a.n_latents, a.d}));
     a.b_dec = maybe<float>("b_dec", b_dec, a.d);
-    a.bounds = at<int32_t>("bounds", bounds, a.P);
-    a.weight = at<float>("weight", weight, a.P);
-    a.residual = at<float>("residual", residual, product({a.P, rows}));
-    a.squares = at<float>("squares", squares, product({a.P, a.B}));
-    a.grad_acts = at<float>("grad_acts", grad_acts, code);
+    a.prefixes = {at<int32_t>("bounds", bounds, P), P, by_latent};
+    a.weight = at<float>("weight", weight, P);
+    a.residual = at<float>("residual", residual, product({P, rows}));
+    a.squares = at<float>("squares", squares, product({P, a.code.B}));
+    a.grad_acts = at<float>("grad_acts", grad_acts, a.code.n);
     a.error = maybe<float>("error", error, rows);
     return a;
 }
@@ -218,17 +242,10 @@ void bind_rows(py::module_& m) {
     bind_row_ops<LeanMatrix, LeanJob>(m);
     m.def("update_rows", &update_rows, "jobs"_a, "lean_jobs"_a, "n_threads"_a,
           py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "decode_loss",
-        [](handle x, handle acts, handle idx, handle W_dec, handle b_dec, handle bounds, handle weight, bool by_latent,
-           handle residual, handle squares, handle grad_acts, handle error, bool relu, int n_threads) {
-            const DecodeLoss args = make_decode_loss(x, acts, idx, W_dec, b_dec, bounds, weight, by_latent, residual,
-                                                     squares, grad_acts, error, relu);
-            py::gil_scoped_release release;
-            decode_loss(args, n_threads);
-        },
-        "x"_a, "acts"_a, "idx"_a, "W_dec"_a, "b_dec"_a, "bounds"_a, "weight"_a, "by_latent"_a, "residual"_a,
-        "squares"_a, "grad_acts"_a, "error"_a, "relu"_a, "n_threads"_a);
+    py::class_<DecodeLoss>(m, "DecodeLoss")
+        .def(py::init(&make_decode_loss), "x"_a, "acts"_a, "idx"_a, "row_ptr"_a, "W_dec"_a, "b_dec"_a, "bounds"_a,
+             "weight"_a, "by_latent"_a, "main"_a, "residual"_a, "squares"_a, "grad_acts"_a, "error"_a, "relu"_a);
+    m.def("decode_loss", &decode_loss, "args"_a, "n_threads"_a, py::call_guard<py::gil_scoped_release>());
     m.def(
         "weighted_row_sum",
         [](handle W, handle rows, handle coef, handle out, int n_threads) {

@@ -40,57 +40,58 @@ struct RowsOf {
     }
 };
 
-int64_t prefix_of(const DecodeLoss& a, int64_t entry, int64_t j) {
-    const int32_t key = a.by_latent ? a.idx[entry] : static_cast<int32_t>(j);
-    return std::upper_bound(a.bounds, a.bounds + a.P, key) - a.bounds;
+int64_t prefix_of(const DecodeLoss& a, int64_t entry, int64_t begin) {
+    return a.prefixes.of(entry - begin, a.code.idx[entry]);
 }
 
-// acc += the entries of token b that prefix p adds to those before it.
+// acc += the entries of row b that prefix p adds to those before it.
 void decode_prefix(const DecodeLoss& a, int64_t b, int64_t p, float* acc) {
     const RowsOf W{a.W_dec, a.bf16, a.d};
-    for (int64_t j = 0; j < a.K; ++j) {
-        const int64_t entry = b * a.K + j;
-        if (j + 1 < a.K) W.prefetch(a.idx[entry + 1]);
-        if (a.acts[entry] == 0.0f || (a.P > 1 && prefix_of(a, entry, j) != p)) continue;
-        W.add_scaled(acc, a.idx[entry], a.acts[entry]);
+    const int64_t begin = a.code.begin(b), end = a.code.begin(b + 1);
+    for (int64_t entry = begin; entry < end; ++entry) {
+        if (entry + 1 < end) W.prefetch(a.code.idx[entry + 1]);
+        const float act = a.code.acts[entry];
+        if (act != 0.0f && prefix_of(a, entry, begin) == p) W.add_scaled(acc, a.code.idx[entry], act);
     }
 }
 
-void decode_token(const DecodeLoss& a, int64_t b, float* acc) {
-    const int64_t plane = a.B * a.d;
+void decode_row(const DecodeLoss& a, int64_t b, float* acc) {
+    const int64_t plane = a.code.B * a.d, P = a.prefixes.P, begin = a.code.begin(b), end = a.code.begin(b + 1);
     const RowsOf W{a.W_dec, a.bf16, a.d};
     float* residual = a.residual + b * a.d;
     if (a.b_dec == nullptr)
         std::fill(acc, acc + a.d, 0.0f);
     else
         std::copy(a.b_dec, a.b_dec + a.d, acc);
-    for (int64_t p = 0; p < a.P; ++p) {
+    for (int64_t p = 0; p < P; ++p) {
         float* e = residual + p * plane;
         decode_prefix(a, b, p, acc);
         rowmath::subtract(e, a.x + b * a.d, acc, a.d);
-        a.squares[p * a.B + b] = rowmath::dot(e, e, a.d);
-        if (p == 0 && a.error != nullptr) std::copy(e, e + a.d, a.error + b * a.d);
+        a.squares[p * a.code.B + b] = rowmath::dot(e, e, a.d);
+        if (p == a.main && a.error != nullptr) std::copy(e, e + a.d, a.error + b * a.d);
         rowmath::scale(e, a.weight[p], a.d);
     }
-    for (int64_t p = a.P - 2; p >= 0; --p) rowmath::add(residual + p * plane, residual + (p + 1) * plane, a.d);
-    for (int64_t j = 0; j < a.K; ++j) {
-        const int64_t entry = b * a.K + j, p = a.P > 1 ? prefix_of(a, entry, j) : 0;
-        const bool off = p >= a.P || (a.relu && !(a.acts[entry] > 0.0f));
-        a.grad_acts[entry] = off ? 0.0f : -2.0f * W.dot(residual + p * plane, a.idx[entry]);
+    for (int64_t p = P - 2; p >= 0; --p) rowmath::add(residual + p * plane, residual + (p + 1) * plane, a.d);
+    for (int64_t entry = begin; entry < end; ++entry) {
+        const int64_t p = prefix_of(a, entry, begin);
+        const bool off = p >= P || (a.relu && !(a.code.acts[entry] > 0.0f));
+        a.grad_acts[entry] = off ? 0.0f : -2.0f * W.dot(residual + p * plane, a.code.idx[entry]);
     }
 }
 
 }  // namespace
 
-void decode_loss(const DecodeLoss& args, int n_threads) {
-    for (int64_t i = 0; i < args.B * args.K; ++i)
-        if (args.idx[i] < 0 || args.idx[i] >= args.n_latents)
-            throw std::out_of_range("idx[" + std::to_string(i) + "] is " + std::to_string(args.idx[i]) +
-                                    ", outside [0, " + std::to_string(args.n_latents) + ")");
-    parallel_for(args.B, n_threads, [&](int64_t begin, int64_t end) {
-        std::vector<float> acc(static_cast<size_t>(args.d));
-        for (int64_t b = begin; b < end; ++b) decode_token(args, b, acc.data());
-    }, kWorkPerThread / std::max<int64_t>(1, args.K * args.d));
+void decode_loss(const DecodeLoss& a, int n_threads) {
+    for (int64_t i = 0; i < a.code.n; ++i)
+        if (a.code.idx[i] < 0 || a.code.idx[i] >= a.n_latents)
+            throw std::out_of_range("idx[" + std::to_string(i) + "] is " + std::to_string(a.code.idx[i]) +
+                                    ", outside [0, " + std::to_string(a.n_latents) + ")");
+    std::fill(a.grad_acts + a.code.begin(a.code.B), a.grad_acts + a.code.n, 0.0f);
+    const int64_t row_work = a.code.n / std::max<int64_t>(1, a.code.B) * a.d;
+    parallel_for(a.code.B, n_threads, [&](int64_t begin, int64_t end) {
+        std::vector<float> acc(static_cast<size_t>(a.d));
+        for (int64_t b = begin; b < end; ++b) decode_row(a, b, acc.data());
+    }, kWorkPerThread / std::max<int64_t>(1, row_work));
 }
 
 void weighted_row_sum(const void* base, bool bf16, int64_t d, const int32_t* rows, const float* coef, int64_t n, float* out,

@@ -5,6 +5,7 @@
 // not depend on the number of threads. No torch, no Python. All matrices are fp32, row-major and contiguous.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -17,24 +18,57 @@ namespace saefast {
 int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
                    int32_t* latents, int32_t* offsets);
 
-// Entries of a code made of parts, each (n_tokens, columns), one after the other. Part 0's column j hears the first
-// residual plane p with j < bounds[p]; a further part hears the plane after those.
-struct EntryParts {
+// A sparse code's entries: K in each of B rows, or as many as row_ptr says.
+struct CodeEntries {
     const float* acts = nullptr;
-    const float* grad = nullptr;  // dloss / dacts
-    const int64_t* columns = nullptr;
-    int64_t n_parts = 0;
-    const int32_t* bounds = nullptr;
-    int64_t n_bounds = 0;
-    int64_t n_tokens = 0;
+    const int32_t* idx = nullptr;
+    const int32_t* row_ptr = nullptr;  // (B + 1) from 0 on; entries from row_ptr[B] on belong to no row. Or null
+    int64_t n = 0;                     // entries, those of no row included
+    int64_t B = 0, K = 0;
+
+    int64_t begin(int64_t b) const { return row_ptr == nullptr ? b * K : row_ptr[b]; }
+    int64_t row_of(int64_t entry) const;  // the last row for an entry of none
 };
 
-// For each of n grouped entries: its rows in the residual planes and in the encoder's input, and its weights there
-// (-2 · act, as residuals are minus half the gradient, and grad). grad_by_latent (n_latents) gets Σ grad of each run, 0
-// elsewhere.
-void fill_entries(const EntryParts& parts, const int32_t* order, const int32_t* latents, const int32_t* offsets,
-                  int64_t n_runs, int64_t n_latents, int32_t* dec_row, float* dec_coef, int32_t* enc_row,
-                  float* enc_coef, float* grad_by_latent);
+// An entry belongs to the first prefix p with key < bounds[p]; its key is its place in its row or, by_latent, its
+// latent. P prefixes.
+struct Prefixes {
+    const int32_t* bounds = nullptr;  // (P) ascending
+    int64_t P = 1;
+    bool by_latent = false;
+
+    // P for none.
+    int64_t of(int64_t place, int32_t latent) const {
+        return std::upper_bound(bounds, bounds + P, by_latent ? int64_t{latent} : place) - bounds;
+    }
+};
+
+// A part of the entries that a step updates by, and their gradient.
+struct EntryPart {
+    CodeEntries code;
+    const float* grad = nullptr;  // dloss / dacts
+};
+
+// Grouped entries of some parts, numbered one part after the other.
+struct Groups {
+    const int32_t *order = nullptr, *latents = nullptr, *offsets = nullptr;
+    int64_t n = 0;
+};
+
+// For each grouped entry: its rows in the residual planes (each of B rows) and in the encoder's input, and its weights
+// there (-2 · act, as residuals are minus half the gradient, and grad). An entry of part 0 has the plane of its prefix,
+// and the weight 0 if it has none; one of part i > 0 has plane P - 1 + i. grad_by_latent (n_latents) gets Σ grad of
+// each group, 0 elsewhere.
+struct Entries {
+    int32_t* dec_row = nullptr;
+    float* dec_coef = nullptr;
+    int32_t* enc_row = nullptr;
+    float* enc_coef = nullptr;
+    float* grad_by_latent = nullptr;
+    int64_t n_latents = 0;
+};
+void fill_entries(const std::vector<EntryPart>& parts, const Prefixes& prefixes, const Groups& groups,
+                  const Entries& out);
 
 // Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]. A null
 // `offsets` means that all of them are zero. Runs longer than kPiece entries are summed piece by piece and the pieces
@@ -131,24 +165,22 @@ void update_rows(const std::vector<AdamJob>& jobs, const std::vector<LeanJob>& l
 // The `squares` that update_rows would report, nothing else written: the first pass of clipping by the global norm.
 void gradient_squares(const AdamJob& job, int n_threads);
 
-// Decode, residual, loss sums and the gradient to the activations, each decoder row read once from memory.
-// Entry j of token b belongs to the first prefix p with key < bounds[p], key being j (by_latent false: nested top-k,
-// MultiTopK) or idx[b, j] (Matryoshka). Prefix p decodes the entries of prefixes 0 .. p.
+// Decode, residual, loss sums and the gradient to the activations, each decoder row read once from memory. Prefix p
+// decodes the entries of prefixes 0 .. p.
 struct DecodeLoss {
     const float* x = nullptr;        // (B, d)
-    const float* acts = nullptr;     // (B, K)
-    const int32_t* idx = nullptr;    // (B, K)
+    CodeEntries code;
     const void* W_dec = nullptr;     // (L, d) fp32, or bf16 where `bf16` says so
     bool bf16 = false;
     const float* b_dec = nullptr;    // (d) or null
-    const int32_t* bounds = nullptr; // (P) ascending
+    Prefixes prefixes;
     const float* weight = nullptr;   // (P) dloss / dΣe² of each prefix
-    int64_t B = 0, K = 0, P = 1, d = 0, n_latents = 0;
-    bool by_latent = false;
+    int64_t main = 0;                // the prefix whose e is written to `error`
+    int64_t d = 0, n_latents = 0;
     float* residual = nullptr;   // (P, B, d) -> Σ over p' >= p of weight[p'] · e[p'], e = x - x_hat
-    float* squares = nullptr;    // (P, B) -> Σ e² of each token
-    float* grad_acts = nullptr;  // (B, K) -> dloss / dacts
-    float* error = nullptr;      // (B, d) -> e of the first prefix, or null
+    float* squares = nullptr;    // (P, B) -> Σ e² of each row
+    float* grad_acts = nullptr;  // (n) -> dloss / dacts; 0 for entries of no row
+    float* error = nullptr;      // (B, d) -> e, or null
     bool relu = true;            // acts went through ReLU: where they are not positive, grad_acts is 0
 };
 void decode_loss(const DecodeLoss& args, int n_threads);

@@ -64,27 +64,33 @@ int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_
     return runs;
 }
 
-void fill_entries(const EntryParts& parts, const int32_t* order, const int32_t* latents, const int32_t* offsets,
-                  int64_t n_runs, int64_t n_latents, int32_t* dec_row, float* dec_coef, int32_t* enc_row,
-                  float* enc_coef, float* grad_by_latent) {
-    std::fill(grad_by_latent, grad_by_latent + n_latents, 0.0f);
-    for (int64_t run = 0; run < n_runs; ++run) {
+int64_t CodeEntries::row_of(int64_t entry) const {
+    if (row_ptr == nullptr) return entry / K;
+    return std::min<int64_t>(std::upper_bound(row_ptr + 1, row_ptr + B + 1, entry) - (row_ptr + 1), B - 1);
+}
+
+void fill_entries(const std::vector<EntryPart>& parts, const Prefixes& prefixes, const Groups& groups,
+                  const Entries& out) {
+    std::fill(out.grad_by_latent, out.grad_by_latent + out.n_latents, 0.0f);
+    for (int64_t g = 0; g < groups.n; ++g) {
+        const int32_t latent = groups.latents[g];
         float sum = 0;
-        for (int64_t i = offsets[run]; i < offsets[run + 1]; ++i) {
-            const int64_t entry = order[i];
-            int64_t part = 0, at = entry;
-            while (at >= parts.n_tokens * parts.columns[part]) at -= parts.n_tokens * parts.columns[part++];
-            const int64_t token = at / parts.columns[part], j = at % parts.columns[part];
+        for (int64_t i = groups.offsets[g]; i < groups.offsets[g + 1]; ++i) {
+            size_t part = 0;
+            int64_t entry = groups.order[i];
+            while (entry >= parts[part].code.n) entry -= parts[part++].code.n;
+            const CodeEntries& code = parts[part].code;
+            const int64_t row = code.row_of(entry);
+            const int64_t prefix = part > 0 ? 0 : prefixes.of(entry - code.begin(row), latent);
             const int64_t plane =
-                part > 0 ? parts.n_bounds - 1 + part
-                         : std::upper_bound(parts.bounds, parts.bounds + parts.n_bounds, j) - parts.bounds;
-            dec_row[i] = static_cast<int32_t>(plane * parts.n_tokens + token);
-            dec_coef[i] = -2.0f * parts.acts[entry];
-            enc_row[i] = static_cast<int32_t>(token);
-            enc_coef[i] = parts.grad[entry];
-            sum += parts.grad[entry];
+                part > 0 ? prefixes.P - 1 + static_cast<int64_t>(part) : std::min(prefix, prefixes.P - 1);
+            out.dec_row[i] = static_cast<int32_t>(plane * code.B + row);
+            out.dec_coef[i] = prefix < prefixes.P ? -2.0f * code.acts[entry] : 0.0f;
+            out.enc_row[i] = static_cast<int32_t>(row);
+            out.enc_coef[i] = parts[part].grad[entry];
+            sum += parts[part].grad[entry];
         }
-        grad_by_latent[latents[run]] = sum;
+        out.grad_by_latent[latent] = sum;
     }
 }
 

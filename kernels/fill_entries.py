@@ -9,34 +9,54 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["n", "n_tokens", "K", "K_more"])
+@triton.jit(do_not_specialize=["n", "B", "K", "begin", "P", "MORE"])
 def fill_entries(
     order_ptr,  # (n,) int32: places in the flattened parts, one part after the other
-    acts_ptr,  # (n,)
-    grad_ptr,  # (n,)
+    acts_ptr,  # (entries of all parts,)
+    grad_ptr,
+    idx_ptr,  # (first part's entries,) int32, or None: prefixes are by place
+    row_ptr,  # (B + 1,) int32 of the first part, or None: it has K entries a row
+    token_ptr,  # (first part's entries,) int32, or None
     bounds_ptr,  # (P,) int32
+    columns_ptr,  # (MORE,) int32: entries a row of the parts after the first
     dec_row_ptr,  # (n,) int32 out, as the three below
     dec_coef_ptr,
     enc_row_ptr,
     enc_coef_ptr,
     n,
-    n_tokens,
-    K,  # columns of the first part
-    K_more,  # columns of a second one, or 1
-    P: tl.constexpr,
+    B,
+    K,
+    begin,  # entries of the first part
+    P,  # not constants: unrolled, the comparisons take more registers than there are for them
+    MORE,
     BLOCK: tl.constexpr,
 ):
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = e < n
     place = tl.load(order_ptr + e, mask=live, other=0)
-    second = place >= n_tokens * K
-    token = tl.where(second, (place - n_tokens * K) // K_more, place // K)
+    first = live & (place < begin)
+    if row_ptr is None:
+        token = place // K
+        key = place - token * K
+    else:
+        token = tl.load(token_ptr + place, mask=first, other=0)
+        key = place - tl.load(row_ptr + token, mask=first, other=0)
+    if idx_ptr is not None:
+        key = tl.load(idx_ptr + place, mask=first, other=0)
     plane = tl.zeros_like(place)
     for p in range(P):
-        plane += (place - token * K >= tl.load(bounds_ptr + p)).to(tl.int32)
-    plane = tl.where(second, P, plane)
-    tl.store(dec_row_ptr + e, plane * n_tokens + token, mask=live)
-    tl.store(dec_coef_ptr + e, -2 * tl.load(acts_ptr + place, mask=live, other=0.0), mask=live)
+        plane += (key >= tl.load(bounds_ptr + p)).to(tl.int32)
+    act = tl.load(acts_ptr + place, mask=live, other=0.0)
+    act = tl.where(first & (plane == P), 0.0, act)
+    plane = tl.minimum(plane, P - 1)
+    for m in range(MORE):
+        columns = tl.load(columns_ptr + m)
+        inside = place >= begin
+        token = tl.where(inside, (place - begin) // columns, token)
+        plane = tl.where(inside, P + m, plane)
+        begin += B * columns
+    tl.store(dec_row_ptr + e, plane * B + token, mask=live)
+    tl.store(dec_coef_ptr + e, -2 * act, mask=live)
     tl.store(enc_row_ptr + e, token, mask=live)
     tl.store(enc_coef_ptr + e, tl.load(grad_ptr + place, mask=live, other=0.0), mask=live)
 

@@ -186,6 +186,12 @@ def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)
 
 
+def decode_loss_csr(D: int, planes: int = 1) -> DecodeLoss:
+    """Entries a few at a time, as `decode_loss`: 32 fp32 a thread, 16 where there are several residual planes."""
+    block_d = min(256, max(32, _power_of_2(D)))
+    return DecodeLoss(16, block_d, max(1, block_d // (64 if planes == 1 else 32)))
+
+
 def batch_sums(D: int) -> BatchSums:
     """Four columns a thread; as many rows as leave the partial sums a small share of the batch's bytes."""
     block = min(256, max(32, _power_of_2(D)))

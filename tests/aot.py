@@ -122,6 +122,7 @@ GATHERED = {
     "spmm": ("W_ptr", "UNROLL"),
     "sddmm": ("W_ptr", "BLOCK_K"),
     "decode_loss": ("W_ptr", "BLOCK_K"),
+    "decode_loss_csr": ("W_ptr", "BLOCK_K"),
     "piece_sums": ("source_ptr", "UNROLL"),
     "gradient_rows": ("source_ptr", "UNROLL"),
     "gradient_squares": ("source_ptr", "UNROLL"),

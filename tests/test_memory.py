@@ -67,8 +67,8 @@ def test_new_memory_names_its_dtype_and_its_device(module: str) -> None:
 
 # What the extension offers that takes no tensors itself; gather_rows_cuda needs a GPU.
 OTHERS = {
-    "Buffer", "BufferSettings", "HAS_CUDA", "INTERFACE", "RowStream", "gather_rows_cuda", "gradient_squares",
-    "tile_kernel_names", "update_rows",
+    "Buffer", "BufferSettings", "HAS_CUDA", "INTERFACE", "RowStream", "decode_loss", "gather_rows_cuda",
+    "gradient_squares", "tile_kernel_names", "update_rows",
 }  # fmt: skip
 METHODS = {"gather", "push", "read", "write"}
 # What these give has methods that take tensors as well.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saefast.kernels import tuning
+from saefast.ops.code import Code, Prefixes
 from saefast.ops.groups import group_entries
 from saefast.optim import lean as rows_lean
 from saefast.optim import reference as rows
@@ -184,8 +185,8 @@ def test_a_latent_that_fires_on_every_token(device):
     idx[:, 0] = 5
     acts, grad = torch.rand(B, K, device=device), torch.randn(B, K, device=device)
     runs = group_entries(idx.flatten(), torch.ones(B * K, dtype=torch.bool, device=device), L)
-    entries = rows_triton.fill_entries(runs, acts.flatten(), grad.flatten(), [K], [K], B, L)
-    plain = rows.fill_entries(runs, acts.flatten(), grad.flatten(), [K], [K], B, L)
+    parts, prefixes = [(Code(acts, idx), grad)], Prefixes([K], [])
+    entries, plain = (module.fill_entries(runs, parts, prefixes, L) for module in (rows_triton, rows))
     assert all(torch.equal(a, b) for a, b in zip(entries[:4], plain[:4], strict=True))
     torch.testing.assert_close(entries.grad_by_latent, plain.grad_by_latent, rtol=1e-5, atol=1e-4)
     source = torch.randn(B, D, device=device)

@@ -24,7 +24,7 @@ from saefast.engines.losses import DeadLatents, inverse_variance
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.models.start import scale_encoder_, start_b_dec_
-from saefast.ops.groups import Number
+from saefast.ops.code import Number
 from saefast.ops.mixed import pays_off
 from saefast.ops.reference import accumulate_dtype
 from saefast.optim.dispatch import row_ops

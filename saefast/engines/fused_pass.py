@@ -20,7 +20,8 @@ from saefast.engines.losses import DeadLatents, auxk_runs, auxk_wanted, reconstr
 from saefast.models.config import SAEConfig
 from saefast.ops import dispatch as ops
 from saefast.ops import mixed
-from saefast.ops.groups import Entries, Groups, Number
+from saefast.ops.code import Code, Number, Prefixes
+from saefast.ops.groups import Entries, Groups
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AnyMatrix, RowGradient
 
@@ -216,8 +217,9 @@ class Pass:
         if hot is not None:
             W_hot = W_dec[hot.ids].to(x.dtype)
             x, acts = x - hot.acts @ W_hot, torch.where(hot.is_hot, 0, acts)
+        self.prefixes = Prefixes(self.bounds, weight)
         decoded = self.backend.decode_loss(
-            x, acts, self.idx, W_dec, self.b_dec, weight, self.bounds, planes, error=self.error
+            x, Code(acts, self.idx), W_dec, self.b_dec, self.prefixes, planes, error=self.error
         )
         if hot is None:
             return decoded.grad_acts, decoded.squares
@@ -238,9 +240,9 @@ class Pass:
             return None, weight * serial_sum(self.aux.squares)
         acts, idx = self._encode(k, dead_ids, config.auxk_relu)
         self.model.wake(self._runs(idx, acts != 0).latents)
+        prefixes = Prefixes([k], [config.auxk_coef * weight])
         decoded = self.backend.decode_loss(
-            *(self.error, acts, idx, self.model.matrices["W_dec"].w, None),
-            *([config.auxk_coef * weight], [k], plane[None]),
+            *(self.error, Code(acts, idx), self.model.matrices["W_dec"].w, None, prefixes, plane[None]),
             relu=config.auxk_relu,
         )
         return Part(acts, idx, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
@@ -277,16 +279,15 @@ class Pass:
         self, parts: list[Part]
     ) -> tuple[Groups, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
         """The parts as entries grouped by latent, the blocks' rows beside them, and the biases' gradients."""
-        (B, D), n_latents = self.x.shape, self.model.sae.n_latents
-        acts, idx, grad = (_joined(parts, name) for name in ("acts", "idx", "grad_acts"))
+        D, n_latents = self.x.shape[1], self.model.sae.n_latents
         runs, taken = self.runs, self._taken()
         if taken or len(parts) > 1:
-            keep = acts != 0
+            keep = _joined(parts, "acts") != 0
             for entries_of_block in taken:
                 keep[: self.idx.numel()] &= ~entries_of_block.flatten()
-            runs = self._runs(idx, keep)
-        columns = [part.idx.shape[1] for part in parts]
-        entries: Entries = self.backend.fill_entries(runs, acts, grad, columns, self.bounds, B, n_latents)
+            runs = self._runs(_joined(parts, "idx"), keep)
+        code = [(Code(part.acts, part.idx), part.grad_acts) for part in parts]
+        entries: Entries = self.backend.fill_entries(runs, code, self.prefixes, n_latents)
         offsets = runs.over_all(n_latents) if self.model.dense else runs.offsets
         for_dec = RowGradient(self.planes.view(-1, D), offsets, entries.dec_row, entries.dec_coef)
         for_enc = RowGradient(self.centred, offsets, entries.enc_row, entries.enc_coef)

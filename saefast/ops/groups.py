@@ -8,9 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A number on the host, or 0-d on the device that it was worked out on: the host need not wait for it.
-Number = float | Tensor
-
 
 class Groups(NamedTuple):
     """Entries grouped by latent, in the order of the batch within a latent."""
@@ -50,15 +47,6 @@ class Entries(NamedTuple):
     """(n,) dloss / dact."""
     grad_by_latent: Tensor
     """(L,) Σ dloss / dact of each run, 0 for latents without one: the gradient of b_enc."""
-
-
-class Decoded(NamedTuple):
-    """What decode_loss finds. P prefixes of the code, B tokens."""
-
-    squares: Tensor
-    """(P, B) Σ e² of each token, e = x - x_hat."""
-    grad_acts: Tensor
-    """(B, K) dloss / dacts for the loss Σ_p weight[p] · Σ e[p]²."""
 
 
 def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:

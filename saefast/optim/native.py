@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from saefast import extension
-from saefast.ops.groups import Decoded, Entries, Groups
+from saefast.ops.code import Code, Decoded, Prefixes
+from saefast.ops.groups import Entries, Groups
 from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix
 
 
@@ -33,13 +34,12 @@ def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     return Groups(order[: int(offsets[-1])], latents[:runs], offsets)
 
 
-def fill_entries(
-    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
-) -> Entries:
-    n = len(runs.order)
+def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Prefixes, n_latents: int) -> Entries:
+    n = len(groups.order)
     dec_row, enc_row = (_new(n, dtype=torch.int32) for _ in range(2))
     found = Entries(dec_row, _new(n), enc_row, _new(n), _new(n_latents))
-    _ext().fill_entries(acts, grad, columns, bounds, n_tokens, n_latents, *runs, *found)
+    given = [_ext().EntryPart(*code, grad) for code, grad in parts]
+    _ext().fill_entries(given, prefixes.bounds, prefixes.by_latent, n_latents, *groups, *found)
     return found
 
 
@@ -55,27 +55,23 @@ def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None 
 
 def decode_loss(
     x: Tensor,
-    acts: Tensor,
-    idx: Tensor,
+    code: Code,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    weight: list[float],
-    bounds: list[int],
+    prefixes: Prefixes,
     residual: Tensor,
     *,
-    by_latent: bool = False,
     relu: bool = True,
     error: Tensor | None = None,
 ) -> Decoded:
-    squares, grad_acts = _new(len(weight), len(idx)), _new(*idx.shape)
-    weights = torch.tensor(weight, dtype=torch.float32, device="cpu")
-    limits = torch.tensor(bounds, dtype=torch.int32, device="cpu")
-    tensors = {
-        "x": x, "acts": acts, "idx": idx, "W_dec": W_dec, "b_dec": b_dec, "bounds": limits, "weight": weights,
-        "residual": residual, "squares": squares, "grad_acts": grad_acts, "error": error,
-    }  # fmt: skip
-    _ext().decode_loss(**tensors, by_latent=by_latent, relu=relu, n_threads=torch.get_num_threads())
-    return Decoded(squares, grad_acts)
+    decoded = Decoded(_new(len(prefixes.weight), code.rows), _new(*code.acts.shape))
+    weight = torch.tensor(prefixes.weight, dtype=torch.float32, device="cpu")
+    bounds = torch.tensor(prefixes.bounds, dtype=torch.int32, device="cpu")
+    args = _ext().DecodeLoss(
+        *(x, *code, W_dec, b_dec, bounds, weight, prefixes.by_latent, prefixes.main, residual, *decoded, error, relu)
+    )
+    _ext().decode_loss(args, torch.get_num_threads())
+    return decoded
 
 
 def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:

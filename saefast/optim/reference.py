@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from saefast.ops.groups import Decoded, Entries, Groups, Number, group_entries
+from saefast.ops.code import Code, Decoded, Prefixes
+from saefast.ops.groups import Entries, Groups, group_entries
 from saefast.ops.reference import accumulate_dtype
 from saefast.optim import lean as rows_lean
 from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix, Matrix, Norm, RowGradient
@@ -31,30 +32,33 @@ __all__ = [
 GATHER = 1 << 24
 
 
-def fill_entries(
-    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
-) -> Entries:
-    """Weighs the entries of a code made of parts, each (n_tokens, columns), flattened one after the other.
+def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Prefixes, n_latents: int) -> Entries:
+    """Weighs the grouped entries of a step for the updates of both weight matrices.
 
-    Part 0's column j hears the first residual plane p with j < bounds[p]; a further part the plane after those.
+    An entry of part 0 takes its gradient from the residual plane of its prefix; one that belongs to no prefix is not
+    decoded, so its weight there is 0. A further part takes it from the plane after those of the parts before.
 
     Args:
-        acts, grad: (entries,) activations and dloss / dact.
+        groups: of the parts' entries, flattened one part after the other.
+        parts: each a code of the same rows and its dloss / dacts. Those after the first have K entries a row.
     """
-    order, planes, tokens = runs.order.long(), [], []
-    for part, width in enumerate(columns):
-        column = torch.arange(width, device=acts.device)
-        heard = torch.bucketize(column, torch.tensor(bounds, dtype=torch.int64, device=acts.device), right=True)
-        planes.append((heard if part == 0 else torch.full_like(column, len(bounds) - 1 + part)).repeat(n_tokens))
-        tokens.append(torch.arange(n_tokens, device=acts.device).repeat_interleave(width))
-    token, grouped = torch.cat(tokens)[order], grad[order]
-    run = torch.repeat_interleave(runs.latents.long(), (runs.offsets[1:] - runs.offsets[:-1]).long())
+    order, P = groups.order.long(), len(prefixes.bounds)
+    prefix = prefixes.of(parts[0][0])
+    planes = [prefix.clamp_max(P - 1)]
+    planes += [torch.full_like(code.idx.flatten(), P + i).long() for i, (code, _) in enumerate(parts[1:])]
+    coefs = [
+        torch.where(prefix < P, -2 * parts[0][0].acts.flatten(), 0),
+        *(-2 * c.acts.flatten() for c, _ in parts[1:]),
+    ]
+    token = torch.cat([code.tokens() for code, _ in parts])[order]
+    grad = torch.cat([grad.flatten() for _, grad in parts])[order]
+    latent = torch.repeat_interleave(groups.latents.long(), groups.offsets.diff().long())
     return Entries(
-        (torch.cat(planes)[order] * n_tokens + token).int(),
-        -2 * acts[order],
+        (torch.cat(planes)[order] * parts[0][0].rows + token).int(),
+        torch.cat(coefs)[order],
         token.int(),
-        grouped,
-        acts.new_zeros(n_latents).index_add_(0, run, grouped),
+        grad,
+        grad.new_zeros(n_latents).index_add_(0, latent, grad),
     )
 
 
@@ -77,50 +81,51 @@ def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None 
 
 def decode_loss(
     x: Tensor,
-    acts: Tensor,
-    idx: Tensor,
+    code: Code,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    weight: list[Number],
-    bounds: list[int],
+    prefixes: Prefixes,
     residual: Tensor,
     *,
-    by_latent: bool = False,
     relu: bool = True,
     error: Tensor | None = None,
 ) -> Decoded:
     """Decode, residual, sums of squares and the gradient to the activations in one pass.
 
-    Entry j of a token belongs to the first prefix p with key < bounds[p], the key being j (nested top-k, MultiTopK) or
-    with `by_latent` the latent (Matryoshka, arXiv 2503.17547). Prefix p decodes the entries of prefixes 0 .. p.
-
     Args:
-        x: (B, D). acts, idx: (B, K). W_dec: (L, D). b_dec: (D,) or None.
-        weight: P weights, dloss / dΣe² of each prefix.
-        bounds: P ascending bounds.
+        x: (B, D).
+        code: of x's rows.
+        W_dec: (L, D). b_dec: (D,) or None.
+        prefixes: P of them.
         residual: (P, B, D) -> Σ over p' >= p of weight[p'] · e[p'], which is -1/2 dloss / dx_hat of an entry in p.
         relu: acts went through ReLU, so no gradient where they are not positive.
-        error: (B, D) -> e of the first prefix.
+        error: (B, D) -> e of prefix `prefixes.main`.
     """
-    key = idx if by_latent else torch.arange(idx.shape[1], device=idx.device).expand_as(idx).contiguous()
-    prefix = torch.bucketize(key, torch.tensor(bounds, dtype=torch.int64, device=idx.device), right=True)
+    P, token, prefix = len(prefixes.bounds), code.tokens(), prefixes.of(code)
+    acts, idx = code.acts.flatten(), code.idx.flatten().long()
     x_hat = torch.zeros_like(x) if b_dec is None else b_dec.expand_as(x).clone()
     squares = []
-    for p, w in enumerate(weight):
-        for j in range(idx.shape[1]):
-            x_hat += torch.where(prefix[:, j] == p, acts[:, j], 0)[:, None] * W_dec[idx[:, j].long()].to(x.dtype)
+    for p, w in enumerate(prefixes.weight):
+        mine = (prefix == p).nonzero().squeeze(1)
+        _add_rows(x_hat, token[mine], acts[mine], W_dec, idx[mine])
         e = x - x_hat
         squares.append(e.square().sum(1))
         residual[p] = w * e
-        if p == 0 and error is not None:
+        if p == prefixes.main and error is not None:
             error.copy_(e)
-    for p in reversed(range(len(weight) - 1)):
+    for p in reversed(range(P - 1)):
         residual[p] += residual[p + 1]
-    tokens = torch.arange(len(x), device=x.device)
-    on = (prefix < len(bounds)) & ((acts > 0) | (not relu))
-    plane = prefix.clamp(max=len(bounds) - 1)
-    dots = [(residual[plane[:, j], tokens] * W_dec[idx[:, j].long()].to(x.dtype)).sum(1) for j in range(idx.shape[1])]
-    return Decoded(torch.stack(squares), torch.where(on, -2 * torch.stack(dots, 1), 0))
+    dots, plane = torch.zeros_like(acts), prefix.clamp_max(P - 1)
+    for out, r, b, latent in _chunks(x.shape[1], dots, plane, token, idx):
+        torch.sum(residual[r, b] * W_dec[latent].to(x.dtype), dim=1, out=out)
+    on = (prefix < P) & ((acts > 0) | (not relu))
+    return Decoded(torch.stack(squares), torch.where(on, -2 * dots, 0).view_as(code.acts))
+
+
+def _add_rows(out: Tensor, to: Tensor, coef: Tensor, W: Tensor, rows: Tensor) -> None:
+    """out[to[i]] += coef[i] · W[rows[i]], for one i after the other."""
+    for there, weight, row in _chunks(W.shape[1], to, coef, rows):
+        out.index_add_(0, there, weight[:, None] * W[row].to(out.dtype))
 
 
 def gradient_rows(gradient: RowGradient) -> Tensor:
@@ -128,8 +133,7 @@ def gradient_rows(gradient: RowGradient) -> Tensor:
     counts = (gradient.offsets[1:] - gradient.offsets[:-1]).long()
     run = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     out = gradient.source.new_zeros(len(counts), gradient.source.shape[1])
-    for part, row, coef in _chunks(out.shape[1], run, gradient.row.long(), gradient.coef):
-        out.index_add_(0, part, coef[:, None] * gradient.source[row])
+    _add_rows(out, run, gradient.coef, gradient.source, gradient.row.long())
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from saefast.kernels import decode_loss as decode_kernels
 from saefast.kernels import row_update as row_kernels
 from saefast.kernels import tuning
-from saefast.ops.groups import Decoded, Number
+from saefast.ops.code import Code, Decoded, Prefixes
 from saefast.ops.triton_launch import architecture, autotunes, on_device, readable
 from saefast.optim import reference as plain
 from saefast.optim.lean import COLUMN, NORMALISED, WORD, mix
@@ -67,44 +67,48 @@ def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None 
 
 def decode_loss(
     x: Tensor,
-    acts: Tensor,
-    idx: Tensor,
+    code: Code,
     W_dec: Tensor,
     b_dec: Tensor | None,
-    weight: list[Number],
-    bounds: list[int],
+    prefixes: Prefixes,
     residual: Tensor,
     *,
-    by_latent: bool = False,
     relu: bool = True,
     error: Tensor | None = None,
 ) -> Decoded:
-    (B, K), D, P = idx.shape, x.shape[1], len(weight)
+    (B, D), P = x.shape, len(prefixes.weight)
     if x.dtype != torch.float32:
-        return plain.decode_loss(
-            x, acts, idx, W_dec, b_dec, weight, bounds, residual, by_latent=by_latent, relu=relu, error=error
-        )
-    squares, grad_acts = x.new_empty(P, B), x.new_empty(B, K)
+        return plain.decode_loss(x, code, W_dec, b_dec, prefixes, residual, relu=relu, error=error)
+    csr = code.row_ptr is not None
+    # No program writes padding's.
+    found = Decoded(x.new_empty(P, B), (torch.zeros_like if csr else torch.empty_like)(code.acts))
     if B == 0:
-        return Decoded(squares, grad_acts)
+        return found
     # Filled in on the device: to copy them there would make the host wait.
-    weights = torch.stack([w.float() if isinstance(w, Tensor) else x.new_full((), w) for w in weight])
+    weights = torch.stack([w.float() if isinstance(w, Tensor) else x.new_full((), w) for w in prefixes.weight])
+    given = (
+        *(code.acts.contiguous(), code.idx.contiguous(), readable(W_dec), b_dec, weights),
+        *(constant(tuple(prefixes.bounds), x.device), residual, error, *found, B, D),
+    )
+    options = dict(P=P, MAIN=prefixes.main, BY_LATENT=prefixes.by_latent, RELU=relu, BLOCK_P=triton.next_power_of_2(P))
 
     def launch(config: tuning.DecodeLoss) -> None:
-        decode_kernels.decode_loss[(B,)](
-            x.contiguous(), acts.contiguous(), idx.contiguous(), readable(W_dec), b_dec,
-            weights, constant(tuple(bounds), x.device), residual, error, squares, grad_acts, B, D, K,
-            P=P, BY_LATENT=by_latent, RELU=relu, BLOCK_P=triton.next_power_of_2(P), BLOCK_K=config.block_k,
-            BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1, enable_fp_fusion=FUSION,
-        )  # fmt: skip
+        how = options | dict(BLOCK_K=config.block_k, BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1)
+        if csr:
+            decode_kernels.decode_loss_csr[(B,)](
+                x.contiguous(), code.row_ptr, *given, **how, maxnreg=tuning.ROW_REGISTERS, enable_fp_fusion=FUSION
+            )
+        else:
+            decode_kernels.decode_loss[(B,)](x.contiguous(), *given, K, **how, enable_fp_fusion=FUSION)
 
-    config = tuning.decode_loss(D, K, P)
+    K = 0 if csr else code.idx.shape[1]
+    config = tuning.decode_loss_csr(D, P) if csr else tuning.decode_loss(D, K, P)
     with on_device(x):
         if autotunes(x):
-            key = ("decode_loss", architecture(x.device), config, W_dec.dtype, P)
+            key = ("decode_loss", architecture(x.device), config, csr, W_dec.dtype, P)
             config = tuning.autotune(key, tuning.decode_loss_candidates(config), launch)
         launch(config)
-    return Decoded(squares, grad_acts)
+    return found
 
 
 def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from saefast.kernels import batch_sums as kernels
 from saefast.kernels import fill_entries as entry_kernels
 from saefast.kernels import tuning
+from saefast.ops.code import Code, Prefixes
 from saefast.ops.groups import Entries, Groups
 from saefast.ops.triton_launch import on_device
 
@@ -55,26 +56,31 @@ def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     return Groups(order.int(), latents, torch.cat([torch.minimum(first, kept), kept[None]]))
 
 
-def fill_entries(
-    runs: Groups, acts: Tensor, grad: Tensor, columns: list[int], bounds: list[int], n_tokens: int, n_latents: int
-) -> Entries:
-    """As `saefast.optim.reference.fill_entries`, of one part or two. fp32."""
-    n, device = len(runs.order), acts.device
+def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Prefixes, n_latents: int) -> Entries:
+    """As `saefast.optim.reference.fill_entries`. fp32."""
+    n, (code, _), device = len(groups.order), parts[0], groups.order.device
     dec_row, enc_row = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     dec_coef, enc_coef = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
     sums = torch.zeros(n_latents, dtype=torch.float32, device=device)
     found = Entries(dec_row, dec_coef, enc_row, enc_coef, sums)
     if n == 0:
         return found
-    K, K_more = columns if len(columns) == 2 else (*columns, 1)
-    block, rows = tuning.ENTRIES, len(runs.latents)
+    acts, grad = _flat([code.acts for code, _ in parts]), _flat([grad for _, grad in parts])
+    token = None if code.row_ptr is None else code.tokens().int()
+    columns = constant(tuple(c.idx.shape[1] for c, _ in parts[1:]) or (0,), device)
     with on_device(acts):
-        entry_kernels.fill_entries[(triton.cdiv(n, block),)](
-            runs.order, acts, grad, constant(tuple(bounds), device), *found[:4], n, n_tokens, K, K_more,
-            P=len(bounds), BLOCK=block, num_warps=4, num_stages=1,
+        entry_kernels.fill_entries[(triton.cdiv(n, tuning.ENTRIES),)](
+            groups.order, acts, grad, code.idx if prefixes.by_latent else None, code.row_ptr, token,
+            constant(tuple(prefixes.bounds), device), columns, *found[:4], n, code.rows,
+            code.idx.shape[1] if token is None else 1, code.idx.numel(), len(prefixes.bounds), len(parts) - 1,
+            BLOCK=tuning.ENTRIES, num_warps=8, num_stages=1, maxnreg=tuning.ROW_REGISTERS,
         )  # fmt: skip
-        entry_kernels.sum_runs[(rows,)](
-            found.enc_coef, runs.offsets, runs.latents, found.grad_by_latent,
+        entry_kernels.sum_runs[(len(groups.latents),)](
+            found.enc_coef, groups.offsets, groups.latents, found.grad_by_latent,
             BLOCK=tuning.RUN, num_warps=1, num_stages=1,
         )  # fmt: skip
     return found
+
+
+def _flat(parts: list[Tensor]) -> Tensor:
+    return parts[0].flatten() if len(parts) == 1 else torch.cat([part.flatten() for part in parts])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saefast import extension
 from saefast.ops import groups
+from saefast.ops.code import Code, Prefixes
 from saefast.optim import reference as rows
 from saefast.optim.state import AdamStep, DriftTable, Job, Matrix, Norm, RowGradient
 
@@ -79,72 +80,160 @@ def test_runs_over_all_latents() -> None:
     assert found.over_all(6).tolist() == [0, 1, 2, 2, 2, 4, 4]
 
 
-def decode_by_autograd(
-    x: Tensor, acts: Tensor, idx: Tensor, W: Tensor, b: Tensor, weight: list[float], masks: list[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss by autograd -> squares (P, B), grad_acts, and dloss / dx_hat of the entries of each prefix, (P, B, D)."""
-    acts = acts.clone().requires_grad_(True)
-    squares, hats = [], []
-    for mask in masks:
-        x_hat = torch.einsum("bk,bkd->bd", acts * mask, W[idx.long()]) + b
-        x_hat.retain_grad()
-        hats.append(x_hat)
-        squares.append((x - x_hat).square().sum(1))
-    sum(w * s.sum() for w, s in zip(weight, squares, strict=True)).backward()
-    grads = [h.grad for h in hats]
-    heard = [sum(grads[p:]) for p in range(len(masks))]
-    return torch.stack(squares).detach(), acts.grad, torch.stack(heard)
+def ragged(acts: Tensor, idx: Tensor) -> Code:
+    """CSR: the first so many entries of every row, none of the first, all of the second; and padding."""
+    counts = torch.randint(0, idx.shape[1] + 1, (len(idx),))
+    counts[:1], counts[1:2] = 0, idx.shape[1]
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    there = torch.arange(idx.shape[1]) < counts[:, None]
+    return Code(*(torch.cat([t[there], t.new_zeros(4)]) for t in (acts, idx)), row_ptr)
 
 
+class ByPrefixes(torch.autograd.Function):
+    """Σ_p weight[p] · Σ e[p]² with the derivatives that a step makes of what decode_loss finds."""
+
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, W: Tensor, b: Tensor, x: Tensor, code: Code, prefixes: Prefixes) -> Tensor:
+        residual, error = x.new_empty(len(prefixes.bounds), *x.shape), torch.empty_like(x)
+        code = code._replace(acts=acts)
+        found = rows.decode_loss(x, code, W, b, prefixes, residual, relu=False, error=error)
+        # The residual that is reported is the main prefix's.
+        torch.testing.assert_close(error.square().sum(1), found.squares[prefixes.main])
+        keep = torch.arange(acts.numel()) < (acts.numel() if code.row_ptr is None else code.row_ptr[-1])
+        grouped = groups.group_entries(code.idx.flatten(), keep, len(W))
+        entries = rows.fill_entries(grouped, [(code, found.grad_acts)], prefixes, len(W))
+        source = residual.flatten(0, 1)
+        ctx.grad_acts, ctx.grad_b = found.grad_acts, -2 * residual[0].sum(0)
+        ctx.grad_W = torch.zeros_like(W)
+        gradient = RowGradient(source, grouped.offsets, entries.dec_row, entries.dec_coef)
+        ctx.grad_W[grouped.latents.long()] = rows.gradient_rows(gradient)
+        ctx.grad_x = 2 * residual[0]
+        return sum(w * s.sum() for w, s in zip(prefixes.weight, found.squares, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.grad_acts, grad * ctx.grad_W, grad * ctx.grad_b, grad * ctx.grad_x, None, None
+
+
+@pytest.mark.parametrize("csr", [False, True])
 @pytest.mark.parametrize("by_latent", [False, True])
 @pytest.mark.parametrize("P", [1, 2, 3])
-@pytest.mark.parametrize("relu", [False, True])
-def test_plain_decode_loss_is_autograds(by_latent: bool, P: int, relu: bool) -> None:
-    B, K, L, D = 7, 6, 20, 5
+@pytest.mark.parametrize("all_decoded", [False, True])
+def test_gradcheck(csr: bool, by_latent: bool, P: int, all_decoded: bool) -> None:
+    """Of acts, W_dec, b_dec and x, every prefix with a weight of its own."""
+    B, K, L, D = 4, 5, 9, 3
+    idx = torch.rand(B, L).topk(K, dim=1).indices.int()
+    code = ragged(torch.randn(B, K), idx) if csr else Code(torch.randn(B, K), idx)
+    most = (L if by_latent else K) - (0 if all_decoded else 2)
+    bounds = [*sorted(torch.randperm(most - 1)[: P - 1].add(1).tolist()), most]
+    prefixes = Prefixes(bounds, [0.3, 1.1, 0.7][:P], by_latent, main=P - 1)
+    tensors = (code.acts, torch.randn(L, D), torch.randn(D), torch.randn(B, D))
+    acts, W, b, x = (t.double().requires_grad_(True) for t in tensors)
+    if csr:
+        # Padding stays as it is: its activations are 0, and nothing depends on them.
+        n = int(code.row_ptr[-1])
+        real, padding = acts.detach()[:n].requires_grad_(True), acts.detach()[n:]
+        assert torch.autograd.gradcheck(
+            lambda a, *rest: ByPrefixes.apply(torch.cat([a, padding]), *rest, code, prefixes), (real, W, b, x)
+        )
+    else:
+        assert torch.autograd.gradcheck(lambda *t: ByPrefixes.apply(*t, code, prefixes), (acts, W, b, x))
+
+
+def by_definition(x: Tensor, code: Code, W: Tensor, b: Tensor, prefixes: Prefixes, relu: bool) -> tuple[Tensor, ...]:
+    """Row by row and entry by entry: squares (P, B), grad_acts, e (P, B, D), prefix of each entry."""
+    acts, idx = code.acts.flatten(), code.idx.flatten().tolist()
+    ends = code.row_ptr.tolist() if code.row_ptr is not None else [i * code.idx.shape[1] for i in range(len(x) + 1)]
+    P, e = len(prefixes.bounds), (x - b).expand(len(prefixes.bounds), *x.shape).clone()
+    grad, found = torch.zeros_like(acts), [P] * len(idx)
+    for row in range(len(x)):
+        for i in range(ends[row], ends[row + 1]):
+            key = idx[i] if prefixes.by_latent else i - ends[row]
+            found[i] = sum(key >= bound for bound in prefixes.bounds)
+            for p in range(found[i], P):
+                e[p, row] -= acts[i] * W[idx[i]]
+        for i in range(ends[row], ends[row + 1]):
+            if acts[i] > 0 or not relu:
+                heard = [-2 * w * e[p, row] @ W[idx[i]] for p, w in enumerate(prefixes.weight) if p >= found[i]]
+                grad[i] = sum(heard)
+    return e.square().sum(2), grad.view_as(code.acts), e, torch.tensor(found)
+
+
+CODES = ["top-k", "multi", "matryoshka", "aux"]
+
+
+def decode_problem(B: int, K: int, L: int, D: int, kind: str, csr: bool) -> tuple[Any, ...]:
     acts, idx = code(B, K, L)
-    acts = (acts if relu else torch.randn(B, K)).double()
-    x, W, b = (torch.randn(*s, dtype=torch.float64) for s in ((B, D), (L, D), (D,)))
-    bounds = {1: [K], 2: [2, K], 3: [1, 4, K]}[P] if not by_latent else {1: [L], 2: [8, L], 3: [3, 9, L]}[P]
-    weight = [0.3, 1.1, 0.7][:P]
-    key = idx.long() if by_latent else torch.arange(K).expand(B, K)
-    masks = [(key < bound).double() for bound in bounds]
-    squares, grad, heard = decode_by_autograd(x, acts, idx, W, b, weight, masks)
-    residual, error = torch.empty(P, B, D, dtype=torch.float64), torch.empty(B, D, dtype=torch.float64)
-    found = rows.decode_loss(x, acts, idx, W, b, weight, bounds, residual, by_latent=by_latent, relu=relu, error=error)
+    acts = torch.randn(B, K) if kind == "aux" else acts
+    bounds = {"multi": [1 + K // 3, 1 + K], "matryoshka": [1 + L // 3, L]}.get(kind, [K])
+    prefixes = Prefixes(bounds, [0.5, 0.25][: len(bounds)], kind == "matryoshka", main=len(bounds) - 1)
+    given = ragged(acts, idx) if csr else Code(acts, idx)
+    return torch.randn(B, D), given, torch.randn(L, D), None if kind == "aux" else torch.randn(D), prefixes
+
+
+@pytest.mark.parametrize("csr", [False, True])
+@pytest.mark.parametrize("kind", [*CODES, "some of no prefix"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_plain_decode_loss_by_definition(csr: bool, kind: str, relu: bool) -> None:
+    x, given, W, b, prefixes = decode_problem(7, 6, 20, 5, kind, csr)
+    b = torch.randn(5) if b is None else b
+    if kind == "some of no prefix":
+        prefixes = Prefixes([2, 4], [0.3, 1.1])
+    x, W, b, given = x.double(), W.double(), b.double(), given._replace(acts=given.acts.double())
+    squares, grad, e, prefix = by_definition(x, given, W, b, prefixes, relu)
+    residual, error = torch.empty_like(e), torch.empty_like(x)
+    found = rows.decode_loss(x, given, W, b, prefixes, residual, relu=relu, error=error)
     torch.testing.assert_close(found.squares, squares)
-    torch.testing.assert_close(found.grad_acts, grad * (acts > 0) if relu else grad)
-    torch.testing.assert_close(-2 * residual, heard)
-    torch.testing.assert_close(error.square().sum(1), squares[0])
+    torch.testing.assert_close(found.grad_acts, grad)
+    torch.testing.assert_close(error, e[prefixes.main])
+    weighted = torch.tensor(prefixes.weight, dtype=torch.float64)[:, None, None] * e
+    torch.testing.assert_close(residual, weighted.flip(0).cumsum(0).flip(0))
+    assert torch.equal(prefixes.of(given), prefix)
 
 
 @on_kernels
-@pytest.mark.parametrize(("B", "K", "L", "D"), [(1, 1, 1, 1), (5, 3, 9, 17), (33, 8, 50, 130), (3, 6, 6, 64)])
-@pytest.mark.parametrize("kind", ["top-k", "multi", "matryoshka", "aux"])
-def test_decode_loss(kernels: str, B: int, K: int, L: int, D: int, kind: str) -> None:
-    acts, idx = code(B, K, L)
-    acts = torch.randn(B, K) if kind == "aux" else acts
-    x, W, b = torch.randn(B, D), torch.randn(L, D), torch.randn(D)
-    by_latent, relu = kind == "matryoshka", kind != "aux"
-    bounds = {"multi": [1 + K // 3, 1 + K], "matryoshka": [1 + L // 3, L + 1]}.get(kind, [K])
-    args = (x, acts, idx, W, None if kind == "aux" else b, [0.5, 0.25][: len(bounds)], bounds)
+@pytest.mark.parametrize(
+    ("B", "K", "L", "D"), [(1, 1, 1, 1), (5, 3, 9, 17), (33, 8, 50, 130), (3, 6, 6, 64), (0, 3, 9, 4)]
+)
+@pytest.mark.parametrize("kind", CODES)
+@pytest.mark.parametrize("csr", [False, True])
+def test_decode_loss(kernels: str, B: int, K: int, L: int, D: int, kind: str, csr: bool) -> None:
+    args = decode_problem(B, K, L, D, kind, csr)
+    if B == 0 and csr:
+        args = (args[0], Code(torch.zeros(0), torch.zeros(0).int(), torch.zeros(1).int()), *args[2:])
     results = []
     for module, dtype in ((backend(kernels), torch.float32), (rows, torch.float32), (rows, torch.float64)):
-        cast = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        residual, error = torch.empty(len(bounds), B, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
-        found = module.decode_loss(*cast, residual, by_latent=by_latent, relu=relu, error=error)
+        x, given, W, b, prefixes = args
+        given, b = given._replace(acts=given.acts.to(dtype)), None if b is None else b.to(dtype)
+        residual, error = torch.empty(len(prefixes.bounds), B, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
+        found = module.decode_loss(
+            x.to(dtype), given, W.to(dtype), b, prefixes, residual, relu=kind != "aux", error=error
+        )
         results.append((found.squares, found.grad_acts, residual, error))
     for ours, plain, exact in zip(*results, strict=True):
-        allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
-        assert (ours - exact).abs().max() <= allowed
+        assert ours.shape == exact.shape
+        if exact.numel():
+            allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+            assert (ours - exact).abs().max() <= allowed
+
+
+def decode_by_cpp(given: Code, n_latents: int) -> None:
+    x = torch.zeros(given.rows, 4)
+    cpp().decode_loss(x, given, torch.zeros(n_latents, 4), None, Prefixes([2], [1.0]), torch.zeros(1, *x.shape))
 
 
 @needs_cpp
 def test_decode_loss_refuses_a_latent_out_of_range() -> None:
-    idx = torch.tensor([[0, 9]], dtype=torch.int32)
     with pytest.raises(IndexError, match=r"idx\[1\] is 9"):
-        cpp().decode_loss(
-            torch.zeros(1, 4), torch.ones(1, 2), idx, torch.zeros(9, 4), None, [1.0], [2], torch.zeros(1, 1, 4)
-        )
+        decode_by_cpp(Code(torch.ones(1, 2), torch.tensor([[0, 9]], dtype=torch.int32)), 9)
+
+
+@needs_cpp
+@pytest.mark.parametrize("row_ptr", [[0, 2, 1], [0, 1, 5], [1, 2, 3], []])
+def test_decode_loss_refuses_rows_that_its_entries_do_not_have(row_ptr: list[int]) -> None:
+    given = Code(torch.ones(3), torch.zeros(3, dtype=torch.int32), torch.tensor(row_ptr, dtype=torch.int32))
+    with pytest.raises(ValueError, match="row_ptr"):
+        decode_by_cpp(given if row_ptr else given._replace(row_ptr=torch.zeros(1, dtype=torch.int32)), 9)
 
 
 @on_kernels
@@ -279,18 +368,20 @@ def test_catch_up_and_norms(kernels: str, norm: Norm) -> None:
 
 
 @needs_cpp
-def test_same_bits_on_any_number_of_threads(threads: "itertools.chain[int]") -> None:
+@pytest.mark.parametrize("csr", [False, True])
+def test_same_bits_on_any_number_of_threads(csr: bool, threads: "itertools.chain[int]") -> None:
     """A latent that fires everywhere included: its run is cut at fixed places."""
     B, K, L, D = 600, 4, 90, 70
     acts, idx = code(B, K, L)
     idx[:, 0] = 7
+    given = ragged(acts, idx) if csr else Code(acts, idx)
     x, W, b = torch.randn(B, D), torch.randn(L, D), torch.randn(D)
     job = random_job(random_matrix(400, D), touched=300, entries=3000, project=True, norm=Norm.after_update)
     results = []
     for n in threads:
         torch.set_num_threads(n)
         residual = torch.empty(1, B, D)
-        found = cpp().decode_loss(x, acts, idx, W, b, [0.1], [K], residual)
+        found = cpp().decode_loss(x, given, W, b, Prefixes([K], [0.1]), residual)
         mine = copied(job, torch.float32)
         cpp().update_rows([mine])
         sums = cpp().weighted_row_sum(x), torch.tensor(cpp().batch_sums(x))
@@ -307,27 +398,40 @@ def test_gradient_rows_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_kernels
-@pytest.mark.parametrize("bounds", [[5], [2, 5]])
-@pytest.mark.parametrize("aux", [0, 3])
-def test_entries(kernels: str, bounds: list[int], aux: int) -> None:
-    """Rows, weights and sums of every entry, for a code with nested prefixes and one with AuxK's entries behind it."""
-    B, K, L = 11, 5, 30
-    acts, idx = code(B, K, L)
-    extra_acts, extra_idx = torch.randn(B, aux), torch.rand(B, L).topk(aux, dim=1).indices.int()
-    flat = torch.cat([acts.flatten(), extra_acts.flatten()])
-    ids = torch.cat([idx.flatten(), extra_idx.flatten()])
-    grad = torch.randn(len(flat)) * (flat != 0)
+@pytest.mark.parametrize(
+    "prefixes", [Prefixes([5], []), Prefixes([2, 5], []), Prefixes([9, 30], [], True), Prefixes([2, 3], [])], ids=str
+)
+@pytest.mark.parametrize("more", [[], [3], [3, 2]])
+@pytest.mark.parametrize("csr", [False, True])
+def test_entries(kernels: str, prefixes: Prefixes, more: list[int], csr: bool) -> None:
+    """Rows, weights and sums of every entry: prefixes by place and by latent, entries of none, other parts behind."""
+    B, K, L, P = 11, 5, 30, len(prefixes.bounds)
+    codes = [ragged(*code(B, K, L)) if csr else Code(*code(B, K, L))]
+    codes += [Code(torch.randn(B, n), torch.rand(B, L).topk(n, dim=1).indices.int()) for n in more]
+    parts = [(c, torch.randn(c.acts.shape) * (c.acts != 0)) for c in codes]
+    each = ([c.acts for c in codes], [c.idx for c in codes], [grad for _, grad in parts])
+    flat, ids, grad = (torch.cat([t.flatten() for t in tensors]) for tensors in each)
     grouped = filled(backend(kernels).group_entries(ids, flat != 0, L))
-    columns = [K, aux] if aux else [K]
-    ours = backend(kernels).fill_entries(grouped, flat, grad, columns, bounds, B, L)
-    plain = rows.fill_entries(grouped, flat, grad, columns, bounds, B, L)
+    ours, plain = (module.fill_entries(grouped, parts, prefixes, L) for module in (backend(kernels), rows))
     for name, a, b in zip(ours._fields, ours, plain, strict=True):
         torch.testing.assert_close(a, b, msg=name)
-    for i, e in enumerate(grouped.order.tolist()):
-        token, plane = (e // K, int(e % K >= bounds[0])) if e < B * K else ((e - B * K) // aux, len(bounds))
-        assert int(ours.enc_row[i]) == token
-        assert int(ours.dec_row[i]) == plane * B + token
-        assert float(ours.dec_coef[i]) == -2 * float(flat[e])
+    # By definition: what each flattened entry is.
+    wanted = []
+    for number, c in enumerate(codes):
+        for row in range(B):
+            begin, end = c.row_ptr[row : row + 2].tolist() if c.row_ptr is not None else (0, c.idx.shape[1])
+            for place in range(end - begin):
+                latent = int(c.idx[begin + place] if c.row_ptr is not None else c.idx[row, place])
+                key = latent if prefixes.by_latent else place
+                plane = P - 1 + number if number else sum(key >= bound for bound in prefixes.bounds)
+                wanted.append((row, min(plane, P - 1) if number == 0 else plane, number > 0 or plane < P))
+        wanted += [(0, 0, False)] * (c.idx.numel() - (int(c.row_ptr[-1]) if c.row_ptr is not None else c.idx.numel()))
+    for i, entry in enumerate(grouped.order.tolist()):
+        row, plane, decoded = wanted[entry]
+        assert int(ours.enc_row[i]) == row
+        assert int(ours.dec_row[i]) == plane * B + row
+        assert float(ours.dec_coef[i]) == (-2 * float(flat[entry]) if decoded else 0)
+        assert float(ours.enc_coef[i]) == float(grad[entry])
     torch.testing.assert_close(ours.grad_by_latent, torch.zeros(L).index_add(0, ids.long(), grad))
 
 

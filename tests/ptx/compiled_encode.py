@@ -10,6 +10,7 @@ from torch import Tensor
 from ptx.emulate import emulated
 from saefast.kernels import tuning
 from saefast.ops import triton_encode_tiles, triton_encode_topk
+from saefast.ops.code import Code, Prefixes
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
@@ -81,9 +82,31 @@ def test_the_decoder_of_a_code_as_large_as_auxks(relu: bool) -> None:
     idx = torch.rand(B, 1300).topk(k, dim=1).indices.int()
     planes = torch.full((2, 1, B, D), torch.nan)
     with emulated(90) as found:
-        ours = rows_triton.decode_loss(x, acts, idx, W, None, [0.5], [k], planes[0], relu=relu)
+        ours = rows_triton.decode_loss(x, Code(acts, idx), W, None, Prefixes([k], [0.5]), planes[0], relu=relu)
     assert not found.faults, found.faults
-    plain = rows.decode_loss(x, acts, idx, W, None, [0.5], [k], planes[1], relu=relu)
+    plain = rows.decode_loss(x, Code(acts, idx), W, None, Prefixes([k], [0.5]), planes[1], relu=relu)
     assert torch.equal(planes[0], planes[1])
+    assert torch.equal(ours.grad_acts, plain.grad_acts)
+    assert torch.equal(ours.squares, plain.squares)
+
+
+@pytest.mark.parametrize("by_latent", [False, True])
+@pytest.mark.parametrize("sm", [80, 90])
+def test_a_code_of_rows_of_any_length(sm: int, by_latent: bool) -> None:
+    """CSR with several prefixes: rows without entries, of one, of many, and padding that no row has."""
+    D, lengths = 45, [0, 1, 40, 17]
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    x, W = torch.randint(-4, 5, (4, D)).float(), torch.randint(-2, 3, (90, D)).float()
+    n = sum(lengths)
+    idx = torch.cat([torch.randperm(90)[:length] for length in lengths] + [torch.zeros(3, dtype=torch.int64)]).int()
+    acts = torch.cat([torch.randint(0, 3, (n,)).float(), torch.zeros(3)])
+    prefixes = Prefixes([30, 60, 90] if by_latent else [4, 16, 90], [1.0, 2.0, 0.5], by_latent, main=1)
+    code, planes, errors = Code(acts, idx, ends), torch.full((2, 3, 4, D), torch.nan), torch.full((2, 4, D), torch.nan)
+    with emulated(sm) as found:
+        ours = rows_triton.decode_loss(x, code, W, x[0], prefixes, planes[0], error=errors[0])
+    assert not found.faults, found.faults
+    plain = rows.decode_loss(x, code, W, x[0], prefixes, planes[1], error=errors[1])
+    assert torch.equal(planes[0], planes[1])
+    assert torch.equal(errors[0], errors[1])
     assert torch.equal(ours.grad_acts, plain.grad_acts)
     assert torch.equal(ours.squares, plain.squares)

@@ -7,6 +7,7 @@ import torch
 
 from ptx.emulate import emulated
 from saefast.kernels import tuning
+from saefast.ops.code import Code, Prefixes
 from saefast.optim import lean as rows_lean
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
@@ -136,9 +137,9 @@ def test_lanes_agree_on_a_sum(D: int, fused: bool, monkeypatch: pytest.MonkeyPat
     B, K, W = 12, 3, torch.randn(40, D)
     idx = torch.rand(B, 40).topk(K, dim=1).indices.int()
     x, acts, planes = torch.randn(B, D), torch.rand(B, K), torch.empty(2, 1, B, D)
-    expected = rows.decode_loss(x, acts, idx, W, None, [0.7], [K], planes[0])
+    expected = rows.decode_loss(x, Code(acts, idx), W, None, Prefixes([K], [0.7]), planes[0])
     with emulated(90) as found:
-        ours = rows_triton.decode_loss(x, acts, idx, W, None, [0.7], [K], planes[1])
+        ours = rows_triton.decode_loss(x, Code(acts, idx), W, None, Prefixes([K], [0.7]), planes[1])
     # Which lane's value stays is the hardware's choice.
     assert bool(found.faults) == fused, found.faults
     assert not found.formal

@@ -85,6 +85,15 @@ def move_decode_loss(f: Far) -> None:
     f.by_program(x_ptr=D, residual_ptr=D, error_ptr=D, acts_ptr=K, idx_ptr=K, grad_ptr=K, squares_ptr=1)
 
 
+def move_decode_loss_csr(f: Far) -> None:
+    D = f["D"]
+    f.number(ROWS, "idx_ptr", *["bounds_ptr"] * bool(f["BY_LATENT"]))
+    f.shift(ROWS, W_ptr=D)
+    f.number(ENTRIES, "row_ptr")
+    f.shift(ENTRIES, acts_ptr=1, idx_ptr=1, grad_ptr=1)
+    f.by_program(x_ptr=D, residual_ptr=D, error_ptr=D, row_ptr=1, squares_ptr=1)
+
+
 def move_tiles(f: Far) -> None:
     """Columns by `start`, rows of W by the list of latents where there is one, rows of x by the tile's number."""
     D = f["D"] or 0
@@ -185,6 +194,7 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "spmm": move_spmm,
     "sddmm": move_sddmm,
     "decode_loss": move_decode_loss,
+    "decode_loss_csr": move_decode_loss_csr,
     "tiles_pointer": move_tiles,
     "tiles_descriptor": move_tiles,
     "tiles_library": move_tiles,

@@ -28,6 +28,8 @@ from ptx.scenes import RECIPES, Sizes, encoding, soon, training
 from saefast import kernels
 from saefast.kernels import tuning
 from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops.code import Code, Prefixes
+from saefast.ops.groups import Groups
 from saefast.optim import reference as rows
 from saefast.optim import triton as rows_triton
 
@@ -122,7 +124,7 @@ def few_steps() -> None:
 
 
 def decodes() -> None:
-    """Codes of every length with their biases, AuxK's without, and prefixes by latent."""
+    """Codes of every length with their biases, AuxK's without, prefixes by latent, and CSR codes."""
     for D, k, dtype in ((4096, 64, torch.bfloat16), (4096, 512, torch.float32), (4096, 2048, torch.bfloat16)):
         x, W = torch.zeros(1, D), torch.zeros(2, D, dtype=dtype)
         decode(x, k, W, [k], b=x[0], error=x)
@@ -132,11 +134,25 @@ def decodes() -> None:
     x, W = torch.zeros(1, 768), torch.zeros(2, 768)
     decode(x, 128, W, [64, 128], b=x[0], error=x, by_latent=True)
     decode(x, 64, W, [8, 16, 32, 64], b=x[0], by_latent=True)
+    for D, dtype in ((768, torch.float32), (4096, torch.bfloat16)):
+        x, W = torch.zeros(1, D), torch.zeros(2, D, dtype=dtype)
+        decode(x, 64, W, [64], b=x[0], error=x, csr=True)
+        decode(x, 64, W, [2], by_latent=True, relu=False, csr=True)
+        decode(x, 64, W, [8, 16, 32, 64], b=x[0], by_latent=True, csr=True)
 
 
-def decode(x: Tensor, k: int, W: Tensor, bounds: list[int], b: Tensor | None = None, **options: Any) -> None:
-    P, idx = len(bounds), torch.zeros(1, k, dtype=torch.int32)
-    rows_triton.decode_loss(x, torch.zeros(1, k), idx, W, b, [1.0] * P, bounds, torch.zeros(P, *x.shape), **options)
+def decode(
+    x: Tensor, k: int, W: Tensor, bounds: list[int], b: Tensor | None = None, by_latent: bool = False,
+    csr: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """One row, and the entries of its code as the step's updates want them."""
+    prefixes = Prefixes(bounds, [1.0] * len(bounds), by_latent, len(bounds) - 1)
+    code = Code(torch.zeros(1, k), torch.zeros(1, k, dtype=torch.int32))
+    if csr:
+        code = Code(code.acts[0], code.idx[0], torch.tensor([0, k], dtype=torch.int32))
+    rows_triton.decode_loss(x, code, W, b, prefixes, torch.zeros(len(bounds), *x.shape), **options)
+    grouped = Groups(code.idx.flatten(), torch.zeros(1, dtype=torch.int32), torch.tensor([0, k], dtype=torch.int32))
+    rows_triton.fill_entries(grouped, [(code, code.acts)], prefixes, 2)
 
 
 def encodes() -> None:

@@ -15,6 +15,9 @@ from saefast.engines.fused import FusedEngine
 from saefast.kernels import tuning
 from saefast.models.sae import SAE
 from saefast.ops import triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops.code import Code, Prefixes
+from saefast.optim import triton as rows_triton
+from saefast.optim import triton_batch
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ def trained(recipe: str, data: list[Tensor], sizes: Sizes = SMALL) -> tuple[Fuse
 
 def training(recipe: str, sizes: Sizes = SMALL) -> Callable[[], Any]:
     return lambda: trained(recipe, batches(sizes), sizes)
+
+
+def decoding_csr(D: int = 300, L: int = 64) -> None:
+    """Rows of any number of entries with prefixes by latent and by place, and their entries for the updates."""
+    ends = torch.tensor([0, 0, 1, 41, 58], dtype=torch.int32)
+    x, W, idx = torch.randn(len(ends) - 1, D), torch.randn(L, D), torch.randint(L, (61,), dtype=torch.int32)
+    code, more = Code(torch.randn(61).relu(), idx, ends), Code(torch.randn(len(x), 2), idx[:8].view(-1, 2))
+    for prefixes in (Prefixes([20, 40, L], [1.0, 0.5, 2.0], True, main=2), Prefixes([20], [1.0])):
+        found = rows_triton.decode_loss(x, code, W, x[0], prefixes, torch.empty(len(prefixes.bounds), *x.shape))
+        grouped = triton_batch.group_entries(torch.cat([idx, idx[:8]]), torch.arange(69) != 58, L)
+        rows_triton.fill_entries(grouped, [(code, found.grad_acts), (more, more.acts)], prefixes, L)
 
 
 def encoding(dtype: torch.dtype, method: str, D: int = 48, k: int = 8, L: int = 300, precision: str = "ieee") -> None:

@@ -1,0 +1,77 @@
+"""The sparse code of a batch, and the prefixes of it that a loss reconstructs from.
+
+Below every backend: what engines hand to the row operations (`saefast.optim`), and what `decode_loss` returns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A number on the host, or 0-d on the device that it was worked out on: the host need not wait for it.
+Number = float | Tensor
+
+
+class Code(NamedTuple):
+    """A sparse code of B rows: the same number of entries in each, or as many as `row_ptr` says (CSR)."""
+
+    acts: Tensor
+    """(B, K) float; (n,) where there is a row_ptr."""
+    idx: Tensor
+    """int32 of the same shape: the latents."""
+    row_ptr: Tensor | None = None
+    """(B + 1,) int32 ascending from 0: row b has the entries row_ptr[b] to row_ptr[b + 1]. Those from row_ptr[B] on are
+    padding, which belongs to no row: act 0, idx 0."""
+
+    @property
+    def rows(self) -> int:
+        return len(self.idx) if self.row_ptr is None else len(self.row_ptr) - 1
+
+    def tokens(self) -> Tensor:
+        """(entries,) int64: the row of every entry; some row for padding."""
+        device = self.idx.device
+        if self.row_ptr is None:
+            return torch.arange(self.rows, device=device).repeat_interleave(self.idx.shape[1])
+        entries = torch.arange(len(self.idx), dtype=self.row_ptr.dtype, device=device)
+        return torch.searchsorted(self.row_ptr[1:], entries, right=True).clamp_max(self.rows - 1)
+
+    def columns(self) -> Tensor:
+        """(entries,) int64: how many entries of its row come before each."""
+        entries = torch.arange(self.idx.numel(), device=self.idx.device)
+        if self.row_ptr is None:
+            return entries - self.tokens() * self.idx.shape[1]
+        return entries - self.row_ptr[self.tokens()]
+
+
+class Prefixes(NamedTuple):
+    """P nested parts of a code, each of which reconstructs the input: prefix p decodes entries of prefixes 0 to p.
+
+    An entry belongs to the first prefix p with key < bounds[p]; the key is its place in its row (nested top-k:
+    MultiTopK) or its latent (Matryoshka SAEs, arXiv 2503.17547). One that belongs to none is not decoded at all.
+    """
+
+    bounds: list[int]
+    """P ascending bounds."""
+    weight: list[Number]
+    """dloss / dΣe² of each prefix, e being its residual."""
+    by_latent: bool = False
+    main: int = 0
+    """The prefix whose residual is reported, which AuxK reconstructs."""
+
+    def of(self, code: Code) -> Tensor:
+        """(entries,) int64: the prefix of every entry; P for none, as for padding."""
+        keys = code.idx.flatten().long() if self.by_latent else code.columns()
+        found = torch.bucketize(keys, torch.tensor(self.bounds, dtype=torch.int64, device=keys.device), right=True)
+        if code.row_ptr is None:
+            return found
+        entries = torch.arange(len(keys), device=keys.device)
+        return torch.where(entries < code.row_ptr[-1], found, len(self.bounds))
+
+
+class Decoded(NamedTuple):
+    """What decode_loss finds. P prefixes of the code, B rows."""
+
+    squares: Tensor
+    """(P, B) Σ e² of each row, e = x - x_hat."""
+    grad_acts: Tensor
+    """dloss / dacts in the shape of acts, for the loss Σ_p weight[p] · Σ e[p]². 0 in padding."""
