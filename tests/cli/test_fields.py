@@ -38,7 +38,7 @@ def words_for(hint: Any) -> tuple[list[str], Any]:
     if origin is Literal:
         return [inner[-1]], inner[-1]
     if origin is tuple:
-        return (["2,2,1Ki"], (2, 2, 1024)) if inner[0] is int else (["a", "b"], ("a", "b"))
+        return (["4,512,1Ki"], (4, 512, 1024)) if inner[0] is int else (["a", "b"], ("a", "b"))
     return {int: (["3"], 3), float: (["0.5"], 0.5), str: (["word"], "word")}[hint]
 
 
