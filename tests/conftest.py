@@ -46,7 +46,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def seed_of(item: pytest.Item) -> int:
-    """The same number for the same test whatever else runs, and wherever its file lies: a failure comes back alone."""
+    """The same number for the same test, whichever others run and wherever its file is: failures come back alone."""
     return zlib.crc32(item.nodeid.partition("::")[2].encode())
 
 

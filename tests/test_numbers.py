@@ -66,7 +66,7 @@ def test_odd_betas_train(engine: str, betas: tuple[float, float]) -> None:
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.5), (0.9, 0.9), (0.9, 0.85), (0.5, 0.3)])
-def test_a_long_sleep_leaves_numbers(betas: tuple[float, float]) -> None:
+def test_a_row_left_alone_for_long_keeps_numbers(betas: tuple[float, float]) -> None:
     """Powers of the betas vanish and overflow on the way; their product does neither."""
     table = DriftTable(*betas, 1e-8)
     table.load(torch.zeros(2, 20_000, dtype=torch.float64))

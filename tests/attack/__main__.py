@@ -1,4 +1,4 @@
-"""`make attack`: saefast killed, fed damaged files and bad arguments, and worn out; a table of what came of it.
+"""`make attack`: saefast killed, given damaged files and bad arguments, used over and over; a table of what came of it.
 
     make attack                                   everything, in about a quarter of an hour on two cores
     make attack ARGS="--part fuzz"                one part; the table keeps what the others found before
@@ -58,9 +58,9 @@ def again(args: argparse.Namespace) -> int:
     """One damaged file or odd argument in this process, with all that it says."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         odd = args.part == ["arguments"]
-        room = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only)
+        arena = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only)
         try:
-            print(room.show(args.case))
+            print(arena.show(args.case))
         except BaseException:
             traceback.print_exc()
             return 1

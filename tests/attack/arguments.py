@@ -22,7 +22,7 @@ import tiny_models
 import torch
 from attack import odd, outcome, readers
 from attack.odd import Make
-from attack.pool import HANG, Room, run_all
+from attack.pool import HANG, Arena, run_all
 from attack.summary import Row
 
 from saefast.analysis.evaluation import evaluate, evaluate_run
@@ -418,11 +418,11 @@ def commands() -> list[Command]:
     ]  # fmt: skip
 
 
-# --- the room
+# --- the arena
 
 
 class Arguments:
-    """A room (see pool.py)."""
+    """An arena (see pool.py)."""
 
     def __init__(self, place: str, only: str = "") -> None:
         torch.set_num_threads(1)
@@ -532,15 +532,15 @@ def snapshot(folder: Path) -> dict[str, str]:
     return found
 
 
-def open_room(**arguments: typing.Any) -> Arguments:
+def open_arena(**arguments: typing.Any) -> Arguments:
     return Arguments(**arguments)
 
 
 def run(place: str, numbers: Iterable[int] | None = None, workers: int = 1, only: str = "") -> Iterator[Row]:
     """What came of every case, in whatever order they are done."""
     cases = all_cases(only)
-    room = Room("attack.arguments", {"place": place, "only": only})
-    for number, answer in run_all(room, range(len(cases)) if numbers is None else numbers, workers):
+    arena = Arena("attack.arguments", {"place": place, "only": only})
+    for number, answer in run_all(arena, range(len(cases)) if numbers is None else numbers, workers):
         if isinstance(answer, str):
             answer = _answer(cases[number], outcome.HANG if answer == HANG else outcome.CRASH, answer)
         filtered = f' --only "{only}"' if only else ""

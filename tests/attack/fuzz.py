@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from attack import outcome, readers
 from attack.mutate import damage
-from attack.pool import HANG, Room, run_all
+from attack.pool import HANG, Arena, run_all
 from attack.readers import Reader
 from attack.summary import Row
 
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 class Fuzz:
-    """A room (see pool.py): the readers' whole folders, and what they are read as."""
+    """An arena (see pool.py): the readers' whole folders, and what they are read as."""
 
     def __init__(self, place: str, seed: int, only: str = "") -> None:
         torch.set_num_threads(1)
@@ -118,15 +118,15 @@ def apply(case: Case, file: Path) -> None:
         os.mkfifo(file)
 
 
-def open_room(**arguments: Any) -> Fuzz:
+def open_arena(**arguments: Any) -> Fuzz:
     return Fuzz(**arguments)
 
 
 def run(numbers: Iterable[int], seed: int, workers: int = 1, only: str = "") -> Iterator[Row]:
     """What came of every case, in whatever order they are done."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
-        room = Room("attack.fuzz", {"place": place, "seed": seed, "only": only})
-        for number, answer in run_all(room, numbers, workers):
+        arena = Arena("attack.fuzz", {"place": place, "seed": seed, "only": only})
+        for number, answer in run_all(arena, numbers, workers):
             if isinstance(answer, str):
                 # The worker is gone and could not say what it was doing: the case is the same in this process.
                 lost = outcome.HANG if answer == HANG else outcome.CRASH

@@ -1,4 +1,4 @@
-"""Runs and harvests killed at random moments, resumed until they are done, compared with ones that nobody touched."""
+"""Runs and harvests killed at random moments, resumed until they are done, compared with uninterrupted ones."""
 
 import os
 import random
@@ -162,7 +162,7 @@ class Killer:
         return report
 
     def _kill_by_clock(self, rng: random.Random, patience: float) -> float:
-        """From less than the start of a run takes to more than all of it: no machine is too fast or too busy."""
+        """Kills after a random time, from a range that grows with every kill: right for machines of any speed."""
         time.sleep(rng.uniform(0, patience))
         with suppress(ProcessLookupError):
             os.kill(self._server.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Cases run in worker processes: one that crashes or hangs costs its worker, and the next case gets a new one.
 
-A room is an object with `run(number) -> dict`, made in the worker by calling `module.open_room(**arguments)`. What a
+An arena is an object with `run(number) -> dict`, made in the worker by calling `module.open_arena(**arguments)`. What a
 case prints goes nowhere; its answer travels as one line of JSON over a pipe of its own.
 """
 
@@ -27,21 +27,21 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 CRASH, HANG = "crash", "hang"
 
 
-class Room(NamedTuple):
-    """How a worker makes its room: the module's name, and what its open_room is called with (JSON)."""
+class Arena(NamedTuple):
+    """How a worker makes its arena: the module's name, and what its open_arena is called with (JSON)."""
 
     module: str
     arguments: dict[str, Any]
 
 
 class Worker:
-    """One process with a room in it."""
+    """One process with an arena in it."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, arena: Arena) -> None:
         self._answers, theirs = os.pipe()
         paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1"}
-        command = [sys.executable, "-m", "attack.pool", room.module, json.dumps(room.arguments), str(theirs)]
+        command = [sys.executable, "-m", "attack.pool", arena.module, json.dumps(arena.arguments), str(theirs)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -54,7 +54,7 @@ class Worker:
         self._unread = b""
 
     def run(self, number: int) -> dict[str, Any] | str:
-        """The room's answer; CRASH with the signal, or HANG, after which this worker is of no further use."""
+        """The arena's answer; CRASH with the signal, or HANG, after which this worker is of no further use."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(f"{number}\n".encode())
@@ -81,14 +81,14 @@ class Worker:
         os.close(self._answers)
 
 
-def run_all(room: Room, numbers: Iterable[int], workers: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
+def run_all(arena: Arena, numbers: Iterable[int], workers: int) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """(number, answer) of every case, in whatever order they are done."""
     waiting: SimpleQueue[int] = SimpleQueue()
     for number in numbers:
         waiting.put(number)
     done: SimpleQueue[tuple[int, dict[str, Any] | str] | None] = SimpleQueue()
     with ThreadPoolExecutor(workers) as threads:
-        loops = [threads.submit(_loop, room, waiting, done) for _ in range(workers)]
+        loops = [threads.submit(_loop, arena, waiting, done) for _ in range(workers)]
         for loop in loops:
             loop.add_done_callback(lambda _: done.put(None))
         left = workers
@@ -102,8 +102,8 @@ def run_all(room: Room, numbers: Iterable[int], workers: int) -> Iterator[tuple[
             loop.result()
 
 
-def _loop(room: Room, waiting: "SimpleQueue[int]", done: "SimpleQueue[Any]") -> None:
-    worker = Worker(room)
+def _loop(arena: Arena, waiting: "SimpleQueue[int]", done: "SimpleQueue[Any]") -> None:
+    worker = Worker(arena)
     try:
         while True:
             try:
@@ -114,7 +114,7 @@ def _loop(room: Room, waiting: "SimpleQueue[int]", done: "SimpleQueue[Any]") -> 
             done.put((number, answer))
             if isinstance(answer, str):
                 worker.close()
-                worker = Worker(room)
+                worker = Worker(arena)
     finally:
         worker.close()
 
@@ -122,9 +122,9 @@ def _loop(room: Room, waiting: "SimpleQueue[int]", done: "SimpleQueue[Any]") -> 
 def serve(module: str, arguments: str, pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    room = importlib.import_module(module).open_room(**json.loads(arguments))
+    arena = importlib.import_module(module).open_arena(**json.loads(arguments))
     for line in sys.stdin:
-        answer = json.dumps(room.run(int(line))) + "\n"
+        answer = json.dumps(arena.run(int(line))) + "\n"
         os.write(pipe, answer.encode())
 
 

@@ -42,6 +42,6 @@ def test_harm_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = [alters, litters, fails, writes_its_own]
     calls = [arguments.Call(f.__name__, f, {}, {"x": {"'x'": good}}) for f in functions]
     monkeypatch.setattr(arguments, "all_cases", lambda only: [case for call in calls for case in call.cases()])
-    room = arguments.Arguments(str(tmp_path))
-    found = [room.run(number)["outcome"] for number in range(len(functions))]
+    arena = arguments.Arguments(str(tmp_path))
+    found = [arena.run(number)["outcome"] for number in range(len(functions))]
     assert found == [outcome.ALTERED, outcome.LITTER, outcome.TRACEBACK, outcome.WORKS]

@@ -20,7 +20,7 @@ from saefast.errors import InputError
 
 
 class Troubled:
-    """A room whose cases 1, 4 and 7 crash it, and whose case 5 hangs."""
+    """An arena whose cases 1, 4 and 7 crash it, and whose case 5 hangs."""
 
     def run(self, number: int) -> dict[str, Any]:
         if number % 3 == 1:
@@ -30,7 +30,7 @@ class Troubled:
         return {"number": number, "pid": os.getpid()}
 
 
-def open_room(**arguments: Any) -> Troubled:
+def open_arena(**arguments: Any) -> Troubled:
     if arguments.get("broken"):
         raise RuntimeError("a fault of the attack itself")
     return Troubled()
@@ -38,7 +38,7 @@ def open_room(**arguments: Any) -> Troubled:
 
 def test_a_crash_or_hang_costs_its_worker_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "HANG_SECONDS", 15.0)
-    answers = dict(pool.run_all(pool.Room("attack.test_pool", {}), range(8), workers=2))
+    answers = dict(pool.run_all(pool.Arena("attack.test_pool", {}), range(8), workers=2))
     assert {number for number, answer in answers.items() if answer == "crash: SIGSEGV"} == {1, 4, 7}
     assert answers[5] == outcome.HANG
     assert {number for number, answer in answers.items() if isinstance(answer, dict)} == {0, 2, 3, 6}
@@ -46,7 +46,7 @@ def test_a_crash_or_hang_costs_its_worker_and_nothing_else(monkeypatch: pytest.M
 
 def test_a_fault_of_the_attack_itself_is_no_finding() -> None:
     with pytest.raises(RuntimeError, match="a fault of the attack"):
-        list(pool.run_all(pool.Room("attack.test_pool", {"broken": True}), range(2), workers=1))
+        list(pool.run_all(pool.Arena("attack.test_pool", {"broken": True}), range(2), workers=1))
 
 
 def silent(folder: Path) -> Any:
@@ -107,10 +107,10 @@ def test_outcomes(
 
     monkeypatch.setattr(readers, "READERS", [Reader("test", make, read, ("x.json",), ("x.json",))])
     monkeypatch.setattr(mutate, "NO_FILE", ["empty"])
-    room = Fuzz(str(tmp_path), seed=0)
-    room.case(0)  # reads the whole folder
+    arena = Fuzz(str(tmp_path), seed=0)
+    arena.case(0)  # reads the whole folder
     whole = False
-    assert room.run(0)["outcome"] == expected
+    assert arena.run(0)["outcome"] == expected
 
 
 @pytest.mark.parametrize("name", ["x.json", "x.jsonl", "x.safetensors", "x.npy", "x.pt", "x.txt"])

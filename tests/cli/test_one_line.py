@@ -266,7 +266,7 @@ def test_an_index_of_before_there_were_digests_is_read_and_a_changed_one_is_not(
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_what_a_harvest_kept_is_read_from_its_settings(tmp_path: Path, kept: bool) -> None:
-    """It was looked for where no harvest writes it, so that special tokens counted as left out whatever was asked."""
+    """It was once looked for where no harvest writes it: then special tokens always counted as left out."""
     with ShardWriter(tmp_path, HOOKS[:1], settings={"keep_special_tokens": kept}) as writer:
         writer.add("train", {"layers.1": torch.randn(40, 6)}, torch.zeros(40), torch.arange(40))
         writer.commit({})

@@ -1,4 +1,4 @@
-"""Row-wise Adam against dense Adam: to the bit where every row fires, within the stated bound where rows sleep."""
+"""Row-wise Adam against dense Adam: to the bit where every row fires, within a stated bound where some rest."""
 
 import math
 from types import ModuleType
@@ -104,7 +104,7 @@ def dense_reference(
     return w
 
 
-def sleepy_run(
+def rarely_fired(
     backend: str, betas: tuple[float, float], eps: float, scale: float, steps: int = 120
 ) -> tuple[Tensor, Tensor]:
     """Rows that fire with shares from always to almost never, over a schedule; ours settled, and dense Adam's."""
@@ -128,9 +128,9 @@ def sleepy_run(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])
-def test_sleeping_rows_end_where_dense_adam_takes_them(backend: str, betas: tuple[float, float]) -> None:
+def test_rows_left_alone_end_where_dense_adam_takes_them(backend: str, betas: tuple[float, float]) -> None:
     """With eps small against √v the closed form is exact: only rounding is left, one of a weight's size a step."""
-    ours, dense = sleepy_run(backend, betas, eps=1e-8, scale=1.0)
+    ours, dense = rarely_fired(backend, betas, eps=1e-8, scale=1.0)
     assert (ours - dense).abs().max() <= (1e-9 if backend == "plain" else 120 * 2**-24 * 4)
     assert dense.abs().max() > 0.05
 
@@ -138,12 +138,12 @@ def test_sleeping_rows_end_where_dense_adam_takes_them(backend: str, betas: tupl
 @pytest.mark.parametrize("eps", [1e-6, 1e-4, 1e-2, 1.0])
 def test_eps_enters_to_first_order(eps: float) -> None:
     """The stated bound: the drift errs by at most a share eps / (√v + eps), and by far less where eps is small."""
-    ours, dense = sleepy_run("plain", (0.9, 0.999), eps=eps, scale=1.0)
+    ours, dense = rarely_fired("plain", (0.9, 0.999), eps=eps, scale=1.0)
     share = eps / (0.03 + eps)  # √v is about √(1 - β2) = 0.03 after one gradient of size 1
     assert (ours - dense).abs().max() <= share**2 * dense.abs().max() + 1e-9
 
 
-def test_a_row_that_slept_through_the_run_owes_all_its_drift() -> None:
+def test_a_row_left_alone_for_the_whole_run_gets_all_its_drift() -> None:
     """One gradient, then nothing: the weight travels lr · r / (1 - r) further, which is where dense Adam takes it."""
     start = torch.zeros(1, 1, dtype=torch.float64)
     ours = Rows(start, rows, eps=1e-16)
