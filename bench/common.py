@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from bench import lines
+from saefast import devices
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -40,22 +41,6 @@ class Spread(NamedTuple):
     @property
     def ms(self) -> str:
         return f"{self.median * 1e3:.3f} [{self.p20 * 1e3:.3f}, {self.p80 * 1e3:.3f}]"
-
-
-class Roof(NamedTuple):
-    """What a device reaches at best: FLOP/s by kind of operand, bytes/s of its memory."""
-
-    flops: dict[str, float]
-    bandwidth: float
-
-
-# By a part of the device's name. H200: a large library GEMM and a large copy, measured; the others from data sheets.
-ROOFS = {
-    "H200": Roof({"half": 790e12}, 4.3e12),
-    "H100": Roof({"half": 989e12, "tf32": 494e12, "ieee": 67e12}, 3.35e12),
-    "A100": Roof({"half": 312e12, "tf32": 156e12, "ieee": 19.5e12}, 2.0e12),
-    "RTX 4090": Roof({"half": 165e12, "tf32": 82e12, "ieee": 82e12}, 1.0e12),
-}
 
 
 def spread(seconds: Sequence[float]) -> Spread:
@@ -165,11 +150,16 @@ def kind(dtype: torch.dtype, precision: str = "ieee") -> str:
 
 
 def share(device: str, operands: str, flops: float, moved: float, seconds: float) -> float | None:
-    """Least time that the device's roofline allows, over the time taken; None for a device that is not in the table."""
-    roof = next((roof for name, roof in ROOFS.items() if name in device_name(device)), None)
-    if roof is None or (flops and operands not in roof.flops):
+    """The time that large operations would take at the rates of `saefast.devices`, over the time taken.
+
+    None for a device, or a kind of operand, that is not in the table.
+    """
+    key = devices.find(device_name(device))
+    if key is None or (flops and operands not in ("half", "ieee")):
         return None
-    return max(flops / roof.flops[operands] if flops else 0.0, moved / roof.bandwidth) / seconds
+    known = devices.DEVICES[key]
+    rate = known.flops if operands == "half" else known.flops_fp32
+    return max(flops / rate, moved / known.bandwidth) / seconds
 
 
 def device_name(device: str) -> str:

@@ -8,7 +8,7 @@ then the memory that L = 262144 at B = 4096 takes. Also pytest-benchmark cases: 
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -16,19 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import common
-from saefast.ops import dispatch as ops
+from bench.op import DTYPES, Shape
+from saefast import ops
 from saefast.ops import reference
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # The product alone is never given more than this to write: 1M latents at B = 8192 would be 17 GB of bf16.
 PRODUCT_COLUMNS = 1 << 17
-
-
-class Shape(NamedTuple):
-    B: int
-    D: int
-    L: int
-    k: int
 
 
 GPU_SHAPES = (

@@ -67,6 +67,7 @@ def test_share_of_a_roofline(common, monkeypatch):
     assert common.share("cuda", "half", flops=790e12, moved=1.0, seconds=2.0) == pytest.approx(0.5)
     assert common.share("cuda", "half", flops=0.0, moved=4.3e12, seconds=4.0) == pytest.approx(0.25)
     assert common.share("cuda", "half", flops=79e12, moved=4.3e12, seconds=1.0) == pytest.approx(1.0)
+    assert common.share("cuda", "ieee", flops=50e12, moved=0.0, seconds=2.0) == pytest.approx(0.5)
     assert common.share("cuda", "tf32", flops=1.0, moved=1.0, seconds=1.0) is None
     monkeypatch.setattr(common, "device_name", lambda device: "an unknown device")
     assert common.share("cuda", "half", flops=1.0, moved=1.0, seconds=1.0) is None
@@ -104,13 +105,24 @@ def test_a_quick_run_leaves_committed_results_alone(common):
     assert out("--quick", "--out", "here") == out("--out", "here") == Path("here")
 
 
-@pytest.mark.parametrize("name", ["spmm", "sddmm", "encode_topk"])
-def test_a_quick_run_writes_to_the_folder_of_quick_runs(common, name, tmp_path, monkeypatch, capsys):
-    bench = importlib.import_module(f"bench.{name}")
-    monkeypatch.setattr(bench, "CPU_SHAPES", [bench.Shape(8, 16, 64, 4) if name == "encode_topk" else (8, 16, 64, 4)])
+OPS = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - {"tuning"} | {"encode_topk", "threshold_encode"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here: a rehearsal interprets them")
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("how", ["--quick", "--rehearse"])
+def test_a_quick_run_writes_to_the_folder_of_quick_runs(common, how, name, tmp_path, monkeypatch, capsys):
+    bench, op = importlib.import_module(f"bench.{name}"), importlib.import_module("bench.op")
+    for module in (m for m in (bench, op) if hasattr(m, "CPU_SHAPES")):
+        monkeypatch.setattr(module, "CPU_SHAPES", [op.Shape(8, 16, 64, 4)])
     monkeypatch.setattr(common, "QUICK_RESULTS", tmp_path / "quick")
     monkeypatch.setattr(common, "RESULTS", tmp_path / "committed")
-    assert bench.main(["--quick", "--no-check", "--device", "cpu"]) == 0
+    if how == "--quick" and name in ("encode_tiles", "merge_topk", "fill_csr"):
+        with pytest.raises(SystemExit, match=f"{name} is a kernel of GPUs alone"):
+            bench.main([how, "--no-check", "--device", "cpu"])
+        return
+    assert bench.main([how, "--no-check", "--device", "cpu"]) == 0
     assert [path.name.endswith(f"-{name}.json") for path in (tmp_path / "quick").iterdir()] == [True]
     assert not (tmp_path / "committed").exists()
 

@@ -326,8 +326,8 @@ def test_a_chunk_of_several_products(case, product, device, monkeypatch):
     """Each product is filtered by itself, and the chunk is merged once."""
     x, W, b = case()
     monkeypatch.setattr(tiles, "_library_columns", lambda _: product)
-    merges, merge = [], driver._merge
-    monkeypatch.setattr(driver, "_merge", spy(merge, lambda args: merges.append(args[3:5])))
+    merges, merge = [], driver.merge
+    monkeypatch.setattr(driver, "merge", spy(merge, lambda args: merges.append(args[3:5])))
     arguments = [t.to(device) for t in (x, W, b)]
     found = driver.encode_topk(*arguments, K, chunk=128, method="chunked", relu=False)
     assert_same(found, stable_sort(x, W, b, K, relu=False))

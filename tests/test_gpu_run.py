@@ -213,13 +213,14 @@ def test_needs_no_package_that_a_gpu_machine_lacks(tmp_path: Path) -> None:
     """Engines, kernels, benchmarks and the tests that a GPU runs, with torch, triton, numpy and pytest alone."""
     for name in ("safetensors", "tqdm", "tyro", "hypothesis", "transformers", "pytest_benchmark", "matplotlib"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})")
+    names = [path.stem for path in (ROOT / "kernels").glob("*.py")]
+    kernels, benches = [f"test_{name}.py" for name in names], [f"bench.{name}" for name in names if name != "tuning"]
     modules = "bench.gpu_smoke, bench.gpu_kernels, bench.gpu_step, bench.gpu_sanitizer, bench.memory, bench.encode_topk"
     engines = "saefast.engines.fused, saefast.engines.autograd, saefast.ops.triton_encode_topk, saefast.optim.triton"
-    program = f"import {modules}, bench.spmm, bench.sddmm, {engines}, saefast\nsaefast.SAE(saefast.SAEConfig(8, 16, 2))"
+    program = f"import {modules}, {', '.join(benches)}, {engines}, saefast\nsaefast.SAE(saefast.SAEConfig(8, 16, 2))"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command(program), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = [f"test_{path.stem}.py" for path in (ROOT / "kernels").glob("*.py")]
     files = ("test_encode_topk_triton.py", "test_threshold_encode.py", "engines/test_fused.py", "engines/test_hot.py",
              "optim/test_lean.py", "optim/test_row_ops.py", "data/test_gather.py", *kernels)  # fmt: skip
     paths = [str(ROOT / "tests" / name) for name in files]

@@ -81,15 +81,15 @@ def _topk_rows(enc: Encoder, x: Tensor, cut: Cut, acts: Tensor, idx: Tensor) -> 
     passed = torch.empty_like(groups, dtype=torch.int32)
     keys = x.new_empty(B * (run + visit * enc.group), dtype=torch.int64)
     tau = x.new_full((B,), math.nan, dtype=torch.float32)
-    best = _Best(acts, idx, tau)
+    best = Best(acts, idx, tau)
     for chunk in chunks(enc.columns, cut):
         # Timed where the thresholds are known: while they are not, every group is stored, as in no later chunk.
         timed = autotunes(x) and chunk == steady(enc.columns, cut)
         run_tiles(enc, x, *chunk, tau, groups, scratch, product=cut.product, timed=timed)
-        _merge(enc, (groups, scratch, enc.scale, passed, keys), best, *chunk, timed=timed)
+        merge(enc, (groups, scratch, enc.scale, passed, keys), best, *chunk, timed=timed)
 
 
-class _Best(NamedTuple):
+class Best(NamedTuple):
     """The running top-k of some rows."""
 
     acts: Tensor
@@ -102,13 +102,13 @@ def _merge_settings(run: int, group: int, swept: bool) -> list[tuning.Merge]:
     return tuning.merge_candidates(config, group) if swept else [config]
 
 
-def _merge(enc: Encoder, scratch: tuple[Tensor | None, ...], best: _Best, start: int, n: int, *, timed: bool) -> None:
+def merge(enc: Encoder, scratch: tuple[Tensor | None, ...], best: Best, start: int, n: int, *, timed: bool) -> None:
     (B, k), run = best.acts.shape, run_width(best.acts.shape[1])
     stride = triton.cdiv(n, enc.group) * enc.group
     sorted_groups = triton.next_power_of_2(stride // enc.group)
     bounded = start == 0 and n // enc.group >= k and sorted_groups <= tuning.BOUND_MAX_GROUPS
 
-    def launch(config: tuning.Merge, best: _Best) -> None:
+    def launch(config: tuning.Merge, best: Best) -> None:
         merge_topk.merge_topk[(B,)](
             *scratch, *best, n, start, k, stride,
             FIRST=start == 0, BOUND=sorted_groups if bounded else 0, LOG=run.bit_length() - 1, GROUP=enc.group,
@@ -120,7 +120,7 @@ def _merge(enc: Encoder, scratch: tuple[Tensor | None, ...], best: _Best, start:
     if timed:
         # A second merge of the same chunk would find nothing left to do, so each takes a copy of what stood before.
         candidates = tuning.merge_candidates(config, enc.group)
-        tuning.autotune(key, candidates, lambda config: launch(config, _Best(*(t.clone() for t in best))))
+        tuning.autotune(key, candidates, lambda config: launch(config, Best(*(t.clone() for t in best))))
     launch(tuning.chosen(key, config), best)
 
 

@@ -82,15 +82,20 @@ def _csr_piece(
     assert enc.theta is not None
     B, stride = x.shape[0], triton.cdiv(n, enc.group) * enc.group
     run_tiles(enc, x, start, n, None, groups, scratch, product=product, timed=autotunes(x))
-    hits = groups[: B * stride // enc.group]
-    ends = hits.cumsum(0, dtype=torch.int64)
+    hits = groups[: B * stride // enc.group].view(B, -1)
+    return hits.sum(1, dtype=torch.int64), *fill(enc, hits, scratch, start, n)
+
+
+def fill(enc: Encoder, hits: Tensor, scratch: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """(idx, acts) of the values that `run_tiles` counted, hits (B, groups), and left in scratch."""
+    (B, count), ends = hits.shape, hits.flatten().cumsum(0, dtype=torch.int64)
     total = int(ends[-1])
-    idx = x.new_empty(total, dtype=torch.int32)
-    acts = x.new_empty(total, dtype=torch.float32)
-    visit = min(64, triton.next_power_of_2(stride // enc.group))
+    idx = hits.new_empty(total)
+    acts = scratch.new_empty(total)
+    visit = min(64, triton.next_power_of_2(count))
     if total:
-        fill_csr.fill_csr[(B * triton.cdiv(stride // enc.group, visit),)](
-            hits, ends, scratch, enc.theta, idx, acts, n, start, stride, enc.threshold_step,
+        fill_csr.fill_csr[(B * triton.cdiv(count, visit),)](
+            hits, ends, scratch, enc.theta, idx, acts, n, start, count * enc.group, enc.threshold_step,
             GROUP=enc.group, VISIT=visit, num_warps=4,
         )  # fmt: skip
-    return hits.view(B, -1).sum(1, dtype=torch.int64), idx, acts
+    return idx, acts
