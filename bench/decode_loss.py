@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import op
+from saefast.ops.code import Code, Prefixes
 from saefast.optim import reference
 from saefast.optim.dispatch import row_ops
 
@@ -22,7 +23,8 @@ def contest(shape: op.Shape, dtype: torch.dtype, device: str) -> op.Contest:
     x, b = torch.randn((B, D), device=device), torch.randn(D, device=device)
     acts, idx = torch.rand((B, k), device=device), torch.randint(L, (B, k), dtype=torch.int32, device=device)
     W = torch.randn((L, D), device=device) / D**0.5
-    given = (x, acts, idx, W, b, [1 / B], [k], torch.empty((1, B, D), dtype=torch.float32, device=device))
+    residual = torch.empty((1, B, D), dtype=torch.float32, device=device)
+    given = (x, Code(acts, idx), W, b, Prefixes([k], [1 / B]), residual)
 
     def plain() -> tuple[Tensor, Tensor]:
         error = x - b - F.embedding_bag(idx, W, per_sample_weights=acts, mode="sum")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from bench import op
+from saefast.ops.code import Code, Prefixes
 from saefast.ops.groups import group_entries
 from saefast.optim import reference
 from saefast.optim.dispatch import row_ops
@@ -20,8 +21,9 @@ def contest(shape: op.Shape, dtype: torch.dtype, device: str) -> op.Contest:
     B, _, L, k = shape
     idx = torch.randint(L, (B * k,), dtype=torch.int32, device=device)
     keep = torch.ones_like(idx, dtype=torch.bool)
-    acts, grad = torch.rand(B * k, device=device), torch.randn(B * k, device=device)
-    backend, entries = row_ops(acts), (acts, grad, [k], [k], B, L)
+    code = Code(torch.rand((B, k), device=device), idx.view(B, k))
+    entries = [(code, torch.randn((B, k), device=device))], Prefixes([k], [1 / B]), L
+    backend = row_ops(code.acts)
     ours, plain = backend.group_entries(idx, keep, L), group_entries(idx, keep, L)
     calls = {
         "saefast": lambda: backend.fill_entries(ours, *entries),
