@@ -126,7 +126,8 @@ def api() -> list[Call]:
         Call(
             "open_source", lambda **given: readers.drawn(open_source(**given)),
             dict(data=lambda: "shards", hook=lambda: "layers.0"),
-            dict(data=data, heldout=odd.VALUES, hook=odd.VALUES, key=odd.VALUES, d_in=odd.VALUES,
+            dict(data=data, heldout=odd.VALUES, hook=odd.VALUES, hooks=odd.VALUES, key=odd.VALUES,
+                 keys=odd.VALUES, d_in=odd.VALUES, d_out=odd.VALUES,
                  skip_bad_shards=odd.VALUES, verify=odd.VALUES, shuffle=odd.VALUES),
         ),
         Call("load", load, dict(path=lambda: "run"), dict(path=path, device=odd.VALUES | DEVICES, verify=odd.VALUES)),

@@ -1,5 +1,7 @@
 """Training while harvesting: hooks of one pass, shuffled, row for row the same tokens."""
 
+from itertools import islice
+
 import pytest
 import tiny_models
 import torch
@@ -11,7 +13,7 @@ from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.harvest import live, reharvest, sequences
 from saefast.harvest.lanes import lanes_for
-from saefast.harvest.live import live_sources
+from saefast.harvest.live import live_source, live_sources
 from saefast.harvest.reharvest import describe_live
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import HarvestConfig, harvest
@@ -52,6 +54,24 @@ def test_hooks_of_one_pass_give_the_same_tokens_shuffled(tmp_path, monkeypatch):
         source.close()
     assert at["layers.0"] == at["layers.1"]
     assert at["layers.0"] != sorted(at["layers.0"])
+
+
+def test_one_source_of_two_hooks_gives_rows_of_the_same_tokens():
+    model = tiny_models.model("gpt2")
+    sources = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)
+    alone = {hook: torch.cat(xs(source.batches(8, seed=3), 40)) for hook, source in sources.items()}
+    for source in sources.values():
+        source.close()
+    both = live_source(CONFIG, {"target": "layers.1", "x": "layers.0"}, model=model, **GIVEN, reservoir_rows=1)
+    drawn = list(islice(both.batches(8, seed=3), 40))
+    for tensor, hook in (("x", "layers.0"), ("target", "layers.1")):
+        assert torch.equal(torch.cat([batch[tensor] for batch in drawn]), alone[hook])
+    held = list(both.heldout(5))
+    assert held
+    assert all(len(batch["x"]) == len(batch["target"]) for batch in held)
+    both.close()
+    with pytest.raises(InputError, match=r"names 'layers\.9': expected hooks of the config, layers\.0, layers\.1"):
+        live_source(CONFIG, ["layers.9"], model=model, **GIVEN)
 
 
 def test_the_model_runs_once_for_all_hooks(monkeypatch):
