@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saefast import extension
+from saefast import extension, ops
 from saefast.errors import InputError
-from saefast.ops import dispatch as ops
 from saefast.ops import native, reference
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ extension was not built")

@@ -18,9 +18,9 @@ from closeness import assert_close_to_reference
 from draws import given, settings, st
 from tile_forms import FORMS, force, integers, misaligned, sliced
 
+from saefast import ops
 from saefast.errors import InputError
 from saefast.kernels import encode_tiles, tuning
-from saefast.ops import dispatch as ops
 from saefast.ops import reference, triton_sddmm, triton_spmm, triton_threshold_encode
 from saefast.ops import triton_encode_tiles as tiles
 from saefast.ops import triton_encode_topk as driver

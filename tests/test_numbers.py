@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saefast import ops
 from saefast.analysis.evaluation import evaluate
 from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
@@ -21,7 +22,6 @@ from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
-from saefast.ops import dispatch as ops
 from saefast.ops import reference, triton_sddmm, triton_spmm
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, DriftTable, Matrix

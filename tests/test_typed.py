@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import saefast
+from saefast import ops
 from saefast.analysis.evaluation import evaluate
 from saefast.data.opening import open_source
 from saefast.errors import InputError
-from saefast.ops import dispatch as ops
 from saefast.schema import Count
 from saefast.typed import typed
 

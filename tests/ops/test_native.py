@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from saefast import extension
+from saefast import extension, ops
 from saefast.errors import InputError
 from saefast.ops import backends, native, reference
-from saefast.ops import dispatch as ops
 
 pytestmark = pytest.mark.skipif(not extension.available(), reason="the C++ extension was not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
