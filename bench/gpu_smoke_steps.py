@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from bench.step_child import batches
-from saefast.engines.autograd import PARAMETERS, AutogradEngine
+from saefast.engines.autograd import AutogradEngine
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE

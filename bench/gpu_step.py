@@ -88,9 +88,9 @@ def new_run(shape: Shape, what: str, settings: Settings) -> Run:
 def make_late(engine: FusedEngine, steps: int) -> None:
     """As if so many steps had been taken, all rows in each."""
     for _ in range(steps):
-        engine.drift.add(engine.lr())
-    engine.step_count = steps
-    for matrix in engine.matrices.values():
+        engine.weights.drift.add(engine.lr())
+    engine.step_count = engine.weights.step = steps
+    for matrix in engine.weights.matrices.values():
         matrix.last_step.fill_(steps)
 
 

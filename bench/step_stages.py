@@ -33,7 +33,7 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
 
     Stages are told apart by stamps in the stream; the host waits for the device only between steps.
     """
-    backend, stages = row_ops(engine.enc.w), Stages(device)
+    backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     stages.watch(mixed, ["encode_topk_mixed"], encode_label)
     stages.watch(ops, ["encode_topk"], encode_label)
     stages.watch(backend, row_functions(backend))
@@ -59,10 +59,12 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
 
 def settle_ms(engine: FusedEngine, data: list[Tensor], device: str) -> float:
     """What settling W_enc adds to a step, spread over the steps between two: medians do not see every fourth step."""
-    backend, stages = row_ops(engine.enc.w), Stages(device)
+    backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     while (engine.step_count + 1) % engine.settle_every:
         engine.step(data[engine.step_count % len(data)])
-    stages.watch(backend, ["catch_up"], lambda name, matrix, *_, **__: "settle" if matrix is engine.enc else name)
+    stages.watch(
+        backend, ["catch_up"], lambda name, matrix, *_, **__: "settle" if matrix is engine.weights.enc else name
+    )
     try:
         engine.step(data[0])
     finally:

@@ -14,7 +14,8 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, clear_batches, distance
 from torch import Tensor, nn
 
-from saefast.engines.autograd import PARAMETERS, AutogradEngine
+from saefast.engines.autograd import AutogradEngine
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import lr_factor, preset
 from saefast.engines.engine import StepStats
 from saefast.models.sae import SAE

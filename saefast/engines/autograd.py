@@ -1,24 +1,31 @@
 """AutogradEngine: the training step in plain torch. Dense gradients and torch's Adam; every recipe and every option.
 
-It is what the fused step is held against, and the engine for what that one does not do.
+It is the readable statement of the maths, which the fused engine is held against, and the engine for what that one does
+not do.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.engines.config import TrainConfig, lr_factor
-from saefast.engines.engine import State, StepStats, check_batch, not_finite
-from saefast.engines.losses import DeadLatents, Losses, inverse_variance, total_loss
+from saefast.engines.base import PARAMETERS, EngineBase
+from saefast.engines.config import TrainConfig
+from saefast.engines.dead import DeadLatents
+from saefast.engines.engine import State, StepStats, checked, not_finite
+from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, sum_squares, term_weights, total_variance
 from saefast.errors import InputError
 from saefast.models.sae import SAE
-from saefast.models.start import scale_encoder_, start_b_dec_
+from saefast.ops import spmm
+from saefast.ops.code import Code, padded
+from saefast.ops.encoder import Encoder
+from saefast.ops.selected import selected
 
-PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.Adam's names
 
 
-class AutogradEngine:
+class AutogradEngine(EngineBase):
     """Engine "autograd"; see `saefast.engines.engine.Engine` for the interface.
 
     Order of a step: unit decoder rows (pre_forward) -> loss -> backward -> unit decoder rows (pre_step) -> gradient
@@ -33,48 +40,34 @@ class AutogradEngine:
         InputError: the SAE's dtype, or a setting only the fused engine has.
     """
 
+    name = "autograd"
+
     @ambient.plainly(grad=True)
     def __init__(self, sae: SAE, config: TrainConfig, total_steps: int) -> None:
         if sae.dtype not in (torch.float32, torch.float64):
             raise InputError(f"dtype is {sae.dtype}: train in float32 and cast the result; halves lose Adam's steps")
         if config.optimizer != "adam":
             raise InputError(f"optimizer is {config.optimizer!r}: engine 'autograd' has 'adam'; use engine='fused'")
-        self.sae, self.config, self.total_steps = sae, config, total_steps
-        self.step_count = 0
-        self.mse_scale = 1.0
-        self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
+        super().__init__(sae, config, total_steps)
         self.parameters = {name: getattr(sae, name) for name in PARAMETERS}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.adam = torch.optim.Adam(
             self.parameters.values(), lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
         )
-        self.ema: dict[str, Tensor] | None = None
-        if config.ema_decay is not None:
-            self.ema = {name: torch.zeros_like(p, requires_grad=False) for name, p in self.parameters.items()}
 
     @ambient.plainly(grad=True)
-    def initialise(self, rows: Tensor) -> None:
-        """Sets b_dec, the encoder's scale and the loss's scale from rows (n, d_in), as the recipe says."""
-        start_b_dec_(self.sae, rows, self.config.b_dec_init)
-        if self.config.init_encoder_scale:
-            scale_encoder_(self.sae, self.config.seed)
-        if self.config.loss == "scaled_mse":
-            self.mse_scale = inverse_variance(rows)
-
-    @ambient.plainly(grad=True)
-    def step(self, x: Tensor) -> StepStats:
+    def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
         """One update from x (B, d_in).
 
         Raises:
             InputError: a loss or a gradient that is not finite, naming the step; weights and state stay as they were.
         """
-        check_batch(x, self.sae)
-        x = x.to(self.sae.dtype)
+        x, target = checked(x, target, self.sae, self.sae.dtype)
         before = self.sae.W_dec.detach().clone() if self.config.decoder_norm.startswith("pre") else None
         if self.config.decoder_norm == "pre_forward":
             self.sae.normalize_decoder_()
-        losses = total_loss(self.sae, x, self.dead, self.config, self.mse_scale)
+        losses = total_loss(self.sae, x, self.dead, self.config, self.mse_scale, target)
         if losses.total.isfinite():
             losses.total.backward()
             grad_norm = self._prepare_gradients()
@@ -83,7 +76,7 @@ class AutogradEngine:
             self.adam.zero_grad()
         if before is not None:
             self.sae.W_dec.data.copy_(before)
-        raise not_finite(self.step_count, float(losses.total.detach()), x)
+        raise not_finite(self.step_count, float(losses.total.detach()), x, target)
 
     @torch.no_grad()
     def _prepare_gradients(self) -> Tensor:
@@ -99,9 +92,9 @@ class AutogradEngine:
         return norm
 
     @torch.no_grad()
-    def _update(self, losses: Losses, grad_norm: Tensor) -> StepStats:
+    def _update(self, losses: "Losses", grad_norm: Tensor) -> StepStats:
         """From gradients to new weights, counters and average."""
-        self._average()
+        self.average()
         lr = self.lr()
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
@@ -109,27 +102,11 @@ class AutogradEngine:
         if self.config.decoder_norm == "post_step":
             self.sae.normalize_decoder_()
         self.dead.since = losses.since
+        seen = losses.code, losses.norms, self.step_count, self.config
+        self.take_buffers(self.architecture.observed(self.buffers(), *seen))
         self.step_count += 1
-        l0 = (losses.acts > 0).sum(1).float().mean()
+        l0 = (losses.served.acts > 0).sum() / losses.served.rows
         return StepStats(losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr)
-
-    def lr(self) -> float:
-        """The learning rate of the step to come."""
-        factor = lr_factor(self.step_count, self.total_steps, self.config)
-        return self.config.peak_lr(self.sae.config.n_latents) * factor
-
-    def _average(self) -> None:
-        """The moving average takes the weights of before this step's update, as OpenAI's does."""
-        if self.ema is not None and self.config.ema_decay is not None:
-            for name, average in self.ema.items():
-                average.lerp_(self.parameters[name], 1 - self.config.ema_decay)
-
-    def averaged(self) -> dict[str, Tensor] | None:
-        """The bias-corrected moving average of the weights by name; None without ema_decay or before a step."""
-        if self.ema is None or self.config.ema_decay is None or self.step_count == 0:
-            return None
-        correction = 1 - self.config.ema_decay**self.step_count
-        return {name: average / correction for name, average in self.ema.items()}
 
     @ambient.plainly(grad=True)
     def finish(self) -> None:
@@ -154,16 +131,122 @@ class AutogradEngine:
             InputError: an entry is missing or of another shape.
         """
         self.step_count, self.mse_scale = int(state["step_count"]), float(state["mse_scale"])
-        self.dead.since = taken(state, "dead.since", self.dead.since)
+        self.dead.since = self._copied(state, "dead.since", self.dead.since)
         self.adam.state.clear()
         for name, parameter in self.parameters.items():
             if self.step_count:
                 # Fused Adam keeps its count of steps as a float on the parameter's device.
                 count = torch.tensor(float(self.step_count), dtype=torch.float32, device=parameter.device)
-                moments = {moment: taken(state, f"adam.{name}.{moment}", parameter) for moment in MOMENTS}
+                moments = {moment: self._copied(state, f"adam.{name}.{moment}", parameter) for moment in MOMENTS}
                 self.adam.state[parameter] = {"step": count, **moments}
             if self.ema is not None:
-                self.ema[name] = taken(state, f"ema.{name}", parameter)
+                self.ema[name] = self._copied(state, f"ema.{name}", parameter)
+
+    def _copied(self, state: State, name: str, like: Tensor) -> Tensor:
+        """A copy of a state's tensor on the device of the one it replaces."""
+        return self.taken(state, name, like).detach().to(like.device, copy=True)
+
+
+class Losses(NamedTuple):
+    """The loss with its autograd graph, and what the counters and the log need."""
+
+    total: Tensor
+    auxk: Tensor | float
+    """Without its coefficient; 0 where AuxK did not run."""
+    fvu: Tensor
+    """Σe² / Σ(target - mean)², detached."""
+    code: Code
+    """The whole code, detached."""
+    served: Code
+    """Its main prefix."""
+    norms: Tensor | None
+    """What it was ranked by."""
+    since: Tensor
+    """(n_latents,) the dead-latent counters after this batch."""
+
+
+def total_loss(
+    sae: SAE, x: Tensor, dead: DeadLatents, config: TrainConfig, mse_scale: float = 1.0, target: Tensor | None = None
+) -> Losses:
+    """The whole loss of a batch x (B, d_in), differentiable in the SAE's four parameters. `dead` is only read.
+
+    Args:
+        target: (B, d_in) what the code is to reconstruct; None is x.
+    """
+    target = x if target is None else target
+    architecture, variance = sae.architecture, total_variance(target)
+    terms = architecture.terms(config)
+    centred = x - sae.b_dec if sae.config.apply_b_dec_to_input else x
+    encoder = _encoder(sae, centred)
+    raw = architecture.code(encoder, config)
+    chosen = padded(raw, sae.config.n_latents)
+    code = chosen._replace(acts=selected(centred, sae.W_enc, sae.b_enc, chosen, clip=not config.reproduce_bugs))
+
+    total = x.new_zeros(())
+    for p, weight in enumerate(term_weights(terms, target.shape, variance, config, mse_scale)):
+        part = terms.part(code, p)
+        # In sparsify's MultiTopK the encoder hears nothing of the longer prefix.
+        acts = part.acts.detach() if config.reproduce_bugs and p != terms.main else part.acts
+        error = target - _decode(sae, acts, part.idx)
+        total = total + weight * sum_squares(error)
+        if p == terms.main:
+            e = error.detach()
+
+    # sparsify reports MultiTopK's indices as those of the top k, and its counters believe it.
+    since = dead.after(raw if config.reproduce_bugs else terms.part(raw, terms.main))
+    auxk: Tensor | float = 0.0
+    if config.auxk_coef:
+        dead_ids = dead.ids(since if config.dead_update_first else dead.since)
+        auxk = auxk_loss(sae, centred, e, variance, dead_ids, config)
+        total = total + config.auxk_coef * auxk
+    auxk = auxk.detach() if isinstance(auxk, Tensor) else auxk
+    fvu = sum_squares(e) / variance
+    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), encoder.scale, since)
+
+
+def auxk_loss(
+    sae: SAE, centred: Tensor, residual: Tensor, variance: Tensor, dead_ids: Tensor, config: TrainConfig
+) -> Tensor | float:
+    """AuxK: the top dead latents of each token reconstruct the residual (Gao et al. 2024, arXiv 2406.04093, A.2).
+
+    Args:
+        centred: (B, D) what the encoder sees of the batch.
+        residual: (B, D) target - x_hat, detached.
+        variance: `total_variance` of the target.
+        dead_ids: (n_dead,) ascending int64; only their rows of W_enc are read.
+
+    Returns:
+        A 0-d tensor, or 0.0 where the loss does not run.
+    """
+    n_dead = len(dead_ids)
+    if not auxk_runs(n_dead, config):
+        return 0.0
+    e_hat = torch.zeros_like(residual)
+    if n_dead:
+        k = min(auxk_wanted(residual.shape[1], config), n_dead)
+        code = _encoder(sae, centred).topk(k, dead_ids, config.auxk_relu)
+        acts = selected(centred, sae.W_enc, sae.b_enc, code, clip=config.auxk_relu)
+        e_hat = spmm(acts.detach() if config.reproduce_bugs else acts, code.idx, sae.W_dec)
+    if config.auxk_b_dec_grad:
+        # Worth 0, with gradient: b_dec is on both sides of OpenAI's AuxK, detached in the target.
+        e_hat = e_hat + (sae.b_dec - sae.b_dec.detach())
+    weight = auxk_weight(residual.shape, n_dead, variance, total_variance(residual), config)
+    return weight * sum_squares(e_hat - residual)
+
+
+def _encoder(sae: SAE, centred: Tensor) -> Encoder:
+    """Chooses without a graph; `selected` puts what was chosen into it.
+
+    Where activations are measured in decoder norms (SAELens), these matter to the ranking alone: an activation
+    pre · ‖w‖ decodes as (pre · ‖w‖) · w / ‖w‖, so the norm cancels in the reconstruction and in its derivative, and
+    training works on pre.
+    """
+    norms = sae.decoder_norms().detach() if sae.config.rescale_acts_by_decoder_norm else None
+    return Encoder(centred.detach(), sae.W_enc.detach(), sae.b_enc.detach(), norms)
+
+
+def _decode(sae: SAE, acts: Tensor, idx: Tensor) -> Tensor:
+    return spmm(acts, idx, sae.W_dec) + sae.b_dec
 
 
 def project_decoder_grad_(W_dec: Tensor) -> None:
@@ -175,15 +258,3 @@ def project_decoder_grad_(W_dec: Tensor) -> None:
         squares = W_dec.square().sum(1).clamp_min(torch.finfo(W_dec.dtype).tiny)
         along = (W_dec.grad * W_dec).sum(1) / squares
         W_dec.grad.addcmul_(along[:, None], W_dec, value=-1)
-
-
-def taken(state: State, name: str, like: Tensor) -> Tensor:
-    """A copy of a state's tensor on the device of the one it replaces."""
-    value = state.get(name)
-    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
-        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise InputError(
-            f"state of engine 'autograd': {name} is {found}, expected {like.dtype} {tuple(like.shape)}; "
-            "it belongs to another config"
-        )
-    return value.detach().to(like.device, copy=True)

@@ -7,19 +7,26 @@ dictionary_learning 0.1.0 and SAELens 6.54, in their TopK + Adam form.
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from saefast.errors import InputError
-from saefast.models.config import SAEConfig
+from saefast.models import registry
+from saefast.models.config import SAEConfig, tuples_from_lists
 from saefast.models.init import BiasInit
 from saefast.schema import Seed, check, check_argument, check_fields
 from saefast.typed import typed
 
 Preset = Literal["saefast", "openai", "sparsify", "dictionary_learning", "saelens"]
 
+if TYPE_CHECKING:
+    # What a type checker cannot read: fields that architectures bring along.
+    ArchitectureFields: Any = object
+else:
+    ArchitectureFields = registry.fields("TrainFields")
+
 
 @dataclass
-class TrainConfig:
+class TrainConfig(ArchitectureFields):
     """Settings of `train()`. Rates and counts are per optimiser step unless a unit is given.
 
     Attributes:
@@ -54,7 +61,6 @@ class TrainConfig:
             (mean over tokens of the sum).
         auxk_relu: clip AuxK's activations at zero.
         auxk_b_dec_grad: the AuxK loss also moves b_dec.
-        multi_topk_coef: weight of the FVU with 4k latents (Gao et al. 2024, section 4.3); 0 turns it off.
         dead_after: a latent that has not fired for this many tokens (or steps) is dead.
         dead_unit: "tokens" or "steps".
         dead_start: what the counters of latents that never fired begin at; OpenAI's lag one step behind, -1.
@@ -104,7 +110,6 @@ class TrainConfig:
     auxk_denominator: Literal["residual", "inputs", "none"] = "residual"
     auxk_relu: bool = True
     auxk_b_dec_grad: bool = False
-    multi_topk_coef: float = 0.0
     dead_after: int = 10_000_000
     dead_unit: Literal["tokens", "steps"] = "tokens"
     dead_start: int = 0
@@ -125,6 +130,7 @@ class TrainConfig:
     eval_every: int = 0
 
     def __post_init__(self) -> None:
+        tuples_from_lists(self)
         check_fields(self)
         check_argument("seed", self.seed, Seed)
         for field in dataclasses.fields(self):
@@ -132,13 +138,14 @@ class TrainConfig:
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise InputError(f"{field.name} is {value!r}: expected less than 2**63")
         self._check_numbers()
+        registry.check("TrainFields", self)
         if self.reproduce_bugs and self.engine == "fused":
             raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
 
     def _check_numbers(self) -> None:
         limits = {
             "batch_size": 1, "n_tokens": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1, "lr_warmup_steps": 0,
-            "auxk_coef": 0, "multi_topk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0, "save_every": 0,
+            "auxk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0, "save_every": 0,
             "eval_every": 0, "settle_every": 1,
         }  # fmt: skip
         for name, least in limits.items():
@@ -173,6 +180,9 @@ class TrainConfig:
         if unknown := sorted(check(values, dict[str, Any], "train config").keys() - known):
             raise InputError(f"train config has unknown keys {unknown}: expected some of {sorted(known)}")
         return cls(**values)
+
+
+TrainConfig.__doc__ = f"{str(TrainConfig.__doc__).rstrip()}\n\n{registry.described('TrainFields')}    "
 
 
 def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -230,5 +240,7 @@ def preset(name: str, d_in: int, n_latents: int, k: int = 32, **overrides: Any) 
     values = PRESETS[name] | overrides
     sae_fields = {f.name for f in dataclasses.fields(SAEConfig)}
     sae_values = {key: value for key, value in values.items() if key in sae_fields}
+    sae_config = SAEConfig.from_dict(dict(d_in=d_in, n_latents=n_latents, k=k) | sae_values)
+    values = PRESETS[name] | sae_config.architecture().recipe(name) | overrides
     rest = {key: value for key, value in values.items() if key not in sae_fields}
-    return SAEConfig.from_dict(dict(d_in=d_in, n_latents=n_latents, k=k) | sae_values), TrainConfig.from_dict(rest)
+    return sae_config, TrainConfig.from_dict(rest)

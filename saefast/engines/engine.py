@@ -18,9 +18,9 @@ class StepStats(NamedTuple):
     """Figures of one optimiser step, all of the batch it saw, before its update. Numbers or 0-d tensors."""
 
     loss: Tensor | float
-    """What was minimised: reconstruction + auxk_coef · AuxK + multi_topk_coef · MultiTopK."""
+    """What was minimised: the architecture's reconstruction terms + auxk_coef · AuxK."""
     fvu: Tensor | float
-    """Fraction of variance unexplained, Σ(x - x_hat)² / Σ(x - mean of the batch)²."""
+    """Fraction of variance unexplained, Σ(target - x_hat)² / Σ(target - mean of the batch)²."""
     l0: Tensor | float
     """Latents with an activation above 0, per token."""
     dead_share: Tensor | float
@@ -44,11 +44,17 @@ class Engine(Protocol):
     step_count: int
     """Optimiser updates done."""
 
-    def initialise(self, rows: Tensor) -> None:
+    def initialise(self, rows: Tensor, targets: Tensor | None = None) -> None:
         """Sets what depends on data (b_dec, scales) from rows (n, d_in), in place in the SAE."""
 
-    def step(self, x: Tensor) -> StepStats:
-        """One update from a batch x (B, d_in). Raises InputError, with nothing changed, if the loss is not finite."""
+    def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
+        """One update from a batch x (B, d_in), to reconstruct target (B, d_out); None is x itself.
+
+        Raises InputError, with nothing changed, if the loss is not finite.
+        """
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The moving average of the weights by name; None where the recipe keeps none, or before a step."""
 
     def state_dict(self) -> State:
         """Everything but the SAE's own weights. Tensors are the live ones: save or clone them before the next step."""
@@ -60,27 +66,47 @@ class Engine(Protocol):
         """Brings the SAE to its final form: pending updates applied, decoder rows as SAEConfig promises."""
 
 
-def check_batch(x: Tensor, sae: SAE) -> None:
-    """Raises InputError where x is not (B >= 1, d_in) of floats."""
-    if x.dim() != 2 or x.shape[1] != sae.config.d_in or x.shape[0] == 0 or not x.is_floating_point():
+def checked(x: Tensor, target: Tensor | None, sae: SAE, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x and target as an engine takes them, of one dtype and contiguous; target None is x.
+
+    Raises:
+        InputError: x is not (B >= 1, d_in) of floats, or target not (B, d_in).
+    """
+    d_in = sae.config.d_in
+    if x.dim() != 2 or x.shape[1] != d_in or x.shape[0] == 0 or not x.is_floating_point():
         raise InputError(
-            f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (batch >= 1, d_in = {sae.config.d_in})"
+            f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (batch >= 1, d_in = {d_in})"
         )
+    if target is not None and (target.shape != x.shape or not target.is_floating_point()):
+        raise InputError(
+            f"target is {target.dtype} of shape {tuple(target.shape)}: expected floats of x's shape {tuple(x.shape)}"
+        )
+    x = x.to(dtype).contiguous()
+    return x, x if target is None else target.to(dtype).contiguous()
 
 
-def not_finite(step: int, loss: float, x: Tensor) -> InputError:
+def not_finite(step: int, loss: float, x: Tensor, target: Tensor | None = None) -> InputError:
     """The error for a loss (or, where that is finite, a gradient) that is NaN or infinite, naming the likely cause."""
+    what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
+    cause = _cause(x)
+    if target is not None and target is not x and cause == DIVERGED:
+        cause = _cause(target).replace("inputs", "targets")
+    return InputError(f"{what} is not finite at step {step}: {cause}. The weights are still those before this step")
+
+
+DIVERGED = "the inputs are finite, so training diverged: lower lr or set max_grad_norm"
+
+
+def _cause(x: Tensor) -> str:
+    """What is wrong with a batch, if anything is."""
     bad = (~x.isfinite()).any(dim=1).nonzero()
     squares, limits = float(x.double().square().sum()), torch.finfo(accumulate_dtype(x.dtype))
-    what = "a gradient" if math.isfinite(loss) else f"the loss ({loss})"
     if len(bad):
         cause = f"row {int(bad[0])} of the batch holds NaN or inf ({len(bad)} such rows): drop them from the data"
-        cause += where_it_ends(x[bad[0]])
-    elif bool((x == x[:1]).all()):
-        cause = "all rows of the batch are equal, so their variance is 0: shuffle the data or use larger batches"
-    elif not limits.tiny < squares < limits.max**0.75:
+        return cause + where_it_ends(x[bad[0]])
+    if bool((x == x[:1]).all()):
+        return "all rows of the batch are equal, so their variance is 0: shuffle the data or use larger batches"
+    if not limits.tiny < squares < limits.max**0.75:
         size = f"{float(x.abs().max()):.1e} at most, and {limits.dtype} cannot hold their squares"
-        cause = f"the inputs are too {'small' if squares < 1 else 'large'} ({size}): normalize='sqrt_d' scales them"
-    else:
-        cause = "the inputs are finite, so training diverged: lower lr or set max_grad_norm"
-    return InputError(f"{what} is not finite at step {step}: {cause}. The weights are still those before this step")
+        return f"the inputs are too {'small' if squares < 1 else 'large'} ({size}): normalize='sqrt_d' scales them"
+    return DIVERGED

@@ -1,67 +1,50 @@
 """A batch's forward and backward pass on the entries that fired. Nothing of the step is written here.
 
-The one thing that changes is decoder rows that slept: they are settled when they are about to be read, which leaves
-them what dense training would have made of them by now.
+The one thing that changes is decoder rows that were left alone: they are settled when they are about to be read, which
+leaves them what dense training would have made of them by now.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from saefast.engines import auxk_block
 from saefast.engines.config import TrainConfig
+from saefast.engines.dead import DeadLatents
 from saefast.engines.engine import not_finite
 from saefast.engines.hot import Block, HotLatents
-from saefast.engines.losses import DeadLatents, auxk_runs, auxk_wanted, reconstruction_weight
-from saefast.models.config import SAEConfig
-from saefast.ops import dispatch as ops
-from saefast.ops import mixed
+from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, term_weights
+from saefast.engines.weights import Scratch, Weights
+from saefast.models.architecture import Architecture, Terms
 from saefast.ops.code import Code, Number, Prefixes
+from saefast.ops.encoder import Encoder
 from saefast.ops.groups import Entries, Groups
 from saefast.optim.dispatch import row_ops
-from saefast.optim.state import AnyMatrix, RowGradient
+from saefast.optim.state import RowGradient
 
 # Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything is looked at.
 OVERFLOW = 1e30
 
 
-@dataclasses.dataclass
+@dataclass
 class Model:
     """What a pass reads."""
 
-    sae: SAEConfig
+    architecture: Architecture
+    terms: Terms
     config: TrainConfig
-    matrices: dict[str, AnyMatrix]
-    """W_enc, W_dec, b_enc, b_dec."""
+    weights: Weights
     dead: DeadLatents
     hot: HotLatents | None
     mse_scale: float
-    step: int
-    dense: bool
-    """Every row takes part in the update, so runs are wanted for all latents."""
-    wake: Callable[[Tensor], None]
-    """Settles the decoder rows of latents (n,) int32."""
-    buffer: Callable[..., Tensor]
-    """Memory by name and shape."""
+    scratch: Scratch
+    buffers: dict[str, Tensor]
+    """What the architecture keeps besides the parameters."""
 
 
-@dataclasses.dataclass
-class Part:
-    """One loss's share of the entries, and of the gradient."""
-
-    acts: Tensor
-    """(B, K)."""
-    idx: Tensor
-    """(B, K) int32."""
-    grad_acts: Tensor
-    """(B, K)."""
-
-
-@dataclasses.dataclass
+@dataclass
 class BlockGradient:
     """Dense gradient rows of latents that a block did: the hot ones, or AuxK's."""
 
@@ -72,14 +55,14 @@ class BlockGradient:
     for_enc: Tensor
 
 
-@dataclasses.dataclass
+@dataclass
 class Gradient:
     """A batch's gradient, and what its step reports. Its loss is for the caller to look at before anything is written.
 
     Numbers lie where they were worked out, so that a step makes the host wait for all of them at once.
     """
 
-    runs: Groups
+    groups: Groups
     """Of the entries below; latents of a block have none."""
     for_dec: RowGradient
     for_enc: RowGradient
@@ -91,6 +74,8 @@ class Gradient:
     """(D,)."""
     since: Tensor
     """(L,) the dead-latent counters after the batch."""
+    buffers: dict[str, Tensor]
+    """The architecture's, after the batch."""
     code: Groups
     """Of the batch's whole code, AuxK's entries left out."""
     loss: Number
@@ -100,47 +85,61 @@ class Gradient:
 
 
 class Pass:
-    """One batch x (B, D) going through a model. Call `gradient`."""
+    """One batch x (B, D) going through a model, to reconstruct target (B, D). Call `gradient`."""
 
-    def __init__(self, model: Model, x: Tensor) -> None:
-        self.model, self.x, self.config = model, x, model.config
+    def __init__(self, model: Model, x: Tensor, target: Tensor) -> None:
+        self.model, self.x, self.target = model, x, target
+        self.config, self.terms, self.weights = model.config, model.terms, model.weights
+        self.n_latents, self.hot_latents = len(model.weights.enc.w), model.hot
         self.backend = row_ops(x)
+        self.hot: Block | None = None
         self.aux: auxk_block.Block | None = None
-        k = model.sae.k
-        # Nested prefixes of the code, best latents first: k, and 4k where MultiTopK asks for it.
-        self.bounds = [k, min(4 * k, model.sae.n_latents)] if self.config.multi_topk_coef else [k]
-        self.b_dec = model.matrices["b_dec"].w[0]
-        self.centred = x - self.b_dec if model.sae.apply_b_dec_to_input else x
+        self.is_centred = self.weights.sae.config.apply_b_dec_to_input
+        self.centred = x - self.weights.b_dec if self.is_centred else x
+        enc, norms = self.weights.enc, self.weights.dec.norms
+        self.encoder = Encoder(self.centred, enc.w, self.weights.b_enc, norms, enc.shadow)
 
     def gradient(self) -> Gradient:
         """The whole pass.
 
         Raises:
-            InputError: x or the code is not finite.
+            InputError: x, target or the code is not finite.
         """
-        variance, squares = self.backend.batch_sums(self.x)
-        self.acts, self.idx = self._encode(self.bounds[-1])
-        self.runs = self._runs(self.idx, self.acts != 0)
+        model, norms = self.model, self.weights.dec.norms
+        variance, squares = self.backend.batch_sums(self.target)
+        self.code = model.architecture.code(self.encoder, self.config)
+        self.groups = self._grouped(self.code.idx, self.code.acts != 0)
+        buffers = model.architecture.observed(model.buffers, self.code, norms, self.weights.step, self.config)
         since = self._counters()
         dead_ids = self._look(variance, squares, self._dead(since))
-        self.model.wake(self.runs.latents)
+        self.weights.settle_decoder(self.groups.latents)
 
-        main, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
-        parts: list[Part] = [main]
+        grad, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
+        parts: list[tuple[Code, Tensor]] = [(self.code, grad)]
         auxk: Number = 0.0
         if dead_ids is not None:
-            part, auxk = self._auxk(dead_ids, main)
+            part, auxk = self._auxk(dead_ids, grad)
             parts += [part] if part is not None else []
         loss = loss + self.config.auxk_coef * auxk
-        return Gradient(*self._entries(parts), since, self.runs, loss, fvu, auxk, self._fired() / len(self.x))
+        l0 = self._fired() / len(self.x)
+        return Gradient(*self._entries(parts), since, buffers, self.groups, loss, fvu, auxk, l0)
+
+    def _served(self) -> Code:
+        """The part of the code that the SAE serves."""
+        return self.terms.part(self.code, self.terms.main)
 
     def _counters(self) -> Tensor:
         """The dead-latent counters after this batch."""
-        dead, k = self.model.dead, self.model.sae.k
-        if self.config.fired_above != 0 or len(self.bounds) > 1:
-            return dead.after(self.acts[:, :k], self.idx[:, :k])
-        # What fired is what has a run: no need to look for it again.
-        return dead.unless(self.runs.counts(self.model.sae.n_latents) > 0, len(self.x))
+        dead, served = self.model.dead, self._served()
+        if self.config.fired_above != 0 or served is not self.code:
+            return dead.after(served)
+        # What fired is what has a group: no need to look for it again.
+        return dead.unless(self.groups.counts(self.n_latents) > 0, len(self.x))
+
+    def _fired(self) -> Number:
+        """How many latents fired, over all tokens."""
+        served = self._served()
+        return self.groups.offsets[-1] if served is self.code else (served.acts > 0).sum()
 
     def _dead(self, since: Tensor) -> Tensor | None:
         """(n_latents,) bool: what AuxK may revive; None where there is no AuxK."""
@@ -153,73 +152,61 @@ class Pass:
         Returns:
             (n_dead,) ids for AuxK to revive, or None where it has nothing to say.
         """
-        hot = self.model.hot
+        hot, step = self.hot_latents, self.weights.step
         clashes: Number = hot.has(dead) if hot is not None and dead is not None else 0.0
-        self.variance, squares, reach, n_dead, clashing = fetched(
-            variance, squares, self._reach(), 0.0 if dead is None else dead.sum(), clashes
+        self.variance, squares, reach, widest, n_dead, clashing = fetched(
+            variance, squares, self._reach(), self._widest(), 0.0 if dead is None else dead.sum(), clashes
         )
         if not 0 < self.variance <= squares * (1 + 1e-6) < OVERFLOW:
-            raise not_finite(self.model.step, math.nan, self.x)
-        if not reach * reach * len(self.x) < OVERFLOW:
-            raise not_finite(self.model.step, math.nan if math.isnan(reach) else math.inf, self.x)
+            raise not_finite(step, math.nan, self.x, self.target)
+        if not (reach * widest) ** 2 * len(self.x) < OVERFLOW:
+            raise not_finite(step, math.nan if math.isnan(reach) else math.inf, self.x, self.target)
         if clashing:
-            self.model.hot = None  # a latent's gradient has to come from one place
+            self.hot_latents = None  # a latent's gradient has to come from one place
         return placed(dead, int(n_dead)) if dead is not None and auxk_runs(int(n_dead), self.config) else None
 
-    def _fired(self) -> Number:
-        """How many latents fired, over all tokens."""
-        if len(self.bounds) > 1:
-            return (self.acts[:, : self.model.sae.k] > 0).sum()
-        return self.runs.offsets[-1]
-
-    def _encode(self, k: int, latents: Tensor | None = None, relu: bool = True) -> tuple[Tensor, Tensor]:
-        enc, b_enc = self.model.matrices["W_enc"], self.model.matrices["b_enc"].w[0]
-        options: dict[str, Any] = dict(latents=latents, scale=self.model.matrices["W_dec"].norms, relu=relu)
-        if enc.shadow is None:
-            return ops.encode_topk(self.centred, enc.w, b_enc, k, **options)
-        return mixed.encode_topk_mixed(self.centred, enc.shadow, enc.w, b_enc, k, **options)
-
     def _reach(self) -> Number:
-        """How far a token's code may reach: NaN or inf for a code that is not finite, 0-d."""
-        norms = self.model.matrices["W_dec"].norms
-        largest = self.acts[:, 0].max() if norms is None else self.acts[:, 0].max() * norms.max()
-        return largest.double() * self.acts.shape[1]
+        """The largest activation: NaN or inf for a code that is not finite, 0-d."""
+        acts, norms = self.code.acts, self.weights.dec.norms
+        # The best entries of a row come first, where every row has some.
+        largest = acts[:, 0].max() if acts.dim() == 2 else acts.max()
+        return (largest if norms is None else largest * norms.max()).double()
 
-    def _runs(self, idx: Tensor, keep: Tensor) -> Groups:
-        found: Groups = self.backend.group_entries(idx.flatten(), keep.flatten(), self.model.sae.n_latents)
+    def _widest(self) -> Number:
+        """Entries of the token that has most."""
+        if self.code.row_ptr is None:
+            return float(self.code.idx.shape[1])
+        return self.code.row_ptr.diff().max()
+
+    def _grouped(self, idx: Tensor, keep: Tensor) -> Groups:
+        found: Groups = self.backend.group_entries(idx.flatten(), keep.flatten(), self.n_latents)
         return found
 
-    def _reconstruct(self, *, with_error: bool) -> tuple[Part, Number, Number]:
-        """Decode and the reconstruction losses: their part of the entries, their value, and the FVU.
+    def _reconstruct(self, *, with_error: bool) -> tuple[Tensor, Number, Number]:
+        """Decode and the reconstruction losses: the gradient to the code's activations, their value, and the FVU.
 
         Makes `planes` (P or P + 1, B, D), the weighted residuals; the last one is AuxK's to fill.
         """
-        (B, D), P, shape = self.x.shape, len(self.bounds), self.x.shape
-        variance = torch.tensor(self.variance, dtype=torch.float64, device="cpu")
-        weight: list[Number] = [float(reconstruction_weight(shape, variance, self.config, self.model.mse_scale))]
-        if self.config.multi_topk_coef:
-            weight.append(self.config.multi_topk_coef / self.variance)
-        self.planes = self.model.buffer("planes", P + with_error, B, D)
-        self.error = self.model.buffer("error", B, D) if with_error else None
-        grad, squares = self._decode(weight)
+        (B, D), P, main = self.target.shape, len(self.terms.prefixes), self.terms.main
+        weight = term_weights(self.terms, self.target.shape, self.variance, self.config, self.model.mse_scale)
+        self.prefixes = Prefixes(self.terms.bounds, weight, self.terms.by_latent, main)
+        self.planes = self.model.scratch("planes", P + with_error, B, D)
+        self.error = self.model.scratch("error", B, D) if with_error else None
+        grad, squares = self._decode()
         sums = [serial_sum(row) for row in squares]
-        return (
-            Part(self.acts, self.idx, grad),
-            sum(w * s for w, s in zip(weight, sums, strict=True)),
-            sums[0] / self.variance,
-        )
+        return grad, sum(w * s for w, s in zip(weight, sums, strict=True)), sums[main] / self.variance
 
-    def _decode(self, weight: list[Number]) -> tuple[Tensor, Tensor]:
+    def _decode(self) -> tuple[Tensor, Tensor]:
         """decode_loss, with the hot latents taken out and done as matrix products."""
-        W_dec, planes = self.model.matrices["W_dec"].w, self.planes[: len(self.bounds)]
-        hot = self.hot = None if self.model.hot is None else self.model.hot.block(self.acts, self.idx)
-        x, acts = self.x, self.acts
+        W_dec, planes = self.weights.dec.w, self.planes[: len(self.terms.prefixes)]
+        hot = self.hot = None if self.hot_latents is None else self.hot_latents.block(self.code.acts, self.code.idx)
+        target, code = self.target, self.code
         if hot is not None:
-            W_hot = W_dec[hot.ids].to(x.dtype)
-            x, acts = x - hot.acts @ W_hot, torch.where(hot.is_hot, 0, acts)
-        self.prefixes = Prefixes(self.bounds, weight)
+            W_hot = W_dec[hot.ids].to(target.dtype)
+            target = target - hot.acts @ W_hot
+            code = code._replace(acts=torch.where(hot.is_hot, 0, code.acts))
         decoded = self.backend.decode_loss(
-            x, Code(acts, self.idx), W_dec, self.b_dec, self.prefixes, planes, error=self.error
+            target, code, W_dec, self.weights.b_dec, self.prefixes, planes, error=self.error
         )
         if hot is None:
             return decoded.grad_acts, decoded.squares
@@ -227,68 +214,72 @@ class Pass:
         there = self.grad_hot.gather(1, hot.slot)
         return torch.where(hot.is_hot, there, decoded.grad_acts), decoded.squares
 
-    def _auxk(self, dead_ids: Tensor, main: Part) -> tuple[Part | None, Number]:
-        """AuxK: dead latents reconstruct the residual. Its part, if there is one, and its value without coef."""
+    def _auxk(self, dead_ids: Tensor, grad: Tensor) -> tuple[tuple[Code, Tensor] | None, Number]:
+        """AuxK: dead latents reconstruct the residual. Its part, if there is one, and its value without coef.
+
+        Args:
+            grad: dloss / dacts of the batch's own code.
+        """
         assert self.error is not None
         config, plane, k = self.config, self.planes[-1], min(auxk_wanted(self.x.shape[1], self.config), len(dead_ids))
-        weight = self._auxk_weight(self.error, len(dead_ids))
+        unexplained = self.backend.batch_sums(self.error)[0] if config.auxk_denominator == "residual" else 0.0
+        weight = auxk_weight(self.error.shape, len(dead_ids), self.variance, unexplained, config)
         if k == 0:
             torch.mul(self.error, config.auxk_coef * weight, out=plane)
             return None, weight * self.backend.batch_sums(self.error)[1]
-        if not self.model.dense and len(self.bounds) == 1 and auxk_block.pays_off(self.x, k, len(dead_ids)):
-            self.aux = self._auxk_block(dead_ids, k, config.auxk_coef * weight, main)
+        if self._by_block(k, len(dead_ids)):
+            self.aux = self._auxk_block(dead_ids, k, config.auxk_coef * weight, grad)
             return None, weight * serial_sum(self.aux.squares)
-        acts, idx = self._encode(k, dead_ids, config.auxk_relu)
-        self.model.wake(self._runs(idx, acts != 0).latents)
+        code = self.encoder.topk(k, dead_ids, config.auxk_relu)
+        self.weights.settle_decoder(self._grouped(code.idx, code.acts != 0).latents)
         prefixes = Prefixes([k], [config.auxk_coef * weight])
         decoded = self.backend.decode_loss(
-            *(self.error, Code(acts, idx), self.model.matrices["W_dec"].w, None, prefixes, plane[None]),
-            relu=config.auxk_relu,
+            self.error, code, self.weights.dec.w, None, prefixes, plane[None], relu=config.auxk_relu
         )
-        return Part(acts, idx, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
+        return (code, decoded.grad_acts), weight * serial_sum(decoded.squares[0])
 
-    def _auxk_block(self, dead_ids: Tensor, k: int, weight: Number, main: Part) -> auxk_block.Block:
-        """AuxK by matrix products, which take over the main code's entries of dead latents if there may be any."""
+    def _by_block(self, k: int, n_dead: int) -> bool:
+        """Whether AuxK is done by matrix products. They know one reconstruction, and codes of a fixed width."""
+        if self.weights.dense or len(self.terms.prefixes) > 1 or not (self._all_silent() or self.code.row_ptr is None):
+            return False
+        return auxk_block.pays_off(self.x, k, n_dead)
+
+    def _all_silent(self) -> bool:
+        """Whether no dead latent can be in the batch's own code.
+
+        One that has just fired is not dead, if it was asked after that and if every activation counts as firing.
+        """
+        above = self.config.fired_above
+        return self.config.dead_update_first and (above is None or above <= 0)
+
+    def _auxk_block(self, dead_ids: Tensor, k: int, weight: Number, grad: Tensor) -> auxk_block.Block:
+        """AuxK by matrix products, which take over the batch's own entries of dead latents if there may be any."""
         assert self.error is not None
-        config, enc, dec = self.config, self.model.matrices["W_enc"], self.model.matrices["W_dec"]
-        # Ranked by the norms of before the rows are settled, as the main code and the sparse form of AuxK are.
+        enc, dec = self.weights.enc, self.weights.dec
+        # Ranked by the norms of before the rows are settled, as the batch's own code and the sparse form of AuxK are.
         norms = None if dec.norms is None else dec.norms.clone()
-        self.model.wake(dead_ids.int())
-        encoder = auxk_block.Encoder(enc.w, self.model.matrices["b_enc"].w[0], dec.w, norms)
-        # A latent that has just fired is not dead, if it was asked after that and if every activation counts as firing.
-        silent = config.dead_update_first and (config.fired_above is None or config.fired_above <= 0)
-        code = None if silent else auxk_block.Code(main.acts, main.idx, main.grad_acts, self.planes[0])
+        self.weights.settle_decoder(dead_ids.int())
+        encoder = auxk_block.Encoder(enc.w, self.weights.b_enc, dec.w, norms)
+        code = None
+        if not self._all_silent():
+            code = auxk_block.Code(self.code.acts, self.code.idx, grad, self.planes[0])
+        relu = self.config.auxk_relu
         return auxk_block.auxk_block(
-            *(self.centred, self.error, self.planes[-1], encoder, dead_ids, k, weight), relu=config.auxk_relu, code=code
+            *(self.centred, self.error, self.planes[-1], encoder, dead_ids, k, weight), relu=relu, code=code
         )
-
-    def _auxk_weight(self, error: Tensor, n_dead: int) -> Number:
-        """As `losses.auxk_weight`, with sums that do not depend on the number of threads."""
-        B, D = error.shape
-        few = min(n_dead / auxk_wanted(D, self.config), 1.0) if self.config.auxk_scale_few_dead else 1.0
-        if self.config.auxk_denominator == "none":
-            return few / B
-        if self.config.auxk_denominator == "inputs":
-            return few / self.variance
-        unexplained: Number = self.backend.batch_sums(error)[0]
-        if isinstance(unexplained, Tensor):
-            return torch.where(unexplained > 0, few / unexplained, 0.0)
-        return few / unexplained if unexplained > 0 else 0.0
 
     def _entries(
-        self, parts: list[Part]
+        self, parts: list[tuple[Code, Tensor]]
     ) -> tuple[Groups, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
         """The parts as entries grouped by latent, the blocks' rows beside them, and the biases' gradients."""
-        D, n_latents = self.x.shape[1], self.model.sae.n_latents
-        runs, taken = self.runs, self._taken()
+        groups, taken, D = self.groups, self._taken(), self.x.shape[1]
         if taken or len(parts) > 1:
-            keep = _joined(parts, "acts") != 0
+            keep = _joined([code.acts for code, _ in parts]) != 0
             for entries_of_block in taken:
-                keep[: self.idx.numel()] &= ~entries_of_block.flatten()
-            runs = self._runs(_joined(parts, "idx"), keep)
-        code = [(Code(part.acts, part.idx), part.grad_acts) for part in parts]
-        entries: Entries = self.backend.fill_entries(runs, code, self.prefixes, n_latents)
-        offsets = runs.over_all(n_latents) if self.model.dense else runs.offsets
+                keep[: self.code.idx.numel()] &= ~entries_of_block.flatten()
+            groups = self._grouped(_joined([code.idx for code, _ in parts]), keep)
+        entries: Entries = self.backend.fill_entries(groups, parts, self.prefixes, self.n_latents)
+        offsets = groups.over_all(self.n_latents) if self.weights.dense else groups.offsets
         for_dec = RowGradient(self.planes.view(-1, D), offsets, entries.dec_row, entries.dec_coef)
         for_enc = RowGradient(self.centred, offsets, entries.enc_row, entries.enc_coef)
         b_enc, blocks = entries.grad_by_latent, []
@@ -298,7 +289,8 @@ class Pass:
         if self.aux is not None:
             b_enc[self.aux.ids] = self.aux.b_enc
             blocks.append(BlockGradient(self.aux.ids.int(), self.aux.for_dec, self.aux.for_enc))
-        return runs, for_dec, for_enc, blocks, b_enc, self._b_dec(b_enc, [runs.latents, *(b.ids for b in blocks)])
+        touched = [groups.latents, *(block.ids for block in blocks)]
+        return groups, for_dec, for_enc, blocks, b_enc, self._b_dec(b_enc, touched)
 
     def _taken(self) -> list[Tensor]:
         """(B, K) bool masks of the code's entries that blocks have taken over."""
@@ -311,20 +303,18 @@ class Pass:
     def _b_dec(self, b_enc: Tensor, touched: list[Tensor]) -> Tensor:
         """The gradient of b_dec (D,), from that of b_enc, which is 0 but for the latents touched."""
         grad: Tensor = -2 * self.backend.weighted_row_sum(self.planes[0])
-        if self.config.auxk_b_dec_grad and len(self.planes) > len(self.bounds):
+        if self.config.auxk_b_dec_grad and len(self.planes) > len(self.terms.prefixes):
             grad -= 2 * self.backend.weighted_row_sum(self.planes[-1])
-        if not self.model.sae.apply_b_dec_to_input:
+        if not self.is_centred:
             return grad
         # b_dec is subtracted from what the encoder sees: -Σ over entries of grad · W_enc row, latent by latent.
-        W_enc = self.model.matrices["W_enc"].w
         for latents in touched:
-            grad -= self.backend.weighted_row_sum(W_enc, latents, b_enc[latents.long()])
+            grad -= self.backend.weighted_row_sum(self.weights.enc.w, latents, b_enc[latents.long()])
         return grad
 
 
-def _joined(parts: list[Part], name: str) -> Tensor:
-    tensors = [getattr(p, name).flatten() for p in parts]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def _joined(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
 
 
 def serial_sum(values: Tensor) -> Number:

@@ -5,8 +5,9 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,13 @@ from saefast import ambient
 from saefast.data.shardfile import Column, map_tensor, read_header, read_metadata, verify_seal, write_file
 from saefast.errors import InputError
 from saefast.files import parse_json, read_json, usable, write_json
+from saefast.models.architecture import Architecture
 from saefast.models.config import DTYPES, SAEConfig
 from saefast.models.init import init_weights
-from saefast.ops import autograd
+from saefast.ops import mixed, spmm
+from saefast.ops.code import Code, padded
+from saefast.ops.encoder import Encoder
+from saefast.ops.selected import selected
 from saefast.placement import pick_device, require_device, require_memory
 from saefast.schema import Seed, check_argument
 from saefast.typed import typed
@@ -31,15 +36,16 @@ class SAEOutput(NamedTuple):
     x_hat: Tensor
     """(..., d_in) the reconstruction."""
     acts: Tensor
-    """(..., k) activations of the latents that are on, descending; 0 where fewer than k are positive."""
+    """(..., K) activations of the latents that are on; 0 where fewer than K are."""
     idx: Tensor
-    """(..., k) int32 ids of those latents, distinct within a row."""
+    """(..., K) int32 ids of those latents, distinct within a row."""
 
 
 class SAE(nn.Module):
-    """A k-sparse autoencoder. acts, idx = TopK(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
+    """A sparse autoencoder. acts, idx = choice(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
 
-    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both.
+    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both. Buffers:
+    what the architecture keeps (`Architecture.buffers`), in float32 whatever the weights are.
 
     Args:
         config: shape and kind.
@@ -66,6 +72,13 @@ class SAE(nn.Module):
         self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device, dtype=dtype))
         self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+        for name, buffer in self.architecture.buffers().items():
+            self.register_buffer(name, buffer.to(device))
+        self._shadow: tuple[Any, Tensor] | None = None
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.config.architecture()
 
     @property
     def device(self) -> torch.device:
@@ -78,18 +91,47 @@ class SAE(nn.Module):
     @typed
     @ambient.plainly()
     def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (..., d_in) -> acts (..., k) fp32 (fp64 for fp64 weights) and idx (..., k) int32.
+        """x (..., d_in) -> acts (..., K) fp32 (fp64 for fp64 weights) and idx (..., K) int32, distinct in a row.
+
+        K is k where every token has k latents, and otherwise what the token with the most of them has; acts are 0 in
+        the places that a token leaves over.
 
         Raises:
             InputError: x's last dimension is not d_in, or x is on another device.
         """
         flat = self._flatten(x)
         norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
-        acts, idx = autograd.encode_topk(flat, self.W_enc, self.b_enc, self.config.k, scale=norms)
+        code = padded(self._serve(flat, norms), self.config.n_latents)
+        acts, idx = selected(flat, self.W_enc, self.b_enc, code), code.idx
         if norms is not None:
             acts = acts * norms[idx.long()]
-        shape = (*x.shape[:-1], self.config.k)
+        shape = (*x.shape[:-1], idx.shape[1])
         return acts.reshape(shape), idx.reshape(shape)
+
+    @typed
+    @ambient.plainly(grad=False)
+    def encode_quickly(self, x: Tensor) -> Code:
+        """The code of x (B, d_in) without a graph; bf16 products choose candidates where that is faster.
+
+        Values, order and ties are those of `encode_sparse` (see `saefast.ops.mixed`). A copy of W_enc in bf16 is kept
+        for the next call.
+        """
+        norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
+        code = self._serve(self._flatten(x), norms, self._copied() if mixed.pays_off(self.W_enc) else None)
+        return code if norms is None else code._replace(acts=code.acts * norms[code.idx.long()])
+
+    @torch.no_grad()
+    def _serve(self, flat: Tensor, norms: Tensor | None, shadow: Tensor | None = None) -> Code:
+        """The architecture's choice for flat (B, d_in), activations in units of 1."""
+        encoder = Encoder(flat.detach(), self.W_enc.detach(), self.b_enc.detach(), norms, shadow)
+        return self.architecture.serve(encoder, dict(self.named_buffers()))
+
+    def _copied(self) -> Tensor:
+        """W_enc in bf16, as it is now."""
+        now = (self.W_enc.data_ptr(), self.W_enc._version)
+        if self._shadow is None or self._shadow[0] != now:
+            self._shadow = now, self.W_enc.detach().to(torch.bfloat16)
+        return self._shadow[1]
 
     @typed
     @ambient.plainly()
@@ -103,7 +145,7 @@ class SAE(nn.Module):
         flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
         if self.config.rescale_acts_by_decoder_norm:
             flat_acts = flat_acts / self._units()[flat_idx.long()]
-        x_hat = autograd.decode(flat_acts, flat_idx, self.W_dec) + self.b_dec
+        x_hat = spmm(flat_acts, flat_idx, self.W_dec) + self.b_dec
         return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
 
     @typed
@@ -147,6 +189,15 @@ class SAE(nn.Module):
     def normalize_decoder_(self) -> None:
         """Scales every decoder row to unit norm."""
         self.W_dec.div_(self.decoder_norms().clamp_min(torch.finfo(self.dtype).eps)[:, None])
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SAE":
+        """What .to() and its like do: buffers follow to another device, and keep their dtype."""
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+        self._shadow = None
+        return self
 
     def _flatten(self, x: Tensor) -> Tensor:
         """x (..., d_in) as (B, d_in) in the weights' dtype, centred if the config says so."""
@@ -257,10 +308,10 @@ def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) ->
         config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    L, D = config.n_latents, config.d_in
-    expected = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+    empty = SAE(config, device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {tensor.dtype for tensor in tensors.values()}
+    dtypes = {tensors[name].dtype for name, _ in empty.named_parameters() if name in tensors}
     names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]
     if expected != found or not names:
         kinds = ", ".join(map(str, dtypes))

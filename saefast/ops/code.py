@@ -75,3 +75,26 @@ class Decoded(NamedTuple):
     """(P, B) Σ e² of each row, e = x - x_hat."""
     grad_acts: Tensor
     """dloss / dacts in the shape of acts, for the loss Σ_p weight[p] · Σ e[p]². 0 in padding."""
+
+
+def padded(code: Code, n_latents: int) -> Code:
+    """The code with as many entries in every row as the fullest has, (B, K): what is added has act 0.
+
+    The latents that a row is filled up with are lowest ones that it has not, so that its ids stay distinct.
+    """
+    if code.row_ptr is None:
+        return code
+    counts, B = code.row_ptr.diff().long(), code.rows
+    K = int(counts.max()) if B else 0
+    n = int(code.row_ptr[-1])
+    token, column = code.tokens()[:n], code.columns()[:n]
+    acts = code.acts.new_zeros(B, K)
+    idx = code.idx.new_zeros(B, K)
+    acts[token, column], idx[token, column] = code.acts[:n], code.idx[:n]
+    # Of the first 2 K latents a row lacks at least as many as it has places left over.
+    width = min(2 * K, n_latents)
+    there = torch.zeros(B, width + 1, dtype=torch.int8, device=idx.device)
+    there[token, code.idx[:n].long().clamp_max(width)] = 1
+    spare = there[:, :width].argsort(dim=1, stable=True)
+    left = torch.arange(K, device=idx.device) - counts[:, None]
+    return Code(acts, torch.where(left < 0, idx, spare.gather(1, left.clamp_min(0)).int()))

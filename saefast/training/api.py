@@ -18,8 +18,10 @@ from saefast import ambient
 from saefast.data.opening import HELDOUT, open_source
 from saefast.data.provenance import describe_data
 from saefast.data.source import Source
+from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig
 from saefast.engines.engine import Engine
+from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.files import usable
 from saefast.models.config import SAEConfig
@@ -52,7 +54,7 @@ def train(
 
     Inputs are scaled by one number s first, as `TrainConfig.normalize` says, estimated on the first rows and then
     fixed. The SAE returned and every SAE saved serve raw inputs: TopK and ReLU commute with a positive factor, so
-    dividing b_enc and b_dec by s and leaving W_enc and W_dec alone gives
+    dividing b_enc and b_dec by s (and thresholds, where there are any) and leaving W_enc and W_dec alone gives
     TopK(W_enc (x - b_dec/s) + b_enc/s) = acts(s·x) / s, and a reconstruction of x rather than of s·x.
 
     With out_dir, the run's folder (see saefast.training.run_folder) gets config.json, metrics.jsonl, checkpoints, and
@@ -157,16 +159,8 @@ def count_tokens(source: Source, config: TrainConfig) -> int:
 
 def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
     """The engine that config.engine names."""
-    if config.engine == "autograd":
-        from saefast.engines.autograd import AutogradEngine
-
-        return AutogradEngine(sae, config, total_steps)
-    try:
-        from saefast.engines.fused import FusedEngine  # type: ignore[import-not-found, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise InputError("engine 'fused' is not in this version of saefast: use engine='autograd'") from error
-    fused: Engine = FusedEngine(sae, config, total_steps)
-    return fused
+    kind = AutogradEngine if config.engine == "autograd" else FusedEngine
+    return kind(sae, config, total_steps)
 
 
 def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_from: Path | None) -> Run:
@@ -203,8 +197,9 @@ def _restore(
     stored = load(path, device, verify=False).state_dict()  # `checkpoint` has just looked at every byte
     sae.load_state_dict({name: value.clone() for name, value in stored.items()}, assign=True)
     with torch.no_grad():
-        sae.b_enc.copy_(state["b_enc"])
-        sae.b_dec.copy_(state["b_dec"])
+        for name, tensor in sae.state_dict().items():
+            if name in state["scaled"]:
+                tensor.copy_(state["scaled"][name])
     engine = make_engine(sae, config, total_steps)
     try:
         engine.load_state_dict(state["engine"])

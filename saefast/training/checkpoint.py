@@ -31,7 +31,7 @@ from saefast.models.sae import CONFIG, SAE, WEIGHTS
 from saefast.schema import Count, check
 
 ENGINE, STATE = "engine.safetensors", "state.json"
-FORMAT, VERSION = "saefast checkpoint", 2
+FORMAT, VERSION = "saefast checkpoint", 3
 FILES = (WEIGHTS, CONFIG, ENGINE)
 _TENSOR = "__tensor__"
 

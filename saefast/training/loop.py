@@ -43,8 +43,7 @@ class RunState(TypedDict):
     ahead: int
     rng: dict[str, Tensor]
     # The SAE in a checkpoint serves raw inputs; its biases times the scale would not be these to the bit.
-    b_enc: Tensor
-    b_dec: Tensor
+    scaled: dict[str, Tensor]
     engine: dict[str, Any]
 
 
@@ -296,8 +295,7 @@ def _save(run: Run) -> None:
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
         "rng": _get_rng(),
-        "b_enc": run.sae.b_enc,
-        "b_dec": run.sae.b_dec,
+        "scaled": scaled_tensors(run.sae),
         "engine": run.engine.state_dict(),
     }
     folder = run.folder / run_folder.CHECKPOINTS
@@ -313,7 +311,7 @@ def finish(run: Run, shown: Bar) -> SAE:
     """The last checkpoint, the SAE in its final form and its figures; on disk too where there is a folder."""
     if run.config.save_every:
         _save(run)
-    averaged = getattr(run.engine, "averaged", lambda: None)()
+    averaged = run.engine.averaged()
     run.engine.finish()
     if run.line is not None:
         _publish(run, run.line | _last_heldout(run), shown)
@@ -322,22 +320,28 @@ def finish(run: Run, shown: Bar) -> SAE:
         with run_folder.writing(run.folder):
             if averaged is not None:
                 average = SAE(sae.config, device="meta")
-                average.load_state_dict(averaged, assign=True)
+                average.load_state_dict(run.sae.state_dict() | averaged, assign=True)
                 fold(average, run.feed.scale).save(run.folder / run_folder.EMA)
             sae.save_weights(run.folder / WEIGHTS)
     return sae
 
 
 def fold(sae: SAE, scale: float) -> SAE:
-    """The SAE for raw inputs x, given one trained on scale · x: b_enc and b_dec divided by scale. See `train`.
+    """The SAE for raw inputs x, given one trained on scale · x; see `Architecture.rescaled` and `train`.
 
-    Shares W_enc and W_dec with the SAE given; only the biases are new.
+    Shares W_enc and W_dec with the SAE given; only what depends on the scale is new.
     """
     folded = SAE(sae.config, device="meta")
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
-    weights |= {name: weights[name] / scale for name in ("b_enc", "b_dec")}
+    weights |= sae.architecture.rescaled(weights, scale)
     folded.load_state_dict(weights, assign=True)
     return folded.requires_grad_(True)
+
+
+def scaled_tensors(sae: SAE) -> dict[str, Tensor]:
+    """What `fold` would change, as it is."""
+    tensors = {name: value.detach() for name, value in sae.state_dict().items()}
+    return {name: tensors[name] for name in sae.architecture.rescaled(tensors, 1.0)}
 
 
 def _get_rng() -> dict[str, Tensor]:

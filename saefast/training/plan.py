@@ -45,10 +45,18 @@ class Sizes(NamedTuple):
     batch_size: int = TrainConfig.batch_size
     optimizer: Optimizer = TrainConfig.optimizer
     settle_every: int = TrainConfig.settle_every
+    ranked: int | None = None
+    """Entries that the encoder ranks for a token; None is k, which is what a token has on average."""
+    terms: int = 1
+    """Reconstructions that the loss adds up."""
 
     @classmethod
     def of(cls, sae: SAEConfig, train: TrainConfig) -> "Sizes":
-        return cls(sae.d_in, sae.n_latents, sae.k, train.batch_size, train.optimizer, train.settle_every)
+        architecture = sae.architecture()
+        k, ranked = architecture.width(train), architecture.ranked(train)
+        settings = train.batch_size, train.optimizer, train.settle_every
+        terms = len(architecture.terms(train).prefixes)
+        return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms)
 
 
 class Stage(NamedTuple):
@@ -115,8 +123,8 @@ def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
         # b_enc with its moments and gradient, dead-latent counters before and after, row norms' squares.
         "biases and counters": L * (4 * 4 + 2 * 8 + 4),
         "sparse code": B * k * ENTRY,
-        # x as drawn and scaled, centred, residual, error.
-        "batch": 5 * B * D * 4,
+        # x as drawn and scaled, centred, error, and a residual for each term.
+        "batch": (4 + sizes.terms) * B * D * 4,
         "encoder scratch": scratch_of(sizes, device),
     }
 
@@ -125,7 +133,7 @@ def scratch_of(sizes: Sizes, device: str) -> int:
     """Bytes of the encoder's scratch. On a CPU it keeps its tiles in the cache."""
     if device == "cpu":
         return 0
-    ranked = min(mixed.candidates(sizes.k), sizes.n_latents)
+    ranked = min(mixed.candidates(sizes.ranked or sizes.k), sizes.n_latents)
     return scratch_bytes(sizes.batch_size, sizes.n_latents, ranked, SCRATCH)
 
 
@@ -151,8 +159,12 @@ def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
     scratch = B * L * (8 * stored + 8 / GROUP)
     shapes = [
         ("encode, top-k", 2.0 * B * L * D, L * D * 2 + B * D * 2 + scratch),
-        ("decode, loss, gradient to acts", 4.0 * entries * D, entries * D * weight_bytes + 3 * B * D * 4),
-        ("runs", 0.0, entries * 64.0),
+        (
+            "decode, loss, gradient to acts",
+            4.0 * entries * D,
+            entries * D * weight_bytes + (2 + sizes.terms) * B * D * 4,
+        ),
+        ("groups", 0.0, entries * 64.0),
         ("update W_dec", 2.0 * entries * D, entries * D * 4 + touched * row),
         ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * (row + 2 * D * (not lean))),
         ("settling of W_enc", 0.0, (L - touched) * row / sizes.settle_every),

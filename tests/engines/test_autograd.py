@@ -8,7 +8,8 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, batches
 from torch import Tensor
 
-from saefast.engines.autograd import PARAMETERS, AutogradEngine, project_decoder_grad_
+from saefast.engines.autograd import AutogradEngine, project_decoder_grad_
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import PRESETS, preset
 from saefast.engines.engine import State
 from saefast.errors import InputError

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from saefast.devices import DEVICES
 from saefast.engines import auxk_block
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedEngine
+from saefast.engines.fused import FusedEngine
 from saefast.engines.fused_pass import Gradient
 from saefast.models.sae import SAE
 from saefast.ops.reference import stable_topk
@@ -131,11 +132,13 @@ def batches(n: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return list((code @ sources + 0.05 * torch.randn(n, B, D)).to(dtype))
 
 
-def engine(data: list[Tensor], name: str = "saefast", hot_share: float | None = None, **settings: Any) -> FusedEngine:
+def engine(
+    data: list[Tensor], name: str = "saefast", hot_share: float | None = None, settle_every: int = 3, **settings: Any
+) -> FusedEngine:
     dtype = str(data[0].dtype).removeprefix("torch.")
     settings = dict(lr=1e-3, dead_after=2 * B, dtype=dtype, engine="fused") | settings
     sae_config, config = preset(name, D, L, K, **settings)
-    found = FusedEngine(SAE(sae_config, seed=1), config, 60, settle_every=3, hot_share=hot_share)
+    found = FusedEngine(SAE(sae_config, seed=1), config, 60, settle_every=settle_every, hot_share=hot_share)
     found.initialise(data[0])
     with torch.no_grad():
         # A third of the latents is too low to be chosen and too high to be silent: AuxK has work to do.
@@ -164,9 +167,9 @@ def whole(g: Gradient) -> dict[str, Tensor]:
     found = {"b_enc": g.b_enc, "b_dec": g.b_dec}
     for name, runs in (("for_dec", g.for_dec), ("for_enc", g.for_enc)):
         found[name] = torch.zeros(L, D, dtype=torch.float64)
-        found[name][g.runs.latents.long()] = gradient_rows(runs)
+        found[name][g.groups.latents.long()] = gradient_rows(runs)
         for block in g.blocks:
-            assert not torch.isin(block.ids, g.runs.latents).any(), "a latent has its gradient from one place"
+            assert not torch.isin(block.ids, g.groups.latents).any(), "a latent has its gradient from one place"
             found[name][block.ids.long()] = getattr(block, name)
     return found
 
@@ -187,12 +190,14 @@ def test_a_step_is_that_of_the_sparse_code(name, monkeypatch):
     monkeypatch.setattr(auxk_block, "auxk_block", watched)
     blocks = 0
     for i, x in enumerate(data):
-        ours._bind()
+        ours.weights.bind()
+        # Both passes settle rows, and so their norms: here they find them all settled.
+        ours.weights.settle_decoder(torch.arange(L, dtype=torch.int32))
         monkeypatch.setattr(auxk_block, "pays_off", lambda *_: False)
-        sparse = ours._gradient(x)
+        sparse = ours._gradient(x, x)
         expected = whole(sparse)
         monkeypatch.setattr(auxk_block, "pays_off", lambda *_: True)
-        block = ours._gradient(x)
+        block = ours._gradient(x, x)
         blocks += len(block.blocks) > len(sparse.blocks)
         assert (block.loss, block.fvu, block.auxk) == pytest.approx((sparse.loss, sparse.fvu, sparse.auxk), rel=1e-10)
         for key, found in whole(block).items():
@@ -240,8 +245,7 @@ def test_a_lean_run_has_blocks_too(monkeypatch):
 
 def test_every_row_in_every_update_leaves_no_room_for_blocks(monkeypatch):
     data = batches(6)
-    ours = engine(data)
-    ours.settle_every = 1
+    ours = engine(data, settle_every=1)
     monkeypatch.setattr(auxk_block, "pays_off", lambda *_: True)
     monkeypatch.setattr(auxk_block, "auxk_block", lambda *_, **__: pytest.fail("rows would be updated twice"))
     for x in data:

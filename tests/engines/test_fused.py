@@ -10,14 +10,15 @@ from torch import Tensor
 
 from saefast import extension
 from saefast.engines import fused, fused_pass
-from saefast.engines.autograd import PARAMETERS, AutogradEngine
+from saefast.engines.autograd import AutogradEngine
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
 from saefast.engines.engine import StepStats
 from saefast.engines.fused import FusedEngine, uninterrupted
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.ops import dispatch as ops
-from saefast.ops import mixed
+from saefast.ops import encoder, mixed
 from saefast.optim import reference as rows
 from saefast.optim.dispatch import row_ops
 
@@ -132,7 +133,7 @@ def test_one_step_of_drift_is_all_that_is_missing() -> None:
     )
     for x in data[:2]:
         ours.step(x), dense.step(x)
-    assert (ours.enc.last_step == 2).all()
+    assert (ours.weights.enc.last_step == 2).all()
     assert (ours.sae.W_enc - dense.sae.W_enc).abs().max() <= 1e-12
 
 
@@ -148,8 +149,8 @@ def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: f
     slept = 0
     for x in data:
         assert abs(float(ours.step(x).loss) / float(dense.step(x).loss) - 1) <= tolerance
-        rows.catch_up(ours.enc, ours._constants(ours.step_count))
-        slept += int((ours.dec.last_step < ours.step_count).sum())
+        rows.catch_up(ours.weights.enc, ours.weights.constants(ours.step_count, 0.0))
+        slept += int((ours.weights.dec.last_step < ours.step_count).sum())
     assert slept > 100
 
 
@@ -195,10 +196,10 @@ def test_finish_settles_every_row() -> None:
     ours = engine("openai", data, settle_every=100)
     for x in data:
         ours.step(x)
-    assert (ours.enc.last_step < 9).any()
+    assert (ours.weights.enc.last_step < 9).any()
     ours.finish()
-    assert (ours.enc.last_step == 9).all()
-    assert (ours.dec.last_step == 9).all()
+    assert (ours.weights.enc.last_step == 9).all()
+    assert (ours.weights.dec.last_step == 9).all()
     torch.testing.assert_close(ours.sae.W_dec.norm(dim=1), torch.ones(L, device=DEVICE))
 
 
@@ -210,7 +211,7 @@ def test_weights_changed_from_outside_are_seen() -> None:
     with torch.no_grad():
         for sae in (ours.sae, other.sae):
             sae.W_enc += 0.1
-    other.enc.shadow.copy_(other.sae.W_enc)
+    other.weights.enc.shadow.copy_(other.sae.W_enc)
     assert ours.step(data[1]).loss == other.step(data[1]).loss
 
 
@@ -218,13 +219,13 @@ def test_weights_changed_from_outside_are_seen() -> None:
 def test_nothing_dead_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """One encode a step while nothing is dead, two once something is; only dead rows are looked at then."""
     calls: list[Tensor | None] = []
-    original = ops.encode_topk
+    original = encoder.encode_topk
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         calls.append(kwargs.get("latents"))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "encode_topk", counting)
+    monkeypatch.setattr(encoder, "encode_topk", counting)
     data = batches(5)
     ours = engine("saefast", data, mixed=False)
     calls.clear()  # initialising may encode
@@ -337,7 +338,7 @@ def test_running_out_of_memory_half_way_changes_nothing(where: str, monkeypatch:
     ours, undisturbed = (engine(recipe, data, settle_every=1) for _ in range(2))
     for x in data[:3]:
         ours.step(x), undisturbed.step(x)
-    real = row_ops(ours.enc.w)
+    real = row_ops(ours.weights.enc.w)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
@@ -364,7 +365,7 @@ def test_an_interrupt_half_way_waits_for_the_step(number: int, monkeypatch: pyte
 
     data = batches(4)
     ours, undisturbed = (engine("saefast", data) for _ in range(2))
-    real = row_ops(ours.enc.w)
+    real = row_ops(ours.weights.enc.w)
 
     def interrupted(jobs: Any) -> None:
         for job in jobs:

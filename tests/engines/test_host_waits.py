@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from saefast.engines import auxk_block, hot
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedEngine
+from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 
@@ -109,9 +110,9 @@ def assert_did_what_it_is_called(kind: str, engine: FusedEngine, auxk: float) ->
         assert engine.hot is not None
         assert len(engine.hot.ids) >= 4
     assert (auxk > 0) == ("AuxK" in kind)
-    assert engine.lean == ("lean" in kind)
+    assert engine.weights.lean == ("lean" in kind)
     if kind in ("settled", "all rows", "lean"):
-        assert (engine.enc.last_step == engine.step_count).all()
+        assert (engine.weights.enc.last_step == engine.step_count).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e20])

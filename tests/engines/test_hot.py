@@ -8,8 +8,9 @@ from torch import Tensor
 
 from saefast.devices import DEVICES
 from saefast.engines import hot
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedEngine
+from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 from saefast.ops.groups import group_entries
 

@@ -8,21 +8,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from saefast.engines.autograd import auxk_loss, total_loss
 from saefast.engines.config import TrainConfig
+from saefast.engines.dead import DeadLatents
 from saefast.engines.losses import (
-    DeadLatents,
-    auxk_loss,
     auxk_runs,
     auxk_wanted,
     auxk_weight,
     inverse_variance,
     reconstruction_weight,
-    total_loss,
     total_variance,
 )
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
-from saefast.ops import autograd
+from saefast.ops import encoder
+from saefast.ops.code import Code
 
 B, D, L, K = 7, 6, 24, 3
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec")
@@ -115,7 +115,7 @@ def test_loss_and_gradients_equal_dense_autograd(loss: Any, dead: str, rescale: 
             NAMES, torch.autograd.grad(ours.total, parameters), torch.autograd.grad(dense, parameters), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
-    assert (int((ours.acts == 0).sum()) > 0) == clipped
+    assert (int((ours.served.acts == 0).sum()) > 0) == clipped
 
 
 def test_encoder_without_centring() -> None:
@@ -162,12 +162,12 @@ def test_gradcheck_of_auxk(relu: bool, shift: float) -> None:
 
 
 class Spy:
-    """Counts calls of autograd.encode_topk and keeps their keyword arguments."""
+    """Counts calls of encoder.encode_topk and keeps their keyword arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.original = autograd.encode_topk
-        monkeypatch.setattr(autograd, "encode_topk", self)
+        self.original = encoder.encode_topk
+        monkeypatch.setattr(encoder, "encode_topk", self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append(kwargs | {"k": args[3]})
@@ -214,9 +214,12 @@ def test_weights_by_hand() -> None:
     expected = {"residual": 1 / 8, "inputs": 1 / 10, "none": 1 / 2}
     for denominator, weight in expected.items():
         config: Any = config_of(auxk_denominator=denominator, **few)
-        assert float(auxk_weight(residual, variance, 1, config)) == pytest.approx(weight / 4)
-        assert float(auxk_weight(residual, variance, 9, config)) == pytest.approx(weight)
-    assert float(auxk_weight(torch.ones(2, 2), variance, 9, config_of())) == 0  # a residual without variance
+        for unexplained in (total_variance(residual), float(total_variance(residual))):
+            numbers = shape, variance, unexplained, config
+            assert float(auxk_weight(numbers[0], 1, *numbers[1:])) == pytest.approx(weight / 4)
+            assert float(auxk_weight(numbers[0], 9, *numbers[1:])) == pytest.approx(weight)
+    for nothing in (torch.zeros(()), 0.0):
+        assert float(auxk_weight(shape, 9, variance, nothing, config_of())) == 0  # a residual without variance
 
 
 def test_auxk_size_and_when_it_runs() -> None:
@@ -243,7 +246,7 @@ def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int)
             fired = len(here) > 0 and (above is None or bool((here > above).any()))
             by_hand[latent] = 0 if fired else by_hand[latent] + (n if unit == "tokens" else 1)
         before = dead.since.clone()
-        since = dead.after(acts, idx)
+        since = dead.after(Code(acts, idx))
         assert torch.equal(dead.since, before)  # only read
         dead.since = since
         assert since.tolist() == by_hand
@@ -254,7 +257,7 @@ def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int)
 def test_dead_latents_count_beyond_32_bits() -> None:
     dead = DeadLatents(2, config_of(dead_after=3 * 2**40))
     dead.since += 3 * 2**40 - 1
-    since = dead.after(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+    since = dead.after(Code(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)))
     assert since.tolist() == [0, 3 * 2**40]
     assert dead.ids(since).tolist() == [1]
 

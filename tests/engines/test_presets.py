@@ -10,7 +10,8 @@ import torch
 from recipes_plain import STEPS, B, D, K, L, distance
 from torch import Tensor
 
-from saefast.engines.autograd import PARAMETERS, AutogradEngine
+from saefast.engines.autograd import AutogradEngine
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
 from saefast.engines.engine import StepStats
 from saefast.models.sae import SAE

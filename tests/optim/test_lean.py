@@ -10,8 +10,9 @@ from on_gpu import Moved
 from torch import Tensor
 
 from saefast import extension
+from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
-from saefast.engines.fused import PARAMETERS, FusedEngine
+from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.optim import lean as rows_lean
@@ -175,7 +176,7 @@ def test_bytes_a_parameter(D: int, most: float) -> None:
     L = 64
     sae_config, config = preset("saefast", D, L, 8, optimizer="adam-lean")
     engine = FusedEngine(SAE(sae_config, seed=0), config, 10)
-    total = sum(matrix.bytes() for matrix in engine.matrices.values()) - 4 * 3 * D  # b_dec does not grow with L
+    total = sum(matrix.bytes() for matrix in engine.weights.matrices.values()) - 4 * 3 * D  # b_dec does not grow with L
     assert total / (2 * L * D) <= most
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ptx.emulate import emulated
 from ptx.scenes import RECIPES, SMALL, batches, soon, trained
-from saefast.engines.fused import PARAMETERS
+from saefast.engines.base import PARAMETERS
 
 # Each architecture's code differs in the encoder alone, so most recipes run on one.
 CASES = [(90, recipe) for recipe in RECIPES] + [(80, "saefast"), (80, "lean and hot")]

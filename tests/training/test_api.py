@@ -340,13 +340,6 @@ def test_in_a_thread() -> None:
     assert same(results[0], train(train_job.rows(), CONFIG, settings()))
 
 
-def test_missing_engine_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "saefast.engines.fused", None)
-    with pytest.raises(InputError, match="use engine='autograd'"):
-        train(train_job.rows(), CONFIG, settings(engine="fused"), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_heldout_rows_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["saefast.training.loop"], "HELDOUT_ROWS", 64)
     seen: list[int] = []

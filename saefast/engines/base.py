@@ -1,0 +1,95 @@
+"""EngineBase: what the engines have in common, whatever way they work a step out."""
+
+import torch
+from torch import Tensor
+
+from saefast import ambient
+from saefast.engines.config import TrainConfig, lr_factor
+from saefast.engines.dead import DeadLatents
+from saefast.engines.losses import inverse_variance
+from saefast.errors import InputError
+from saefast.models.sae import SAE
+from saefast.models.start import scale_encoder_, start_b_dec_
+
+PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+
+
+class EngineBase:
+    """The recipe's bookkeeping: how an SAE begins, learning rates, counters of dead latents, averages.
+
+    Attributes:
+        name: what TrainConfig.engine calls it.
+        sae: trained in place.
+        architecture: of the SAE; terms: its reconstruction terms under this recipe.
+        step_count: optimiser updates done.
+        mse_scale: see `losses.reconstruction_weight`.
+        dead: the counters of dead latents.
+        ema: moving averages of the parameters by name, or None.
+    """
+
+    name: str
+
+    def __init__(self, sae: SAE, config: TrainConfig, total_steps: int) -> None:
+        self.sae, self.config, self.total_steps = sae, config, total_steps
+        self.architecture = sae.architecture
+        if self.name not in self.architecture.engines:
+            able = " or ".join(map(repr, self.architecture.engines))
+            raise InputError(f"engine is {self.name!r}, which does not train {self.architecture.name!r}: use {able}")
+        self.architecture.check_training(config)
+        self.terms = self.architecture.terms(config)
+        self.step_count = 0
+        self.mse_scale = 1.0
+        self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
+        self.ema: dict[str, Tensor] | None = None
+        if config.ema_decay is not None:
+            self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
+
+    @ambient.plainly(grad=False)
+    def initialise(self, rows: Tensor, targets: Tensor | None = None) -> None:
+        """Sets b_dec, the encoder's scale and the loss's scale from rows (n, d_in), as the recipe says.
+
+        Args:
+            targets: (n, d_out) what the rows are to be mapped to; None is the rows themselves.
+        """
+        start_b_dec_(self.sae, rows, self.config.b_dec_init)
+        if self.config.init_encoder_scale:
+            scale_encoder_(self.sae, self.config.seed)
+        if self.config.loss == "scaled_mse":
+            self.mse_scale = inverse_variance(rows if targets is None else targets)
+
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+        factor = lr_factor(self.step_count, self.total_steps, self.config)
+        return self.config.peak_lr(self.sae.config.n_latents) * factor
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the architecture keeps besides the parameters, live."""
+        return dict(self.sae.named_buffers())
+
+    def take_buffers(self, new: dict[str, Tensor]) -> None:
+        for name, buffer in self.buffers().items():
+            buffer.copy_(new[name])
+
+    def average(self) -> None:
+        """The moving average takes the weights of before this step's update, as OpenAI's does."""
+        if self.ema is not None and self.config.ema_decay is not None:
+            for name, average in self.ema.items():
+                average.lerp_(getattr(self.sae, name).data, 1 - self.config.ema_decay)
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The bias-corrected moving average of the weights by name; None without ema_decay or before a step."""
+        if self.ema is None or self.config.ema_decay is None or self.step_count == 0:
+            return None
+        correction = 1 - self.config.ema_decay**self.step_count
+        return {name: average / correction for name, average in self.ema.items()}
+
+    def taken(self, state: dict[str, Tensor | int | float], name: str, like: Tensor) -> Tensor:
+        """A state's tensor, checked against the one it replaces."""
+        value = state.get(name)
+        if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise InputError(
+                f"state of engine {self.name!r}: {name} is {found}, expected {like.dtype} {tuple(like.shape)}; "
+                "it belongs to another config"
+            )
+        return value

@@ -1,0 +1,49 @@
+"""DeadLatents: how long ago each latent fired."""
+
+import torch
+from torch import Tensor
+
+from saefast.engines.config import TrainConfig
+from saefast.ops.code import Code
+
+
+class DeadLatents:
+    """How long ago each latent fired, in tokens or in steps, and so which are dead.
+
+    A counter starts at `dead_start`, grows by the batch's tokens (or by 1), goes back to 0 when its latent fires, and
+    at `dead_after` the latent is dead. What counts as firing: `TrainConfig.fired_above`.
+
+    Attributes:
+        since: (n_latents,) int64 counters.
+    """
+
+    def __init__(self, n_latents: int, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+        self.config = config
+        self.since = torch.full((n_latents,), config.dead_start, dtype=torch.int64, device=device)
+
+    def after(self, code: Code) -> Tensor:
+        """The counters as they stand after a batch's code; assign them to `since` once the step is sure."""
+        n_latents, above = len(self.since), self.config.fired_above
+        if above is None and code.row_ptr is not None:
+            above = 0.0  # what was not selected is there as padding
+        fired = code.idx if above is None else torch.where(code.acts > above, code.idx, n_latents)
+        # One place more, for what did not fire: to leave it out would make the host count the rest.
+        hit = self.since.new_zeros(n_latents + 1, dtype=torch.bool)
+        return self.unless(hit.index_fill_(0, fired.flatten().long(), True)[:-1], code.rows)
+
+    def unless(self, fired: Tensor, n_rows: int) -> Tensor:
+        """The counters after a batch of n_rows in which the latents of fired (n_latents,) bool fired."""
+        since = self.since + (n_rows if self.config.dead_unit == "tokens" else 1)
+        return since.masked_fill_(fired, 0)
+
+    def mask(self, since: Tensor) -> Tensor:
+        """(n_latents,) bool: which latents these counters call dead."""
+        return since >= self.config.dead_after
+
+    def ids(self, since: Tensor) -> Tensor:
+        """(n_dead,) ascending int64 ids of the latents that these counters call dead."""
+        return self.mask(since).nonzero().squeeze(1)
+
+    def share(self) -> Tensor:
+        """Dead latents over all latents, 0-d."""
+        return self.mask(self.since).float().mean()

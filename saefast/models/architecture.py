@@ -1,0 +1,193 @@
+"""Architecture: what one kind of SAE says of itself. Engines, files, plan and evaluation ask this and nothing else.
+
+An architecture answers how pre-activations become a code, which parts of a code reconstruct the target, what it keeps
+besides the four parameters, and what becomes of those when inputs are rescaled. It is one file and one line in
+`saefast.models.registry`. Engines know codes and terms, never an architecture's name.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saefast.ops.code import Code
+from saefast.ops.encoder import Encoder
+
+
+class Term(NamedTuple):
+    """A part of the loss: the squared error of what a prefix of the code decodes to.
+
+    A prefix is the entries whose key is below `bound`; see `Terms.by_latent`.
+    """
+
+    bound: int
+    weight: float = 1.0
+    unit: Literal["loss", "fvu"] = "loss"
+    """What the weight multiplies: the recipe's reconstruction loss (`TrainConfig.loss`), or the squared error over the
+    variance of the batch."""
+
+
+class Terms(NamedTuple):
+    """The reconstruction terms of a loss, bounds ascending: each prefix holds the ones before it."""
+
+    prefixes: tuple[Term, ...]
+    by_latent: bool = False
+    """An entry's key is its latent (nested dictionaries), and not its place among its row's (nested top-k)."""
+    main: int = 0
+    """The prefix that the SAE serves: its error is the FVU and what AuxK reconstructs, its entries are what fired."""
+
+    @property
+    def bounds(self) -> list[int]:
+        return [term.bound for term in self.prefixes]
+
+    def part(self, code: Code, p: int) -> Code:
+        """The entries of prefix p: the others are cut off, or 0."""
+        bound = self.prefixes[p].bound
+        if bound >= self.bounds[-1]:
+            return code
+        if not self.by_latent:
+            return Code(code.acts[:, :bound], code.idx[:, :bound].contiguous())
+        return code._replace(acts=torch.where(code.idx < bound, code.acts, 0))
+
+
+@dataclass
+class NoFields:
+    """An architecture without settings of its own."""
+
+    def check(self) -> None:
+        """Raises InputError where a value is out of its bounds, whatever the architecture at hand is."""
+
+
+class Architecture:
+    """The base of all architectures: exactly the parameters W_enc, W_dec, b_enc and b_dec, whole codes reconstruct.
+
+    Subclasses say how a code comes about (`code`, `serve`), and override what else differs.
+
+    Attributes:
+        name: what `SAEConfig.activation` calls it.
+        Fields: a dataclass of what it adds to SAEConfig, each with a default, described under "Attributes:"; see
+            `NoFields`.
+        TrainFields: the same for TrainConfig.
+        presets: what it adds to a recipe of `saefast.engines.config.PRESETS`, by the recipe's name.
+        engines: those that can train it.
+        fixed_width: every token has the same number of entries, so a code is (B, K) and never CSR.
+        config: the SAEConfig.
+    """
+
+    name: str
+    Fields: ClassVar[type] = NoFields
+    TrainFields: ClassVar[type] = NoFields
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    engines: tuple[str, ...] = ("fused", "autograd")
+    fixed_width: bool = True
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check(self) -> None:
+        """Raises InputError where the config's fields do not fit together."""
+
+    def check_training(self, train: Any) -> None:
+        """Raises InputError where a TrainConfig asks for what this architecture has not."""
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        """What it adds to the recipe of that name."""
+        return self.presets.get(name, {})
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What it keeps besides the parameters, by name, as it begins: CPU tensors that are saved, not trained."""
+        return {}
+
+    def width(self, train: Any) -> int:
+        """Entries that a token has in training, on average."""
+        return int(self.config.k)
+
+    def ranked(self, train: Any) -> int:
+        """Entries of each token that the encoder ranks in training, of which `code` chooses."""
+        return self.width(train)
+
+    def code(self, encoder: Encoder, train: Any) -> Code:
+        """The code of a training batch, best entries of a row first."""
+        raise NotImplementedError
+
+    def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
+        """The code at inference, where a token's must not depend on those beside it."""
+        raise NotImplementedError
+
+    def terms(self, train: Any) -> Terms:
+        """What reconstructs the target."""
+        return Terms((Term(self.config.n_latents),), by_latent=True)
+
+    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
+        """The buffers after training step `step` (from 0) with this code; tensors of the same shapes.
+
+        Args:
+            scale: (n_latents,) what activations were ranked by, as `Encoder.scale`.
+        """
+        return buffers
+
+    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The tensors that serve x, by name, of an SAE trained on scale · x: only those that change.
+
+        acts(scale · x) / scale = acts(x) where biases, and all that activations are compared with, are divided.
+        """
+        return {name: tensors[name] / scale for name in ("b_enc", "b_dec", *self.buffers())}
+
+
+class Layer(Architecture):
+    """An architecture laid over another: what it does not override is the other's.
+
+    Attributes:
+        inner: the architecture beneath.
+    """
+
+    def __init__(self, config: Any, inner: Architecture) -> None:
+        super().__init__(config)
+        self.inner = inner
+        self.name, self.fixed_width = inner.name, inner.fixed_width
+        self.engines = tuple(engine for engine in type(self).engines if engine in inner.engines)
+
+    @classmethod
+    def wanted(cls, config: Any) -> bool:
+        """Whether a config asks for this layer."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        self.inner.check()
+
+    def check_training(self, train: Any) -> None:
+        self.inner.check_training(train)
+
+    def recipe(self, name: str) -> dict[str, Any]:
+        return self.inner.recipe(name) | super().recipe(name)
+
+    def buffers(self) -> dict[str, Tensor]:
+        return self.inner.buffers()
+
+    def width(self, train: Any) -> int:
+        return self.inner.width(train)
+
+    def ranked(self, train: Any) -> int:
+        return self.inner.ranked(train)
+
+    def code(self, encoder: Encoder, train: Any) -> Code:
+        return self.inner.code(encoder, train)
+
+    def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
+        return self.inner.serve(encoder, buffers)
+
+    def terms(self, train: Any) -> Terms:
+        return self.inner.terms(train)
+
+    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
+        return self.inner.observed(buffers, code, scale, step, train)
+
+    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        return self.inner.rescaled(tensors, scale)
+
+
+def smallest_positive(code: Code, scale: Tensor | None) -> Tensor:
+    """The smallest activation above 0 of a code, 0-d, inf where there is none; in the units that it was ranked in."""
+    ranked = code.acts if scale is None else code.acts * scale[code.idx.long()].to(code.acts.dtype)
+    return torch.where(ranked > 0, ranked, torch.inf).amin()

@@ -1,0 +1,54 @@
+"""The architectures there are: one line each, and nothing outside of this folder names them."""
+
+import dataclasses
+from typing import Any, get_type_hints
+
+from saefast.models.architecture import Architecture, Layer
+from saefast.models.topk import TopK
+
+# What SAEConfig.activation may be.
+ACTIVATIONS: dict[str, type[Architecture]] = {
+    kind.name: kind
+    for kind in (
+        TopK,
+    )
+}  # fmt: skip
+# Each lies over an activation, or over one above it in this list, where its own fields ask for it.
+LAYERS: tuple[type[Layer], ...] = ()
+
+
+def architecture(config: Any) -> Architecture:
+    """What an SAEConfig describes."""
+    found = ACTIVATIONS[config.activation](config)
+    for layer in LAYERS:
+        if layer.wanted(config):
+            found = layer(config, found)
+    return found
+
+
+def fields(which: str) -> type:
+    """A dataclass of what all architectures add to a config, keyword-only.
+
+    Args:
+        which: "Fields", for SAEConfig, or "TrainFields", for TrainConfig.
+    """
+    found: dict[str, tuple[str, Any, Any]] = {}
+    for kind in (*ACTIVATIONS.values(), *LAYERS):
+        declared = getattr(kind, which)
+        hints = get_type_hints(declared)
+        for one in dataclasses.fields(declared):
+            assert one.name not in found, f"two architectures have a field {one.name}"
+            found[one.name] = (one.name, hints[one.name], dataclasses.field(default=one.default))
+    return dataclasses.make_dataclass(which, found.values(), kw_only=True)
+
+
+def check(which: str, config: Any) -> None:
+    """Raises InputError where a value that an architecture added to a config is out of its bounds."""
+    for kind in (*ACTIVATIONS.values(), *LAYERS):
+        getattr(kind, which).check(config)
+
+
+def described(which: str) -> str:
+    """The lines of the dataclasses' docstrings below "Attributes:", to go on another one's."""
+    texts = [getattr(kind, which).__doc__.partition("Attributes:\n")[2] for kind in (*ACTIVATIONS.values(), *LAYERS)]
+    return "".join(text.rstrip(" ") for text in texts)

@@ -1,0 +1,45 @@
+"""Encoder: one batch and the weights that it meets, for an architecture's rule to make a code of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.ops import mixed
+from saefast.ops.code import Code
+from saefast.ops.encode_topk import encode_topk
+from saefast.ops.threshold_encode import threshold_encode
+
+
+@dataclass
+class Encoder:
+    """pre = x W_encᵀ + b_enc, of which no more is ever made than the rule at hand needs.
+
+    Attributes:
+        x: (B, D). W_enc: (L, D). b_enc: (L,).
+        scale: (L,) what pre-activations are multiplied by where they are ranked, or None. Activations stay unscaled.
+        shadow: (L, D) a bf16 copy of W_enc: it chooses candidates, W_enc decides among them (see `saefast.ops.mixed`).
+    """
+
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    scale: Tensor | None = None
+    shadow: Tensor | None = None
+
+    def topk(self, k: int, latents: Tensor | None = None, relu: bool = True) -> Code:
+        """The k best of each row, (B, k). Arguments as `saefast.ops.encode_topk`."""
+        options: dict[str, Any] = dict(latents=latents, scale=self.scale, relu=relu)
+        if self.shadow is None:
+            return Code(*encode_topk(self.x, self.W_enc, self.b_enc, k, **options))
+        return Code(*mixed.encode_topk_mixed(self.x, self.shadow, self.W_enc, self.b_enc, k, **options))
+
+    def above(self, threshold: Tensor) -> Code:
+        """Every entry whose ranked value is above a threshold (0-d, at least 0), CSR, latents ascending in a row."""
+        limits: Tensor | float = float(threshold)
+        if self.scale is not None:
+            # pre · scale > threshold. A scale of 0 lets nothing pass.
+            limits = torch.where(self.scale > 0, threshold.to(self.scale.dtype) / self.scale, torch.inf)
+        row_ptr, idx, acts = threshold_encode(self.x, self.W_enc, self.b_enc, limits)
+        return Code(acts, idx, row_ptr.int())
