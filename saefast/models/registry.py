@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, get_type_hints
 
 from saefast.models.architecture import Architecture, Layer
+from saefast.models.batchtopk import BatchTopK
 from saefast.models.topk import TopK
 
 # What SAEConfig.activation may be.
@@ -11,6 +12,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
     kind.name: kind
     for kind in (
         TopK,
+        BatchTopK,
     )
 }  # fmt: skip
 # Each lies over an activation, or over one above it in this list, where its own fields ask for it.

@@ -1,12 +1,13 @@
 """Encoder: one batch and the weights that it meets, for an architecture's rule to make a code of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saefast.ops import mixed
+from saefast.ops.batch_topk import encode_batch_topk
 from saefast.ops.code import Code
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.threshold_encode import threshold_encode
@@ -34,6 +35,14 @@ class Encoder:
         if self.shadow is None:
             return Code(*encode_topk(self.x, self.W_enc, self.b_enc, k, **options))
         return Code(*mixed.encode_topk_mixed(self.x, self.shadow, self.W_enc, self.b_enc, k, **options))
+
+    def batch_topk(self, k: int) -> Code:
+        """The k · B best of the batch that are positive, CSR; see `saefast.ops.batch_topk`."""
+
+        def encode(width: int, rows: Tensor | None) -> Code:
+            return (self if rows is None else replace(self, x=self.x[rows])).topk(width)
+
+        return encode_batch_topk(encode, len(self.x), k, len(self.W_enc), self.scale)
 
     def above(self, threshold: Tensor) -> Code:
         """Every entry whose ranked value is above a threshold (0-d, at least 0), CSR, latents ascending in a row."""

@@ -1,0 +1,84 @@
+"""BatchTopK: the k · B largest activations of a batch of B tokens (Bussmann et al. 2024, arXiv 2412.06410).
+
+A token has k entries on average. At inference it has those above a threshold: a running mean, over training batches, of
+the smallest activation that was chosen.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.errors import InputError
+from saefast.models.architecture import Architecture, smallest_positive
+from saefast.ops.code import Code
+from saefast.ops.encoder import Encoder
+
+UNSET = -1.0
+
+
+@dataclass
+class BatchTopKTraining:
+    """How BatchTopK is trained.
+
+    Attributes:
+        threshold_decay: decay per step of the running mean that is BatchTopK's threshold at inference.
+        threshold_start: steps without a threshold at the beginning.
+        threshold_from_zero: the running mean begins at 0 (SAELens), and not at the first value seen.
+    """
+
+    threshold_decay: float = 0.99
+    threshold_start: int = 0
+    threshold_from_zero: bool = False
+
+    def check(self) -> None:
+        if not 0 <= self.threshold_decay < 1:
+            raise InputError(f"threshold_decay is {self.threshold_decay!r}: expected at least 0 and less than 1")
+        if self.threshold_start < 0:
+            raise InputError(f"threshold_start is {self.threshold_start}: expected at least 0")
+
+
+class BatchTopK(Architecture):
+    """A variable number of entries a token. Buffer: threshold (0-d fp32, -1 until it is known)."""
+
+    name = "batchtopk"
+    TrainFields = BatchTopKTraining
+    presets = {  # noqa: RUF012
+        # "from step > 1000", counted from 0. Nothing that was not chosen counts as firing.
+        "dictionary_learning": dict(threshold_decay=0.999, threshold_start=1001, fired_above=0.0),
+        "saelens": dict(threshold_from_zero=True),
+    }
+    fixed_width = False
+
+    def check_training(self, train: Any) -> None:
+        if train.multi_topk_coef:
+            raise InputError(
+                f"multi_topk_coef is {train.multi_topk_coef}, which needs activation='topk': its second term is the "
+                "4k best of each token"
+            )
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {"threshold": torch.tensor(UNSET, dtype=torch.float32, device="cpu")}
+
+    def code(self, encoder: Encoder, train: Any) -> Code:
+        return encoder.batch_topk(self.config.k)
+
+    def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
+        threshold = buffers["threshold"]
+        # Before training has set it, the batch at hand is all there is to go by.
+        return encoder.batch_topk(self.config.k) if threshold < 0 else encoder.above(threshold)
+
+    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
+        if step < train.threshold_start:
+            return buffers
+        threshold, smallest = buffers["threshold"], smallest_positive(code, scale).float()
+        mean = threshold.clamp_min(0) * train.threshold_decay + smallest * (1 - train.threshold_decay)
+        if not train.threshold_from_zero:
+            mean = torch.where(threshold < 0, smallest, mean)
+        return {"threshold": torch.where(smallest < math.inf, mean, threshold)}
+
+    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+        now = tensors["threshold"]
+        return super().rescaled(tensors, scale) | {"threshold": torch.where(now < 0, now, now / scale)}
