@@ -123,7 +123,7 @@ void bind_matrices(py::module_& m) {
     py::class_<AdamStep>(m, "AdamStep")
         .def(py::init([](int32_t step, double beta1, double beta2, double lr, double eps, handle drift,
                          handle drift_eps, float grad_scale, bool project, int norm) {
-                 // A row that stands at step s < step owes entry s.
+                 // A row that stands at step s < step drifts by entry s.
                  return AdamStep{step,
                                  beta1,
                                  beta2,

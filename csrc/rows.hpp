@@ -1,7 +1,8 @@
-// The training step on the entries that fired: runs of a sparse code, decode with loss, and row-wise Adam on the CPU.
+// The training step on the entries that fired: a code's entries in groups, decode with loss, and row-wise Adam on the
+// CPU.
 //
-// A run is one latent's entries in a batch. A weight's gradient row is the weighted sum of source rows over its run; it
-// lives in a thread's buffer and is used up there, so no gradient tensor exists. Every sum has a fixed order that does
+// A group is one latent's entries in a batch. A weight's gradient row is the weighted sum of source rows over its group;
+// it lives in a thread's buffer and is used up there, so no gradient tensor exists. Every sum has a fixed order that does
 // not depend on the number of threads. No torch, no Python. All matrices are fp32, row-major and contiguous.
 #pragma once
 
@@ -12,8 +13,8 @@
 namespace saefast {
 
 // Groups n entries by latent, stably: `order` lists entry numbers latent by latent, `latents` the latents that have
-// any, ascending, and offsets[r] .. offsets[r + 1] is run r's part of `order`. Entries with keep[i] == 0 are left out
-// (keep may be null). order and latents hold n, offsets n + 1. Returns the number of runs.
+// any, ascending, and offsets[r] .. offsets[r + 1] is group r's part of `order`. Entries with keep[i] == 0 are left out
+// (keep may be null). order and latents hold n, offsets n + 1. Returns the number of groups.
 // Throws std::out_of_range naming the first idx outside [0, n_latents).
 int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_t n_latents, int32_t* order,
                    int32_t* latents, int32_t* offsets);
@@ -71,7 +72,7 @@ void fill_entries(const std::vector<EntryPart>& parts, const Prefixes& prefixes,
                   const Entries& out);
 
 // Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]. A null
-// `offsets` means that all of them are zero. Runs longer than kPiece entries are summed piece by piece and the pieces
+// `offsets` means that all of them are zero. Groups longer than kPiece entries are summed piece by piece and the pieces
 // added in order, so that one latent which fires everywhere keeps no thread waiting.
 struct RowGradient {
     const float* source = nullptr;
@@ -95,8 +96,8 @@ struct AdamMatrix {
 // When a row is scaled to unit norm.
 enum class Norm : int { never = 0, before_update = 1, after_update = 2 };
 
-// One step's constants. `drift` and `drift_eps` say what a row that slept since step s still owes (optim.py, DriftTable):
-// w -= drift[s] · m / (√v + drift_eps[s]).
+// One step's constants. `drift` and `drift_eps` say how far a row that had no gradient since step s has to move on
+// (saefast.optim.state.DriftTable): w -= drift[s] · m / (√v + drift_eps[s]).
 struct AdamStep {
     int32_t step = 0;  // counts from 1
     double beta1 = 0.9, beta2 = 0.999;
@@ -110,7 +111,7 @@ struct AdamStep {
 
 // Brings rows[0 .. n) (null: rows 0 .. n) to `step.step` as if their gradient had been 0 since last_step: moments in
 // closed form, weights by the drift they missed. Rows that are there already stay as they are, bit for bit. With
-// Norm::before_update a row that slept is scaled to unit norm before its drift; with after_update, after.
+// Norm::before_update such a row is scaled to unit norm before its drift; with after_update, after.
 void catch_up(const AdamMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
 
 // Scales rows[0 .. n) (null: all) to unit norm. `step` says when, which only stochastic rounding asks.
@@ -158,8 +159,8 @@ void catch_up(const LeanMatrix& matrix, const AdamStep& step, const int32_t* row
 void normalise_rows(const LeanMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads);
 void gradient_squares(const LeanJob& job, int n_threads);
 
-// Does all jobs, one after the other. What needs memory is had before the first row is written, so that running out of
-// it leaves every matrix as it was.
+// Does all jobs, one after the other. All memory is allocated before the first row is written, so that running
+// out of it leaves every matrix as it was.
 void update_rows(const std::vector<AdamJob>& jobs, const std::vector<LeanJob>& lean_jobs, int n_threads);
 
 // The `squares` that update_rows would report, nothing else written: the first pass of clipping by the global norm.

@@ -8,8 +8,8 @@ namespace {
 
 using namespace detail;
 
-// Adds what row r owes for the steps last_step + 1 .. until.
-void wake_row(const AdamMatrix& a, const AdamStep& s, int64_t r, int32_t until) {
+// Settles row r, which had no gradient in the steps last_step + 1 .. until.
+void settle_row(const AdamMatrix& a, const AdamStep& s, int64_t r, int32_t until) {
     const int32_t since = a.last_step[r];
     if (since >= until) return;
     float *w = a.w + r * a.d, *m = a.m + r * a.d, *v = a.v + r * a.d;
@@ -30,7 +30,7 @@ void write_copies(const AdamMatrix& a, int64_t r) {
 void update_row(const AdamMatrix& a, const AdamStep& s, const rowmath::AdamConstants& c, int64_t r, float* grad,
                 float* squares) {
     float* w = a.w + r * a.d;
-    wake_row(a, s, r, s.step - 1);
+    settle_row(a, s, r, s.step - 1);
     if (s.norm == Norm::before_update) to_unit_norm(w, a.d);
     if (s.project) project_out(grad, w, a.d);
     if (squares != nullptr) *squares = rowmath::dot(grad, grad, a.d);
@@ -58,7 +58,7 @@ void catch_up(const AdamMatrix& matrix, const AdamStep& step, const int32_t* row
             const int64_t r = row_at(rows, i);
             if (i + 1 < end) prefetch_state(matrix, row_at(rows, i + 1));
             if (matrix.last_step[r] >= step.step) continue;
-            wake_row(matrix, step, r, step.step);
+            settle_row(matrix, step, r, step.step);
             write_copies(matrix, r);
         }
     });

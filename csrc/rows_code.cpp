@@ -53,15 +53,15 @@ int64_t group_entries(const int32_t* idx, const uint8_t* keep, int64_t n, int64_
         radix_pass(entries, other, shift);
         entries.swap(other);
     }
-    int64_t runs = 0;
+    int64_t groups = 0;
     for (size_t i = 0; i < entries.size(); ++i) {
         order[i] = entries[i].position;
         if (i > 0 && entries[i].latent == entries[i - 1].latent) continue;
-        latents[runs] = entries[i].latent;
-        offsets[runs++] = static_cast<int32_t>(i);
+        latents[groups] = entries[i].latent;
+        offsets[groups++] = static_cast<int32_t>(i);
     }
-    offsets[runs] = static_cast<int32_t>(entries.size());
-    return runs;
+    offsets[groups] = static_cast<int32_t>(entries.size());
+    return groups;
 }
 
 int64_t CodeEntries::row_of(int64_t entry) const {

@@ -1,4 +1,4 @@
-// What the row-wise optimisers share: summing a run, dealing rows to threads, the constants of a step.
+// What the row-wise optimisers share: summing a group, dealing rows to threads, the constants of a step.
 #pragma once
 
 #include <algorithm>
@@ -25,12 +25,12 @@ inline void sum_entries(const RowGradient& g, int64_t begin, int64_t end, int64_
     }
 }
 
-// The sums of the pieces of all runs longer than kPiece, computed by all threads before rows are handed out.
+// The sums of the pieces of all groups longer than kPiece, computed by all threads before rows are handed out.
 struct Pieces {
     struct Piece {
         int64_t begin, end;
     };
-    std::vector<int64_t> first;  // per run: number of its first piece, -1 for short runs
+    std::vector<int64_t> first;  // per group: number of its first piece, -1 for short ones
     std::vector<Piece> pieces;
     std::vector<float> sums;
 
@@ -52,7 +52,7 @@ struct Pieces {
         });
     }
 
-    // The gradient of run i, in `out`.
+    // The gradient of group i, in `out`.
     void gradient(const RowGradient& g, int64_t i, int64_t d, float* out) const {
         if (g.offsets == nullptr) return std::fill(out, out + d, 0.0f), void();
         if (first.empty() || first[static_cast<size_t>(i)] < 0)

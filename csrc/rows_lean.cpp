@@ -64,8 +64,8 @@ void store_weights(const LeanMatrix& a, int64_t r, const float* w, uint32_t key)
     if (a.norms != nullptr) a.norms[r] = std::sqrt(rowmath::dot(w, w, a.d));
 }
 
-// Adds to the row in `wide` what it owes up to `until`. Its moments' decay is returned for the caller to apply.
-float wake(const LeanMatrix& a, const AdamStep& s, int64_t r, int32_t until, const Wide& wide) {
+// Adds the drift up to `until` to the row in `wide`. Its moments' decay is returned for the caller to apply.
+float add_drift(const LeanMatrix& a, const AdamStep& s, int64_t r, int32_t until, const Wide& wide) {
     const int32_t since = a.last_step[r];
     if (since >= until) return 1.0f;
     if (s.norm == Norm::before_update) to_unit_norm(wide.w, a.d);
@@ -81,8 +81,8 @@ void catch_up_row(const LeanMatrix& a, const AdamStep& s, int64_t r, const Wide&
     if (a.last_step[r] >= s.step) return;
     rowmath::from_bf16(wide.w, a.w + r * a.d, a.d);
     load_moment(a, r, wide.m);
-    const float decay = wake(a, s, r, s.step, wide);
-    // Only the scales shrink: the 8-bit values stay, so sleeping costs no precision.
+    const float decay = add_drift(a, s, r, s.step, wide);
+    // Only the scales shrink: the 8-bit values stay, so a row that is left alone loses no precision.
     for (int64_t b = r * a.blocks; b < (r + 1) * a.blocks; ++b) {
         const float scale = widen(a.scale[b]) * decay;
         rowmath::to_bf16(a.scale + b, &scale, 1);
@@ -94,7 +94,7 @@ void update_row(const LeanMatrix& a, const AdamStep& s, const rowmath::AdamConst
                 const Wide& wide, float* squares) {
     rowmath::from_bf16(wide.w, a.w + r * a.d, a.d);
     load_moment(a, r, wide.m);
-    rowmath::scale(wide.m, wake(a, s, r, s.step - 1, wide), a.d);
+    rowmath::scale(wide.m, add_drift(a, s, r, s.step - 1, wide), a.d);
     if (s.norm == Norm::before_update) to_unit_norm(wide.w, a.d);
     if (s.project) project_out(grad, wide.w, a.d);
     if (squares != nullptr) *squares = rowmath::dot(grad, grad, a.d);

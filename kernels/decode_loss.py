@@ -2,7 +2,7 @@
 
 One program per token. `decode_loss` is for codes of K entries a token: a block of columns of all K decoder rows is
 held in registers, summed down for the reconstruction, and once the residual of those columns is known, summed across
-for the gradient. So every decoder row is read exactly once, whatever the caches do. `decode_loss_csr` is for codes of
+for the gradient. So every decoder row is read exactly once, not counting on caches. `decode_loss_csr` is for codes of
 any number of entries a token: it goes through them, a few at a time, for the residual and once more for the gradient.
 Sums are taken in an order fixed by the tile: results repeat bit for bit.
 Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
@@ -43,10 +43,10 @@ def decode_loss(
     latent = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0)
     act = tl.load(acts_ptr + b * K + offs_k, mask=mask_k, other=0.0).to(tl.float32)
     prefix = prefix_of(latent if BY_LATENT else offs_k, bounds_ptr, P)
-    heard = mask_k & (prefix < P)
-    # What is silent moves nothing and, behind ReLU, hears nothing: its row is not read.
-    used = heard & (act > 0 if RELU else heard)
-    loaded = used | (heard & (act != 0))
+    inside = mask_k & (prefix < P)
+    # An activation of 0 adds nothing and, behind ReLU, gets no gradient: its row is not read.
+    used = inside & (act > 0 if RELU else inside)
+    loaded = used | (inside & (act != 0))
     squares, dots = tl.zeros((BLOCK_P,), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for d in range(0, D, BLOCK_D):
         offs_d = d + tl.arange(0, BLOCK_D)
@@ -57,25 +57,25 @@ def decode_loss(
         if b_ptr is not None:
             left -= tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         r_ptrs = residual_ptr + b * D + offs_d
-        heard_from = tl.zeros((BLOCK_D,), tl.float32)
+        plane = tl.zeros((BLOCK_D,), tl.float32)
         for p in range(P):
             left -= tl.sum(tl.where(prefix == p, act, 0.0)[:, None] * w, 0)
             squares += tl.where(offs_p == p, tl.sum(left * left, 0), 0.0)
-            heard_from = tl.load(weight_ptr + p) * left
+            plane = tl.load(weight_ptr + p) * left
             if error_ptr is not None:
                 tl.store(error_ptr + b * D + offs_d, left, mask=mask_d & (p == MAIN))
-            tl.store(r_ptrs + p * plane_stride, heard_from, mask=mask_d)
-        dots += tl.where(prefix == P - 1, tl.sum(heard_from[None, :] * w, 1), 0.0)
+            tl.store(r_ptrs + p * plane_stride, plane, mask=mask_d)
+        dots += tl.where(prefix == P - 1, tl.sum(plane[None, :] * w, 1), 0.0)
         if P > 1:
             # Other threads may read what these have stored.
             tl.debug_barrier()
             for q in range(1, P):
                 p = P - 1 - q
-                heard_from += tl.load(r_ptrs + p * plane_stride, mask=mask_d, other=0.0)
+                plane += tl.load(r_ptrs + p * plane_stride, mask=mask_d, other=0.0)
                 # Where columns are fewer than threads, several load what one of them stores next.
                 tl.debug_barrier()
-                tl.store(r_ptrs + p * plane_stride, heard_from, mask=mask_d)
-                dots += tl.where(prefix == p, tl.sum(heard_from[None, :] * w, 1), 0.0)
+                tl.store(r_ptrs + p * plane_stride, plane, mask=mask_d)
+                dots += tl.where(prefix == p, tl.sum(plane[None, :] * w, 1), 0.0)
     tl.store(squares_ptr + offs_p * B.to(tl.int64) + b, squares, mask=offs_p < P)
     tl.store(grad_ptr + b * K + offs_k, tl.where(used, -2 * dots, 0.0), mask=mask_k)
 
@@ -131,10 +131,10 @@ def decode_loss_csr(
         for q in range(1, P):
             p = P - 1 - q
             later = tl.load(r_ptrs + (p + 1) * plane_stride, mask=mask_d, other=0.0)
-            sum_from = later + tl.load(r_ptrs + p * plane_stride, mask=mask_d, other=0.0)
+            plane = later + tl.load(r_ptrs + p * plane_stride, mask=mask_d, other=0.0)
             # Where columns are fewer than threads, several load what one of them stores next.
             tl.debug_barrier()
-            tl.store(r_ptrs + p * plane_stride, sum_from, mask=mask_d)
+            tl.store(r_ptrs + p * plane_stride, plane, mask=mask_d)
             tl.debug_barrier()
     tl.store(squares_ptr + offs_p * B.to(tl.int64) + b, squares, mask=offs_p < P)
     for first in range(begin, end, BLOCK_K):

@@ -62,14 +62,14 @@ def fill_entries(
 
 
 @triton.jit
-def sum_runs(
+def sum_groups(
     coef_ptr,  # (entries,) fp32
     offsets_ptr,  # (n + 1,) int32
-    latents_ptr,  # (n,) int32; negative ones have no run
+    latents_ptr,  # (n,) int32; negative ones have no group
     out_ptr,  # (L,) fp32 out
     BLOCK: tl.constexpr,
 ):
-    """The sum of each run, at its latent's place; a run a program."""
+    """The sum of each group, at its latent's place; a group a program."""
     r = tl.program_id(0)
     latent = tl.load(latents_ptr + r)
     if latent >= 0:

@@ -1,11 +1,11 @@
-"""Gradient rows summed over runs and used by Adam on the spot.
+"""Gradient rows summed over groups and used by Adam on the spot.
 
-Reference: saefast.optim.reference.update_rows and its kin.
+Reference: saefast.optim.reference.update_rows, gradient_squares, catch_up and normalise_rows.
 
 One program per row and block of columns; what needs a whole row (projection, norms) is asked for with one block only.
-A run longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
-walks a long run, and the order of additions is fixed, so results repeat bit for bit.
-What a row still owes for the steps it slept (moments' decay, drift) is looked up in the table of saefast.optim.
+A group longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
+walks a long group, and the order of additions is fixed, so results repeat bit for bit.
+What a row missed in the steps since its last update (moments' decay, drift) is looked up in the table of saefast.optim.
 Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
@@ -34,7 +34,7 @@ def sum_entries(
 
 
 @triton.jit
-def run_gradient(
+def group_gradient(
     source_ptr,
     offsets_ptr,
     row_ptr,
@@ -48,7 +48,7 @@ def run_gradient(
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The gradient row of run r: its entries, or its pieces where it was cut."""
+    """The gradient row of group r: its entries, or its pieces where it was cut."""
     begin, end = tl.load(offsets_ptr + r), tl.load(offsets_ptr + r + 1)
     # One return: behind an early one the compiler would go on to type-check what needs the pointer, which is None.
     if pieces_ptr is None:
@@ -67,8 +67,8 @@ def piece_sums(
     offsets_ptr,  # (n + 1,) int32
     row_ptr,  # (entries,) int32, or None
     coef_ptr,  # (entries,), or None
-    first_ptr,  # (n + 1,) int32: run r has pieces first[r] .. first[r + 1]
-    run_ptr,  # (pieces,) int32: the run of each piece
+    first_ptr,  # (n + 1,) int32: group r has pieces first[r] .. first[r + 1]
+    group_ptr,  # (pieces,) int32: the group of each piece
     out_ptr,  # (pieces, D) fp32
     n,
     D,
@@ -81,7 +81,7 @@ def piece_sums(
     piece = pid // blocks
     # There is room for more pieces than there may be.
     if piece < tl.load(first_ptr + n):
-        r = tl.load(run_ptr + piece).to(tl.int64)
+        r = tl.load(group_ptr + piece).to(tl.int64)
         offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         begin = tl.load(offsets_ptr + r) + (piece.to(tl.int32) - tl.load(first_ptr + r)) * CUT
@@ -109,7 +109,7 @@ def gradient_rows(
     r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g = run_gradient(
+    g = group_gradient(
         source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
     )
     tl.store(out_ptr + r * D + offs_d, g, mask=mask_d)
@@ -135,21 +135,21 @@ def row_of(rows_ptr, r):
 
 
 @triton.jit
-def owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2):
-    """What row i owes up to step `until` (saefast.optim.DriftTable): whether anything, drift, drift_eps, two decays."""
+def missed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2):
+    """What row i missed up to step `until` (see DriftTable): whether anything, drift, drift_eps, two decays."""
     since = tl.minimum(tl.load(last_ptr + i), until)
-    slept = (until - since).to(tl.float32)
-    late = slept > 0
+    steps = (until - since).to(tl.float32)
+    late = steps > 0
     drift = tl.load(drift_ptr + since).to(tl.float32)
     # Entries that the table does not have yet are 0, and so may v be.
     eps = tl.where(late, tl.load(drift_eps_ptr + since).to(tl.float32), 1.0)
-    # 1 where nothing is owed, whatever 0 times the logarithm of a beta of 0 is.
-    return late, drift, eps, tl.where(late, tl.exp2(slept * log1), 1.0), tl.where(late, tl.exp2(slept * log2), 1.0)
+    # 1 where nothing was missed: 0 times the logarithm of a beta of 0 is NaN.
+    return late, drift, eps, tl.where(late, tl.exp2(steps * log1), 1.0), tl.where(late, tl.exp2(steps * log2), 1.0)
 
 
 @triton.jit
 def settle(w, m, v, late, drift, eps, decay1, decay2, NORM: tl.constexpr):
-    """What the row owes, paid: see saefast.optim.reference.catch_up."""
+    """The row as of step `until`: see saefast.optim.reference.catch_up."""
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - drift * tl.div_rn(m, tl.sqrt_rn(v) + eps)
     moved = unit(moved) if NORM == AFTER else moved
@@ -203,7 +203,7 @@ def gradient_squares(
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
     i = row_of(rows_ptr, r)
-    g = run_gradient(
+    g = group_gradient(
         source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
     )
     if PROJECT:
@@ -216,7 +216,7 @@ def gradient_squares(
 @triton.jit(do_not_specialize=["until", "log1", "log2"])
 def settle_rows(
     rows_ptr,  # (n,) int32, or None; negative ones are passed over
-    last_ptr,  # (R,) int32, or None: nothing is owed, rows are scaled to unit norm only
+    last_ptr,  # (R,) int32, or None: nothing is settled, rows are scaled to unit norm only
     drift_ptr,  # (steps + 1,) fp64
     drift_eps_ptr,
     w_ptr,
@@ -243,7 +243,7 @@ def settle_rows(
             w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0))
             store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d)
         else:
-            late, drift, eps, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+            late, drift, eps, decay1, decay2 = missed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
             if late:
                 # A column beyond the row has drift_eps below its v of 0: no 0 / 0 there.
                 w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
@@ -262,7 +262,7 @@ def row_update(
     offsets_ptr,
     row_ptr,
     coef_ptr,
-    pieces_ptr,  # (pieces, D) of `piece_sums`, or None: no run was cut
+    pieces_ptr,  # (pieces, D) of `piece_sums`, or None: no group was cut
     first_ptr,
     rows_ptr,
     last_ptr,
@@ -298,10 +298,10 @@ def row_update(
     i = row_of(rows_ptr, r)
     at = i * D + offs_d
     if i >= 0:
-        g = run_gradient(
+        g = group_gradient(
             source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
         )
-        late, drift, due, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+        late, drift, due, decay1, decay2 = missed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
         w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
         v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
         w, m, v = settle(w, m, v, late, drift, due, decay1, decay2, NORM)
@@ -421,7 +421,7 @@ def lean_settle_rows(
             w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32))
             lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
         else:
-            late, drift, eps, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+            late, drift, eps, decay1, decay2 = missed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
             if late:
                 w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
                 m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
@@ -491,10 +491,10 @@ def lean_row_update(
     i = row_of(rows_ptr, r)
     at = i * D + offs_d
     if i >= 0:
-        g = run_gradient(
+        g = group_gradient(
             source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
         )
-        late, drift, due, decay1, decay2 = owed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
+        late, drift, due, decay1, decay2 = missed_by(last_ptr, drift_ptr, drift_eps_ptr, i, until, log1, log2)
         w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
         m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
         w, m, v = lean_settle(w, m, tl.load(v_ptr + i), late, drift, due, decay1, decay2, NORM)

@@ -61,7 +61,7 @@ class BatchSums(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """row_update and its kin."""
+    """row_update and the kernels beside it."""
 
     block_d: int
     unroll: int
@@ -200,9 +200,9 @@ def batch_sums(D: int) -> BatchSums:
 
 # Entries that one program of fill_entries writes, and rows that one of mark_rows marks.
 ENTRIES = 1024
-# Entries of a run that sum_runs adds at a time.
-RUN = 32
-# Entries of a run that one program adds up; part of the order of additions, so of the bits.
+# Entries of a group that sum_groups adds at a time.
+SUMMED = 32
+# Entries of a group that one program adds up; part of the order of additions, so of the bits.
 CUT = 256
 # Widest row that one program of row_update holds whole.
 MAX_ROW = 8192
@@ -260,7 +260,7 @@ def decode_loss_candidates(default: DecodeLoss) -> list[DecodeLoss]:
 
 
 def rows_candidates(default: Rows, whole: bool) -> list[Rows]:
-    """Of row_update and its kin. A block that holds a whole row keeps its width: sums over it belong to the update."""
+    """To try for `rows`. A block that holds a whole row keeps its width: sums over it belong to the update."""
     blocks = {default.block_d} | (set() if whole else {256, 512, 1024})
     shapes = [
         Rows(block, unroll, warps)

@@ -16,19 +16,19 @@ class Groups(NamedTuple):
     """(n,) int32: positions in the flattened code, latent by latent. Those beyond offsets[-1] belong to none."""
     latents: Tensor
     """(U,) int32, ascending: latents that have an entry. On a GPU, where counting them would make the host wait, as
-    many as there may be: -1, with an empty run, follows the last one."""
+    many as there may be: -1, with an empty group, follows the last one."""
     offsets: Tensor
-    """(U + 1,) int32: run r is order[offsets[r] : offsets[r + 1]]."""
+    """(U + 1,) int32: group r is order[offsets[r] : offsets[r + 1]]."""
 
     def counts(self, n_latents: int) -> Tensor:
         """(n_latents,) int32: entries of every latent."""
         counts = self.offsets.new_zeros(n_latents + 1)
-        # A latent of -1 writes its count of 0 behind those of all others.
+        # A latent of -1 writes its count of 0 to the last place, which is cut off.
         counts[self.latents.long()] = self.offsets.diff()
         return counts[:-1]
 
     def over_all(self, n_latents: int) -> Tensor:
-        """(n_latents + 1,) int32: offsets of every latent's run, empty ones included."""
+        """(n_latents + 1,) int32: offsets of every latent's group, empty ones included."""
         offsets = self.offsets.new_zeros(n_latents + 1)
         torch.cumsum(self.counts(n_latents), 0, dtype=torch.int32, out=offsets[1:])
         return offsets
@@ -46,13 +46,13 @@ class Entries(NamedTuple):
     enc_coef: Tensor
     """(n,) dloss / dact."""
     grad_by_latent: Tensor
-    """(L,) Σ dloss / dact of each run, 0 for latents without one: the gradient of b_enc."""
+    """(L,) Σ dloss / dact of each group, 0 for latents without one: the gradient of b_enc."""
 
 
 def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     """Groups the entries of idx (n,) int32 with keep (n,) bool by latent.
 
-    Plain torch; `saefast.optim.reference.backend` has faster ones of the same name.
+    Plain torch; the backends that `saefast.optim.dispatch.row_ops` picks have faster ones of the same name.
     """
     kept = keep.nonzero().squeeze(1)
     sorted_idx, order = idx[kept].sort(stable=True)

@@ -80,24 +80,24 @@ def _store_weights(matrix: LeanMatrix, ids: Tensor, w: Tensor, bits: Tensor) -> 
         matrix.norms[ids] = w.norm(dim=1)
 
 
-def _awake(matrix: LeanMatrix, step: AdamStep, ids: Tensor, until: int) -> tuple[Tensor, Tensor]:
-    """Weights of rows ids with the drift they owe up to `until`, and the decay of their first moments. Settles v."""
+def _settled(matrix: LeanMatrix, step: AdamStep, ids: Tensor, until: int) -> tuple[Tensor, Tensor]:
+    """Weights of rows ids with their drift up to `until`, and the decay of their first moments. Settles v in place."""
     w, since = matrix.w[ids].float(), matrix.last_step[ids].long()
-    slept = (until - since).clamp_min(0)
+    missed = (until - since).clamp_min(0)
     drift, drift_eps = (t.to(ids.device)[since].float() for t in (step.drift, step.drift_eps))
-    owed = torch.where(slept > 0, drift / (matrix.v[ids].sqrt() + drift_eps), 0)
-    moved = (unit(w) if step.norm == Norm.before_update else w) - owed[:, None] * moments(matrix, ids)
+    factor = torch.where(missed > 0, drift / (matrix.v[ids].sqrt() + drift_eps), 0)
+    moved = (unit(w) if step.norm == Norm.before_update else w) - factor[:, None] * moments(matrix, ids)
     moved = unit(moved) if step.norm == Norm.after_update else moved
-    matrix.v[ids] *= (step.beta2 ** slept.double()).float()
+    matrix.v[ids] *= (step.beta2 ** missed.double()).float()
     matrix.last_step[ids] = torch.maximum(since, torch.full_like(since, until)).int()
-    return torch.where(slept[:, None] > 0, moved, w), (step.beta1 ** slept.double()).float()
+    return torch.where(missed[:, None] > 0, moved, w), (step.beta1 ** missed.double()).float()
 
 
 def catch_up(matrix: LeanMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     """As `rows.catch_up`. First moments keep their 8-bit values; their scales shrink."""
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if rows is None else rows.long()
     ids = ids[matrix.last_step[ids] < step.step]
-    w, decay = _awake(matrix, step, ids, step.step)
+    w, decay = _settled(matrix, step, ids, step.step)
     matrix.scale[ids] = (matrix.scale[ids].float() * decay[:, None]).to(torch.bfloat16)
     _store_weights(matrix, ids, w, random_bits(matrix.seed, step.step, ids, w.shape[1]))
 
@@ -113,9 +113,9 @@ def update(job: Job, matrix: LeanMatrix, grad: Tensor) -> None:
     """One step of job.rows with gradient rows grad (n, D). Fills job.squares."""
     step = job.step
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if job.rows is None else job.rows.long()
-    # What is owed is worked out before the moments that say it are overwritten.
+    # Rows are settled by their moments, before those are overwritten.
     m = moments(matrix, ids)
-    w, decay = _awake(matrix, step, ids, step.step - 1)
+    w, decay = _settled(matrix, step, ids, step.step - 1)
     m *= decay[:, None]
     w = unit(w) if step.norm == Norm.before_update else w
     grad = project_out(grad, w) if step.project else grad

@@ -1,4 +1,4 @@
-"""The row operations on a CPU, in fp32: `saefast.optim.reference`' functions over the C++ extension (csrc/rows.hpp).
+"""The row operations on a CPU, in fp32: those of `saefast.optim.reference` over the C++ extension (csrc/rows.hpp).
 
 Bitwise the same for any number of threads; torch.get_num_threads() says how many work.
 """
@@ -17,21 +17,21 @@ from saefast.optim.state import AdamStep, AnyMatrix, Job, LeanMatrix
 
 def _ext() -> ModuleType:
     ext = extension.load()
-    assert ext is not None, "rows.backend picks this module only where the extension is there"
+    assert ext is not None, "row_ops picks this module only where the extension is there"
     return ext
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Memory for C++ to fill, on the CPU and of this dtype whatever torch's defaults are."""
+    """Memory for C++ to fill, on the CPU and of this dtype even if torch's defaults are others."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     n = idx.numel()
     order, latents, offsets = (_new(size, dtype=torch.int32) for size in (n, n, n + 1))
-    runs = _ext().group_entries(idx, keep, n_latents, order, latents, offsets)
-    offsets = offsets[: runs + 1]
-    return Groups(order[: int(offsets[-1])], latents[:runs], offsets)
+    groups = _ext().group_entries(idx, keep, n_latents, order, latents, offsets)
+    offsets = offsets[: groups + 1]
+    return Groups(order[: int(offsets[-1])], latents[:groups], offsets)
 
 
 def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Prefixes, n_latents: int) -> Entries:

@@ -131,9 +131,9 @@ def _add_rows(out: Tensor, to: Tensor, coef: Tensor, W: Tensor, rows: Tensor) ->
 def gradient_rows(gradient: RowGradient) -> Tensor:
     """The gradient rows themselves, (rows, D); only this plain backend ever holds them."""
     counts = (gradient.offsets[1:] - gradient.offsets[:-1]).long()
-    run = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    group = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     out = gradient.source.new_zeros(len(counts), gradient.source.shape[1])
-    _add_rows(out, run, gradient.coef, gradient.source, gradient.row.long())
+    _add_rows(out, group, gradient.coef, gradient.source, gradient.row.long())
     return out
 
 
@@ -144,7 +144,7 @@ def _chunks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     """Brings rows (n,) (None: all) to step.step as if their gradient had been 0 since last_step.
 
-    Rows that stand there already are not touched. With Norm.before_update a row that slept is scaled to unit norm
+    Rows that stand there already are not touched. With Norm.before_update the others are scaled to unit norm
     before its drift, with Norm.after_update after it.
     """
     if isinstance(matrix, LeanMatrix):
@@ -158,15 +158,15 @@ def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> N
     dtype = accumulate_dtype(matrix.w.dtype)
     w, m, v = matrix.w[ids], matrix.m[ids], matrix.v[ids]
     drift, drift_eps = (t.to(since.device)[since].to(dtype)[:, None] for t in (step.drift, step.drift_eps))
-    slept = (step.step - since).double()[:, None]
+    missed = (step.step - since).double()[:, None]
     if step.norm == Norm.before_update:
         w = rows_lean.unit(w)
     w = w - drift * m / (v.sqrt() + drift_eps)
     if step.norm == Norm.after_update:
         w = rows_lean.unit(w)
     matrix.w[ids] = w
-    matrix.m[ids] = m * (step.beta1**slept).to(dtype)
-    matrix.v[ids] = v * (step.beta2**slept).to(dtype)
+    matrix.m[ids] = m * (step.beta1**missed).to(dtype)
+    matrix.v[ids] = v * (step.beta2**missed).to(dtype)
     matrix.last_step[ids] = step.step
     return _copies(matrix, ids)
 

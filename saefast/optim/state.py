@@ -1,4 +1,4 @@
-"""Adam on rows: the state of a weight matrix, one step's constants, and what a row that slept still owes.
+"""Adam on rows: the state of a weight matrix, one step's constants, and how a row without a gradient drifts.
 
 Dense Adam moves every row at every step, also rows without a gradient: their moments decay and their weights drift on
 with the old momentum. A row-wise step touches only rows that have a gradient, and settles the rest when a row is next
@@ -188,7 +188,7 @@ class Job(NamedTuple):
 
 
 class DriftTable:
-    """What a row that stands at step s still owes of the drift of steps s + 1 .. t.
+    """How far a row that stands at step s has to drift for the steps s + 1 .. t.
 
     Dense Adam with a gradient of 0 does, n steps after s: m = β1ⁿ m_s, v = β2ⁿ v_s, and with learning rate lr and
     bias corrections c1 = 1 - β1^(s+n), c2 = 1 - β2^(s+n)
@@ -212,7 +212,7 @@ class DriftTable:
         self.steps = 0
         # Row 0: Σ weight. Row 1: Σ weight · √c2 β2^(-n/2).
         self.sums = torch.zeros(2, 1024, dtype=torch.float64, device=device)
-        # As read: drift and drift_eps. Entry `steps` is 0, for nothing is owed there.
+        # As read: drift and drift_eps. Entry `steps` is 0: such a row misses nothing.
         self.table = torch.zeros(2, 1024, dtype=torch.float64, device=device)
         self.window = self._window()
 
@@ -224,7 +224,7 @@ class DriftTable:
         return math.ceil(math.log(NEGLIGIBLE) / math.log(falls)) if falls < 1 else 2**31
 
     def add(self, lr: float) -> None:
-        """Step `steps` + 1 has been taken with this learning rate: rows that were not in it owe it."""
+        """Step `steps` + 1 has been taken with this learning rate: rows that were not in it have it to drift by."""
         self.steps += 1
         self._grow()
         t = self.steps
@@ -233,7 +233,7 @@ class DriftTable:
         c1, c2 = 1 - self.beta1**t, 1 - self.beta2**t
         rate, part = lr * math.sqrt(c2) / c1, slice(first, t)
         self.sums[0, part] += rate * self.ratio**n
-        # weight · √c2 β2^(-n/2) in one power: apart, one factor vanishes and the other overflows for long sleeps.
+        # weight · √c2 β2^(-n/2) in one power: apart, one factor vanishes and the other overflows after many steps.
         self.sums[1, part] += rate * math.sqrt(c2) * self.eps_ratio**n
         self._read(part)
 

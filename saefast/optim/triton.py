@@ -1,7 +1,7 @@
 """The row operations on a GPU: `saefast.optim.reference`'s functions over kernels/decode_loss.py and row_update.py.
 
 Everything repeats bit for bit: no float atomics, sums in fixed order. Nothing makes the host wait for the GPU, so jobs
-may name more rows than there are (`Runs.latents`): those of -1 are passed over. The exception is rows wider than one
+may name more rows than there are (`Groups.latents`): those of -1 are passed over. The exception is rows wider than one
 program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does): plain torch takes
 them, some at a time, with gradient rows that the kernels sum.
 No GPU has run this module yet: it is unproven on a GPU.
@@ -44,12 +44,12 @@ FUSION = False
 
 
 class Pieces(NamedTuple):
-    """How long runs are cut; see kernels/row_update.py."""
+    """How long groups are cut; see kernels/row_update.py."""
 
     sums: Tensor
     """(pieces, D) fp32."""
     first: Tensor
-    """(runs + 1,) int32."""
+    """(groups + 1,) int32."""
 
 
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
@@ -116,14 +116,14 @@ def catch_up(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> N
         for part in _few(matrix, rows):
             plain.catch_up(matrix, step, part)
         return
-    _settle(matrix, step, rows, owing=True)
+    _settle(matrix, step, rows, drift=True)
     _mark(matrix, rows, step.step)
 
 
 def normalise_rows(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
     step = step._replace(norm=Norm.after_update)
     if _served(matrix, step):
-        return _settle(matrix, step, rows, owing=False)
+        return _settle(matrix, step, rows, drift=False)
     for part in _few(matrix, rows):
         plain.normalise_rows(matrix, step, part)
     return None
@@ -181,7 +181,7 @@ def _update(prepared: Prepared) -> None:
     rate, root2 = step.lr / (1 - step.beta1**step.step), (1 - step.beta2**step.step) ** 0.5
     numbers = (float(step.grad_scale), 1 - step.beta1, step.beta2, 1 - step.beta2, rate, root2, step.eps)
     options = dict(PROJECT=step.project, NORM=int(step.norm), UNROLL=config.unroll, **_options(config))
-    given, until = (*_gradient(job.gradient, pieces), job.rows, *_owing(matrix, step)), _until(step, step.step - 1)
+    given, until = (*_gradient(job.gradient, pieces), job.rows, *_drift(matrix, step)), _until(step, step.step - 1)
     with on_device(matrix.w):
         if isinstance(matrix, LeanMatrix):
             row_kernels.lean_row_update[(len(squares),)](
@@ -197,17 +197,17 @@ def _update(prepared: Prepared) -> None:
     torch.sum(squares, dim=1, out=job.squares)
 
 
-def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, *, owing: bool) -> None:
+def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, *, drift: bool) -> None:
     n, D = len(matrix.w) if rows is None else len(rows), matrix.w.shape[1]
     if n == 0:
         return
     config = _config(matrix, step)
     options = dict(NORM=int(step.norm), **_options(config))
-    given, until = (rows, *(_owing(matrix, step) if owing else (None,) * 3)), _until(step, step.step)
+    given, until = (rows, *(_drift(matrix, step) if drift else (None,) * 3)), _until(step, step.step)
     with on_device(matrix.w):
         if isinstance(matrix, LeanMatrix):
             row_kernels.lean_settle_rows[(n,)](
-                *given, *_lean(matrix), *until, D, _when(matrix, step, 0 if owing else NORMALISED), **_blocks(matrix),
+                *given, *_lean(matrix), *until, D, _when(matrix, step, 0 if drift else NORMALISED), **_blocks(matrix),
                 ROOM=triton.next_power_of_2(matrix.scale.shape[1]), **options,
             )  # fmt: skip
         else:
@@ -216,7 +216,7 @@ def _settle(matrix: AnyMatrix, step: AdamStep, rows: Tensor | None, *, owing: bo
             )
 
 
-def _owing(matrix: AnyMatrix, step: AdamStep) -> tuple[Tensor, ...]:
+def _drift(matrix: AnyMatrix, step: AdamStep) -> tuple[Tensor, ...]:
     return matrix.last_step, step.drift, step.drift_eps
 
 
@@ -252,11 +252,11 @@ def _wide(prepared: Prepared) -> Iterator[tuple[Job, Tensor]]:
     config = tuning.rows(D, False)
     for rows in _few(job.matrix, job.rows):
         part, grad = slice(begin, begin := begin + len(rows)), rows.new_empty((len(rows), D), dtype=torch.float32)
-        runs = job.gradient._replace(offsets=job.gradient.offsets[part.start :])
+        gradient = job.gradient._replace(offsets=job.gradient.offsets[part.start :])
         cut = pieces and pieces._replace(first=pieces.first[part.start :])
         with on_device(grad):
             row_kernels.gradient_rows[(len(rows) * triton.cdiv(D, config.block_d),)](
-                *_gradient(runs, cut), grad, D, UNROLL=config.unroll, **_options(config)
+                *_gradient(gradient, cut), grad, D, UNROLL=config.unroll, **_options(config)
             )
         yield job._replace(rows=rows, squares=job.squares[part]), grad
 
@@ -303,7 +303,7 @@ def _gradient(g: RowGradient, pieces: Pieces | None) -> tuple[Tensor | None, ...
 
 
 def _cut(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | None, n_entries: int) -> Pieces | None:
-    """Sums the pieces of runs longer than tuning.CUT; None where so few entries have no such run.
+    """Sums the pieces of groups longer than tuning.CUT; None where so few entries have no such group.
 
     How many pieces there are stays on the device; there is room for as many as there may be.
     """
@@ -311,17 +311,17 @@ def _cut(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | Non
         return None
     n, D, cut = len(offsets) - 1, source.shape[1], tuning.CUT
     lengths = offsets[1:] - offsets[:-1]
-    # A run longer than one piece has less than two pieces for every CUT entries.
+    # A group longer than one piece has less than two pieces for every CUT entries.
     room = 2 * n_entries // cut
     first = offsets.new_zeros(n + 1)
     torch.cumsum(torch.where(lengths > cut, (lengths + cut - 1) // cut, 0), 0, dtype=torch.int32, out=first[1:])
     numbers = torch.arange(room, dtype=torch.int32, device=source.device)
-    run = (torch.searchsorted(first, numbers, right=True) - 1).clamp_max(n - 1).int()
+    group = (torch.searchsorted(first, numbers, right=True) - 1).clamp_max(n - 1).int()
     sums = source.new_empty((room, D), dtype=torch.float32)
     config = tuning.rows(D, False)
     with on_device(source):
         row_kernels.piece_sums[(room * triton.cdiv(D, config.block_d),)](
-            source, offsets, row, coef, first, run, sums, n, D, CUT=cut, UNROLL=config.unroll,
+            source, offsets, row, coef, first, group, sums, n, D, CUT=cut, UNROLL=config.unroll,
             **_options(config),
         )  # fmt: skip
     return Pieces(sums, first)

@@ -40,7 +40,7 @@ def batch_sums(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
-    """As `saefast.ops.groups.group_entries`, with room for as many runs as there may be: see `Groups.latents`."""
+    """As `saefast.ops.groups.group_entries`, with room for as many groups as there may be: see `Groups.latents`."""
     n = len(idx)
     room = min(n, n_latents)
     # What is not kept comes last, as a latent beyond all others.
@@ -48,7 +48,7 @@ def group_entries(idx: Tensor, keep: Tensor, n_latents: int) -> Groups:
     there = latent < n_latents
     begins = there.clone()
     begins[1:] &= latent[1:] != latent[:-1]
-    # Run r begins where the r-th flag is; those that are not there begin at n.
+    # Group r begins where the r-th flag is; those that do not exist begin at n.
     ordinals = torch.arange(1, room + 1, dtype=torch.int32, device=idx.device)
     first = torch.searchsorted(begins.cumsum(0, dtype=torch.int32), ordinals, out_int32=True)
     kept = there.sum(dtype=torch.int32)
@@ -75,9 +75,9 @@ def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Pre
             code.idx.shape[1] if token is None else 1, code.idx.numel(), len(prefixes.bounds), len(parts) - 1,
             BLOCK=tuning.ENTRIES, num_warps=8, num_stages=1, maxnreg=tuning.ROW_REGISTERS,
         )  # fmt: skip
-        entry_kernels.sum_runs[(len(groups.latents),)](
+        entry_kernels.sum_groups[(len(groups.latents),)](
             found.enc_coef, groups.offsets, groups.latents, found.grad_by_latent,
-            BLOCK=tuning.RUN, num_warps=1, num_stages=1,
+            BLOCK=tuning.SUMMED, num_warps=1, num_stages=1,
         )  # fmt: skip
     return found
 

@@ -56,7 +56,7 @@ SCENES: dict[str, tuple[Callable[[], Any], set[str]]] = {
         training("hot"),
         {"decode_loss", "gradient_squares", "row_update", "settle_rows", "piece_sums"},
     ),
-    "rows of any length": (decoding_csr, {"decode_loss_csr", "fill_entries", "sum_runs"}),
+    "rows of any length": (decoding_csr, {"decode_loss_csr", "fill_entries", "sum_groups"}),
     "several prefixes": (training("several prefixes"), {"decode_loss", "row_update", "settle_rows"}),
     "lean": (training("lean"), {"decode_loss", "lean_row_update", "lean_settle_rows", "piece_sums"}),
 }

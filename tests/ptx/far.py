@@ -140,14 +140,14 @@ def move_source(f: Far) -> None:
 
 def move_piece_sums(f: Far) -> None:
     move_source(f)
-    f.number(ROWS, "run_ptr", "n")
+    f.number(ROWS, "group_ptr", "n")
     f.shift(ROWS, offsets_ptr=1, first_ptr=1)
-    f.by_program(f.column_blocks, run_ptr=1, out_ptr=f["D"])
+    f.by_program(f.column_blocks, group_ptr=1, out_ptr=f["D"])
     f.number(f.rows, "first_ptr")
 
 
 def move_rows(f: Far) -> None:
-    """Gradients by run, matrices by the rows of the runs; run and row are one where no tensor says which."""
+    """Gradients by group, matrices by the groups' rows; group and row are one where no tensor says which."""
     if f["offsets_ptr"] is not None:
         move_source(f)
         f.number(ROWS, "first_ptr")
@@ -166,7 +166,7 @@ def move_mark_rows(f: Far) -> None:
     f.shift(ROWS, last_ptr=1)
 
 
-def move_moments(f: Far) -> None:
+def move_batch_sums(f: Far) -> None:
     each = f.column_blocks
     rows, D = f["ROWS"], f["D"]
     f.by_program(each, PROGRAM_ROWS // rows, x_ptr=rows * D, shifted_ptr=D, spread_ptr=each, squares_ptr=each)
@@ -182,7 +182,7 @@ def move_fill_entries(f: Far) -> None:
     f.number(f.rows * block, "n")
 
 
-def move_sum_runs(f: Far) -> None:
+def move_sum_groups(f: Far) -> None:
     f.number(ENTRIES, "offsets_ptr")
     f.shift(ENTRIES, coef_ptr=1)
     f.number(ROWS, "latents_ptr")
@@ -202,9 +202,9 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "fill_csr": move_fill_csr,
     "piece_sums": move_piece_sums,
     "mark_rows": move_mark_rows,
-    "batch_sums": move_moments,
+    "batch_sums": move_batch_sums,
     "fill_entries": move_fill_entries,
-    "sum_runs": move_sum_runs,
+    "sum_groups": move_sum_groups,
     **dict.fromkeys(
         ("gradient_rows", "gradient_squares", "settle_rows", "row_update", "lean_settle_rows", "lean_row_update"),
         move_rows,
