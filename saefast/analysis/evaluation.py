@@ -1,6 +1,6 @@
 """Evaluation of a finished run on rows it was never trained on; `saefast eval` prints what this returns.
 
-`evaluate` streams rows through an SAE, whatever its architecture; `evaluate_run` finds the run's own rows and language
+`evaluate` streams rows through an SAE of any architecture; `evaluate_run` finds the run's own rows and language
 model, and leaves eval.json and latents.safetensors in its folder.
 """
 

@@ -1,7 +1,7 @@
 """What each latent responds to, gathered in one pass over rows: its strongest activations and the tokens it fires on.
 
 Works on the sparse code of one batch at a time and keeps, for L latents, `n` examples and at most KEPT_TOKENS tokens of
-each: O(L · (n + KEPT_TOKENS)) memory beside one batch, whatever the number of rows, the vocabulary or the width.
+each: O(L · (n + KEPT_TOKENS)) memory beside one batch, for any number of rows, vocabulary and width.
 """
 
 from collections.abc import Callable, Iterable
@@ -165,7 +165,7 @@ TokensOf = Callable[[Tensor, Tensor], Tensor]
 def code_of(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
     """The sparse code of x (B, d_in) as the SAE gives it: acts, idx (B, K) on the CPU.
 
-    K may differ from batch to batch. An entry with act 0 is padding, whatever its id: nothing in here counts it.
+    K may differ from batch to batch. An entry with act 0 is padding, of any id, and not counted in here.
     """
     acts, idx = sae.encode_sparse(x.to(sae.device))
     return acts.cpu(), idx.cpu()

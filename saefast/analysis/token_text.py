@@ -1,4 +1,4 @@
-"""Token ids as text to read, whatever the tokenizer: byte-level BPE, sentencepiece, word pieces, whole words."""
+"""Token ids as text to read, for every kind of tokenizer: byte-level BPE, sentencepiece, word pieces, whole words."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class Texts:
         text = self._decode([token])
         if _BROKEN in text and all(sign in _BYTES for sign in name):
             return "".join(f"\\x{_BYTES[sign]:02x}" for sign in name)
-        # sentencepiece drops a space at the beginning, so its name alone tells of it.
+        # sentencepiece drops a space at the beginning, which only the token's name shows.
         return text.strip() or repr(text or name.replace("\N{LOWER ONE EIGHTH BLOCK}", " "))
 
     def n_words(self, tokens: list[int]) -> int:
@@ -96,7 +96,7 @@ _AFTER_APOSTROPHE = {"s", "t", "re", "ve", "ll", "d", "m"}
 
 
 def _respaced(pieces: list[str]) -> list[str]:
-    """Pieces that all begin with a space, without those that nobody would write."""
+    """Pieces that all begin with a space, without the spaces that nobody would write."""
     bare = [piece.strip() for piece in pieces]
     for i, sign in enumerate(bare):
         apostrophe = sign == "'" and i + 1 < len(bare) and bare[i + 1] in _AFTER_APOSTROPHE

@@ -108,7 +108,7 @@ def named(files: list[Path], draw: Callable[[], list[Path]]) -> str:
 
 
 def announce_harvest(run: Path, data: str | None) -> None:
-    """Says so where a command begins with a harvest that nobody asked for: of a run that trained live."""
+    """Says so where a command begins with a harvest that was not asked for: of a run that trained live."""
     if data is not None or not (run / CONFIG).is_file():
         return
     live = what_is_missing(run, recorded_data(read_config(run)[0].metadata, run))

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     # Run where it was typed, so that paths on the command line mean what they say; the folder bench is found in ROOT.
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", f"bench.{name}", *argv[1:]]
-    # As the commands of this process do: no sign ends a benchmark because the terminal lacks it.
+    # As for this process's own commands: a sign that the terminal lacks must not end a benchmark.
     speaks = os.environ.get("PYTHONIOENCODING") or f"{sys.stdout.encoding}:backslashreplace"
     environment = os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": speaks}
     return subprocess.run(command, env=environment, check=False).returncode

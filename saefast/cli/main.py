@@ -1,4 +1,4 @@
-"""`saefast COMMAND ...`: finds the command, and turns whatever a user can put right into one line and an exit code.
+"""`saefast COMMAND ...`: finds the command, and turns errors that a user can put right into one line and an exit code.
 
 Exit codes: 0 done, 2 bad input, 130 interrupted. Each command is a module with `main(argv) -> int`, imported only
 when it is asked for, so that `saefast --help` is instant.

@@ -1,4 +1,4 @@
-"""Output that no encoding stops: signs that a terminal, pipe or file cannot take are written in ASCII."""
+"""Output in any encoding: signs that a terminal, pipe or file cannot take are written in ASCII."""
 
 import codecs
 import io
@@ -16,7 +16,7 @@ _HANDLER = "saefast.ascii"
 
 
 def take_any_text() -> None:
-    """From now on, whatever is printed to stdout or stderr comes out, whichever encoding they have."""
+    """From now on all text can be printed to stdout and stderr, whichever encoding they have."""
     codecs.register_error(_HANDLER, _in_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

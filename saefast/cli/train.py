@@ -53,7 +53,7 @@ class TrainArgs:
     hook: str | None = None
     """which hook of DATA to train on; with --model, the module to listen to"""
     hooks: str | None = None
-    """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side off one pass"""
+    """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side from one pass"""
     live: bool = False
     """train while --model reads --text; no activations are written (needs --n-tokens); eval harvests some"""
     shuffle: Shuffle = "auto"
@@ -73,7 +73,7 @@ class TrainArgs:
     n_latents: int | None = None
     """dictionary size; default 16 times the width of the data"""
     d_in: int | None = None
-    """width that the rows must have; default whatever they have"""
+    """width that the rows must have; default: any"""
     sae: partial[SAEConfig] = field(default_factory=lambda: partial(SAEConfig))
     """What the SAE is."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -84,7 +84,7 @@ class TrainArgs:
         return self.sae(d_in=d_in, n_latents=n_latents, metadata=metadata)
 
     def widest(self) -> SAEConfig:
-        """For rows that are as wide as they may be, before the data is known: what this refuses, no data makes good."""
+        """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
         return self.sae_config(_WIDEST if self.d_in is None else self.d_in, {})
 
     def folders(self) -> dict[str | None, Path]:
@@ -163,7 +163,7 @@ def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
 
 
 def _members(args: TrainArgs) -> dict[str, Member]:
-    """What to train, by hook, off data on disk."""
+    """What to train, by hook, from data on disk."""
     path, members = _data(args), {}
     trained = set()
     for hook, folder in args.folders().items():
@@ -187,7 +187,7 @@ def _members(args: TrainArgs) -> dict[str, Member]:
 
 
 def _live_members(args: TrainArgs) -> dict[str, Member]:
-    """What to train, by hook, off a model that is running."""
+    """What to train, by hook, from a model that is running."""
     from saefast.harvest.live import live_sources
     from saefast.harvest.reharvest import describe_live
 

@@ -59,14 +59,14 @@ class DeviceReservoir:
         self._fill()
 
     def next(self) -> Tensor:
-        """The next batch (n, row_bytes) uint8 on the device. Raises InputError with what a reader ran into."""
+        """The next batch (n, row_bytes) uint8 on the device. Raises InputError with the error that a reader met."""
         if len(self._refills) == self._lag:
             self._settle(self._refills.popleft())
         slots, self.rows, refill = self._stream.next()
         index = torch.from_numpy(slots).long().to(self.device, non_blocking=True)
         batch = gather_rows(self._slots, index)
         if self._copies is not None:
-            # The copies that will overwrite these slots come after the gather that reads them.
+            # The copies that will overwrite these slots wait for the gather that reads them.
             self._copies.wait_stream(torch.cuda.current_stream(self.device))
         staging = self._free.popleft()
         self._refills.append(Refill(index[: len(refill)], staging, self._readers.submit(self._read, refill, staging)))

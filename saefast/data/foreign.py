@@ -82,7 +82,7 @@ def _read_arrow(files: list[Path], hook: str | None) -> list[Segment]:
             with pa.memory_map(str(no_pipe(usable(file)))) as source:
                 table = pa.ipc.open_stream(source).read_all()
             name = _pick_column(file, [n for n in table.column_names if n != "token_ids"], hook)
-            # Arrow believes lengths and offsets; those of a damaged file would lead it out of its memory.
+            # Arrow trusts lengths and offsets; those of a damaged file would make it read beyond its memory.
             table.column(name).validate(full=True)
         except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
             raise InputError(f"{file} cannot be read as an Arrow stream, is it truncated? ({error})") from None
@@ -136,7 +136,7 @@ def _read_chunks(files: list[Path], hook: str | None) -> list[Segment]:
 
 
 def _one_hook(files: list[Path], hook: str | None) -> None:
-    """Raises InputError for a hook that the folder's name does not say."""
+    """Raises InputError for a hook that is not in the folder's name."""
     folder = files[0].parent
     if hook not in (None, folder.name):
         raise InputError(f"{folder} holds the rows of one hook and does not say which: leave out hook {hook!r}")

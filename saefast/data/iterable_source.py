@@ -17,12 +17,12 @@ HELDOUT_ROWS = 1 << 16
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:
-    """Whether a function can be called without arguments, as far as it says."""
+    """Whether a function can be called without arguments, as far as its signature says."""
     try:
         inspect.signature(function).bind()
     except TypeError:
         return False
-    except ValueError:  # some functions of C do not say
+    except ValueError:  # some functions written in C have no signature
         pass
     return True
 
@@ -233,7 +233,7 @@ class IterableSource(Source):
                 return
 
     def close(self) -> None:
-        """Lets go of the iterator, with which a DataLoader's workers end; a generator belongs to who made it."""
+        """Drops the iterator, which ends a DataLoader's workers; a generator is left to the caller who made it."""
         if not self._once:
             self._iterator = None
 
@@ -273,7 +273,7 @@ def _tensors(name: str, item: Any) -> Batch:
 
 
 def _kept(rows: Batch) -> Batch:
-    """A copy on the CPU: what an iterable yields may be a buffer that it fills again."""
+    """A copy on the CPU: an iterable may yield one buffer again and again."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in rows.items()}
 
 

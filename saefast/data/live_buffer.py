@@ -13,16 +13,16 @@ from saefast.data.reservoir import LAG, Reservoir
 from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
-# Seconds that closing a live source waits for the batch that its iterable is making: LINGER at most, while this process
-# works; when it has done nothing for IDLE, the iterable hangs, in a download say, and is left behind.
+# Seconds that closing a live source waits for the batch that its iterable is making: at most LINGER, as long as this
+# process computes. If it has computed nothing for IDLE, the iterable hangs (in a download, say) and is abandoned.
 LINGER, IDLE = 120.0, 0.5
 
 
 class Producer:
     """A thread that draws an iterator's batches and pushes them into a reservoir, until that is closed.
 
-    It must be stopped before the interpreter ends: Python unwinds a thread that asks for the interpreter later than
-    that, and where the thread comes out of C++ code (this module's, torch's) the process aborts.
+    It must be stopped before the interpreter ends. A thread that asks for the interpreter after that is unwound by
+    Python, which aborts the process if C++ code (this module's, torch's) is on the thread's stack.
 
     failure: what the iterator raised.
     """
@@ -36,7 +36,7 @@ class Producer:
     def stop(self) -> bool:
         """Closes the reservoir and waits for the thread, unless it hangs; whether it has ended."""
         self._reservoir.close()
-        # Garbage may be collected on any thread: one that makes batches itself could wait for one that waits for it.
+        # Garbage may be collected on any thread: a thread that makes batches could wait here for one that waits for it.
         if not threading.current_thread().name.startswith("saefast-"):
             self._wait()
         return not self._thread.is_alive()
@@ -177,7 +177,7 @@ class LiveBuffer(Source):
         return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
 
     def close(self) -> None:
-        """Ends the threads and frees the reservoir; the iterator handed out is dead. The held-out rows stay."""
+        """Ends the threads and frees the reservoir; iterators handed out are of no more use. Held-out rows stay."""
         if self._stop():
             self._data.close()
 

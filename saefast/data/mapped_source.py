@@ -65,7 +65,7 @@ class Rows:
         return int(self.segments[0].rows.shape[1])
 
     def piece(self, start: int, stop: int) -> Segment:
-        """Rows start to stop, which lie in one segment."""
+        """Rows start to stop (exclusive), which have to lie in one segment."""
         segment, place = self.locate(start)
         return segment.part(place, place + stop - start)
 

@@ -1,4 +1,4 @@
-"""open_source: whatever a user has becomes a Source to train from."""
+"""open_source makes a Source of anything that a user may train from: folders, files, arrays, iterables."""
 
 import math
 import os
@@ -44,7 +44,7 @@ def open_source(
     """A Source over `data`, which is one of
 
     - a shard folder (`hook` says which of its hooks; needed when there are several). Held out are the sequences that
-      the harvest held out, whatever `heldout` says; skip_bad_shards and verify as in ShardFolder. shuffle="mapped"
+      the harvest held out, and `heldout` means nothing; skip_bad_shards and verify as in ShardFolder. shuffle="mapped"
       draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
       than memory; "auto" takes the buffer for folders over a quarter of this machine's memory, and for all where
       there is a GPU, which it keeps fed;

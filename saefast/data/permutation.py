@@ -1,4 +1,4 @@
-"""Permutation, a shuffled order of n rows that costs no memory worth naming: one seed, one order on every machine."""
+"""Permutation, a shuffled order of n rows in hardly any memory: one seed, one order on every machine."""
 
 import numpy as np
 
@@ -47,7 +47,7 @@ class Permutation:
         if epoch != self._epoch:
             counter = np.arange(1, self.n + 1, dtype=_U64) * _U64(_GOLDEN)
             keys = mix(counter + _U64(_key(self.seed, epoch)))
-            # Each row's number takes its key's low bits: sorting keys is faster than an argsort of them, and ties are
+            # Each row's number takes its key's low bits: sorting such keys is faster than an argsort, and ties are
             # settled.
             low = _U64(SORTED_UP_TO - 1)
             ranked = np.sort(keys & ~low | np.arange(self.n, dtype=_U64))

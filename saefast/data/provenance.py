@@ -53,7 +53,7 @@ def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:
     """What `describe_data` wrote into the metadata of the run in a folder; None where it says nothing of its data.
 
     Raises:
-        InputError: what it says cannot be it.
+        InputError: it is not what `describe_data` writes.
     """
     kept = metadata.get(DATA)
     if kept is None:

@@ -14,7 +14,7 @@ from saefast import extension
 from saefast.errors import InputError
 from saefast.placement import require_memory
 
-# Batches between drawing a row's slot and drawing the row that follows in it. Part of what a seed means.
+# Batches from the one that frees a slot to the first that may draw the slot's next row. A seed's order depends on it.
 LAG = 8
 PREFETCH = 4
 
@@ -39,7 +39,7 @@ class Reservoir:
             )
         needed = (rows + PREFETCH * batch_size) * row_bytes
         require_memory("cpu", needed, f"a reservoir of {rows} rows, with batches of {batch_size} rows,")
-        # Made first, so that it goes first: its threads write into the two tensors until it has gone.
+        # Made first, so that it is freed first: its threads write into the two tensors until then.
         self._native: Any = None
         self.batch_size, self.row_bytes, self.rows = batch_size, row_bytes, rows
         pinned = torch.cuda.is_available()
@@ -73,13 +73,13 @@ class Reservoir:
 
     def _run(self, native: Any) -> None:
         self._native = native
-        # Threads write into the two tensors, so they must outlive the threads, whatever is collected first.
+        # Threads write into the two tensors, which must outlive them in any order of garbage collection.
         self._close = weakref.finalize(self, _shut_down, native, self._reservoir, self._ring)
 
     def next(self, reader: int = 0) -> Tensor | None:
         """The reader's next batch (n, row_bytes) uint8, valid until its next call; None when the data has ended.
 
-        Raises InputError with what a reading thread ran into, or where the reader would wait for ever.
+        Raises InputError with the error that a reading thread met, or where the reader would wait for ever.
         """
         self._refuse_to_wait_for_myself(reader)
         try:
@@ -98,7 +98,7 @@ class Reservoir:
             yield batch
 
     def _refuse_to_wait_for_myself(self, reader: int) -> None:
-        """A reader that is far ahead waits for the slowest one: never, if that is this very thread's to draw."""
+        """Raises InputError where a reader would wait for the slowest one, which the same thread has to draw from."""
         self._threads[reader] = threading.get_ident()
         slowest = min(range(len(self._drawn)), key=self._drawn.__getitem__)
         ahead = self._drawn[reader] - max(self._drawn[slowest] - 1, 0)

@@ -53,7 +53,7 @@ def from_array(name: str, array: Any) -> Segment:
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
             raise InputError(f"{name} has dtype {array.dtype}, expected float16, float32 or float64")
         native = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
-        # torch has no strides that run backwards.
+        # torch has no negative strides.
         tensor = torch.from_numpy(native if min(native.strides, default=0) >= 0 else native.copy())
     elif isinstance(array, Tensor):
         tensor = array.detach()
@@ -123,7 +123,7 @@ def _open_npy(path: Path) -> np.ndarray:
     # Mode "c" maps the file copy-on-write: torch gets a writable view, and the file is never touched.
     try:
         return np.load(path, mmap_mode="c", allow_pickle=False)
-    except Exception as error:  # a damaged header may be any Python text, and raise whatever numpy's parser does
+    except Exception as error:  # a damaged header may be any text, and numpy's parser raises many kinds of errors
         raise InputError(f"{path} cannot be read as .npy, is it truncated? ({_line(error)})") from None
 
 

@@ -67,7 +67,7 @@ class ShardBuffer(Source):
         device: Device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> list[Iterator[Batch]]:
-        """n iterators over the same batches, for several SAEs off one reservoir, each at its own pace.
+        """n iterators over the same batches, for several SAEs from one reservoir, each at its own pace.
 
         The fastest waits where it is PREFETCH - 1 batches ahead of the slowest: draw from them in turn, or each from a
         thread of its own. The position saved is reader 0's.
@@ -201,12 +201,12 @@ class ShardBuffer(Source):
         return self._mapped.tokens(seq)
 
     def close(self) -> None:
-        """Ends the threads and frees the reservoir; the iterators handed out are dead."""
+        """Ends the threads and frees the reservoir; iterators handed out cannot be used any more."""
         if self._open is not None:
             self._open.close()
             self._open = None
 
 
 def _apart(column: Tensor, raw: Tensor) -> Tensor:
-    """A column's bytes (n, size) as one piece of memory; a column that fills the rows is one where it lies."""
+    """A column's bytes (n, size), contiguous; without a copy where the column is all there is in a row."""
     return column if column.shape[1] == raw.shape[1] else column.clone(memory_format=torch.contiguous_format)

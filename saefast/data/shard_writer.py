@@ -42,9 +42,9 @@ _PIECE = 8 << 20
 
 
 class ShardWriter:
-    """One writer per folder at a time (a lock file sees to it).
+    """Writes a shard folder; a lock file keeps a second writer out.
 
-    hooks: name and hf_name of each hook. settings: whatever determines the rows (model, text, context length, ...);
+    hooks: name and hf_name of each hook. settings: all that determines the rows (model, text, context length, ...);
     it is stored in the index, and a folder begun with other settings raises InputError. rows_per_shard: a train shard
     is full at this many rows. shuffle_seed: None keeps the rows of a shard in the order they came.
     """
@@ -157,7 +157,7 @@ class ShardWriter:
     def _unlock(self) -> None:
         with contextlib.suppress(OSError):
             (self.folder / ".lock").unlink()
-            # Nothing was committed: an empty folder, if it is one, would only puzzle.
+            # Nothing was committed: an empty folder would only be in the way.
             if not (self.folder / "index.json").exists():
                 self.folder.rmdir()
         self._lock.close()
@@ -194,7 +194,7 @@ class ShardWriter:
             leftover.unlink()
 
     def _load_stats(self) -> dict[str, ActivationStats]:
-        """Statistics of what is committed; a kill between the two renames of a commit means counting them anew."""
+        """Statistics of what is committed; counted anew where a kill came between the two renames of a commit."""
         if not self.index["shards"]:
             return {}
         folder = ShardFolder(self.folder)
@@ -352,7 +352,7 @@ def clear_finished(folder: Path) -> None:
     """Removes what a writer that was killed after its last commit leaves: rows that are in shards too, and its lock."""
     if not any((folder / name).exists() for name in (".spool", ".lock")):
         return
-    # A folder that cannot be written, or that another process has just begun to clear, is as good as before.
+    # If the folder cannot be written, or another process clears it, nothing has to be done.
     with contextlib.suppress(InputError, OSError), _lock(folder):
         shutil.rmtree(folder / ".spool", ignore_errors=True)
         (folder / ".lock").unlink()

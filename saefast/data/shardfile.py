@@ -26,7 +26,7 @@ from saefast.schema import Count, check
 PAGE = 4096
 # A shard's checksums come per block, so that damage is reported with its place in the file.
 BLOCK = 1 << 24
-# What leaves a GPU in one go: the host never holds a second copy of a training state or an SAE.
+# Bytes copied from a GPU at a time, so that the host never holds a second copy of a training state or an SAE.
 _PIECE_BYTES = 1 << 28
 # The header of a shard is a few hundred bytes; a foreign file with thousands of tensors has a few megabytes.
 _LARGEST_HEADER = 100 << 20
@@ -241,7 +241,7 @@ def _layout(columns: Mapping[str, Column], metadata: Mapping[str, str]) -> tuple
 
 @dataclass
 class _Hashing:
-    """Writes to a file and digests what passes by."""
+    """Writes to a file and digests what it writes."""
 
     file: BinaryIO | None
     sha: "hashlib._Hash" = field(default_factory=hashlib.sha256)

@@ -90,7 +90,7 @@ class TokensEntry(TypedDict):
 
 
 class Versioned(TypedDict):
-    """index.json, whatever its version."""
+    """index.json of any version."""
 
     version: Count
 
@@ -405,7 +405,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def check_index(path: Path, index: dict[str, Any]) -> None:
-    """What no declaration says: files stay inside the folder, every hook has its digests, sequences follow on."""
+    """Checks what types cannot say: files stay inside the folder, every hook has its digests, sequences follow on."""
     names = [hook["name"] for hook in index["hooks"]]
     if not names or len({"tokens", *map(folder_of, names)}) <= len(names):
         raise InputError(f"{path}: hooks are {', '.join(names) or 'none'}; expected at least one, a folder for each")

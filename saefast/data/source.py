@@ -37,7 +37,7 @@ def where_it_ends(row: Tensor) -> str:
 class Source(ABC):
     """Rows to train on, and a held-out share that is never trained on. A row is one token's, in every named tensor.
 
-    widths: of each tensor, by name. n_rows: rows to train on per epoch, None where nobody knows. source_name: for
+    widths: of each tensor, by name. n_rows: rows to train on per epoch, None where it is not known. source_name: for
     messages.
     """
 
@@ -71,7 +71,7 @@ class Source(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The next call of batches() goes on from there, bit for bit, whatever its batch size. Raises InputError
+        """The next call of batches() goes on from there, bit for bit, with any batch size. Raises InputError
         where this source is not the one the state came from."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Source(ABC):
         """Where row i of the batch drawn last came from, in the tensor of that name: file and row."""
 
     def close(self) -> None:
-        """Ends the threads and frees the memory of drawing; iterators handed out are dead. Held-out rows stay."""
+        """Ends the threads and frees their memory; iterators handed out cannot be used any more. Held-out rows stay."""
         return
 
     def describe_heldout(self, i: int, name: str = X) -> str:

@@ -59,7 +59,7 @@ class ModuleRunner:
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if takes_cache else {}
         self.lanes = lanes_for(self._device())
-        # What the forward pass of this very thread has found; on threads that are not in run(), hooks do nothing.
+        # What this thread's forward pass has found; on threads that are not in run(), hooks do nothing.
         self._running = threading.local()
         paths = {hook.path for hook in found}
         if len(paths) < len(found):
@@ -78,7 +78,7 @@ class ModuleRunner:
         seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks])
         try:
             with _explained(self._model, ids), torch.inference_mode(), contextlib.suppress(_Stop):
-                # Without a mask attention takes its fastest path.
+                # Attention is fastest without a mask.
                 mask_argument = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
                 self._model(input_ids=ids.to(device), **mask_argument, **self._extra)
         finally:
@@ -132,7 +132,7 @@ class HookedRunner:
 
 @contextlib.contextmanager
 def _explained(model: Any, ids: Tensor) -> Iterator[None]:
-    """Whatever a model raises on token ids (batch, length), as one line; its own error is the cause that comes with it.
+    """Any error that a model raises on token ids (batch, length) as one line, with that error as its cause.
 
     Raises:
         InputError: naming the model, its error, and the ids it was given.

@@ -180,7 +180,7 @@ class Harvester:
             lengths = [len(window.ids[i]) for i in numbers]
             for start, stop in batches_of(lengths, self.config.batch_tokens, self.runner.equal_lengths):
                 split = "heldout" if first < held else "train"
-                # A harvest that goes on runs the batches that an uninterrupted one would: what a row is, to the last
+                # A resumed harvest runs the batches that an uninterrupted one would: what a row is, to the last
                 # bit, and which rows are outliers depends on what they run with.
                 known = max(done - first - start, 0)
                 if known < stop - start:

@@ -55,10 +55,10 @@ def _pool(lanes: int) -> ThreadPoolExecutor:
         for _ in range(lanes):
             pool.submit(int)
     except RuntimeError:
-        # The interpreter is ending: those that wait for the others must not wait for ever.
+        # The interpreter is ending: lanes that wait for others must not wait for ever.
         started.abort()
         raise
     started.wait()
-    # A lane's setting is also what threads started later begin with: they get this thread's instead.
+    # Threads started later would begin with a lane's setting: they get this thread's instead.
     torch.set_num_threads(threads)
     return pool

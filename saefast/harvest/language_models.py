@@ -89,7 +89,7 @@ def find_hook(model: nn.Module, name: str) -> Hook:
 
     a full path ("encoder.layer.4"); one relative to the base model, with or without its prefix ("model.layers.4" and
     "layers.4" mean the same in a Llama with or without its language-model head); "layers.4[.rest]" for the blocks of
-    any model, whatever it calls them (encoder.layer.4 in BERT, h.4 in GPT-2); TransformerLens'
+    any model, under its own name (encoder.layer.4 in BERT, h.4 in GPT-2); TransformerLens'
     "blocks.4.hook_resid_post". Raises InputError with the nearest names that exist.
     """
     modules = dict(model.named_modules())

@@ -25,7 +25,7 @@ def live_sources(
     text: Any = None,
     reservoir_rows: int = 1 << 16,
 ) -> dict[str, Source]:
-    """A source per hook of the config, all fed by one pass of the model over the text, pass after pass.
+    """A source per hook of the config, all fed by the same passes of the model over the text.
 
     Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
     different hooks hold the same tokens. Draw from the sources in step: what the fastest has taken waits in memory for
@@ -96,9 +96,9 @@ class Shared:
             return batch
 
     def leave(self, reader: int) -> None:
-        """The reader draws no more: nothing is kept for it, and after the last one the model is let go of."""
+        """The reader draws no more: nothing is kept for it, and after the last one the model is dropped."""
         self._left.add(reader)
-        # Another reader may be in the middle of a pass, or hang there: it tidies up when it leaves itself.
+        # Another reader may be in the middle of a pass, or hang there: it will clean up when it leaves.
         if self._lock.acquire(timeout=live_buffer.IDLE):
             try:
                 self._forget()

@@ -13,7 +13,7 @@ from saefast.harvest.to_disk import harvest
 # Where, in the run's folder, and how many tokens: held-out rows for `saefast eval`, others as well for the tokens that
 # `saefast features` looks at.
 FOLDER, TOKENS = "activations", 1 << 18
-# What of a harvest's settings is not of the rows, or is said elsewhere.
+# Settings of a harvest that do not determine the rows, or that are said elsewhere.
 _NOT_KEPT = {"hooks", "text", "max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device"}
 
 
@@ -30,7 +30,7 @@ def describe_live(config: HarvestConfig, texts: tuple[str, ...], hook: str) -> d
 
 
 def harvest_again(run: Path, kept: Recorded, progress: bool = False) -> None:
-    """Harvests into the run's folder what `describe_live` tells of, at most TOKENS tokens; done before, it is done.
+    """Harvests into the run's folder what `describe_live` says, at most TOKENS tokens; nothing is done twice.
 
     The documents that were held out are held out again: a hash of their text decides.
 
@@ -51,7 +51,7 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False) -> None:
 
 
 def what_is_missing(run: Path, kept: Recorded | None) -> Live | None:
-    """What has to be harvested before the run's rows can be looked at; None where they are there."""
+    """What has to be harvested before the run's rows can be read; None where they are there."""
     if kept is None or "live" not in kept or (run / kept["path"] / "index.json").is_file():
         return None
     return kept["live"]

@@ -16,7 +16,7 @@ WINDOW_CHARS = 1 << 20
 
 @dataclass
 class Window:
-    """Sequences of some documents in a row. Lists run over sequences, numbered from first_seq.
+    """Sequences of some consecutive documents. Lists run over sequences, numbered from first_seq.
 
     first_doc, n_docs: the documents; before, after: fingerprints of the text up to and with them; chars: their length;
     ids: token ids, special tokens included; docs: the document of each; held: whether it is held out.

@@ -44,7 +44,7 @@ class Text(Iterable[str]):
             raise InputError(f"{self.name} holds no text{why}")
 
     def size(self) -> int | None:
-        """About how many characters there are, None where nobody knows; for the time left."""
+        """About how many characters there are, to show the time left; None where it is not known."""
         return None
 
     def _documents(self) -> Iterator[str]:
@@ -252,7 +252,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[str]:
     for line in lines:
         if "\0" in line:
             raise UnicodeDecodeError("utf-8", b"", 0, 0, "NUL byte")
-        # One endless line is cut too.
+        # A line without end is cut too.
         for start in range(0, len(line), 2 * DOCUMENT_CHARS):
             parts.append(line[start : start + 2 * DOCUMENT_CHARS])
             size += len(parts[-1])

@@ -133,7 +133,7 @@ class _Run:
         self._window_tokens = 0
         self.tokens = 0
         self._committed_at = time.monotonic()
-        # While rows are handed over, what the writer holds is not what the cursor says.
+        # While rows are handed over, the cursor does not yet count all that the writer holds.
         self._feeding = False
 
     def whole(self, progress: bool) -> None:

@@ -138,7 +138,7 @@ def scratch_of(sizes: Sizes, device: str) -> int:
 
 
 def matrices_of(sizes: Sizes) -> tuple[int, int, int]:
-    """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, off the real classes."""
+    """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, from the real classes."""
     lean = sizes.optimizer == "adam-lean"
     w = torch.empty(sizes.n_latents, sizes.d_in, dtype=torch.bfloat16 if lean else torch.float32, device="meta")
     matrix = LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)
