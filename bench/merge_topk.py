@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench import op
 from saefast.kernels import tuning
-from saefast.ops.chunks import run_width
+from saefast.ops.chunks import sorted_width
 from saefast.ops.reference import pre_activations
 from saefast.ops.triton_encode_tiles import make_encoder, run_tiles
 from saefast.ops.triton_encode_topk import Best, encode_topk, merge
@@ -23,7 +23,7 @@ from saefast.ops.triton_launch import readable
 def contest(shape: op.Shape, dtype: torch.dtype, device: str) -> op.Contest:
     torch.manual_seed(0)
     B, D, L, k = shape
-    n, run = L // 2, run_width(k)
+    n, width = L // 2, sorted_width(k)
     x = readable(torch.empty((B, D), dtype=dtype, device=device).normal_())
     W = readable(torch.empty((L, D), dtype=dtype, device=device).normal_(std=D**-0.5))
     enc = make_encoder(x, W, None, None, None, "fused", "ieee")
@@ -33,7 +33,7 @@ def contest(shape: op.Shape, dtype: torch.dtype, device: str) -> op.Contest:
     scratch = torch.empty(B * stride, dtype=torch.float32, device=device)
     groups = torch.empty(B * stride // enc.group, dtype=torch.float32, device=device)
     run_tiles(enc, x, n, n, before.tau, groups, scratch)
-    room = run + tuning.merge(run, enc.group).visit * enc.group
+    room = width + tuning.merge(width, enc.group).visit * enc.group
     keys = torch.empty(B * room, dtype=torch.int64, device=device)
     buffers = (groups, scratch, None, torch.empty_like(groups, dtype=torch.int32), keys)
     pre = pre_activations(x, W[n : 2 * n], None)
@@ -46,7 +46,7 @@ def contest(shape: op.Shape, dtype: torch.dtype, device: str) -> op.Contest:
         "saefast": lambda: merge(enc, buffers, Best(*(t.clone() for t in before)), n, n, timed=False),
         "cat + topk": torch_topk,
     }
-    # Group maxima are read, the values of few groups, and the run read and written.
+    # Group maxima are read, the values of few groups, and the running top-k read and written.
     return op.Contest(calls, moved=float(groups.nbytes + 16 * B * k))
 
 

@@ -1,9 +1,9 @@
 """Merges one chunk's passing groups into each row's running top-k.  Reference: saefast.ops.reference.encode_topk.
 
 One program a row. It compacts the ids of the groups that passed, filters their values, collects the survivors in a
-list, and sorts only when the list holds a run's worth or the chunk ends: nearly all passing groups hold one survivor,
-so sorting before compacting would sort mostly air. A value travels as an int64 key, (its order << 32) | ~column:
-keys of a row all differ, ties go to the lower column, every NaN stands above +inf.
+list, and sorts only when that is as long as the running top-k, or the chunk ends: nearly all passing groups hold one
+survivor, so sorting before compacting would mostly sort empty places. A value travels as an int64 key,
+(its order << 32) | ~column: keys of a row all differ, ties go to the lower column, every NaN stands above +inf.
 
 The running top-k lives in its final form (`acts`, `idx`), so nothing is decoded afterwards. Work and memory follow
 what passes; no list has a capacity that data could exceed.
@@ -37,12 +37,12 @@ def _key(order, col):
 
 
 @triton.jit
-def _kth_order(run, offs_k, K):
-    return tl.max(tl.where(offs_k == K - 1, (run >> 32).to(tl.int32), LOWEST), 0)
+def _kth_order(best, offs_k, K):
+    return tl.max(tl.where(offs_k == K - 1, (best >> 32).to(tl.int32), LOWEST), 0)
 
 
 @triton.jit
-def _load_run(acts_ptr, idx_ptr, scale_ptr, offs_k, K):
+def _load_best(acts_ptr, idx_ptr, scale_ptr, offs_k, K):
     """The running top-k as keys, descending as it was stored; EMPTY beyond K and in slots not filled yet."""
     col = tl.load(idx_ptr + offs_k, mask=offs_k < K, other=-1)
     rank = tl.load(acts_ptr + offs_k, mask=col >= 0, other=0.0)
@@ -52,10 +52,10 @@ def _load_run(acts_ptr, idx_ptr, scale_ptr, offs_k, K):
 
 
 @triton.jit
-def _store_run(run, acts_ptr, idx_ptr, scale_ptr, scratch_ptr, start, offs_k, K, FIRST: tl.constexpr):
-    filled = (run != EMPTY) & (offs_k < K)
-    col = (0xFFFFFFFF - (run & 0xFFFFFFFF)).to(tl.int32)
-    value = _value((run >> 32).to(tl.int32))
+def _store_best(best, acts_ptr, idx_ptr, scale_ptr, scratch_ptr, start, offs_k, K, FIRST: tl.constexpr):
+    filled = (best != EMPTY) & (offs_k < K)
+    col = (0xFFFFFFFF - (best & 0xFFFFFFFF)).to(tl.int32)
+    value = _value((best >> 32).to(tl.int32))
     if scale_ptr is not None:
         # Ranks were scaled, results are not. New entries still stand in scratch; those kept from earlier chunks
         # kept their order too, so the i-th of them is the i-th stored.
@@ -149,16 +149,16 @@ def _append_survivors(
 
 
 @triton.jit
-def _merge_list(run, keys_ptr, held, offs_k, LOG: tl.constexpr):
-    """The best of the run and of the keys held. Barriers on both sides: other threads wrote them, and will again."""
+def _merge_list(best, keys_ptr, held, offs_k, LOG: tl.constexpr):
+    """The running top-k with the keys held. Barriers on both sides: other threads wrote them, and will again."""
     KP: tl.constexpr = 2**LOG
     tl.debug_barrier()
     for j in range(0, held, KP):
         block = tl.load(keys_ptr + j + offs_k, mask=j + offs_k < held, other=EMPTY)
-        # A descending run against an ascending one: the elementwise maximum is the best KP of both.
-        run = _sort_bitonic(tl.maximum(run, tl.sort(block)), LOG)
+        # A descending list against an ascending one: the elementwise maximum is the best KP of both.
+        best = _sort_bitonic(tl.maximum(best, tl.sort(block)), LOG)
     tl.debug_barrier()
-    return run
+    return best
 
 
 @triton.jit(do_not_specialize=["n", "start", "K"])
@@ -194,8 +194,8 @@ def merge_topk(
     idx_ptr += row * K
 
     offs_k = tl.arange(0, KP)
-    run = tl.full((KP,), EMPTY, tl.int64) if FIRST else _load_run(acts_ptr, idx_ptr, scale_ptr, offs_k, K)
-    floor = _kth_order(run, offs_k, K)
+    best = tl.full((KP,), EMPTY, tl.int64) if FIRST else _load_best(acts_ptr, idx_ptr, scale_ptr, offs_k, K)
+    floor = _kth_order(best, offs_k, K)
     if BOUND > 0:
         floor = _bound(groups_ptr, n, K, GROUP, BOUND)
     found = _compact_groups(groups_ptr, list_ptr, count, floor, BLOCK_G)
@@ -207,9 +207,9 @@ def merge_topk(
             list_ptr, i, found, scratch_ptr, scale_ptr, keys_ptr, held, floor, n, start, GROUP, VISIT
         )
         if (held >= KP) | (i + VISIT >= found):
-            run = _merge_list(run, keys_ptr, held, offs_k, LOG)
-            floor = tl.maximum(floor, _kth_order(run, offs_k, K))
+            best = _merge_list(best, keys_ptr, held, offs_k, LOG)
+            floor = tl.maximum(floor, _kth_order(best, offs_k, K))
             held = 0
 
-    _store_run(run, acts_ptr, idx_ptr, scale_ptr, scratch_ptr, start, offs_k, K, FIRST)
-    tl.store(tau_ptr + row, _value(_kth_order(run, offs_k, K)))
+    _store_best(best, acts_ptr, idx_ptr, scale_ptr, scratch_ptr, start, offs_k, K, FIRST)
+    tl.store(tau_ptr + row, _value(_kth_order(best, offs_k, K)))

@@ -118,7 +118,7 @@ METHODS: dict[tuple[int, str], tuple[str, str]] = {
 SPAN_BYTES = 24 << 20
 # Columns per group: halves the scratch written, doubles the group maxima; past this many columns those weigh more.
 MANY_COLUMNS = 1 << 18
-# merge_topk sorts its row's run in registers, up to this many; a larger k takes torch.sort.
+# merge_topk sorts its row's best in registers, up to this many; a larger k takes torch.sort.
 MERGE_MAX_K = 2048
 # Group maxima merge_topk may sort for the first chunk's bound.
 BOUND_MAX_GROUPS = 4096
@@ -154,13 +154,13 @@ def group(columns: int) -> int:
     return 32 if columns <= MANY_COLUMNS else 64
 
 
-def merge(run: int, group: int) -> Merge:
-    """Settings for a run of `run` keys (a power of two): four values a thread at a time.
+def merge(width: int, group: int) -> Merge:
+    """Settings for lists of `width` keys (a power of two): four values a thread at a time.
 
     Registers are given because the compiler, left alone, spills a few to reach an occupancy it aims at.
     """
-    warps = min(8, max(1, run // 32 if run <= 64 else run // 64))
-    return Merge(256 * warps, 128 * warps // group, warps, 128 if run <= 512 else 168)
+    warps = min(8, max(1, width // 32 if width <= 64 else width // 64))
+    return Merge(256 * warps, 128 * warps // group, warps, 128 if width <= 512 else 168)
 
 
 def spmm(D: int) -> Spmm:

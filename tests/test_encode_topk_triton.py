@@ -24,7 +24,7 @@ from saefast.kernels import encode_tiles, tuning
 from saefast.ops import reference, triton_sddmm, triton_spmm, triton_threshold_encode
 from saefast.ops import triton_encode_tiles as tiles
 from saefast.ops import triton_encode_topk as driver
-from saefast.ops.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, run_width, steady, topk_bytes
+from saefast.ops.chunks import SORT_BYTES, chunks, cut_csr, cut_sort, cut_topk, sorted_width, steady, topk_bytes
 
 interp.speed_up()
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning", "ignore:invalid value")
@@ -265,8 +265,8 @@ def test_scratch_is_what_the_chunks_take(B, D, columns, k, monkeypatch):
     with Allocations(x, W) as watch:
         acts, idx = driver.encode_topk(x, W, None, k, relu=False)
     first, group = max(4096, 64 * k), 32 if columns <= 1 << 18 else 64
-    run = max(32, 1 << (k - 1).bit_length())
-    per_row = 8 * (run + tuning.merge(run, group).visit * group) + 4
+    width = max(32, 1 << (k - 1).bit_length())
+    per_row = 8 * (width + tuning.merge(width, group).visit * group) + 4
     # Chunks are first · 1, 2, 4, … wide while first · (1 + 2 + 4 + …) columns are there and the widest fits the cap.
     doubled = first * 2 ** int(math.log2(columns / first + 1) - 1)
     affordable = int(((1 << 30) / B - per_row) / (4 + 8 / group)) // 256 * 256
@@ -293,11 +293,11 @@ def test_cuts_fit_their_budget(B, columns, k, D, budget, product, listed, block,
             cut = cut_topk(B, columns, k, budget, block=block, product=product, copied=copied)
     except InputError:
         return
-    run = run_width(k)
+    width = sorted_width(k)
     if counted:
         bytes_taken = cut.rows * (4 * cut.widest + 12 * cut.widest // group + 8)
     else:
-        per_row = 4 * cut.widest + 8 * cut.widest // group + 4 + 8 * (run + tuning.merge(run, group).visit * group)
+        per_row = 4 * cut.widest + 8 * cut.widest // group + 4 + 8 * (width + tuning.merge(width, group).visit * group)
         bytes_taken = cut.rows * per_row
         assert bytes_taken == topk_bytes(cut, columns, k)
     assert bytes_taken + cut.product * copied <= budget
@@ -311,7 +311,7 @@ def test_cuts_fit_their_budget(B, columns, k, D, budget, product, listed, block,
     assert sum(n for _, n in found) == columns
     assert max(n for _, n in found) <= cut.widest < max(n for _, n in found) + group, "memory for what never comes"
     assert steady(columns, cut)[1] == max(n for _, n in found)
-    if budget >= 8 * B * (max(4096, 64 * k) + run) and not counted:
+    if budget >= 8 * B * (max(4096, 64 * k) + width) and not counted:
         assert cut.rows == B
         assert cut.first == min(max(4096, 64 * k), -(-columns // group) * group)
     widths = [n for _, n in found[:-1]]

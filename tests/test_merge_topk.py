@@ -21,7 +21,7 @@ class Rows:
     """A running top-k and the buffers of its merges."""
 
     def __init__(self, B, k):
-        self.k, self.run = k, max(32, 1 << (k - 1).bit_length())
+        self.k, self.width = k, max(32, 1 << (k - 1).bit_length())
         self.acts = torch.full((B, k), math.nan, device=DEVICE)
         self.idx = torch.full((B, k), -(2**31), dtype=torch.int32, device=DEVICE)
         self.tau = torch.full((B,), math.nan, device=DEVICE)
@@ -38,14 +38,14 @@ class Rows:
         filled = torch.where(torch.arange(stride).view(-1, GROUP) < n, grouped, -math.inf)
         maxima = filled.amax(2) if maxima is None else maxima
         scratch.view(B, -1, GROUP)[maxima <= self.tau.cpu()[:, None]] = math.nan
-        config = tuning.merge(self.run, GROUP)
+        config = tuning.merge(self.width, GROUP)
         passed = torch.full((B, stride // GROUP), -(2**31), dtype=torch.int32, device=DEVICE)
         # Keys above all others where nothing was written.
-        keys = torch.full((B, self.run + config.visit * GROUP), 2**63 - 1, device=DEVICE)
+        keys = torch.full((B, self.width + config.visit * GROUP), 2**63 - 1, device=DEVICE)
         merge_topk.merge_topk[(B,)](
             maxima.contiguous().to(DEVICE), scratch.to(DEVICE), None if scale is None else scale.to(DEVICE),
             passed, keys, self.acts, self.idx, self.tau, n, start, self.k, stride,
-            FIRST=start == 0, BOUND=bound, LOG=self.run.bit_length() - 1, GROUP=GROUP,
+            FIRST=start == 0, BOUND=bound, LOG=self.width.bit_length() - 1, GROUP=GROUP,
             BLOCK_G=config.block_g, VISIT=config.visit, num_warps=config.warps, num_stages=1, maxnreg=config.registers,
         )  # fmt: skip
         return (passed.cpu() >= 0).sum(1)

@@ -1,6 +1,6 @@
-"""row_update and its kin on their Triton kernels, against plain torch in float64.
+"""row_update and the kernels beside it, on Triton, against plain torch in float64.
 
-Runs are cut at CUT entries here, sooner than in earnest, to have many pieces of few entries.
+Groups are cut at CUT entries here, sooner than in earnest, to have many pieces of few entries.
 """
 
 import interp
@@ -54,7 +54,7 @@ def random_matrix(L: int, D: int, step: int, device: torch.device, norms: bool =
 
 
 def random_job(matrix: Matrix, lengths: list[int], step: int = 8, **options) -> Job:
-    """A job of as many rows as there are lengths of runs."""
+    """A job of as many rows as there are lengths of groups."""
     (L, D), device, n = matrix.w.shape, matrix.w.device, sum(lengths)
     offsets = torch.tensor([0, *lengths]).cumsum(0).int()
     source, row, coef = torch.randn(50, D), torch.randint(50, (n,), dtype=torch.int32), torch.randn(n)
@@ -106,7 +106,7 @@ def update(module, job: Job) -> None:
 @pytest.mark.parametrize("D", [1, 19, 64, 768])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_update(D, options, device):
-    """Sleeping rows, empty runs, runs at and beyond the length they are cut at."""
+    """Rows to settle, empty groups, groups at and beyond the length they are cut at."""
     lengths = [1, 0, 3, CUT, CUT + 1, 2, 2 * CUT, 3 * CUT + 5, 0]
     job = random_job(random_matrix(15, D, 7, device), lengths, **options)
     assert_close_to_plain(update, job)
@@ -260,7 +260,7 @@ def test_catch_up_and_norms(norm, some, device):
     job = random_job(random_matrix(40, 33, 9, device), [1], step=10, norm=norm)
     job = job._replace(step=job.step._replace(step=9))
     chosen = torch.arange(0, 40, 3, dtype=torch.int32, device=device) if some else None
-    job.matrix.last_step[:2] = 9  # nothing is owed there
+    job.matrix.last_step[:2] = 9  # nothing to settle there
     # Fresh rows: 0 / 0 is where their drift would go wrong.
     job.matrix.m[3], job.matrix.v[3] = 0, 0
     ours = assert_close_to_plain(lambda module, j: module.catch_up(j.matrix, j.step, chosen), job)
@@ -347,7 +347,7 @@ def assert_same_rounding(ours: LeanMatrix, plain: LeanMatrix) -> None:
 @pytest.mark.parametrize("D", [1, 40, 513])
 @pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
 def test_lean_rows(D, options, device):
-    """Sleeping rows, cut runs and several scale blocks a row, the random bits being plain torch's."""
+    """Rows to settle, cut groups and several scale blocks a row, the random bits being plain torch's."""
     job = random_job(random_matrix(12, D, 7, device), [1, 30, 0, CUT, CUT + 1], **options)
     ours = job._replace(matrix=lean_matrix(12, D, 7, device, norms=D != 40))
     plain = lean_copy(ours)

@@ -25,10 +25,10 @@ def test_the_kernel_multiplies_on_matrix_units_and_the_library_elsewhere(arch):
         assert tuning.method(arch, "half", D, wide=False) == ("chunked" if arch else "fused")
 
 
-@pytest.mark.parametrize("run", [2**i for i in range(5, 12)])
+@pytest.mark.parametrize("width", [2**i for i in range(5, 12)])
 @pytest.mark.parametrize("group", [32, 64])
-def test_merge_settings_are_powers_of_two_that_launch(run, group):
-    config = tuning.merge(run, group)
+def test_merge_settings_are_powers_of_two_that_launch(width, group):
+    config = tuning.merge(width, group)
     assert all(size & (size - 1) == 0 and size > 0 for size in (config.block_g, config.visit, config.warps))
     assert config.warps * 32 * config.registers <= 65536
 
@@ -74,10 +74,10 @@ def test_candidates_begin_with_what_is_checked_in():
     assert tuning.sddmm_candidates(tuning.sddmm(4096, 64))[0] == tuning.sddmm(4096, 64)
 
 
-@pytest.mark.parametrize("run", [32, 64, 512, 2048])
+@pytest.mark.parametrize("width", [32, 64, 512, 2048])
 @pytest.mark.parametrize("group", [32, 64])
-def test_candidates_of_the_merge_launch(run, group):
-    default = tuning.merge(run, group)
+def test_candidates_of_the_merge_launch(width, group):
+    default = tuning.merge(width, group)
     candidates = tuning.merge_candidates(default, group)
     assert candidates[0] == default
     assert len(set(candidates)) == len(candidates) > 10

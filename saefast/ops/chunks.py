@@ -100,14 +100,14 @@ def steady(columns: int, cut: Cut) -> tuple[int, int]:
     return max(chunks(columns, cut), key=lambda chunk: (chunk[1], chunk[0]))
 
 
-def run_width(k: int) -> int:
+def sorted_width(k: int) -> int:
     """Keys that the merge sorts for a row."""
     return max(32, 1 << (k - 1).bit_length())
 
 
 def _topk_bytes_per_row(columns: int, k: int) -> int:
-    group, run = tuning.group(columns), run_width(k)
-    return 4 + 8 * (run + tuning.merge(run, group).visit * group)
+    group, width = tuning.group(columns), sorted_width(k)
+    return 4 + 8 * (width + tuning.merge(width, group).visit * group)
 
 
 def _cut(

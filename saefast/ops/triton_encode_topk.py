@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saefast.kernels import merge_topk, tuning
 from saefast.ops import reference
-from saefast.ops.chunks import Cut, chunks, cut_sort, cut_topk, run_width, steady
+from saefast.ops.chunks import Cut, chunks, cut_sort, cut_topk, sorted_width, steady
 from saefast.ops.triton_encode_tiles import Encoder, library_product, make_encoder, product_columns, run_tiles
 from saefast.ops.triton_launch import aligned, autotunes, on_device, parts, readable
 
@@ -74,12 +74,12 @@ def _cut_topk(enc: Encoder, x: Tensor, k: int, first: int | None, budget: int) -
 def _topk_rows(enc: Encoder, x: Tensor, cut: Cut, acts: Tensor, idx: Tensor) -> None:
     """Chunk after chunk: tiles against the row's threshold, then the merge that raises it."""
     B, k = acts.shape
-    run = run_width(k)
-    visit = max(config.visit for config in _merge_settings(run, enc.group, autotunes(x)))
+    width = sorted_width(k)
+    visit = max(config.visit for config in _merge_settings(width, enc.group, autotunes(x)))
     scratch = x.new_empty(B * cut.widest, dtype=torch.float32)
     groups = x.new_empty(B * cut.widest // enc.group, dtype=torch.float32)
     passed = torch.empty_like(groups, dtype=torch.int32)
-    keys = x.new_empty(B * (run + visit * enc.group), dtype=torch.int64)
+    keys = x.new_empty(B * (width + visit * enc.group), dtype=torch.int64)
     tau = x.new_full((B,), math.nan, dtype=torch.float32)
     best = Best(acts, idx, tau)
     for chunk in chunks(enc.columns, cut):
@@ -97,13 +97,13 @@ class Best(NamedTuple):
     tau: Tensor
 
 
-def _merge_settings(run: int, group: int, swept: bool) -> list[tuning.Merge]:
-    config = tuning.merge(run, group)
-    return tuning.merge_candidates(config, group) if swept else [config]
+def _merge_settings(width: int, group: int, timed: bool) -> list[tuning.Merge]:
+    config = tuning.merge(width, group)
+    return tuning.merge_candidates(config, group) if timed else [config]
 
 
 def merge(enc: Encoder, scratch: tuple[Tensor | None, ...], best: Best, start: int, n: int, *, timed: bool) -> None:
-    (B, k), run = best.acts.shape, run_width(best.acts.shape[1])
+    (B, k), width = best.acts.shape, sorted_width(best.acts.shape[1])
     stride = triton.cdiv(n, enc.group) * enc.group
     sorted_groups = triton.next_power_of_2(stride // enc.group)
     bounded = start == 0 and n // enc.group >= k and sorted_groups <= tuning.BOUND_MAX_GROUPS
@@ -111,12 +111,12 @@ def merge(enc: Encoder, scratch: tuple[Tensor | None, ...], best: Best, start: i
     def launch(config: tuning.Merge, best: Best) -> None:
         merge_topk.merge_topk[(B,)](
             *scratch, *best, n, start, k, stride,
-            FIRST=start == 0, BOUND=sorted_groups if bounded else 0, LOG=run.bit_length() - 1, GROUP=enc.group,
+            FIRST=start == 0, BOUND=sorted_groups if bounded else 0, LOG=width.bit_length() - 1, GROUP=enc.group,
             BLOCK_G=config.block_g, VISIT=config.visit, num_warps=config.warps, num_stages=1,
             maxnreg=config.registers,
         )  # fmt: skip
 
-    key, config = ("merge_topk", enc.arch, run, enc.group), tuning.merge(run, enc.group)
+    key, config = ("merge_topk", enc.arch, width, enc.group), tuning.merge(width, enc.group)
     if timed:
         # A second merge of the same chunk would find nothing left to do, so each takes a copy of what stood before.
         candidates = tuning.merge_candidates(config, enc.group)

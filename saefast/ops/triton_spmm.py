@@ -30,7 +30,7 @@ def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
 def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
     """out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j] · x[b]; see `saefast.ops.reference.spmm_t`.
 
-    One stable sort by latent, then spmm over the runs: each latent's entries are added in ascending order of (b, j),
+    One stable sort by latent, then spmm over the groups: each latent's entries are added in ascending order of (b, j),
     without atomics, so the result repeats bit for bit. Dense (n_latents, D) fp32.
     """
     check_device(x)

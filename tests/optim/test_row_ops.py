@@ -40,7 +40,7 @@ def code(B: int, K: int, L: int) -> tuple[Tensor, Tensor]:
 
 
 def filled(found: groups.Groups) -> groups.Groups:
-    """Without the room for more runs that a GPU's have."""
+    """Without the room for more groups that a GPU's have."""
     n = int((found.latents >= 0).sum())
     return groups.Groups(found.order[: int(found.offsets[-1])], found.latents[:n], found.offsets[: n + 1])
 
@@ -154,8 +154,8 @@ def by_definition(x: Tensor, code: Code, W: Tensor, b: Tensor, prefixes: Prefixe
                 e[p, row] -= acts[i] * W[idx[i]]
         for i in range(ends[row], ends[row + 1]):
             if acts[i] > 0 or not relu:
-                heard = [-2 * w * e[p, row] @ W[idx[i]] for p, w in enumerate(prefixes.weight) if p >= found[i]]
-                grad[i] = sum(heard)
+                parts = [-2 * w * e[p, row] @ W[idx[i]] for p, w in enumerate(prefixes.weight) if p >= found[i]]
+                grad[i] = sum(parts)
     return e.square().sum(2), grad.view_as(code.acts), e, torch.tensor(found)
 
 
@@ -306,7 +306,7 @@ OPTIONS = [
 @pytest.mark.parametrize("D", [1, 19, 64, 130])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_update_rows(kernels: str, D: int, options: dict[str, object]) -> None:
-    """Sleeping rows, long runs, projection, clipping and norms, against the plain backend in float64."""
+    """Rows to settle, long groups, projection, clipping and norms, against the plain backend in float64."""
     job = random_job(random_matrix(40, D), touched=23, entries=700, **options)
     wide = copied(job, torch.float64)
     narrow = copied(job, torch.float32)
@@ -370,7 +370,7 @@ def test_catch_up_and_norms(kernels: str, norm: Norm) -> None:
 @needs_cpp
 @pytest.mark.parametrize("csr", [False, True])
 def test_same_bits_on_any_number_of_threads(csr: bool, threads: "itertools.chain[int]") -> None:
-    """A latent that fires everywhere included: its run is cut at fixed places."""
+    """A latent that fires everywhere included: its group is cut at fixed places."""
     B, K, L, D = 600, 4, 90, 70
     acts, idx = code(B, K, L)
     idx[:, 0] = 7

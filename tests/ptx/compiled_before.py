@@ -12,7 +12,7 @@ from saefast.kernels import tuning
 
 
 def settle(D: int, norm: int, sm: int) -> tuple[Emulation, Tensor]:
-    """lean_settle_rows of three rows that slept; the weights it leaves."""
+    """lean_settle_rows of three rows that are behind; the weights it leaves."""
     n, blocks = 3, -(-D // 512)
     w, m = torch.randn(n, D).bfloat16(), torch.randint(-127, 128, (n, D), dtype=torch.int8)
     scale, v = (torch.rand(n, blocks) * 1e-3).bfloat16(), torch.rand(n) * 1e-3

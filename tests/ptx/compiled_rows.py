@@ -45,7 +45,7 @@ def matrix(kind: str, D: int, norms: bool) -> AnyMatrix:
 
 
 def new_job(kind: str, D: int, norm: Norm) -> Job:
-    """Two short runs, one that is cut, and a row that is not there."""
+    """Two short groups, one that is cut, and a row that is not there."""
     drift = DriftTable(0.9, 0.999, 1e-8)
     for _ in range(STEP):
         drift.add(1e-3)

@@ -94,7 +94,7 @@ def distinct(calls: list[Call]) -> list[Call]:
 
 
 # The widths of DESIGN: GPT-2's, an 8B model's, one that is no power of two, and the widest that a program holds.
-# A batch of few entries has no run to cut, a larger one may.
+# A batch of few entries has no group to cut, a larger one may.
 NARROW = Sizes(D=768, L=256, K=32, B=12)
 WIDER = (Sizes(D=4096, L=256, K=64, B=6), Sizes(D=2304, L=128, K=32, B=12), Sizes(D=tuning.MAX_ROW, L=128, K=32, B=12))
 # Wider than a program holds: torch updates such rows, from gradients that a kernel sums.

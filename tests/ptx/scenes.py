@@ -58,7 +58,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @contextmanager
 def soon(cut: int = 12) -> Iterator[None]:
-    """What comes late in a run comes at once: hot latents, and runs long enough to be cut."""
+    """What comes late in a run comes at once: hot latents, and groups long enough to be cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hot, "REFRESH_EVERY", 1)
         patch.setattr(hot, "COLUMNS", 4)

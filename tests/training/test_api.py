@@ -130,12 +130,12 @@ def test_it_learns_and_heldout_figures_are_of_unseen_rows(tmp_path: Path, engine
 
 
 def test_metrics_are_named_as_in_saelens(tmp_path: Path) -> None:
-    heard: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     config = settings(log_every=5)
-    train(train_job.rows(), CONFIG, config, tmp_path / "run", on_log=heard.append)
-    assert read_metrics(tmp_path / "run") == heard
-    assert [line["step"] for line in heard] == [5, 10, 12]
-    for line in heard:
+    train(train_job.rows(), CONFIG, config, tmp_path / "run", on_log=lines.append)
+    assert read_metrics(tmp_path / "run") == lines
+    assert [line["step"] for line in lines] == [5, 10, 12]
+    for line in lines:
         assert {
             "step", "tokens", "seconds", "fvu", "dead_share", "tokens_per_second", "idle_share", "grad_norm",
             "losses/overall_loss", "losses/mse_loss", "losses/auxiliary_reconstruction_loss",
