@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
+from saefast.models.matryoshka import Matryoshka
 from saefast.models.topk import TopK
 
 # What SAEConfig.activation may be.
@@ -16,7 +17,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
     )
 }  # fmt: skip
 # Each lies over an activation, or over one above it in this list, where its own fields ask for it.
-LAYERS: tuple[type[Layer], ...] = ()
+LAYERS: tuple[type[Layer], ...] = (Matryoshka,)
 
 
 def architecture(config: Any) -> Architecture:
