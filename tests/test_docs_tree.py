@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_imports import ROOMS
 
+from saefast.models.architecture import Architecture
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md")
 # A folder of the checkout, or one of saefast's, which stands further to the right.
@@ -73,3 +75,11 @@ def test_a_room_says_what_it_is_for_in_one_sentence(room: str) -> None:
     assert text[:1].isupper()
     assert re.findall(r"[.!?](?=\s|$)", text) == ["."]
     assert text.endswith(".")
+
+
+def test_adding_an_architecture_names_all_that_one_answers() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Adding an architecture\n")[2].partition("\n## ")[0]
+    asked = {*vars(Architecture), *Architecture.__annotations__}
+    unnamed = [name for name in asked if not name.startswith("_") and not re.search(rf"`{name}\b", section)]
+    assert unnamed == []

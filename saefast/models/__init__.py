@@ -1,4 +1,4 @@
-"""What an SAE is: its config, parameters and file, and how its weights begin."""
+"""What an SAE is: its config, parameters, file and first weights; one file per architecture, and a registry."""
 
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, SAEOutput, load
