@@ -17,7 +17,7 @@ from saefast import ambient
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
-from saefast.data.source import Source, X, first_bad_row
+from saefast.data.source import TARGET, Source, X, first_bad_row
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
 from saefast.harvest.reharvest import harvest_again
@@ -130,6 +130,8 @@ def evaluate_run(
     folder = usable(run)
     sae = load_finished(folder)
     source = run_source(folder, sae, data, progress)
+    if TARGET in source.widths:
+        raise InputError(f"{source.source_name} has a target besides x: only reconstructions of x are evaluated so far")
     rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
     metrics = evaluate(sae, rows, source.describe_heldout)
     n_rows = metrics.reconstruction.n_rows

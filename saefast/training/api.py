@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import signal
 import threading
 import warnings
@@ -176,11 +175,12 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     sae = SAE(sae_config, seed=config.seed, device=device)
     engine = make_engine(sae, config, total_steps)
     feed = Feed(source, config, device, sae.dtype)
-    _check_target(feed, engine)
+    _check_target(feed, sae_config)
     # A run looks at no more rows than it trains on.
     first = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
     feed.fit_scales(first, config.normalize)
-    engine.initialise(feed.scaled(first).x)
+    rows = feed.scaled(first)
+    engine.initialise(rows.x, rows.target if feed.has_target else None)
     check_heldout(feed)
     return Run(sae, engine, feed, config, total_steps)
 
@@ -208,8 +208,9 @@ def _restore(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
-    _check_target(feed, engine)
+    _check_target(feed, sae_config)
     feed.scale = state["scale"]
+    feed.target_scale = state.get("target_scale", feed.scale)
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
     run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
@@ -217,12 +218,14 @@ def _restore(
     return run
 
 
-def _check_target(feed: Feed, engine: Engine) -> None:
-    if feed.has_target and "target" not in inspect.signature(engine.step).parameters:
-        raise InputError(
-            f"{feed.source.source_name} has a target besides x: training on a target needs an engine that takes one, "
-            f"{type(engine).__name__} does not; leave the target out"
-        )
+def _check_target(feed: Feed, config: SAEConfig) -> None:
+    """Raises InputError where an SAE could not be folded for raw rows: x and target have scales of their own."""
+    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
+        if feed.has_target and getattr(config, name):
+            raise InputError(
+                f"{feed.source.source_name} has a target besides x, and {name} is True: training on a target needs "
+                f"{name}=False, because W_dec and b_dec then belong to the target alone"
+            )
 
 
 def _set_rng(state: dict[str, Tensor]) -> None:

@@ -26,9 +26,17 @@ from saefast.training.progress import Bar, MetricsLog
 Line = dict[str, Any]
 # Rows that the held-out figures in metrics.jsonl are taken over; `saefast eval` looks at all of them.
 HELDOUT_ROWS = 1 << 16
+# Parameters in the units of what is reconstructed.
+OF_TARGET = ("W_dec", "b_dec")
 
 
-class RunState(TypedDict):
+class TargetState(TypedDict, total=False):
+    """What a checkpoint holds besides; those of before there were targets have none."""
+
+    target_scale: float
+
+
+class RunState(TargetState):
     """What a checkpoint holds of a run."""
 
     settings: dict[str, dict[str, Any]]
@@ -146,7 +154,7 @@ def stopped(run: Run) -> Stopped:
     """Saves a run before its end; the exception to raise."""
     _save(run)
     run.engine.finish()
-    return Stopped(run.step, run.folder, fold(run.sae, run.feed.scale))
+    return Stopped(run.step, run.folder, fold(run.sae, run.feed.scale, run.feed.target_scale))
 
 
 def _step(run: Run, rows: Rows) -> StepStats:
@@ -292,17 +300,18 @@ def _save(run: Run) -> None:
         "seconds": run.seconds,
         "waited": run.waited_before + run.feed.waited,
         "scale": run.feed.scale,
+        "target_scale": run.feed.target_scale,
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
         "rng": _get_rng(),
-        "scaled": scaled_tensors(run.sae),
+        "scaled": scaled_tensors(run.sae, run.feed.has_target),
         "engine": run.engine.state_dict(),
     }
     folder = run.folder / run_folder.CHECKPOINTS
     with run_folder.writing(folder):
         if run.log is not None:
             run.log.sync()
-        checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale), dict(state), run.keep)
+        checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale, run.feed.target_scale), dict(state), run.keep)
     run.saved_step = run.step
     run.mark()
 
@@ -315,33 +324,37 @@ def finish(run: Run, shown: Bar) -> SAE:
     run.engine.finish()
     if run.line is not None:
         _publish(run, run.line | _last_heldout(run), shown)
-    sae = fold(run.sae, run.feed.scale)
+    sae = fold(run.sae, run.feed.scale, run.feed.target_scale)
     if run.folder is not None:
         with run_folder.writing(run.folder):
             if averaged is not None:
                 average = SAE(sae.config, device="meta")
                 average.load_state_dict(run.sae.state_dict() | averaged, assign=True)
-                fold(average, run.feed.scale).save(run.folder / run_folder.EMA)
+                fold(average, run.feed.scale, run.feed.target_scale).save(run.folder / run_folder.EMA)
             sae.save_weights(run.folder / WEIGHTS)
     return sae
 
 
-def fold(sae: SAE, scale: float) -> SAE:
+def fold(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
     """The SAE for raw inputs x, given one trained on scale · x; see `Architecture.rescaled` and `train`.
 
-    Shares W_enc and W_dec with the SAE given; only what depends on the scale is new.
+    Shares W_enc and W_dec with the SAE given; only what depends on the scale is new. With a target_scale of its own,
+    x was mapped to target_scale · target: W_dec is new as well, and the SAE maps x to target.
     """
     folded = SAE(sae.config, device="meta")
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
     weights |= sae.architecture.rescaled(weights, scale)
+    if target_scale is not None and target_scale != scale:
+        weights |= {name: weights[name] * (scale / target_scale) for name in OF_TARGET}
     folded.load_state_dict(weights, assign=True)
     return folded.requires_grad_(True)
 
 
-def scaled_tensors(sae: SAE) -> dict[str, Tensor]:
-    """What `fold` would change, as it is."""
+def scaled_tensors(sae: SAE, has_target: bool) -> dict[str, Tensor]:
+    """What `fold` may change, as it is."""
     tensors = {name: value.detach() for name, value in sae.state_dict().items()}
-    return {name: tensors[name] for name in sae.architecture.rescaled(tensors, 1.0)}
+    names = {*sae.architecture.rescaled(tensors, 1.0), *(OF_TARGET if has_target else ())}
+    return {name: tensors[name] for name in sorted(names)}
 
 
 def _get_rng() -> dict[str, Tensor]:
