@@ -1,7 +1,6 @@
 """AutogradEngine: the training step in plain torch. Dense gradients and torch's Adam; every recipe and every option.
 
-It is the readable statement of the maths, which the fused engine is held against, and the engine for what that one does
-not do.
+It states the maths readably, which the fused engine is tested against, and trains what that one does not.
 """
 
 from typing import NamedTuple
@@ -110,7 +109,7 @@ class AutogradEngine(EngineBase):
 
     @ambient.plainly(grad=True)
     def finish(self) -> None:
-        """Unit decoder rows where SAEConfig promises them: "pre_forward" and "pre_step" leave the last update raw."""
+        """Unit decoder rows where SAEConfig asks for them: "pre_forward" and "pre_step" leave the last update raw."""
         if self.sae.config.unit_norm_decoder and self.config.decoder_norm != "never":
             self.sae.normalize_decoder_()
 
@@ -185,14 +184,14 @@ def total_loss(
     total = x.new_zeros(())
     for p, weight in enumerate(term_weights(terms, target.shape, variance, config, mse_scale)):
         part = terms.part(code, p)
-        # In sparsify's MultiTopK the encoder hears nothing of the longer prefix.
+        # In sparsify's MultiTopK the encoder gets no gradient from the longer prefix.
         acts = part.acts.detach() if config.reproduce_bugs and p != terms.main else part.acts
         error = target - _decode(sae, acts, part.idx)
         total = total + weight * sum_squares(error)
         if p == terms.main:
             e = error.detach()
 
-    # sparsify reports MultiTopK's indices as those of the top k, and its counters believe it.
+    # sparsify reports MultiTopK's indices as those of the top k, so its counters take all 4k for fired.
     since = dead.after(raw if config.reproduce_bugs else terms.part(raw, terms.main))
     auxk: Tensor | float = 0.0
     if config.auxk_coef:

@@ -107,14 +107,14 @@ def auxk_block(
     width = max(1, min(n, BUDGET // 8 // (D * x.element_size())))
     height = max(1, BUDGET // 4 // ((n + 3 * width) * (x.element_size() + 1)))
     for rows in _parts(B, height):
-        acts, heard = _select(x[rows], encoder, ids, k, relu, width)
+        acts, chosen = _select(x[rows], encoder, ids, k, relu, width)
         left = error[rows].clone()
         for some in _parts(n, width):
             left -= acts[:, some] @ encoder.W_dec[ids[some]].to(x.dtype)
         squares[rows] = left.square().sum(1)
         plane[rows] = weight * left
         for some in _parts(n, width):
-            grad = (plane[rows] @ encoder.W_dec[ids[some]].to(x.dtype).T).mul_(-2).mul_(heard[:, some])
+            grad = (plane[rows] @ encoder.W_dec[ids[some]].to(x.dtype).T).mul_(-2).mul_(chosen[:, some])
             for_dec[some].addmm_(acts[:, some].T, plane[rows], alpha=-2)
             if code is not None and slot is not None:
                 own = _dense(slot[rows], code.acts[rows], some)
@@ -126,7 +126,7 @@ def auxk_block(
 
 
 def _select(x: Tensor, encoder: Encoder, ids: Tensor, k: int, relu: bool, width: int) -> tuple[Tensor, Tensor]:
-    """Activations (rows, n) of each row's k best latents, 0 elsewhere, and which of them hear a gradient."""
+    """Activations (rows, n) of each row's k best latents, 0 elsewhere, and which of them get a gradient."""
     n = len(ids)
     acts = x.new_empty(len(x), n)
     for some in _parts(n, width):

@@ -1,4 +1,4 @@
-"""EngineBase: what the engines have in common, whatever way they work a step out."""
+"""EngineBase: what all engines have in common."""
 
 import torch
 from torch import Tensor

@@ -33,7 +33,7 @@ class FusedEngine(EngineBase):
     """Engine "fused"; `saefast.engines.engine.Engine` is the interface, AutogradEngine the same maths in dense form.
 
     With settle_every = 1 every row is updated at every step, as dense Adam does, at dense Adam's cost; otherwise rows
-    without a gradient wait (see `saefast.engines.weights`).
+    without a gradient are settled later (see `saefast.engines.weights`).
 
     Args:
         sae: trained in place; float32 (float64 in plain torch).
@@ -233,7 +233,7 @@ class Sure(NamedTuple):
 
 
 def given_rows(grad: Tensor) -> RowGradient:
-    """Gradient rows (n, D) that exist already, as runs of one entry."""
+    """Gradient rows (n, D) that exist already, as groups of one entry."""
     n = torch.arange(len(grad) + 1, dtype=torch.int32, device=grad.device)
     return RowGradient(grad, n, n[:-1], torch.ones_like(grad[:, 0]))
 

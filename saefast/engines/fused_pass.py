@@ -1,7 +1,7 @@
 """A batch's forward and backward pass on the entries that fired. Nothing of the step is written here.
 
-The one thing that changes is decoder rows that were left alone: they are settled when they are about to be read, which
-leaves them what dense training would have made of them by now.
+One thing changes: decoder rows that were left alone are settled before they are read, that is, they become what dense
+training would have made of them by now.
 """
 
 import math
@@ -24,7 +24,7 @@ from saefast.ops.groups import Entries, Groups
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import RowGradient
 
-# Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything is looked at.
+# Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything else is done.
 OVERFLOW = 1e30
 
 
@@ -57,9 +57,9 @@ class BlockGradient:
 
 @dataclass
 class Gradient:
-    """A batch's gradient, and what its step reports. Its loss is for the caller to look at before anything is written.
+    """A batch's gradient, and what its step reports. The caller checks the loss before anything is written.
 
-    Numbers lie where they were worked out, so that a step makes the host wait for all of them at once.
+    Numbers stay on the device that computed them, so that the host waits once for all of them.
     """
 
     groups: Groups
@@ -133,7 +133,7 @@ class Pass:
         dead, served = self.model.dead, self._served()
         if self.config.fired_above != 0 or served is not self.code:
             return dead.after(served)
-        # What fired is what has a group: no need to look for it again.
+        # The latents that fired are those that have a group.
         return dead.unless(self.groups.counts(self.n_latents) > 0, len(self.x))
 
     def _fired(self) -> Number:
@@ -150,7 +150,7 @@ class Pass:
         """The first wait for a GPU: refuses a batch before any row is settled, and counts what is dead.
 
         Returns:
-            (n_dead,) ids for AuxK to revive, or None where it has nothing to say.
+            (n_dead,) ids for AuxK to revive, or None where it does not run.
         """
         hot, step = self.hot_latents, self.weights.step
         clashes: Number = hot.has(dead) if hot is not None and dead is not None else 0.0

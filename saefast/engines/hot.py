@@ -3,8 +3,8 @@
 An entry of the sparse code costs the bytes of one row; a column of a dense block costs the arithmetic of B entries.
 With BW bytes and F operations a second the two meet at a firing share of 2 · BW / (bytes of a weight · F). Latents
 above it form a block A (B, H): decode gains A W_hot, gradients come from three products, and the rest stays sparse.
-Same results within rounding, for the block's products run in fp32 whatever dtype the weights have: in bf16 they would
-round the largest activations of all to 8 bits. So F is fp32's rate.
+Same results within rounding, for the block's products run in fp32 for weights of any dtype: in bf16 they would round
+the largest activations of all to 8 bits. So F is fp32's rate.
 """
 
 from typing import NamedTuple

@@ -94,7 +94,7 @@ def auxk_weight(shape: torch.Size, n_dead: int, variance: Number, unexplained: N
 
 
 def auxk_runs(n_dead: int, config: TrainConfig) -> bool:
-    """Whether the AuxK loss says anything in this step.
+    """Whether the AuxK loss has a value or a gradient in this step.
 
     With no dead latent e_hat is 0 and nothing depends on a weight, except in OpenAI's form: there b_dec stands on
     both sides, with gradient on one, so the loss goes on moving b_dec (at the cost of one sum over the residual).

@@ -56,7 +56,7 @@ class NoFields:
     """An architecture without settings of its own."""
 
     def check(self) -> None:
-        """Raises InputError where a value is out of its bounds, whatever the architecture at hand is."""
+        """Raises InputError where a value is out of its bounds, also for configs of other architectures."""
 
 
 class Architecture:

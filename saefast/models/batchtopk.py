@@ -67,7 +67,7 @@ class BatchTopK(Architecture):
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         threshold = buffers["threshold"]
-        # Before training has set it, the batch at hand is all there is to go by.
+        # Before training has set it, the batch itself is the measure.
         return encoder.batch_topk(self.config.k) if threshold < 0 else encoder.above(threshold)
 
     def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:

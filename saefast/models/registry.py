@@ -1,4 +1,4 @@
-"""The architectures there are: one line each, and nothing outside of this folder names them."""
+"""The architectures: one line each; nothing outside of this folder knows them by name."""
 
 import dataclasses
 from typing import Any, get_type_hints
@@ -16,7 +16,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
         BatchTopK,
     )
 }  # fmt: skip
-# Each lies over an activation, or over one above it in this list, where its own fields ask for it.
+# Each is laid over an activation, or over a layer before it in this list, where its own fields ask for it.
 LAYERS: tuple[type[Layer], ...] = (Matryoshka,)
 
 

@@ -45,7 +45,7 @@ class SAE(nn.Module):
     """A sparse autoencoder. acts, idx = choice(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
 
     Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both. Buffers:
-    what the architecture keeps (`Architecture.buffers`), in float32 whatever the weights are.
+    what the architecture keeps (`Architecture.buffers`), in float32 for weights of any dtype.
 
     Args:
         config: shape and kind.
@@ -224,14 +224,14 @@ class SAE(nn.Module):
             raise InputError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
 
     def save_files(self, folder: Path) -> None:
-        """What `save` writes. Raises OSError where the folder cannot be written, for whoever has more to say then."""
+        """What `save` writes. Raises OSError where the folder cannot be written; the caller makes a message of it."""
         self.save_weights(folder / WEIGHTS)
         write_json(folder / CONFIG, self.config_as_is().to_dict())
 
     def save_weights(self, file: str | Path) -> None:
         """Writes weights and config into one safetensors file, whole or not at all; `load` reads it.
 
-        The dtype is the one the parameters have now, whatever the config says. The file carries a digest of all its
+        The dtype is the one the parameters have now, not the config's. The file carries a digest of all its
         bytes (see `saefast.data.shardfile.write_file`).
 
         Raises:
@@ -260,7 +260,7 @@ def _require_real(name: str, tensor: Tensor) -> None:
 
 
 def check_config_file(folder: Path) -> None:
-    """Raises InputError where a folder's config.json is there and is no SAE's: it is another program's to keep."""
+    """Raises InputError where a folder's config.json is there and is not an SAE's: it belongs to another program."""
     file = folder / CONFIG
     try:
         ours = not os.path.lexists(file) or {"d_in", "n_latents"} <= dict(read_json(file)).keys()
@@ -295,7 +295,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool =
     entries = read_header(file)
     if verify and not verify_seal(file, {"format", "config"}):
         warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
-    # Copies, so that nobody who writes into the file changes an SAE that was loaded from it.
+    # Copies, so that writing into the file later does not change an SAE that was loaded from it.
     tensors = {name: map_tensor(file, entry).to(place, copy=True) for name, entry in entries.items()}
     sae = SAE(_config_of(file, facts, tensors), device="meta")
     sae.load_state_dict(tensors, assign=True)

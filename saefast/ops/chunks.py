@@ -9,7 +9,7 @@ from typing import NamedTuple
 from saefast.errors import InputError
 from saefast.kernels import tuning
 
-# fp32 values, their rank, keys of 8 bytes and their makings: bytes per candidate of a k that torch sorts.
+# Bytes per candidate where torch sorts: fp32 value, rank, keys of 8 bytes and what sorting them takes.
 SORT_BYTES = 64
 # Rows of a batch that a library product and torch's top-k take at a time without losing speed.
 SORT_ROWS = 256
@@ -139,7 +139,7 @@ def _cut(
         least = per_row + 4 * group + per_group + copied * group
         raise InputError(f"max_scratch_bytes is {budget}: expected at least {least} for one row and {group} latents")
     cut = Cut(rows, min(first, widest), widest, product)
-    # Chunks may come to an end before they have doubled to what the budget affords: no memory for what never comes.
+    # Chunks may end before they have doubled to what the budget affords: no memory for widths that never come up.
     return cut._replace(widest=_up(_reached(columns, cut), group))
 
 

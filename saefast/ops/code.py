@@ -80,7 +80,7 @@ class Decoded(NamedTuple):
 def padded(code: Code, n_latents: int) -> Code:
     """The code with as many entries in every row as the fullest has, (B, K): what is added has act 0.
 
-    The latents that a row is filled up with are lowest ones that it has not, so that its ids stay distinct.
+    A row is filled up with the lowest latents that it does not have, so that its ids stay distinct.
     """
     if code.row_ptr is None:
         return code

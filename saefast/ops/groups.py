@@ -1,6 +1,6 @@
 """Groups: the entries of a sparse code grouped by latent, by one stable sort that a whole step shares.
 
-Also what the row operations of every backend return, which is why it stands below them.
+The row operations of every backend return these types, so they stand above those rooms.
 """
 
 from typing import NamedTuple

@@ -29,7 +29,7 @@ def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
             f"x is {checks.of(x)}: expected floats (batch, D) with a row for each of acts' {checks.of(acts)}"
         )
     acts, idx, x = acts.contiguous(), idx.contiguous(), x.contiguous()
-    # On a GPU torch would add by atomics, in whatever order they come.
+    # On a GPU torch would add by atomics, whose order changes from call to call.
     if backends.backend(x) == "triton":
         from saefast.ops import triton_spmm
 

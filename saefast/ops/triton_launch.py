@@ -55,8 +55,8 @@ def descriptor_fits(t: Tensor) -> bool:
 def descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
     """A TMA descriptor of a contiguous (rows, D) that `descriptor_fits`, in blocks of `block`.
 
-    A single row counts as contiguous whatever its stride, which a slice keeps from the wider matrix: so the strides
-    are those of its shape.
+    A single row counts as contiguous with any stride, which a slice keeps from the wider matrix: so the strides are
+    taken from its shape.
     """
     return TensorDescriptor(t, list(t.shape), [t.shape[1], 1], block)
 

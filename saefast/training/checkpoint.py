@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: whole folders that appear in one rename, checked before they are believed.
+"""Checkpoints of a training run: whole folders that appear in one rename, checked before they are used.
 
     RUN/checkpoints/step_00001000/sae.safetensors      the SAE as it stands, ready for `saefast.load`
                                   config.json          its config
@@ -8,10 +8,10 @@
 
 The state is any nesting of dicts and lists over tensors, numbers, strings, booleans and None; tensors go to one file,
 the rest to the other, and floats come back as the same bits. A digest covers every byte of the four files. The SAE in a
-checkpoint can be used, but it is not the one that the run would return there: the engine may still owe sleeping rows
-some updates, which only its `finish` settles.
+checkpoint can be used, but it is not the one that the run would return there: rows that had no gradient may still
+have to be settled, which the engine's `finish` does.
 
-Version 1 had no digest over state.json, so that nobody can say whether its numbers are those written: it is refused.
+Version 1 had no digest over state.json, so its numbers cannot be checked: it is refused.
 """
 
 import hashlib

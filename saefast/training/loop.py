@@ -246,7 +246,7 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
 def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
     """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none.
 
-    In mid-run the SAE is taken as it is: an engine may owe sleeping rows some updates, which only `finish` settles.
+    In mid-run the SAE is taken as it is: rows without a gradient may be unsettled, which only `finish` changes.
 
     Raises:
         InputError: a row holds NaN or inf.

@@ -211,7 +211,7 @@ def test_a_step_is_that_of_the_sparse_code(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_training_ends_where_the_sparse_code_ends(dtype, monkeypatch):
-    """All dead latents take part, whatever their sign: then no row sleeps in one form and not in the other."""
+    """All dead latents take part, of either sign: then no row is left alone in one form and updated in the other."""
     data = batches(25, dtype)
     block, plain, again = (engine(data, auxk_relu=False, auxk_k=L) for _ in range(3))
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10

@@ -115,7 +115,7 @@ def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, m
 @on_each_device
 @pytest.mark.parametrize("recipe", ["saefast", "openai", "dictionary_learning"])
 @pytest.mark.parametrize("settle_every", [2, 16])
-def test_what_sleeping_costs(recipe: str, settle_every: int) -> None:
+def test_what_settling_late_costs(recipe: str, settle_every: int) -> None:
     """The default's distance from dense Adam: rows of W_enc that lack up to 9 learning rates of drift, here of 1e-3."""
     data = batches()
     ours, dense = engine(recipe, data, settle_every=settle_every), engine(recipe, data, AutogradEngine)
@@ -126,7 +126,7 @@ def test_what_sleeping_costs(recipe: str, settle_every: int) -> None:
 
 @on_each_device
 def test_one_step_of_drift_is_all_that_is_missing() -> None:
-    """Right after a sweep the rows stand where dense Adam has them, to the one step they missed while being read."""
+    """Right after settling, rows are where dense Adam has them, but for the one step that they missed when read."""
     data = batches(6, torch.float64)
     ours, dense = (
         engine("raw rows", data, kind, **o) for kind, o in ((FusedEngine, dict(settle_every=2)), (AutogradEngine, {}))
@@ -140,18 +140,18 @@ def test_one_step_of_drift_is_all_that_is_missing() -> None:
 @on_each_device
 @pytest.mark.parametrize(("recipe", "tolerance"), [("raw rows", 1e-9), ("saefast", 1e-5)])
 def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: float) -> None:
-    """With the encoder swept after every step, only decoder rows sleep, and none is read before it has caught up.
+    """With the encoder settled after every step, only decoder rows are left alone: each is settled before it is read.
 
-    Rows set to unit norm after each step are scaled once after a sleep: that is second order in the drift.
+    Rows set to unit norm after each step are scaled once after several steps: that is second order in the drift.
     """
     data = batches(30, torch.float64)
     ours, dense = engine(recipe, data, settle_every=1000), engine(recipe, data, AutogradEngine)
-    slept = 0
+    unsettled = 0
     for x in data:
         assert abs(float(ours.step(x).loss) / float(dense.step(x).loss) - 1) <= tolerance
         rows.catch_up(ours.weights.enc, ours.weights.constants(ours.step_count, 0.0))
-        slept += int((ours.weights.dec.last_step < ours.step_count).sum())
-    assert slept > 100
+        unsettled += int((ours.weights.dec.last_step < ours.step_count).sum())
+    assert unsettled > 100
 
 
 @on_each_device
@@ -175,7 +175,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", ["saefast", "openai", "saelens"])
 @pytest.mark.parametrize("cut", [1, 13])
 def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
-    """Stopped among sleeping rows, saved, loaded into a new engine."""
+    """Stopped while rows are unsettled, saved, loaded into a new engine."""
     data = batches(25)
     whole = engine(recipe, data, settle_every=8)
     first = engine(recipe, data, settle_every=8)
@@ -401,7 +401,7 @@ def test_uninterrupted_outside_the_main_thread() -> None:
 
 @pytest.mark.parametrize("k", [1, 8, 60])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_screened_encode_is_the_exact_one(k: int, scaled: bool) -> None:
+def test_mixed_encode_is_the_exact_one(k: int, scaled: bool) -> None:
     x, W, b = torch.randn(200, 48), torch.randn(700, 48), torch.randn(700)
     scale = torch.rand(700) + 0.5 if scaled else None
     latents = torch.arange(0, 700, 2)
@@ -412,7 +412,7 @@ def test_screened_encode_is_the_exact_one(k: int, scaled: bool) -> None:
         torch.testing.assert_close(acts.double(), exact_acts, rtol=1e-4, atol=1e-4)
 
 
-def test_screened_ties_go_to_the_lower_latent() -> None:
+def test_mixed_ties_go_to_the_lower_latent() -> None:
     W = torch.randn(1, 16).expand(50, 16).contiguous()
     x = torch.randn(30, 16)
     _, idx = mixed.encode_topk_mixed(x, W.bfloat16(), W, torch.zeros(50), 7)

@@ -185,7 +185,7 @@ def encoders_with_and_without_bugs(auxk: bool, clipped: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize("clipped", [False, True])
 def test_the_bugs_of_sparsify_change_the_result(clipped: bool) -> None:
-    """MultiTopK and AuxK are on; the encoder ends elsewhere when it does not hear of them."""
+    """MultiTopK and AuxK are on; the encoder ends elsewhere when it gets no gradient from them."""
     assert distance(*encoders_with_and_without_bugs(auxk=True, clipped=clipped)) > 1e-3
 
 
