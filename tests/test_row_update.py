@@ -270,7 +270,7 @@ def test_catch_up_and_norms(norm, some, device):
     assert_close_to_plain(lambda module, j: module.normalise_rows(j.matrix, j.step), ours)
 
 
-def test_a_row_that_slept_very_long(device):
+def test_a_row_left_alone_very_long(device):
     job = random_job(random_matrix(4, 20, 3, device), [1, 2, 0, 4], step=3000)
     assert_close_to_plain(update, job)
 

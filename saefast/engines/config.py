@@ -140,7 +140,7 @@ class TrainConfig(ArchitectureFields):
         self._check_numbers()
         registry.check("TrainFields", self)
         if self.reproduce_bugs and self.engine == "fused":
-            raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
+            raise InputError("reproduce_bugs needs engine='autograd': the fused engine has no such mode")
 
     def _check_numbers(self) -> None:
         limits = {

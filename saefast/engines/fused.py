@@ -210,7 +210,7 @@ def _check_settings(sae: SAE, config: TrainConfig, settle_every: int | None) -> 
     if lean and config.ema_decay is not None:
         raise InputError("ema_decay needs optimizer='adam': an average of bfloat16 weights would not move")
     if config.reproduce_bugs:
-        raise InputError("reproduce_bugs needs engine='autograd': the fused step has no such mode")
+        raise InputError("reproduce_bugs needs engine='autograd': the fused engine has no such mode")
     if config.eps <= 0:
         raise InputError(f"eps is {config.eps}: engine 'fused' needs more than 0")
     if settle_every is not None and settle_every < 1:

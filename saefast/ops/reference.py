@@ -168,7 +168,7 @@ def sddmm(x: Tensor, idx: Tensor, W: Tensor) -> Tensor:
 def spmm_t(acts: Tensor, idx: Tensor, x: Tensor, n_latents: int) -> Tensor:
     """Transposed product: out[l] = Σ over (b, j) with idx[b, j] = l of acts[b, j] · x[b].  -> (n_latents, D).
 
-    The dense gradient of a weight matrix. The fused step never forms it; autograd needs it.
+    The dense gradient of a weight matrix. The fused engine never forms it; autograd needs it.
     """
     dtype, latents = accumulate_dtype(x.dtype), idx.long().flatten()
     # Entries sorted by latent are bags of rows of x: one pass that adds each bag in order of the batch.

@@ -79,7 +79,7 @@ def check_many(folder: Path) -> None:
 
 
 def harvest_outcome(folder: Path) -> dict[str, Any]:
-    """The index, every row with its place, tokens and moments."""
+    """The index, every row with its place, tokens and statistics."""
     return {"index": read_index(folder), "rows": [str(part) for part in read_shards(folder, verify=True)]}
 
 

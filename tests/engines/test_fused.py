@@ -1,4 +1,4 @@
-"""The fused step against the autograd engine, its repeatability, its resume, and what it does with bad input."""
+"""The fused engine against the autograd engine, its repeatability, its resume, and what it does with bad input."""
 
 import signal
 import threading

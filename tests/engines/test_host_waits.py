@@ -1,4 +1,4 @@
-"""The fused step on a GPU that is not there (fake_cuda): how often the host waits for it, and that it steps as a CPU.
+"""The fused engine on a GPU that is not there (fake_cuda): how often the host waits for it, and that it steps as a CPU.
 
 A wait is a value read by the host, a size that depends on values, or a copy from the host's memory.
 """

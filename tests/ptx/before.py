@@ -1,6 +1,6 @@
 """Kernels of commit 01928dc with two faults that Triton's interpreter lets pass. For compiled_before.py alone.
 
-`run_gradient` returns early where it has no pieces and goes on behind that with a pointer that is None: it does not
+`group_gradient` returns early where it has no pieces and goes on behind that with a pointer that is None: it does not
 compile. `lean_settle_rows` loads v and the scales in every warp and lets one warp overwrite them, with nothing between.
 """
 
@@ -29,7 +29,7 @@ def sum_entries(
 
 
 @triton.jit
-def run_gradient(
+def group_gradient(
     source_ptr,
     offsets_ptr,
     row_ptr,
@@ -43,7 +43,7 @@ def run_gradient(
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The gradient row of run r: its entries, or its pieces where it was cut."""
+    """The gradient row of group r: its entries, or its pieces where it was cut."""
     begin, end = tl.load(offsets_ptr + r), tl.load(offsets_ptr + r + 1)
     if pieces_ptr is None:
         return sum_entries(source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D, UNROLL)
@@ -82,7 +82,7 @@ def gradient_squares(
     r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    g = run_gradient(
+    g = group_gradient(
         source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
     )
     if PROJECT:
@@ -139,20 +139,20 @@ def lean_store_weights(w, bits, w_ptr, norms_ptr, i, at, mask_d):
 
 
 @triton.jit
-def lean_settle(w, m, v, owed_ptr, r, n, NORM: tl.constexpr):
+def lean_settle(w, m, v, missed_ptr, r, n, NORM: tl.constexpr):
     """settle, with one second moment for the whole row."""
-    slept = tl.load(owed_ptr + r) > 0
-    drift, eps = tl.load(owed_ptr + n + r), tl.load(owed_ptr + 2 * n + r)
+    late = tl.load(missed_ptr + r) > 0
+    drift, eps = tl.load(missed_ptr + n + r), tl.load(missed_ptr + 2 * n + r)
     moved = unit(w) if NORM == BEFORE else w
     moved = moved - tl.div_rn(drift, tl.sqrt_rn(v) + eps) * m
     moved = unit(moved) if NORM == AFTER else moved
-    return tl.where(slept, moved, w), m * tl.load(owed_ptr + 3 * n + r), v * tl.load(owed_ptr + 4 * n + r)
+    return tl.where(late, moved, w), m * tl.load(missed_ptr + 3 * n + r), v * tl.load(missed_ptr + 4 * n + r)
 
 
 @triton.jit(do_not_specialize=["n", "when"])
 def lean_settle_rows(
     rows_ptr,  # (n,) int32, or None
-    owed_ptr,  # (5, n) fp32, or None: rows are scaled to unit norm only
+    missed_ptr,  # (5, n) fp32, or None: rows are scaled to unit norm only
     w_ptr,  # (R, D) bf16
     m_ptr,  # (R, D) int8
     scale_ptr,  # (R, BLOCKS) bf16
@@ -172,18 +172,18 @@ def lean_settle_rows(
     mask_d = offs_d < D
     i = r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
     at = i * D + offs_d
-    if owed_ptr is None:
+    if missed_ptr is None:
         w = unit(tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32))
         lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
-    elif tl.load(owed_ptr + r) > 0:
+    elif tl.load(missed_ptr + r) > 0:
         w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
         m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
-        w, _, v = lean_settle(w, m, tl.load(v_ptr + i), owed_ptr, r, n, NORM)
+        w, _, v = lean_settle(w, m, tl.load(v_ptr + i), missed_ptr, r, n, NORM)
         lean_store_weights(w, random_bits(when, i, offs_d), w_ptr, norms_ptr, i, at, mask_d)
         tl.store(v_ptr + i, v)
         # Only the scales shrink: the 8-bit values stay. Rounded to nearest bf16, ties to even, bit by bit.
         for b in tl.static_range(BLOCKS):
-            scale = tl.load(scale_ptr + i * BLOCKS + b).to(tl.float32) * tl.load(owed_ptr + 3 * n + r)
+            scale = tl.load(scale_ptr + i * BLOCKS + b).to(tl.float32) * tl.load(missed_ptr + 3 * n + r)
             words = scale.to(tl.uint32, bitcast=True)
             words = ((words + 0x7FFF + ((words >> 16) & 1)) >> 16) << 16
             tl.store(scale_ptr + i * BLOCKS + b, as_float(words).to(tl.bfloat16))

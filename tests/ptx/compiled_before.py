@@ -16,11 +16,11 @@ def settle(D: int, norm: int, sm: int) -> tuple[Emulation, Tensor]:
     n, blocks = 3, -(-D // 512)
     w, m = torch.randn(n, D).bfloat16(), torch.randint(-127, 128, (n, D), dtype=torch.int8)
     scale, v = (torch.rand(n, blocks) * 1e-3).bfloat16(), torch.rand(n) * 1e-3
-    owed = torch.tensor([3.0, 1e-3, 1e-8, 0.5, 0.9])[:, None].expand(5, n).contiguous()
+    missed = torch.tensor([3.0, 1e-3, 1e-8, 0.5, 0.9])[:, None].expand(5, n).contiguous()
     config = tuning.rows(D, True)
     with emulated(sm) as found:
         before.lean_settle_rows[(n,)](
-            None, owed, w, m, scale, v, None, n, D, 7, NORM=norm, WIDTH=-(-D // blocks), BLOCKS=blocks,
+            None, missed, w, m, scale, v, None, n, D, 7, NORM=norm, WIDTH=-(-D // blocks), BLOCKS=blocks,
             BLOCK_D=config.block_d, num_warps=config.warps, num_stages=1, maxnreg=tuning.ROW_REGISTERS,
         )  # fmt: skip
     return found, w
