@@ -51,7 +51,7 @@ class EngineBase:
         Args:
             targets: (n, d_out) what the rows are to be mapped to; None is the rows themselves.
         """
-        start_b_dec_(self.sae, rows, self.config.b_dec_init)
+        start_b_dec_(self.sae, rows if targets is None else targets, self.config.b_dec_init)
         if self.config.init_encoder_scale:
             scale_encoder_(self.sae, self.config.seed)
         if self.config.loss == "scaled_mse":

@@ -77,6 +77,8 @@ def checked(x: Tensor, target: Tensor | None, sae: SAE, dtype: torch.dtype) -> t
         raise InputError(
             f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (batch >= 1, d_in = {d_in})"
         )
+    if target is x:
+        target = None
     if target is not None and (target.shape != x.shape or not target.is_floating_point()):
         raise InputError(
             f"target is {target.dtype} of shape {tuple(target.shape)}: expected floats of x's shape {tuple(x.shape)}"

@@ -127,12 +127,16 @@ class Architecture:
         """
         return buffers
 
-    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         """The tensors that serve x, by name, of an SAE trained on scale · x: only those that change.
 
-        acts(scale · x) / scale = acts(x) where biases, and all that activations are compared with, are divided.
+        acts(scale · x) / scale = acts(x) where biases, and all that activations are compared with, are divided. Where
+        the target was scaled by another number, activations are measured in that, and W_enc makes up for it.
         """
-        return {name: tensors[name] / scale for name in ("b_enc", "b_dec", *self.buffers())}
+        found = {name: tensors[name] / target_scale for name in ("b_enc", "b_dec", *self.buffers())}
+        if target_scale != scale:
+            found["W_enc"] = tensors["W_enc"] * (scale / target_scale)
+        return found
 
 
 class Layer(Architecture):
@@ -183,8 +187,8 @@ class Layer(Architecture):
     def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
         return self.inner.observed(buffers, code, scale, step, train)
 
-    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        return self.inner.rescaled(tensors, scale)
+    def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
+        return self.inner.rescaled(tensors, scale, target_scale)
 
 
 def smallest_positive(code: Code, scale: Tensor | None) -> Tensor:

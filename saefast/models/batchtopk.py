@@ -79,6 +79,7 @@ class BatchTopK(Architecture):
             mean = torch.where(threshold < 0, smallest, mean)
         return {"threshold": torch.where(smallest < math.inf, mean, threshold)}
 
-    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         now = tensors["threshold"]
-        return super().rescaled(tensors, scale) | {"threshold": torch.where(now < 0, now, now / scale)}
+        served = {"threshold": torch.where(now < 0, now, now / target_scale)}
+        return super().rescaled(tensors, scale, target_scale) | served

@@ -5,7 +5,7 @@ import dataclasses
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -48,6 +48,7 @@ def train(
     keep_checkpoints: int = 2,
     progress: bool | None = None,
     on_log: Callable[[Line], None] | None = None,
+    hooks: Mapping[str, str] | None = None,
 ) -> SAE:
     """Trains a sparse autoencoder.
 
@@ -73,6 +74,8 @@ def train(
         keep_checkpoints: how many checkpoints to keep.
         progress: show a bar on stderr; None is only in a terminal.
         on_log: called with every line of metrics.
+        hooks: of a shard folder: {"x": hook that is encoded, "target": hook that is reconstructed}. Other data says by
+            itself what is what: a mapping of arrays, an iterable of mappings.
 
     Returns:
         The trained SAE on the training device, for raw inputs.
@@ -90,7 +93,7 @@ def train(
     if resume and folder is None:
         raise InputError("resume is True but out_dir is None: give the folder of the run to go on with")
     with (
-        opened(batches, sae_config, config, folder, resume, keep_checkpoints, on_log) as run,
+        opened(batches, sae_config, config, folder, resume, keep_checkpoints, on_log, hooks) as run,
         bar(run.total_steps * config.batch_size, run.tokens, progress) as shown,
         stop_signals() as stop,
     ):
@@ -110,6 +113,7 @@ def opened(
     resume: bool,
     keep_checkpoints: int,
     on_log: Callable[[Line], None] | None,
+    hooks: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """A run ready for its next step, new or resumed; its folder is locked until the block ends. See `train`."""
     with contextlib.ExitStack() as stack:
@@ -122,11 +126,11 @@ def opened(
         if config.optimizer == "adam-lean":
             # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
             sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
-        source = open_source(batches, d_in=sae_config.d_in)
+        source = open_source(batches, d_in=sae_config.d_in, hooks=hooks)
         if source is not batches:
             stack.callback(source.close)
         if folder is not None and isinstance(batches, str | Path):
-            origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT)
+            origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT, hooks=hooks)
             sae_config = dataclasses.replace(sae_config, metadata=sae_config.metadata | origin)
         run = _begin(source, sae_config, config, folder if resume else None)
         run.on_log = on_log
@@ -179,8 +183,7 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     # A run looks at no more rows than it trains on.
     first = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
     feed.fit_scales(first, config.normalize)
-    rows = feed.scaled(first)
-    engine.initialise(rows.x, rows.target if feed.has_target else None)
+    engine.initialise(*feed.scaled(first))
     check_heldout(feed)
     return Run(sae, engine, feed, config, total_steps)
 
@@ -208,9 +211,7 @@ def _restore(
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
-    _check_target(feed, sae_config)
-    feed.scale = state["scale"]
-    feed.target_scale = state.get("target_scale", feed.scale)
+    feed.scale, feed.target_scale = state["scale"], state["target_scale"]
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
     run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
@@ -218,14 +219,18 @@ def _restore(
     return run
 
 
-def _check_target(feed: Feed, config: SAEConfig) -> None:
-    """Raises InputError where an SAE could not be folded for raw rows: x and target have scales of their own."""
-    for name in ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm"):
-        if feed.has_target and getattr(config, name):
-            raise InputError(
-                f"{feed.source.source_name} has a target besides x, and {name} is True: training on a target needs "
-                f"{name}=False, because W_dec and b_dec then belong to the target alone"
-            )
+def _check_target(feed: Feed, sae_config: SAEConfig) -> None:
+    """Raises InputError where a target that is not x cannot be what this SAE gives out."""
+    if not feed.has_target:
+        return
+    d_out = feed.source.widths["target"]
+    if d_out != sae_config.d_in:
+        raise InputError(f"target is {d_out} wide, d_in is {sae_config.d_in}: SAEs give out what is as wide as x")
+    if sae_config.apply_b_dec_to_input:
+        raise InputError(
+            f"{feed.source.source_name} has a target besides x, and apply_b_dec_to_input is True: set it to False, for "
+            "b_dec is the centre of targets then"
+        )
 
 
 def _set_rng(state: dict[str, Tensor]) -> None:

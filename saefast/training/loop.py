@@ -26,17 +26,9 @@ from saefast.training.progress import Bar, MetricsLog
 Line = dict[str, Any]
 # Rows that the held-out figures in metrics.jsonl are taken over; `saefast eval` looks at all of them.
 HELDOUT_ROWS = 1 << 16
-# Parameters in the units of what is reconstructed.
-OF_TARGET = ("W_dec", "b_dec")
 
 
-class TargetState(TypedDict, total=False):
-    """What a checkpoint holds besides; those of before there were targets have none."""
-
-    target_scale: float
-
-
-class RunState(TargetState):
+class RunState(TypedDict):
     """What a checkpoint holds of a run."""
 
     settings: dict[str, dict[str, Any]]
@@ -47,6 +39,7 @@ class RunState(TargetState):
     seconds: float
     waited: float
     scale: float
+    target_scale: float
     cursor: dict[str, Any] | None
     ahead: int
     rng: dict[str, Tensor]
@@ -154,13 +147,12 @@ def stopped(run: Run) -> Stopped:
     """Saves a run before its end; the exception to raise."""
     _save(run)
     run.engine.finish()
-    return Stopped(run.step, run.folder, fold(run.sae, run.feed.scale, run.feed.target_scale))
+    return Stopped(run.step, run.folder, _served(run, run.sae))
 
 
 def _step(run: Run, rows: Rows) -> StepStats:
-    given = rows._asdict() if run.feed.has_target else {"x": rows.x}
     try:
-        return run.engine.step(**given)
+        return run.engine.step(*rows)
     except InputError:
         run.feed.confirm()  # where the batch itself was bad, this names its source
         raise
@@ -304,14 +296,14 @@ def _save(run: Run) -> None:
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
         "rng": _get_rng(),
-        "scaled": scaled_tensors(run.sae, run.feed.has_target),
+        "scaled": scaled_tensors(run),
         "engine": run.engine.state_dict(),
     }
     folder = run.folder / run_folder.CHECKPOINTS
     with run_folder.writing(folder):
         if run.log is not None:
             run.log.sync()
-        checkpoint.save(folder, run.step, fold(run.sae, run.feed.scale, run.feed.target_scale), dict(state), run.keep)
+        checkpoint.save(folder, run.step, _served(run, run.sae), dict(state), run.keep)
     run.saved_step = run.step
     run.mark()
 
@@ -324,13 +316,13 @@ def finish(run: Run, shown: Bar) -> SAE:
     run.engine.finish()
     if run.line is not None:
         _publish(run, run.line | _last_heldout(run), shown)
-    sae = fold(run.sae, run.feed.scale, run.feed.target_scale)
+    sae = _served(run, run.sae)
     if run.folder is not None:
         with run_folder.writing(run.folder):
             if averaged is not None:
                 average = SAE(sae.config, device="meta")
                 average.load_state_dict(run.sae.state_dict() | averaged, assign=True)
-                fold(average, run.feed.scale, run.feed.target_scale).save(run.folder / run_folder.EMA)
+                _served(run, average).save(run.folder / run_folder.EMA)
             sae.save_weights(run.folder / WEIGHTS)
     return sae
 
@@ -338,23 +330,27 @@ def finish(run: Run, shown: Bar) -> SAE:
 def fold(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
     """The SAE for raw inputs x, given one trained on scale · x; see `Architecture.rescaled` and `train`.
 
-    Shares W_enc and W_dec with the SAE given; only what depends on the scale is new. With a target_scale of its own,
-    x was mapped to target_scale · target: W_dec is new as well, and the SAE maps x to target.
+    target_scale is what a target that is not x was multiplied by.
+
+    Shares W_enc and W_dec with the SAE given; only what depends on the scale is new.
     """
     folded = SAE(sae.config, device="meta")
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
-    weights |= sae.architecture.rescaled(weights, scale)
-    if target_scale is not None and target_scale != scale:
-        weights |= {name: weights[name] * (scale / target_scale) for name in OF_TARGET}
+    weights |= sae.architecture.rescaled(weights, scale, scale if target_scale is None else target_scale)
     folded.load_state_dict(weights, assign=True)
     return folded.requires_grad_(True)
 
 
-def scaled_tensors(sae: SAE, has_target: bool) -> dict[str, Tensor]:
-    """What `fold` may change, as it is."""
-    tensors = {name: value.detach() for name, value in sae.state_dict().items()}
-    names = {*sae.architecture.rescaled(tensors, 1.0), *(OF_TARGET if has_target else ())}
-    return {name: tensors[name] for name in sorted(names)}
+def _served(run: Run, sae: SAE) -> SAE:
+    """An SAE of this run for raw inputs."""
+    return fold(sae, run.feed.scale, run.feed.target_scale)
+
+
+def scaled_tensors(run: Run) -> dict[str, Tensor]:
+    """What `fold` would change, as it is."""
+    tensors = {name: value.detach() for name, value in run.sae.state_dict().items()}
+    changed = run.sae.architecture.rescaled(tensors, run.feed.scale, run.feed.target_scale)
+    return {name: tensors[name] for name in changed}
 
 
 def _get_rng() -> dict[str, Tensor]:

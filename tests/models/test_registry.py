@@ -46,8 +46,8 @@ class Pairs(Architecture):
     def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
         return {"steps_seen": buffers["steps_seen"] + 1}
 
-    def rescaled(self, tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-        return super().rescaled(tensors, scale) | {"steps_seen": tensors["steps_seen"]}
+    def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
+        return super().rescaled(tensors, scale, target_scale) | {"steps_seen": tensors["steps_seen"]}
 
 
 @pytest.fixture
