@@ -96,7 +96,7 @@ class Dense(torch.nn.Module):
         for begin, end in itertools.pairwise(self.widths):
             x_hat = x_hat + code[:, begin:end] @ self.W_dec[begin:end]
             squares = squares + (x - x_hat).float().square().sum()
-        return squares / (len(self.widths) - 1) / (x - x.mean(0)).square().sum(), fired
+        return squares / (x - x.mean(0)).square().sum(), fired
 
     def step(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.autocast):

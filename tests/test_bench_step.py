@@ -103,7 +103,7 @@ def test_the_dense_step_is_that_of_its_kind(kind: step.Kind) -> None:
     code = torch.where(pre >= lowest, pre, 0).relu()
     prefixes = kind.matryoshka or (256,)
     squares = [((x - code[:, :n] @ W_dec[:n]) ** 2).sum() for n in prefixes]
-    expected = sum(squares) / len(squares) / ((x - x.mean(0)) ** 2).sum()
+    expected = sum(squares) / ((x - x.mean(0)) ** 2).sum()
     assert float(dense.step(x)) == pytest.approx(float(expected), rel=1e-5)
     if kind.activation == "batchtopk":
         assert float(dense.threshold) == pytest.approx(0.01 * float(lowest), rel=1e-5)

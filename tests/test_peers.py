@@ -18,6 +18,7 @@ from saefast.engines.autograd import AutogradEngine
 from saefast.engines.base import PARAMETERS
 from saefast.engines.config import lr_factor, preset
 from saefast.engines.engine import StepStats
+from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
 pytestmark = pytest.mark.peers
@@ -223,23 +224,40 @@ SEED = 2
 
 
 class Trained(NamedTuple):
-    """What a peer's trainer left behind, and our statement's, both fp32 on the same batches."""
+    """What a peer's trainer did with fp32 batches: loss and threshold after each step, and the weights at the end."""
 
-    theirs: dict[str, Tensor]
+    data: list[Tensor]
     losses: list[float]
     thresholds: list[float]
-    w: plain.Weights
-    records: list[plain.Record]
+    weights: dict[str, Tensor]
 
 
-def assert_stated(run: Trained) -> None:
-    """Loss and threshold of every step and the weights at the end; AuxK was at work."""
-    assert len(run.losses) == len(run.records) == STEPS
-    assert [r.loss for r in run.records] == pytest.approx(run.losses, rel=TOLERANCE)
-    assert [r.threshold for r in run.records] == pytest.approx(run.thresholds, rel=TOLERANCE)
-    for name, tensor in zip(PARAMETERS, run.w.all(), strict=True):
-        assert distance(tensor, run.theirs[name]) < TOLERANCE, name
-    assert sum(r.auxk > 0 for r in run.records) > 15
+def assert_stated(peer: Trained, w: plain.Weights, records: list[plain.Record]) -> None:
+    """Our statement says the same, and AuxK was at work."""
+    assert len(peer.losses) == len(records) == STEPS
+    assert [r.loss for r in records] == pytest.approx(peer.losses, rel=TOLERANCE)
+    assert [r.threshold for r in records] == pytest.approx(peer.thresholds, rel=TOLERANCE)
+    for name, tensor in zip(PARAMETERS, w.all(), strict=True):
+        assert distance(tensor, peer.weights[name]) < TOLERANCE, name
+    assert sum(r.auxk > 0 for r in records) > 15
+
+
+def assert_trained(peer: Trained, start: dict[str, Tensor], recipe: str, widths: Sequence[int], **changes: Any) -> None:
+    """Both engines do the same from the same weights. The fused one is dense Adam where it settles all rows at once."""
+    kind: dict[str, Any] = dict(activation="batchtopk") | (dict(matryoshka=widths) if widths else {})
+    sae_config, config = preset(recipe, D, L, K, engine="autograd", lr_warmup_steps=WARMUP, **kind, **changes)
+    dense = AutogradEngine(SAE(sae_config), config, STEPS)
+    for engine in (dense, FusedEngine(SAE(sae_config), config, STEPS, settle_every=1)):
+        for name, tensor in start.items():
+            getattr(engine.sae, name).data.copy_(tensor)
+        engine.initialise(peer.data[0])
+        stats, thresholds = [], []
+        for x in peer.data:
+            stats.append(engine.step(x))
+            thresholds.append(float(engine.sae.threshold))
+        engine.finish()
+        assert_same(engine.sae, peer.weights, stats, peer.losses)
+        assert thresholds == pytest.approx(peer.thresholds, rel=TOLERANCE)
 
 
 def new_trainer(widths: Sequence[int]) -> Any:
@@ -261,7 +279,7 @@ def new_trainer(widths: Sequence[int]) -> Any:
 
 
 @architectures
-def test_statement_of_dictionary_learning(widths: tuple[int, ...]) -> None:
+def test_batchtopk_of_dictionary_learning(widths: tuple[int, ...]) -> None:
     peer = new_trainer(widths)
     start = {name: tensor.detach().clone() for name, tensor in weights_of(peer.ae).items()}
 
@@ -279,7 +297,12 @@ def test_statement_of_dictionary_learning(widths: tuple[int, ...]) -> None:
         losses.append(peer.update(step, x))
         thresholds.append(float(peer.ae.threshold))
     assert [t < 0 for t in thresholds] == [step <= THRESHOLD_START for step in range(STEPS)]
-    assert_stated(Trained(weights_of(peer.ae), losses, thresholds, *run_statement(data)))
+    found = Trained(data, losses, thresholds, weights_of(peer.ae))
+    assert_stated(found, *run_statement(data))
+    assert_trained(
+        found, start, "dictionary_learning", widths, dead_after=3 * B, lr_decay_start=15,
+        threshold_start=THRESHOLD_START + 1,
+    )  # fmt: skip
 
 
 def new_saelens(widths: Sequence[int]) -> Any:
@@ -297,7 +320,7 @@ def new_saelens(widths: Sequence[int]) -> Any:
 
 
 @architectures
-def test_statement_of_saelens(widths: tuple[int, ...]) -> None:
+def test_batchtopk_of_saelens(widths: tuple[int, ...]) -> None:
     peer = new_saelens(widths)
     start = {name: tensor.detach().clone() for name, tensor in weights_of(peer).items()}
 
@@ -312,7 +335,9 @@ def test_statement_of_saelens(widths: tuple[int, ...]) -> None:
     for x in data:
         losses.append(float(trainer.step(x).loss.detach()))
         thresholds.append(float(peer.topk_threshold))
-    assert_stated(Trained(weights_of(peer), losses, thresholds, *run_statement(data)))
+    found = Trained(data, losses, thresholds, weights_of(peer))
+    assert_stated(found, *run_statement(data))
+    assert_trained(found, start, "saelens", widths, dead_after=4)
 
 
 def rates(scheduler: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[float]:
