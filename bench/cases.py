@@ -29,7 +29,7 @@ class Settings:
 
 
 def run_cases(cases: Sequence[Case], device: str) -> None:
-    """Those not begun before. A case that costs the process its CUDA context ends the process."""
+    """Runs those not begun before. A case that loses the CUDA context ends the process."""
     done = set(lines.begun())
     for case in cases:
         if case.name in done:
@@ -63,5 +63,5 @@ def context_lost(device: str) -> bool:
 
 
 def torch() -> Any:
-    """Imported where there is a device to ask: cases need not be about one."""
+    """Imports torch only where there is a device to ask: some cases need none."""
     return importlib.import_module("torch")

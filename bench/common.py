@@ -257,7 +257,7 @@ Result = TypeVar("Result")
 
 
 def attempt(case: str, run: Callable[[], Result]) -> Result | None:
-    """A case's result, which is also a line where lines are kept; None if it fails, which stops no other."""
+    """A case's result, also written as a line where lines are kept; None if it fails: the others go on."""
     try:
         found = run()
     except (Exception, SystemExit) as error:

@@ -38,7 +38,7 @@ TARGETS = (1.40, 1.15, 1.10, 1.15)
 
 
 class Problem:
-    """Inputs of one shape, and what competes on them. Values are those of a fresh SAE on normal activations."""
+    """Inputs of one shape, and the contenders on them. Values are those of a fresh SAE on normal activations."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
         torch.manual_seed(0)

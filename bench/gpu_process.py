@@ -45,7 +45,7 @@ def run_stage(stage: Stage, file: Path, limit: float | None, patience: float) ->
         if code != lines.LOST or why:
             outcome = "stopped" if why else "failed"
             note(last[0] if last else "process", outcome, message=why or ended(code), tail=tail(log))
-        # Behind the case at fault there may be others; a process that begins none would only die again.
+        # After the case at fault there may be others; a process that began none would die again at once.
         if not last or not stage.resumes or (deadline is not None and time.monotonic() >= deadline):
             break
     seconds = round(time.monotonic() - start, 1)
@@ -110,7 +110,7 @@ def environment(stage: Stage, file: Path, begun: Path) -> dict[str, str]:
     own = {lines.FILE: str(file), lines.STAGE: stage.name, lines.BEGUN: str(begun), "PYTHONPATH": paths}
     if stage.device:
         own[lines.DEVICE] = stage.device
-    # Plugins that a machine happens to have are none of the tests' business.
+    # The tests do not need the plugins that a machine happens to have.
     return os.environ | {"PYTHONUNBUFFERED": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | own | dict(stage.environment)
 
 

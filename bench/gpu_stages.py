@@ -75,14 +75,14 @@ MODULES = {
 def cases(stage: str, settings: Settings) -> list[Case]:
     if stage == "machine":
         return [Case("machine", lambda: facts(settings))]
-    # Imported here: these import the kernels, and that they can be is a result too.
+    # Imported here: these import the kernels, and whether that works is a result too.
     module = importlib.import_module(MODULES[stage])
     found: list[Case] = module.cases(settings)
     return found
 
 
 def interpret() -> set[str]:
-    """Lets Triton's interpreter serve CPU tensors wherever a GPU's would go to a kernel, engines included.
+    """Lets Triton's interpreter serve CPU tensors where kernels serve a GPU's, engines included.
 
     Returns the names of the kernels launched from now on.
     """

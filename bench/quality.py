@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         harvest(options.data)
     steps, seeds = (40, 1) if options.quick else (options.steps, options.seeds)
     kind, results = Kind(options.activation, tuple(options.matryoshka)), {}
-    # What TopK alone is asked, of another kind the first two answer.
+    # All of this for TopK alone; another kind of SAE gets the first two.
     rates = RATES if kind == TOPK else RATES[:1]
     variants = VARIANTS if kind == TOPK else dict(list(VARIANTS.items())[:2])
     for label, lr in rates:

@@ -12,7 +12,7 @@ Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of t
 import triton
 import triton.language as tl
 
-# saefast.optim.Norm.
+# saefast.optim.state.Norm.
 BEFORE, AFTER = tl.constexpr(1), tl.constexpr(2)
 
 

@@ -1,5 +1,6 @@
 """Words that were private to this code, or meant several things, stay out of it: see "Words" in CONTRIBUTING.md."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -58,3 +59,39 @@ def test_private_words_stay_out(folder: str) -> None:
     assert here
     hits = {str(path.relative_to(ROOT)): found(path.read_text(encoding="utf-8")) for path in here}
     assert {name: lines for name, lines in hits.items() if lines} == {}
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one, a field of a class included."""
+    module, left = name, [""]
+    while True:
+        try:
+            owner = importlib.import_module(module)
+            break
+        except ModuleNotFoundError:
+            module, _, last = module.rpartition(".")
+            left.insert(0, last)
+    for part in left[:-1]:
+        if not hasattr(owner, part):
+            return part in getattr(owner, "__annotations__", {})
+        owner = getattr(owner, part)
+    return True
+
+
+def test_a_name_resolves_or_not() -> None:
+    assert resolves("saefast.ops.reference.spmm")
+    assert resolves("saefast.engines.config.TrainConfig.lr")
+    assert resolves("saefast.ops.code.Code.acts")
+    assert not resolves("saefast.rows.catch_up")
+
+
+@pytest.mark.parametrize("folder", ["saefast", "kernels", "csrc", "bench", "docs"])
+def test_names_in_text_exist(folder: str) -> None:
+    """Comments and pages name what is there, where it is: a file that moves takes its mentions along."""
+    here = [path for path in files() if path.relative_to(ROOT).parts[0] == folder]
+    named = {
+        (name, path.name)
+        for path in here
+        for name in re.findall(r"(?<![\w/.\"\-])saefast(?:\.[A-Za-z]\w*)+(?![\w/])", path.read_text(encoding="utf-8"))
+    }
+    assert [pair for pair in sorted(named) if not resolves(pair[0])] == []

@@ -38,7 +38,7 @@ class Evaluation:
     """Figures of an SAE on held-out rows.
 
     Attributes:
-        metrics: floats named as in `saefast.metrics.METRICS`.
+        metrics: floats named as in `saefast.metrics.streaming.METRICS`.
         lm: floats named as in `saefast.metrics.language_model.LM_METRICS`, or empty.
         lm_left_out: why `lm` is empty, in one line.
         lm_missing: why single figures of `lm` are NaN, by their names.

@@ -94,7 +94,7 @@ def _settled(matrix: LeanMatrix, step: AdamStep, ids: Tensor, until: int) -> tup
 
 
 def catch_up(matrix: LeanMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
-    """As `rows.catch_up`. First moments keep their 8-bit values; their scales shrink."""
+    """As `saefast.optim.reference.catch_up`. First moments keep their 8-bit values; their scales shrink."""
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if rows is None else rows.long()
     ids = ids[matrix.last_step[ids] < step.step]
     w, decay = _settled(matrix, step, ids, step.step)
@@ -103,7 +103,7 @@ def catch_up(matrix: LeanMatrix, step: AdamStep, rows: Tensor | None = None) -> 
 
 
 def normalise_rows(matrix: LeanMatrix, step: AdamStep, rows: Tensor | None = None) -> None:
-    """As `rows.normalise_rows`."""
+    """As `saefast.optim.reference.normalise_rows`."""
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if rows is None else rows.long()
     bits = random_bits(matrix.seed, step.step, ids, matrix.w.shape[1], NORMALISED)
     _store_weights(matrix, ids, unit(matrix.w[ids].float()), bits)

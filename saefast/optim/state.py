@@ -176,7 +176,7 @@ AnyMatrix = Matrix | LeanMatrix
 class Job(NamedTuple):
     """One matrix's part in an update: `rows` (n,) int32 ascending, or None for all, with a gradient row for each.
 
-    Where `rows` comes from `Runs.latents`, -1 may follow the last row: there is nothing to update.
+    Where `rows` comes from `Groups.latents`, -1 may follow the last row: there is nothing to update.
     """
 
     matrix: AnyMatrix
@@ -195,8 +195,8 @@ class DriftTable:
 
         w -= (lr / c1) m / (√(v / c2) + eps)  =  lr √c2 / c1 · rⁿ · m_s / (√v_s + eps √c2 β2^(-n/2)),   r = β1 / √β2.
 
-    Summed over n that is drift[s] · m_s / √v_s for eps = 0, whatever the schedule of lr: a table over s, to which a
-    step adds a geometrically falling term for each of the last few hundred entries. eps enters by its mean,
+    Summed over n that is drift[s] · m_s / √v_s for eps = 0, under any schedule of lr: a table over s, to which a step
+    adds a geometrically falling term for each of the last few hundred entries. eps enters by its mean,
     drift_eps[s] = eps · Σ(weight · √c2 β2^(-n/2)) / Σ weight, which is right to first order in eps / √v and errs by at
     most a share eps / (√v + eps) of the drift where eps dominates. A decoder whose rows are set to unit norm after
     each step is scaled once after the whole drift, which differs to second order in the drift.

@@ -220,7 +220,7 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
     fvu, dead = float(stats.fvu), float(stats.dead_share)
     return {
         "losses/overall_loss": float(stats.loss),
-        # Mean over tokens of the summed squared error of scaled inputs, whatever the loss was.
+        # Mean over tokens of the summed squared error of scaled inputs, for any kind of loss.
         "losses/mse_loss": fvu * float(total_variance(target)) / len(target),
         "losses/auxiliary_reconstruction_loss": float(stats.auxk_loss),
         "metrics/explained_variance": 1 - fvu,
