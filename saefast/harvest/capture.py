@@ -10,19 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
-from saefast.harvest.lanes import lanes_for
 from saefast.harvest.language_models import find_hook, hidden_states
+from saefast.harvest.workers import workers_for
 
 
 class Runner(Protocol):
     """A model ready to be harvested.
 
-    equal_lengths: it must be given sequences of one length at a time. lanes: threads that may call run at a time.
+    equal_lengths: it must be given sequences of one length at a time. workers: threads that may call run at a time.
     """
 
     hooks: list[dict[str, str]]
     equal_lengths: bool
-    lanes: int
+    workers: int
 
     def attached(self) -> contextlib.AbstractContextManager[object]:
         """Within it, run may be called."""
@@ -58,7 +58,7 @@ class ModuleRunner:
         # Keys and values for generating more text are of no use here.
         takes_cache = "use_cache" in inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if takes_cache else {}
-        self.lanes = lanes_for(self._device())
+        self.workers = workers_for(self._device())
         # What this thread's forward pass has found; on threads that are not in run(), hooks do nothing.
         self._running = threading.local()
         paths = {hook.path for hook in found}
@@ -104,7 +104,7 @@ class HookedRunner:
     # Sequences of one length need no padding, and so no agreement about masks.
     equal_lengths = True
     # run_with_hooks changes the model while it runs.
-    lanes = 1
+    workers = 1
 
     def __init__(self, model: Any, hooks: Sequence[str]) -> None:
         self._model = model

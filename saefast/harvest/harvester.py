@@ -11,10 +11,10 @@ from torch import Tensor
 from saefast.data.shards import ROWS_PER_SHARD
 from saefast.errors import InputError
 from saefast.harvest.capture import Runner, runner_for
-from saefast.harvest.lanes import in_order
 from saefast.harvest.language_models import DEFAULT_MODEL, context_limit, load_model, load_tokenizer
 from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
 from saefast.harvest.text import Fingerprint, Text, open_text, skip_documents
+from saefast.harvest.workers import in_order
 from saefast.schema import Seed, check_fields
 
 DROPPED = ("special", "padding", "outlier_norm")
@@ -164,7 +164,7 @@ class Harvester:
             None if limit is None else limit - cursor["tokens"],
         )
         with self.runner.attached():
-            yield from in_order(self._run, self._jobs(windows, done), self.runner.lanes)
+            yield from in_order(self._run, self._jobs(windows, done), self.runner.workers)
 
     def _jobs(self, windows: Iterator[Window], done: int) -> Iterator[_Job]:
         for window in windows:

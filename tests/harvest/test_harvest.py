@@ -185,7 +185,7 @@ def harvest_threads():
 
 
 @pytest.mark.parametrize("threads", [2, 3, 8])
-def test_lanes_change_nothing_but_the_time(models, tokenizer, small_windows, threads):
+def test_workers_change_nothing_but_the_time(models, tokenizer, small_windows, threads):
     options = {"model": models["bert"], "tokenizer": tokenizer, "text": tiny_models.documents(80)}
     alone = list(harvest_batches(CONFIG, **options))
     torch.set_num_threads(threads)
@@ -210,7 +210,7 @@ def test_lanes_change_nothing_but_the_time(models, tokenizer, small_windows, thr
         assert torch.allclose(one.rows["layers.1"], two.rows["layers.1"], atol=1e-6)
 
 
-def test_an_exception_in_a_lane_arrives_and_no_lane_is_left(models, tokenizer, small_windows):
+def test_an_exception_in_a_worker_arrives_and_no_worker_is_left(models, tokenizer, small_windows):
     torch.set_num_threads(3)
     model = models["bert"]
     options = {"model": model, "tokenizer": tokenizer, "text": tiny_models.documents(80)}

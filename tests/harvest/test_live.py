@@ -12,11 +12,11 @@ from saefast.data.provenance import recorded_data
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.harvest import live, reharvest, sequences
-from saefast.harvest.lanes import lanes_for
 from saefast.harvest.live import live_source, live_sources
 from saefast.harvest.reharvest import describe_live
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.harvest.workers import workers_for
 
 CONFIG = HarvestConfig(
     hooks=("layers.0", "layers.1"), ctx_len=16, dtype="float32", batch_tokens=100, heldout=0.2, device="cpu"
@@ -86,8 +86,8 @@ def test_the_model_runs_once_for_all_hooks(monkeypatch):
     assert sources["layers.1"]._data._shared is shared
     with shared._lock:
         taken = shared._first + len(shared._kept)
-        # Some batches are under way beside those taken (lanes.in_order); twice as many would be a model run per hook.
-        assert 4 < taken <= len(runs) <= taken + lanes_for(torch.device("cpu")) + 1
+        # Some batches are under way beside those taken (workers.in_order); twice as many would be a model run per hook.
+        assert 4 < taken <= len(runs) <= taken + workers_for(torch.device("cpu")) + 1
     for source in sources.values():
         source.close()
 
