@@ -1,4 +1,4 @@
-"""The seam: an architecture that only this file knows is trained, saved, planned and asked for at the command line."""
+"""The registry alone knows architectures: one of this file is trained, saved, planned and asked for by a flag."""
 
 from dataclasses import dataclass
 from inspect import isfunction
