@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bench.kernel_times import Stages
 from saefast.engines.fused import FusedEngine
-from saefast.ops import dispatch as ops
-from saefast.ops import mixed
+from saefast.ops import encoder, mixed
 from saefast.optim import reference as rows
 from saefast.optim.dispatch import row_ops
 
@@ -35,7 +34,7 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
     """
     backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     stages.watch(mixed, ["encode_topk_mixed"], encode_label)
-    stages.watch(ops, ["encode_topk"], encode_label)
+    stages.watch(encoder, ["encode_topk"], encode_label)
     stages.watch(backend, row_functions(backend))
     found: list[dict[str, float]] = []
     try:

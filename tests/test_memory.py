@@ -12,7 +12,7 @@ from folders import write_folder
 from test_imports import MODULES
 from torch import Tensor
 
-from saefast import extension
+from saefast import extension, ops
 from saefast.data import gather
 from saefast.data.iterable_source import IterableSource
 from saefast.data.live_buffer import LiveBuffer
@@ -23,7 +23,6 @@ from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
-from saefast.ops import dispatch as ops
 from saefast.optim import native as rows_native
 from saefast.optim.state import AdamStep, Job, Matrix, RowGradient
 

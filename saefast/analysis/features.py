@@ -167,7 +167,7 @@ def code_of(sae: SAE, x: Tensor) -> tuple[Tensor, Tensor]:
 
     K may differ from batch to batch. An entry with act 0 is padding, of any id, and not counted in here.
     """
-    acts, idx = sae.encode_sparse(x.to(sae.device))
+    acts, idx = sae.encode_sparse(x.to(sae.device), mixed=True)
     return acts.cpu(), idx.cpu()
 
 

@@ -19,9 +19,10 @@ from saefast.files import parse_json, read_json, usable, write_json
 from saefast.models.architecture import Architecture
 from saefast.models.config import DTYPES, SAEConfig
 from saefast.models.init import init_weights
-from saefast.ops import mixed, spmm
+from saefast.ops import spmm
 from saefast.ops.code import Code, padded
 from saefast.ops.encoder import Encoder
+from saefast.ops.mixed import pays_off
 from saefast.ops.selected import selected
 from saefast.placement import pick_device, require_device, require_memory
 from saefast.schema import Seed, check_argument
@@ -90,38 +91,31 @@ class SAE(nn.Module):
 
     @typed
     @ambient.plainly()
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_sparse(self, x: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor]:
         """x (..., d_in) -> acts (..., K) fp32 (fp64 for fp64 weights) and idx (..., K) int32, distinct in a row.
 
         K is k where every token has k latents, and otherwise what the token with the most of them has; acts are 0 in
         the places that a token leaves over.
+
+        Args:
+            mixed: let bf16 products choose candidates where that is faster (see `saefast.ops.mixed`): for many batches,
+                because a copy of W_enc in bf16 is made, and kept. Values, order and ties stay those of x's products.
 
         Raises:
             InputError: x's last dimension is not d_in, or x is on another device.
         """
         flat = self._flatten(x)
         norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
-        code = padded(self._serve(flat, norms), self.config.n_latents)
+        shadow = self._copied() if mixed and pays_off(self.W_enc) else None
+        code = padded(self._serve(flat, norms, shadow), self.config.n_latents)
         acts, idx = selected(flat, self.W_enc, self.b_enc, code), code.idx
         if norms is not None:
             acts = acts * norms[idx.long()]
         shape = (*x.shape[:-1], idx.shape[1])
         return acts.reshape(shape), idx.reshape(shape)
 
-    @typed
-    @ambient.plainly(grad=False)
-    def encode_quickly(self, x: Tensor) -> Code:
-        """The code of x (B, d_in) without a graph; bf16 products choose candidates where that is faster.
-
-        Values, order and ties are those of `encode_sparse` (see `saefast.ops.mixed`). A copy of W_enc in bf16 is kept
-        for the next call.
-        """
-        norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
-        code = self._serve(self._flatten(x), norms, self._copied() if mixed.pays_off(self.W_enc) else None)
-        return code if norms is None else code._replace(acts=code.acts * norms[code.idx.long()])
-
     @torch.no_grad()
-    def _serve(self, flat: Tensor, norms: Tensor | None, shadow: Tensor | None = None) -> Code:
+    def _serve(self, flat: Tensor, norms: Tensor | None, shadow: Tensor | None) -> Code:
         """The architecture's choice for flat (B, d_in), activations in units of 1."""
         encoder = Encoder(flat.detach(), self.W_enc.detach(), self.b_enc.detach(), norms, shadow)
         return self.architecture.serve(encoder, dict(self.named_buffers()))

@@ -1,15 +1,14 @@
 """encode_topk: the k largest pre-activations of every row."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.ops import backends, checks, native, reference
-from saefast.ops.spmm import spmm
-from saefast.ops.spmm_t import spmm_t
-from saefast.ops.sum_by_latent import sum_by_latent
+from saefast.ops.code import Code
+from saefast.ops.selected import selected
 from saefast.typed import typed
 
 Method = Literal["auto", "fused", "chunked"]
@@ -74,33 +73,9 @@ def encode_topk(
     if max_scratch_bytes < 1:
         raise InputError(f"max_scratch_bytes is {max_scratch_bytes}: expected a positive number of bytes")
     options = (latents, scale, relu, method, precision, min(max_scratch_bytes, 1 << 62))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc)):
-        acts, idx = EncodeTopK.apply(x, W_enc, b_enc, k, relu and clip_grad, options)
-        return acts, idx
-    return _encode_topk(x, W_enc, b_enc, k, *options)
-
-
-class EncodeTopK(torch.autograd.Function):
-    """`encode_topk` with its derivative. Saves B·k entries, never a (B, L) tensor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, clip: bool, options: tuple[Any, ...]
-    ) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
         acts, idx = _encode_topk(x, W_enc, b_enc, k, *options)
-        ctx.save_for_backward(x, W_enc, acts, idx)
-        ctx.clip, ctx.b_dtype = clip, None if b_enc is None else b_enc.dtype
-        ctx.mark_non_differentiable(idx)
-        return acts, idx
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, acts, idx = ctx.saved_tensors
-        grad = grads[0] * (acts > 0) if ctx.clip else grads[0]  # (B, k)
-        grad_x = spmm(grad, idx, W_enc).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_W = spmm_t(grad, idx, x, W_enc.shape[0]).to(W_enc.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = sum_by_latent(grad, idx, W_enc.shape[0]).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_W, grad_b, None, None, None
+    return selected(x, W_enc, b_enc, Code(acts, idx), clip=relu and clip_grad), idx
 
 
 def _encode_topk(

@@ -15,9 +15,11 @@ class Selected(torch.autograd.Function):
     """Lets gradients through the entries of a code whose activations are known. Saves B·K entries."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, acts: Tensor, idx: Tensor, clip: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, acts: Tensor, idx: Tensor, clip: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, W_enc, acts, idx)
-        ctx.clip, ctx.b_dtype = clip, b_enc.dtype
+        ctx.clip, ctx.b_dtype = clip, None if b_enc is None else b_enc.dtype
         return acts.clone()
 
     @staticmethod
@@ -31,7 +33,7 @@ class Selected(torch.autograd.Function):
         return grad_x, grad_W, grad_b, None, None, None
 
 
-def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, code: Code, *, clip: bool = True) -> Tensor:
+def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, *, clip: bool = True) -> Tensor:
     """The activations of a code (B, K) of x (B, D), with gradients to x, W_enc (L, D) and b_enc (L,). -> (B, K).
 
     Args:
@@ -39,5 +41,7 @@ def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor, code: Code, *, clip: bool 
         clip: gradients stop where an activation is not above 0, as ReLU's derivative does; False lets them pass, which
             is wrong behind a ReLU and what one peer does (see `TrainConfig.reproduce_bugs`).
     """
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc))):
+        return code.acts
     found: Tensor = Selected.apply(x, W_enc, b_enc, code.acts, code.idx, clip)
     return found

@@ -13,11 +13,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from saefast import ops
 from saefast.devices import DEVICES, Device, find
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
-from saefast.ops import dispatch as ops
 from saefast.ops import mixed
 from saefast.ops.chunks import scratch_bytes
 from saefast.optim.state import LeanMatrix, Matrix

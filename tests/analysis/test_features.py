@@ -114,8 +114,8 @@ def test_memory_is_bounded_whatever_the_number_of_rows(monkeypatch: pytest.Monke
 class Padded(SAE):
     """Gives as many entries a row as it likes: the code in any order, with entries of act 0 whose ids mean nothing."""
 
-    def encode_sparse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        acts, idx = super().encode_sparse(x)
+    def encode_sparse(self, x: Tensor, *, mixed: bool = False) -> tuple[Tensor, Tensor]:
+        acts, idx = super().encode_sparse(x, mixed=mixed)
         more = int(torch.randint(0, 5, ()))
         order = torch.randperm(self.config.k + more)
         ids = torch.randint(0, self.config.n_latents, (len(x), more), dtype=idx.dtype)

@@ -25,6 +25,7 @@ from attack.odd import Make
 from attack.pool import HANG, Arena, run_all
 from attack.summary import Row
 
+from saefast import ops
 from saefast.analysis.evaluation import evaluate, evaluate_run
 from saefast.cli import main as cli
 from saefast.cli.eval import EvalArgs
@@ -41,7 +42,6 @@ from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
-from saefast.ops import dispatch as ops
 from saefast.training.api import train
 from saefast.training.plan import make_plan
 from saefast.training.progress import read_metrics

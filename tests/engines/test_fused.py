@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saefast import extension
+from saefast import extension, ops
 from saefast.engines import fused, fused_pass
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.base import PARAMETERS
@@ -17,7 +17,6 @@ from saefast.engines.engine import StepStats
 from saefast.engines.fused import FusedEngine, uninterrupted
 from saefast.errors import InputError
 from saefast.models.sae import SAE
-from saefast.ops import dispatch as ops
 from saefast.ops import encoder, mixed
 from saefast.optim import reference as rows
 from saefast.optim.dispatch import row_ops

@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
+from saefast import ops
 from saefast.errors import InputError
+from saefast.models import sae as sae_module
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
-from saefast.ops import dispatch as ops
 
 
 def make(**changes):
@@ -179,3 +180,19 @@ def test_non_contiguous_inputs_are_served():
     expected = (x @ W.T + b).topk(4)
     torch.testing.assert_close(acts, expected.values.relu())
     assert torch.equal(idx.long(), expected.indices)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("rescale", [False, True])
+def test_mixed_precision_gives_the_same_code(activation, rescale, monkeypatch):
+    """On a dictionary whose rows bf16 holds exactly, so that candidates cannot be missed; the copy follows W_enc."""
+    monkeypatch.setattr(sae_module, "pays_off", lambda W: True)
+    config = SAEConfig(16, 200, 5, activation=activation, rescale_acts_by_decoder_norm=rescale)
+    sae, x = SAE(config, seed=1), torch.randn(30, 16).to(torch.bfloat16).float()
+    for _ in range(2):
+        with torch.no_grad():
+            sae.W_enc.copy_(torch.randn(200, 16).to(torch.bfloat16))
+        plain, mixed = sae.encode(x), torch.zeros(30, 200)
+        acts, idx = sae.encode_sparse(x, mixed=True)
+        mixed = mixed.scatter(1, idx.long(), acts.detach())
+        torch.testing.assert_close(mixed, plain.detach())

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 import saefast
 from saefast import ops
-from saefast.ops.encode_topk import EncodeTopK
+from saefast.ops.selected import Selected
 from saefast.ops.spmm import Spmm
 
 
@@ -87,7 +87,7 @@ def test_a_fused_step_builds_no_graph(monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("the fused engine asked autograd")
 
-    monkeypatch.setattr(EncodeTopK, "apply", refused)
+    monkeypatch.setattr(Selected, "apply", refused)
     monkeypatch.setattr(Spmm, "apply", refused)
     monkeypatch.setattr(torch.autograd, "grad", refused)
     monkeypatch.setattr(torch.Tensor, "backward", refused)
