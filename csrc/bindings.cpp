@@ -20,6 +20,7 @@
 #include "buffer.hpp"
 #include "gather.hpp"
 #include "mixed.hpp"
+#include "select_kth.hpp"
 #include "spmm.hpp"
 #include "tensors.hpp"
 #include "threshold.hpp"
@@ -325,6 +326,18 @@ saefast::Gathered make_gathered(handle W, handle idx, int n_threads) {
     return {weights.type, weights.at, L, D, entries, wide, B, K, n_threads};
 }
 
+void bind_select_kth(py::module_& m) {
+    m.def(
+        "select_kth",
+        [](handle keys, int64_t k) {
+            const int64_t n = length("keys", keys);
+            const auto* from = at<int32_t>("keys", keys, n);
+            py::gil_scoped_release release;
+            return saefast::select_kth(from, n, k);
+        },
+        "keys"_a, "k"_a);
+}
+
 void bind_spmm(py::module_& m) {
     m.def(
         "spmm",
@@ -410,6 +423,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
     bind_gather(m);
     bind_encode(m);
+    bind_select_kth(m);
     bind_spmm(m);
     bind_row_operations(m);
     bind_buffer(m);

@@ -200,6 +200,8 @@ def batch_sums(D: int) -> BatchSums:
 
 # Entries that one program of fill_entries writes, and rows that one of mark_rows marks.
 ENTRIES = 1024
+# Keys that one program of select_kth looks at.
+SELECT_KEYS = 2048
 # Entries of a group that sum_groups adds at a time.
 SUMMED = 32
 # Entries of a group that one program adds up; part of the order of additions, so of the bits.

@@ -73,7 +73,16 @@ METHODS = {"gather", "push", "read", "write"}
 # What these give has methods that take tensors as well.
 WITH_METHODS = {"RowStream", "Sources", "ThresholdCode", "open_files", "open_queue"}
 # With a smaller tensor these have less to do, or enough left. A RowGradient is held against its matrix in a job.
-MAY_SHRINK = {"AdamStep", "RowGradient", "catch_up", "batch_sums", "normalise_rows", "read", "weighted_row_sum"}
+MAY_SHRINK = {
+    "AdamStep",
+    "RowGradient",
+    "catch_up",
+    "batch_sums",
+    "normalise_rows",
+    "read",
+    "select_kth",
+    "weighted_row_sum",
+}
 
 
 def wrong_tensors(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -135,6 +144,7 @@ def use_everything(folder: Path) -> list[Tensor]:
         step.finish()
         found += [p.detach().clone() for p in sae.parameters()]
     acts, idx = ops.encode_topk(x, found[0], found[2], 3)
+    found += ops.encode_batch_topk(x, found[0], found[2], 3)
     found += [acts, idx, *ops.threshold_encode(x, found[0], found[2], 0.5), ops.sddmm(x, idx, found[1])]
     found += [ops.spmm(acts, idx, found[1]), gather.gather_rows(x, idx[:, 0].long())]
     found.append(gather.RowTable([x[:50], x[50:]]).gather(torch.arange(96)))

@@ -14,14 +14,19 @@ Backend = Literal["triton", "native", "reference"]
 NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def backend(x: Tensor) -> Backend:
+def backend(x: Tensor, served: tuple[torch.dtype, ...] = NATIVE) -> Backend:
     """What serves tensors like x: kernels for CUDA tensors, C++ for CPU tensors, plain torch for everything else.
 
     Plain torch serves float64 too, and stands in where Triton is not installed or the extension was not built.
+
+    Args:
+        served: the dtypes that kernels and C++ take, where they are not the ops' floats.
     """
-    if x.is_cuda and x.dtype != torch.float64 and _has_triton():
+    if x.dtype not in served:
+        return "reference"
+    if x.is_cuda and _has_triton():
         return "triton"
-    if x.device.type == "cpu" and x.dtype in NATIVE and extension.available():
+    if x.device.type == "cpu" and extension.available():
         return "native"
     return "reference"
 

@@ -119,6 +119,10 @@ def threshold_encode(
     return row_ptr, idx, acts
 
 
+def select_kth(keys: Tensor, k: int) -> Tensor:
+    return torch.tensor(_built().select_kth(keys, k), dtype=torch.int32, device="cpu")
+
+
 def spmm(acts: Tensor, idx: Tensor, W: Tensor) -> Tensor:
     """`reference.spmm`, W's rows gathered once and summed in fp32 in the order of j."""
     if W.dtype not in NATIVE:

@@ -113,6 +113,63 @@ def stable_topk(values: Tensor, k: int) -> Tensor:
     return ((ordered << 32) | (0x7FFFFFFF - columns)).topk(k, dim=1).indices
 
 
+def positive_keys(values: Tensor) -> Tensor:
+    """Integers in the order of floats, none negative: 0 for all that are not positive, NaN above +inf.
+
+    int32 for fp32 and int64 for fp64, so that a key says all of its value's bits.
+    """
+    kind = torch.int64 if values.dtype == torch.float64 else torch.int32
+    # The bits of positive floats, read as an integer, are in their order.
+    bits = torch.where(values > 0, values, 0).view(kind)
+    return torch.where(values.isnan(), torch.iinfo(kind).max, bits)
+
+
+def select_kth(keys: Tensor, k: int) -> Tensor:
+    """The k-th largest of keys (n,), integers of which none is negative, 0-d; 0 where there are fewer."""
+    return keys.kthvalue(len(keys) - k + 1).values if k <= len(keys) else keys.new_zeros(())
+
+
+def encode_batch_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *, scale: Tensor | None = None, chunk: int = 4096
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k · B largest positive pre-activations of the whole batch, as CSR (BatchTopK: arXiv 2412.06410).
+
+    Ties go to the lower row, then to the lower latent; NaN ranks above +inf and counts as positive. Memory is
+    O(B · (chunk + k)).
+
+    Args:
+        scale: (L,) positive; ranks by scale · pre, returns pre. The rest as `encode_topk`.
+
+    Returns:
+        row_ptr (B + 1,) int32, and the entries of each row as `encode_topk` orders them: idx (B · k,) int32 and acts
+        (B · k,) in the accumulation dtype. Where fewer are positive, the rest is 0 and belongs to no row.
+    """
+    (B, L), n, dtype = (x.shape[0], W_enc.shape[0]), k * x.shape[0], accumulate_dtype(x.dtype)
+    acts = rank = x.new_empty(0, dtype=dtype)
+    place = torch.empty(0, dtype=torch.int64, device=x.device)
+    for start in range(0, L, chunk):
+        part = slice(start, min(start + chunk, L))
+        pre = pre_activations(x, W_enc[part], None if b_enc is None else b_enc[part])
+        by = pre if scale is None else pre * scale[part].to(dtype)
+        row, column = torch.nonzero(~(by.detach() <= 0), as_tuple=True)
+        place = torch.cat([place, row * L + column + start])
+        acts, rank = torch.cat([acts, pre[row, column]]), torch.cat([rank, by[row, column]])
+        # By place, and then stably by rank, NaN first.
+        order = place.argsort()
+        order = order[rank.detach()[order].argsort(descending=True, stable=True)][:n]
+        place, acts, rank = place[order], acts[order], rank[order]
+    row = place // L
+    order = row.argsort(stable=True)
+    row_ptr = torch.zeros(B + 1, dtype=torch.int32, device=x.device)
+    torch.cumsum(torch.bincount(row, minlength=B), 0, dtype=torch.int32, out=row_ptr[1:])
+    padding = n - len(order)
+    return (
+        row_ptr,
+        torch.nn.functional.pad((place % L)[order].int(), (0, padding)),
+        torch.nn.functional.pad(acts[order], (0, padding)),
+    )
+
+
 def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | float, *, chunk: int = 4096
 ) -> tuple[Tensor, Tensor, Tensor]:

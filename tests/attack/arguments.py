@@ -219,6 +219,11 @@ def _ops() -> list[Call]:
             odd_encoder | dict.fromkeys(("k", "relu", "method", "precision", "max_scratch_bytes"), odd.VALUES)
             | {"latents": odd.VALUES | odd.tensors(latents), "scale": odd.VALUES | odd.tensors(b.abs())},
         ),
+        Call(
+            "ops.encode_batch_topk", ops.encode_batch_topk, encoder | {"k": lambda: 3},
+            odd_encoder | {"k": odd.VALUES, "scale": odd.VALUES | odd.tensors(b.abs()),
+                           "W_low": odd.VALUES | odd.tensors(W)},
+        ),
         Call("ops.threshold_encode", ops.threshold_encode, encoder | {"threshold": lambda: 0.5},
              odd_encoder | {"threshold": odd.VALUES | odd.tensors(b)}),
         Call("ops.spmm", ops.spmm, pair | {"W": lambda: W}, odd_pair | {"W": matrices["W"]}),

@@ -130,6 +130,12 @@ def move_fill_csr(f: Far) -> None:
     f.by_program(-(-f.groups // f["VISIT"]), counts_ptr=f.groups, ends_ptr=f.groups, scratch_ptr=f["stride"])
 
 
+def move_count_from(f: Far) -> None:
+    block = f["BLOCK"]
+    f.by_program(1, ENTRIES // block, keys_ptr=block, out_ptr=16)
+    f.number(f.rows * block, "n")
+
+
 def move_source(f: Far) -> None:
     """Entries, and the rows that they weigh: their own numbers where no tensor says which."""
     f.number(ENTRIES, "offsets_ptr")
@@ -200,6 +206,7 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "tiles_library": move_tiles,
     "merge_topk": move_merge_topk,
     "fill_csr": move_fill_csr,
+    "count_from": move_count_from,
     "piece_sums": move_piece_sums,
     "mark_rows": move_mark_rows,
     "batch_sums": move_batch_sums,
@@ -210,11 +217,13 @@ MOVES: dict[str, Callable[[Far], None]] = {
         move_rows,
     ),
 }
-# What depends on row numbers otherwise: rounding by random bits of theirs, and scratch that holds columns in keys.
+# What depends on row numbers otherwise: rounding by random bits of theirs, scratch that holds columns in keys, and what
+# the first program alone writes.
 OTHERWISE = {
     "lean_settle_rows": ("w_ptr",),
     "lean_row_update": ("w_ptr", "m_ptr"),
     "merge_topk": ("keys_ptr",),
+    "count_from": ("found_ptr",),
 }
 
 

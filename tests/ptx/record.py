@@ -27,7 +27,14 @@ from ptx.emulate import as_on_a_gpu
 from ptx.scenes import RECIPES, Sizes, encoding, soon, training
 from saefast import kernels
 from saefast.kernels import tuning
-from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops import (
+    reference,
+    triton_encode_topk,
+    triton_sddmm,
+    triton_select_kth,
+    triton_spmm,
+    triton_threshold_encode,
+)
 from saefast.ops.code import Code, Prefixes
 from saefast.ops.groups import Groups
 from saefast.optim import reference as rows
@@ -166,6 +173,7 @@ def encodes() -> None:
     encoding(torch.bfloat16, "fused", 4096, L=MANY)
     encoding(torch.bfloat16, "chunked", 768, L=MANY)
     encoding(torch.float32, "chunked", 4096, L=MANY)
+    triton_select_kth.select_kth(torch.zeros(5000, dtype=torch.int32), 7)
     for k in (8, 256):
         best(torch.bfloat16, 16, k, L=96 * k + 8192)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,7 @@ from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.kernels import tuning
 from saefast.models.sae import SAE
-from saefast.ops import triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops import triton_encode_topk, triton_sddmm, triton_select_kth, triton_spmm, triton_threshold_encode
 from saefast.ops.code import Code, Prefixes
 from saefast.optim import triton as rows_triton
 from saefast.optim import triton_batch
@@ -98,6 +98,12 @@ def decoding_csr(D: int = 300, L: int = 64) -> None:
         found = rows_triton.decode_loss(x, code, W, x[0], prefixes, torch.empty(len(prefixes.bounds), *x.shape))
         grouped = triton_batch.group_entries(torch.cat([idx, idx[:8]]), torch.arange(69) != 58, L)
         rows_triton.fill_entries(grouped, [(code, found.grad_acts), (more, more.acts)], prefixes, L)
+
+
+def selecting() -> None:
+    """The k-th largest of keys that several programs look at."""
+    keys = torch.randint(0, 2**31 - 1, (tuning.SELECT_KEYS + 900,), dtype=torch.int32)
+    assert int(triton_select_kth.select_kth(keys, 600)) == int(keys.sort(descending=True).values[599])
 
 
 def encoding(dtype: torch.dtype, method: str, D: int = 48, k: int = 8, L: int = 300, precision: str = "ieee") -> None:
