@@ -202,17 +202,6 @@ def test_the_derivative_is_that_of_the_dense_form() -> None:
         torch.testing.assert_close(a, c, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_to_the_longest_row() -> None:
-    acts, row_ptr = torch.tensor([3.0, 1.0, 2.0, 0.0], requires_grad=True), torch.tensor([0, 0, 2, 3]).int()
-    wide = Code(acts, torch.tensor([7, 4, 5, 0]).int(), row_ptr).padded()
-    assert wide.acts.tolist() == [[0, 0], [3, 1], [2, 0]]
-    assert wide.idx.tolist() == [[0, 0], [7, 4], [5, 0]]
-    assert wide.idx.dtype == torch.int32
-    wide.acts.sum().backward()
-    assert acts.grad.tolist() == [1, 1, 1, 0]
-    assert wide.padded() is wide
-
-
 W4 = torch.zeros(9, 4)
 
 

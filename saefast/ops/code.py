@@ -42,19 +42,6 @@ class Code(NamedTuple):
             return entries - self.tokens() * self.idx.shape[1]
         return entries - self.row_ptr[self.tokens()]
 
-    def padded(self) -> "Code":
-        """The same with as many entries in every row as the longest one has: act 0 and idx 0 beyond the row's own.
-
-        Differentiable in acts. The host waits for a GPU, to learn how many that are.
-        """
-        if self.row_ptr is None:
-            return self
-        counts, device = self.row_ptr.diff(), self.idx.device
-        columns = torch.arange(int(counts.max()) if self.rows else 0, device=device)
-        there = columns < counts[:, None]
-        place = torch.where(there, self.row_ptr[:-1, None] + columns, 0)
-        return Code(torch.where(there, self.acts[place], 0), torch.where(there, self.idx[place], 0).int())
-
 
 class Prefixes(NamedTuple):
     """P nested parts of a code, each of which reconstructs the input: prefix p decodes entries of prefixes 0 to p.

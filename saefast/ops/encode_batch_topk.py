@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.ops import checks
-from saefast.ops.code import Code
+from saefast.ops.code import Code, padded
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.mixed import encode_topk_mixed
 from saefast.ops.reference import positive_keys
@@ -45,7 +45,7 @@ def encode_batch_topk(
         x: (B, D) float. W_enc: (L, D), x's dtype and device. b_enc: (L,) float, or None.
         k: entries a row on average, 1 <= k <= L.
         scale: (L,) positive floats: ranks by scale · pre, returns pre. Gets no gradient.
-        W_low: (L, D) bf16, the rounded copy of W_enc fp32: chooses candidates (`mixed.encode_topk_mixed`).
+        W_low: (L, D) bf16, the rounded copy of W_enc: chooses candidates (`mixed.encode_topk_mixed`). x is fp32 then.
 
     Returns:
         A CSR code of k · B entries, those of a row in the order of `encode_topk`. Where fewer are positive, the rest is
@@ -54,7 +54,8 @@ def encode_batch_topk(
     Raises:
         InputError: a shape, dtype, device or k that cannot be served.
     """
-    L = checks.encoder(x, W_enc, b_enc)
+    # Two precisions meet where there is a W_low.
+    L = checks.encoder(x if W_low is None else x.to(W_enc.dtype), W_enc, b_enc)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= L:
         raise InputError(f"k is {k!r}: expected an int between 1 and n_latents = {L}")
     if k * x.shape[0] >= 2**31:
@@ -62,7 +63,7 @@ def encode_batch_topk(
     if scale is not None:
         checks.vector("scale", scale, W_enc)
     if W_low is not None:
-        _check_low(W_low, W_enc, b_enc)
+        _check_low(x, W_low, W_enc, b_enc)
 
     def encode(rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -78,13 +79,13 @@ def encode_batch_topk(
     return code
 
 
-def _check_low(W_low: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
+def _check_low(x: Tensor, W_low: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
     checks.dense(W_low=W_low)
-    fits = W_low.shape == W_enc.shape and W_low.device == W_enc.device and W_enc.dtype == torch.float32
+    fits = W_low.shape == W_enc.shape and W_low.device == W_enc.device and x.dtype == torch.float32
     if not fits or W_low.dtype not in (torch.bfloat16, torch.float16) or b_enc is None:
         raise InputError(
-            f"W_low is {checks.of(W_low)} and W_enc {checks.of(W_enc)}: expected W_enc in fp32, its rounded copy in "
-            "bfloat16, and a b_enc beside them"
+            f"W_low is {checks.of(W_low)}, x {checks.of(x)} and W_enc {checks.of(W_enc)}: expected the rounded copy of "
+            "W_enc in bfloat16, x in float32, and a b_enc beside them"
         )
 
 
@@ -173,8 +174,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc = ctx.saved_tensors
-        grad, idx, _ = ctx.code._replace(acts=grads[0]).padded()
         L = W_enc.shape[0]
+        grad, idx, _ = padded(ctx.code._replace(acts=grads[0]), L)
         grad_x = spmm(grad, idx, W_enc).to(x.dtype) if ctx.needs_input_grad[0] else None
         grad_W = spmm_t(grad, idx, x, L).to(W_enc.dtype) if ctx.needs_input_grad[1] else None
         grad_b = sum_by_latent(grad, idx, L).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None

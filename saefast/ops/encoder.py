@@ -1,14 +1,14 @@
 """Encoder: one batch and the weights that it meets, for an architecture's rule to make a code of."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saefast.ops import mixed
-from saefast.ops.batch_topk import encode_batch_topk
 from saefast.ops.code import Code
+from saefast.ops.encode_batch_topk import encode_batch_topk
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.threshold_encode import threshold_encode
 
@@ -37,12 +37,8 @@ class Encoder:
         return Code(*mixed.encode_topk_mixed(self.x, self.shadow, self.W_enc, self.b_enc, k, **options))
 
     def batch_topk(self, k: int) -> Code:
-        """The k · B best of the batch that are positive, CSR; see `saefast.ops.batch_topk`."""
-
-        def encode(width: int, rows: Tensor | None) -> Code:
-            return (self if rows is None else replace(self, x=self.x[rows])).topk(width)
-
-        return encode_batch_topk(encode, len(self.x), k, len(self.W_enc), self.scale)
+        """The k · B best of the batch that are positive, CSR; see `saefast.ops.encode_batch_topk`."""
+        return encode_batch_topk(self.x, self.W_enc, self.b_enc, k, scale=self.scale, W_low=self.shadow)
 
     def above(self, threshold: Tensor) -> Code:
         """Every entry whose ranked value is above a threshold (0-d, at least 0), CSR, latents ascending in a row."""
