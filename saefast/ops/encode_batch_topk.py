@@ -8,7 +8,7 @@ take memory of O(k · B) whatever the data: never B · L.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from saefast.ops.encode_topk import encode_topk
 from saefast.ops.mixed import encode_topk_mixed
 from saefast.ops.reference import positive_keys
 from saefast.ops.select_kth import select_kth
-from saefast.ops.spmm import spmm
-from saefast.ops.spmm_t import spmm_t
-from saefast.ops.sum_by_latent import sum_by_latent
+from saefast.ops.selected import selected
 from saefast.typed import typed
 
 # (x (m, D), k) -> acts (m, k) that no ReLU has clipped, idx (m, k) int32: in `encode_topk`'s order and as exact.
@@ -74,9 +72,12 @@ def encode_batch_topk(
             return encode_topk(rows, W_enc, b_enc, wanted, scale=scale, relu=False)
 
     code = batch_topk(encode, x.detach().contiguous(), k, L, scale)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc)):
-        return code._replace(acts=_Differentiable.apply(x, W_enc, b_enc, code))
-    return code
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc))):
+        return code
+    assert code.row_ptr is not None
+    n = int(code.row_ptr[-1])
+    acts = selected(x, W_enc, b_enc, padded(code, L))[code.tokens()[:n], code.columns()[:n]]
+    return code._replace(acts=torch.nn.functional.pad(acts, (0, len(code.acts) - n)))
 
 
 def _check_low(x: Tensor, W_low: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
@@ -160,23 +161,3 @@ def _collected(found: list[_Candidates], counts: Tensor, n: int) -> Code:
         place = torch.where(column < counts[c.rows][:, None], row_ptr[c.rows][:, None] + column, n).flatten()
         acts[place], idx[place] = c.acts.flatten(), c.idx.flatten()
     return Code(acts[:n], idx[:n], row_ptr)
-
-
-class _Differentiable(torch.autograd.Function):
-    """The activations of a code with their derivative: of its entries, as all of them are positive."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code) -> Tensor:
-        ctx.save_for_backward(x, W_enc)
-        ctx.code, ctx.b_dtype = code, None if b_enc is None else b_enc.dtype
-        return code.acts.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc = ctx.saved_tensors
-        L = W_enc.shape[0]
-        grad, idx, _ = padded(ctx.code._replace(acts=grads[0]), L)
-        grad_x = spmm(grad, idx, W_enc).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_W = spmm_t(grad, idx, x, L).to(W_enc.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = sum_by_latent(grad, idx, L).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_W, grad_b, None
