@@ -34,7 +34,7 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
     """
     backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     stages.watch(mixed, ["encode_topk_mixed"], encode_label)
-    stages.watch(encoder, ["encode_topk"], encode_label)
+    stages.watch(encoder, ["encode_topk", "encode_batch_topk"], encode_label)
     stages.watch(backend, row_functions(backend))
     found: list[dict[str, float]] = []
     try:

@@ -140,10 +140,12 @@ def test_a_failing_case_stops_no_other_and_is_a_line(
     assert "out of something" in capsys.readouterr().err
 
 
-def test_the_step_by_stage_adds_up() -> None:
+@pytest.mark.parametrize("kind", [step.Kind(), BATCH])
+def test_the_step_by_stage_adds_up(kind: step.Kind) -> None:
     shape = step.Shape(16, 24, 256, 4)
-    table = step.by_stage(step.new_engine(shape, "cpu"), step.batches(shape.B, shape.D, "cpu"), "cpu", 1)
+    table = step.by_stage(step.new_engine(shape, "cpu", kind), step.batches(shape.B, shape.D, "cpu"), "cpu", 1)
     whole = table.pop("whole step")
     assert sum(table.values()) == pytest.approx(whole)
     assert {"update_rows", "decode_loss", "rest"} <= table.keys()
     assert any(name.startswith("encode_topk") for name in table)
+    assert ("encode_batch_topk" in table) == (kind == BATCH)
