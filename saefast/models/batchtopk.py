@@ -14,6 +14,7 @@ from torch import Tensor
 from saefast.errors import InputError
 from saefast.models.architecture import Architecture, smallest_positive
 from saefast.ops.code import Code
+from saefast.ops.encode_batch_topk import ROOM
 from saefast.ops.encoder import Encoder
 
 UNSET = -1.0
@@ -61,6 +62,9 @@ class BatchTopK(Architecture):
 
     def buffers(self) -> dict[str, Tensor]:
         return {"threshold": torch.tensor(UNSET, dtype=torch.float32, device="cpu")}
+
+    def ranked(self, train: Any) -> int:
+        return min(ROOM * self.config.k, self.config.n_latents)
 
     def code(self, encoder: Encoder, train: Any) -> Code:
         return encoder.batch_topk(self.config.k)

@@ -16,6 +16,7 @@ from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.training.loop import fold
+from saefast.training.plan import Sizes, memory_of
 
 D, L, K, B = 12, 48, 3, 40
 
@@ -211,6 +212,14 @@ def test_the_threshold_keeps_its_precision_where_weights_lose_theirs() -> None:
 def test_settings_out_of_bounds(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         saefast.TrainConfig(**changes)
+
+
+def test_the_plan_counts_what_the_encoder_ranks() -> None:
+    sizes = Sizes.of(SAEConfig(768, 1 << 15, 64, activation="batchtopk"), saefast.TrainConfig())
+    assert (sizes.k, sizes.ranked) == (64, 4 * 64)
+    plain = sizes._replace(ranked=None)
+    assert memory_of(sizes, "h200")["encoder scratch"] > memory_of(plain, "h200")["encoder scratch"]
+    assert memory_of(sizes, "h200")["sparse code"] == memory_of(plain, "h200")["sparse code"]
 
 
 def test_multi_topk_has_no_meaning_here() -> None:
