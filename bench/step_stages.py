@@ -4,6 +4,7 @@ Names come from the modules themselves, so a function that a step gains is found
 between them counts as "rest".
 """
 
+import sys
 from inspect import isfunction
 from statistics import median
 from types import ModuleType
@@ -35,6 +36,8 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
     backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     stages.watch(mixed, ["encode_topk_mixed"], encode_label)
     stages.watch(encoder, ["encode_topk", "encode_batch_topk"], encode_label)
+    # The choice over a batch encodes row by row: what is left under its own name is the choice.
+    stages.watch(sys.modules["saefast.ops.encode_batch_topk"], ["encode_topk", "encode_topk_mixed"], encode_label)
     stages.watch(backend, row_functions(backend))
     found: list[dict[str, float]] = []
     try:
