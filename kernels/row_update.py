@@ -91,31 +91,6 @@ def piece_sums(
 
 
 @triton.jit
-def gradient_rows(
-    source_ptr,
-    offsets_ptr,
-    row_ptr,
-    coef_ptr,
-    pieces_ptr,
-    first_ptr,
-    out_ptr,  # (n, D) fp32
-    D,
-    BLOCK_D: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """The gradient rows themselves, for rows that are too wide for what follows."""
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(D, BLOCK_D)
-    r = pid // blocks
-    offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_d = offs_d < D
-    g = group_gradient(
-        source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
-    )
-    tl.store(out_ptr + r * D + offs_d, g, mask=mask_d)
-
-
-@triton.jit
 def unit(w):
     """w at unit norm, as saefast.optim.lean.unit."""
     return tl.div_rn(w, tl.maximum(tl.sqrt_rn(tl.sum(w * w, 0)), 1.1920928955078125e-07))
@@ -181,7 +156,7 @@ def store_weights(w, w_ptr, shadow_ptr, norms_ptr, i, at, mask_d):
 
 
 @triton.jit
-def gradient_squares(
+def gradient_rows(
     source_ptr,
     offsets_ptr,
     row_ptr,
@@ -189,28 +164,32 @@ def gradient_squares(
     pieces_ptr,
     first_ptr,
     rows_ptr,  # (n,) int32, or None
-    w_ptr,  # (R, D), fp32 or bf16
-    squares_ptr,  # (n, blocks) out
+    w_ptr,  # (R, D), fp32 or bf16, or None: nothing is projected
+    out_ptr,  # (n, D) fp32 out, or None
+    squares_ptr,  # (n, blocks) fp32 out, or None
     D,
     PROJECT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Σ grad² of every row and block, after projection."""
+    """Gradient rows where they, or Σ grad² of every row and block after projection, are all that is wanted."""
     pid = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(D, BLOCK_D)
     r = pid // blocks
     offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    i = row_of(rows_ptr, r)
     g = group_gradient(
         source_ptr, offsets_ptr, row_ptr, coef_ptr, pieces_ptr, first_ptr, r, D, offs_d, mask_d, BLOCK_D, UNROLL
     )
-    if PROJECT:
-        # A row that is not there has no entry either: nothing to project.
-        mask_d = mask_d & (i >= 0)
-        g = project_out(g, tl.load(w_ptr + i * D + offs_d, mask=mask_d, other=0.0).to(tl.float32))
-    tl.store(squares_ptr + pid, tl.sum(g * g, 0))
+    if out_ptr is not None:
+        tl.store(out_ptr + r * D + offs_d, g, mask=mask_d)
+    if squares_ptr is not None:
+        if PROJECT:
+            i = row_of(rows_ptr, r)
+            # A row that is not there has no entry either: nothing to project.
+            w = tl.load(w_ptr + i * D + offs_d, mask=mask_d & (i >= 0), other=0.0)
+            g = project_out(g, w.to(tl.float32))
+        tl.store(squares_ptr + pid, tl.sum(g * g, 0))
 
 
 @triton.jit(do_not_specialize=["until", "log1", "log2"])

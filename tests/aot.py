@@ -125,7 +125,6 @@ GATHERED = {
     "decode_loss_csr": ("W_ptr", "BLOCK_K"),
     "piece_sums": ("source_ptr", "UNROLL"),
     "gradient_rows": ("source_ptr", "UNROLL"),
-    "gradient_squares": ("source_ptr", "UNROLL"),
     "row_update": ("source_ptr", "UNROLL"),
     "lean_row_update": ("source_ptr", "UNROLL"),
 }

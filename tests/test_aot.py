@@ -35,7 +35,6 @@ REGISTERS = {
     "decode_loss": 128,
     "decode_loss_csr": 128,
     "row_update": 128,
-    "gradient_squares": 112,
     "settle_rows": 112,
     "piece_sums": 80,
     "gradient_rows": 112,
@@ -55,7 +54,7 @@ if IS_NEWER:
     REGISTERS |= {"tiles_library scale": 176, "sddmm bf16 fp32": 96}
 SPILLS = {(100, "tiles_descriptor half (128, 128, 64, 8, 3, 1) group=32 scale"): 2} if IS_NEWER else {}
 TENSOR_CORES = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA", "UTCMMA"}, 120: {"HMMA"}}
-ROWS = ("row_update", "gradient_squares", "gradient_rows", "piece_sums", "lean_row_update")
+ROWS = ("row_update", "gradient_rows", "piece_sums", "lean_row_update")
 SETTLE = ("settle_rows", "lean_settle_rows")
 GATHERS = ("spmm", "sddmm", "merge_topk", "fill_csr", "tiles_library", "decode_loss", "batch_sums", *SETTLE, *ROWS)
 
@@ -196,7 +195,6 @@ def test_a_new_batch_or_chunk_compiles_nothing_new(compiled):
         "mark_rows": [],
         "piece_sums": ["D"],
         "gradient_rows": ["D"],
-        "gradient_squares": ["D"],
         "settle_rows": ["D"],
         "row_update": ["D"],
         "lean_settle_rows": ["D"],

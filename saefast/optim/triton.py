@@ -149,8 +149,8 @@ def gradient_squares(job: Job) -> None:
         return
     config, D = _config(job.matrix, job.step), job.matrix.w.shape[1]
     with on_device(squares):
-        row_kernels.gradient_squares[(squares.numel(),)](
-            *_gradient(job.gradient, pieces), job.rows, job.matrix.w, squares, D, PROJECT=job.step.project,
+        row_kernels.gradient_rows[(squares.numel(),)](
+            *_gradient(job.gradient, pieces), job.rows, job.matrix.w, None, squares, D, PROJECT=job.step.project,
             UNROLL=config.unroll, **_options(config),
         )  # fmt: skip
     torch.sum(squares, dim=1, out=job.squares)
@@ -256,8 +256,9 @@ def _wide(prepared: Prepared) -> Iterator[tuple[Job, Tensor]]:
         cut = pieces and pieces._replace(first=pieces.first[part.start :])
         with on_device(grad):
             row_kernels.gradient_rows[(len(rows) * triton.cdiv(D, config.block_d),)](
-                *_gradient(gradient, cut), grad, D, UNROLL=config.unroll, **_options(config)
-            )
+                *_gradient(gradient, cut), None, None, grad, None, D, PROJECT=False, UNROLL=config.unroll,
+                **_options(config),
+            )  # fmt: skip
         yield job._replace(rows=rows, squares=job.squares[part]), grad
 
 

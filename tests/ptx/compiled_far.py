@@ -54,7 +54,7 @@ SCENES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "chunked encode": (lambda: encoding(torch.float32, "chunked"), {"tiles_library", "merge_topk", "fill_csr"}),
     "clipped": (
         training("hot"),
-        {"decode_loss", "gradient_squares", "row_update", "settle_rows", "piece_sums"},
+        {"decode_loss", "gradient_rows", "row_update", "settle_rows", "piece_sums"},
     ),
     "selection": (selecting, {"count_from"}),
     "rows of any length": (decoding_csr, {"decode_loss_csr", "fill_entries", "sum_groups"}),

@@ -213,7 +213,7 @@ MOVES: dict[str, Callable[[Far], None]] = {
     "fill_entries": move_fill_entries,
     "sum_groups": move_sum_groups,
     **dict.fromkeys(
-        ("gradient_rows", "gradient_squares", "settle_rows", "row_update", "lean_settle_rows", "lean_row_update"),
+        ("gradient_rows", "settle_rows", "row_update", "lean_settle_rows", "lean_row_update"),
         move_rows,
     ),
 }
