@@ -302,10 +302,11 @@ def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) ->
         config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    empty = SAE(config, device="meta")
-    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    L, D = config.n_latents, config.d_in
+    parameters: dict[str, tuple[int, ...]] = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+    expected = parameters | {name: tuple(b.shape) for name, b in config.architecture().buffers().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {tensors[name].dtype for name, _ in empty.named_parameters() if name in tensors}
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name in parameters}
     names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]
     if expected != found or not names:
         kinds = ", ".join(map(str, dtypes))
