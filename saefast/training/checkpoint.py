@@ -11,7 +11,8 @@ the rest to the other, and floats come back as the same bits. A digest covers ev
 checkpoint can be used, but it is not the one that the run would return there: rows that had no gradient may still
 have to be settled, which the engine's `finish` does.
 
-Version 1 had no digest over state.json, so its numbers cannot be checked: it is refused.
+Older versions are refused: version 1 had no digest over state.json, so its numbers cannot be checked; version 2 named
+two biases where this one holds all that depends on the scale of inputs.
 """
 
 import hashlib

@@ -216,8 +216,8 @@ HEADS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a tensor without a name": lambda head: head["state"].update(tensor={"__tensor__": [1]}),
     "no scale": lambda head: head["state"].pop("scale"),
     "scale a string": lambda head: head["state"].update(scale="1"),
-    "the version before": lambda head: head.update(version=1),
-    "a version to come": lambda head: head.update(version=3),
+    "the version before": lambda head: head.update(version=checkpoint.VERSION - 1),
+    "a version to come": lambda head: head.update(version=checkpoint.VERSION + 1),
 }
 
 
@@ -242,7 +242,7 @@ def test_checkpoints_of_version_1_are_refused_by_their_version(tmp_path: Path) -
     head = json.loads((path / "state.json").read_text())
     del head["sha256"]
     (path / "state.json").write_text(json.dumps(head | {"version": 1}, indent=2))
-    with pytest.raises(InputError, match="is of version 1, expected 2"):
+    with pytest.raises(InputError, match="is of version 1, expected 3"):
         checkpoint.load(path)
     with pytest.warns(RuntimeWarning), pytest.raises(InputError, match=r"1 checkpoints, all damaged .*is of version 1"):
         checkpoint.latest(tmp_path)
