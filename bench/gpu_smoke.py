@@ -14,8 +14,16 @@ from torch import Tensor
 from bench.cases import Case, Settings
 from bench.gpu_smoke_rows import OPERATIONS, row_operation
 from bench.gpu_smoke_steps import STEPS, three_steps
+from saefast import ops
 from saefast.kernels import tuning
-from saefast.ops import reference, triton_encode_topk, triton_sddmm, triton_spmm, triton_threshold_encode
+from saefast.ops import (
+    reference,
+    triton_encode_topk,
+    triton_sddmm,
+    triton_select_kth,
+    triton_spmm,
+    triton_threshold_encode,
+)
 from saefast.ops.code import Code, Prefixes
 from saefast.ops.reference import stable_topk
 from saefast.optim import reference as rows
@@ -77,6 +85,9 @@ def ops_at(size: Size, settings: Settings) -> Iterator[Named]:
     yield "encode_topk scaled", lambda: encode(size, half, device, scaled=True)
     yield "encode_topk of a list", lambda: encode(size, half, device, listed=True)
     yield "decode_loss", lambda: decode_loss(size, device)
+    yield "decode_loss csr", lambda: decode_loss(size, device, csr=True)
+    yield "select_kth", lambda: select_kth(size, device)
+    yield "encode_batch_topk", lambda: encode_batch_topk(size, device)
     n = min(size.L // 4, 2000)
     for kind in ("adam", "lean"):
         for name in OPERATIONS:
@@ -161,16 +172,39 @@ def spmm_t(size: Size, dtype: torch.dtype, device: str) -> dict[str, Any]:
     return close(triton_spmm.spmm_t(acts, idx, x, *args), plain, truth)
 
 
-def decode_loss(size: Size, device: str) -> dict[str, Any]:
+def decode_loss(size: Size, device: str, csr: bool = False) -> dict[str, Any]:
+    """csr: as many entries a row as fall to it, and prefixes by latent."""
     (acts, idx), x = code(size, device), torch.randn(size.B, size.D, device=device)
     W, b = torch.randn(size.L, size.D, device=device), torch.randn(size.D, device=device)
+    given, prefixes = Code(acts, idx), Prefixes([size.k], [0.5])
+    if csr:
+        ends = torch.randint(acts.numel(), (size.B - 1,), device=device).sort().values
+        row_ptr = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), acts.numel() - 1)]).int()
+        acts[-1, -1] = 0  # padding
+        given = Code(acts.flatten(), idx.flatten(), row_ptr)
+        prefixes = Prefixes([size.L // 3, size.L], [0.5, 0.25], by_latent=True, main=1)
 
     def run(module: Any, dtype: torch.dtype) -> list[Tensor]:
-        residual = torch.zeros(1, size.B, size.D, dtype=dtype, device=device)
-        found = module.decode_loss(
-            x.to(dtype), Code(acts.to(dtype), idx), W.to(dtype), b.to(dtype), Prefixes([size.k], [0.5]), residual
-        )
+        residual = torch.zeros(len(prefixes.bounds), size.B, size.D, dtype=dtype, device=device)
+        at = given._replace(acts=given.acts.to(dtype))
+        found = module.decode_loss(x.to(dtype), at, W.to(dtype), b.to(dtype), prefixes, residual)
         return [residual, found.squares, found.grad_acts]
 
     ours, plain, truth = run(rows_triton, torch.float32), run(rows, torch.float32), run(rows, torch.float64)
     return worst(*(close(*three) for three in zip(ours, plain, truth, strict=True)))
+
+
+def select_kth(size: Size, device: str) -> dict[str, Any]:
+    keys = reference.positive_keys(torch.randn(4 * size.B * size.k, device=device))
+    return exact(triton_select_kth.select_kth(keys, size.B * size.k), keys.sort().values[-size.B * size.k])
+
+
+def encode_batch_topk(size: Size, device: str) -> dict[str, Any]:
+    """One row holds more than all the others, so that some are encoded again."""
+    x, W = (integers(n, size.D, dtype=torch.float32, device=device) for n in (size.B, size.L))
+    x[1] *= 16
+    b = torch.randint(-3, 4, (size.L,), device=device).float()
+    row_ptr, idx, acts = reference.encode_batch_topk(x, W, b, size.k)
+    found = ops.encode_batch_topk(x, W, b, size.k)
+    assert found.row_ptr is not None
+    return worst(exact(found.row_ptr, row_ptr), exact(found.idx, idx), exact(found.acts, acts))

@@ -94,7 +94,7 @@ def interpret() -> set[str]:
     interp.speed_up()
     # As on a GPU: candidates come from bf16 products, and no C++ takes them over.
     mixed.pays_off = lambda W: W.dtype == torch.float32
-    backends.backend = lambda t: "reference" if t.dtype == torch.float64 else "triton"
+    backends.backend = lambda t, served=backends.NATIVE: "triton" if t.dtype in served else "reference"
     return launches()
 
 

@@ -162,15 +162,12 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None) ->
 
     plain_rows, plain_backend = row_ops, backends.backend
 
-    def served(t: Tensor) -> bool:
-        return t.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
     replaced = {
         triton_launch.check_device: lambda x: None,
         triton_launch.readable: lambda t: t,
         triton_launch.written: lambda dtype, W: dtype,
         triton_launch.architecture: lambda device: sm,
-        row_ops: lambda w: (rows_backend or rows_triton) if served(w) else plain_rows(w),
+        row_ops: lambda w: (rows_backend or rows_triton) if w.dtype in backends.NATIVE else plain_rows(w),
     }
     for module in list(sys.modules.values()):
         if isinstance(module, ModuleType) and module.__name__.startswith("saefast."):
@@ -179,7 +176,9 @@ def as_on_a_gpu(patch: pytest.MonkeyPatch, sm: int, rows_backend: Any = None) ->
                     patch.setattr(module, name, other)
     # Candidates by bf16 products, as on every GPU, and not by the CPU's own.
     patch.setattr(mixed, "pays_off", lambda W: W.dtype == torch.float32)
-    patch.setattr(backends, "backend", lambda x: "triton" if served(x) else plain_backend(x))
+    patch.setattr(
+        backends, "backend", lambda x, served=backends.NATIVE: "triton" if x.dtype in served else plain_backend(x)
+    )
 
 
 def _lookup(table: dict[Any, Any], value: Any) -> Any:
