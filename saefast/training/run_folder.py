@@ -8,7 +8,7 @@ RUN/config.json       SAEConfig's fields, and under "train" the TrainConfig; `re
 """
 
 import contextlib
-import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,9 +80,10 @@ def check_same(
         old: its {"sae": ..., "train": ...} settings.
         step: optimiser steps it has behind it; total_steps: those the run is to have.
     """
-    differ = _differences(old["sae"], sae_config.to_dict(), ("metadata",))
+    new = settings(sae_config, train_config)
+    differ = _differences(old["sae"], new["sae"], ("metadata",))
     # A setting that a newer version added had its default when the checkpoint was written.
-    differ += _differences(TrainConfig().to_dict() | old["train"], train_config.to_dict(), FREE)
+    differ += _differences(TrainConfig().to_dict() | old["train"], new[TRAIN], FREE)
     if differ:
         raise InputError(
             f"{path} is of a run with other settings ({'; '.join(differ)}): resume with its own (config.json in the "
@@ -185,5 +186,6 @@ def _intact(path: Path) -> str:
 
 
 def settings(sae_config: SAEConfig, train_config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint remembers of the settings, for `check_same`."""
-    return {"sae": dataclasses.asdict(sae_config), TRAIN: train_config.to_dict()}
+    """What a checkpoint remembers of the settings, for `check_same`, as JSON gives it back (no tuples)."""
+    found: dict[str, Any] = json.loads(json.dumps({"sae": sae_config.to_dict(), TRAIN: train_config.to_dict()}))
+    return found

@@ -174,3 +174,21 @@ def test_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["train", str(tmp_path / "acts.pt"), "--out", str(tmp_path / "bad"), "--matryoshka", "20,6"]) == 2
     assert "matryoshka is (20, 6): expected ascending sizes" in capsys.readouterr().err
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_run_resumes_to_the_bit(tmp_path: Path) -> None:
+    """Its checkpoint's settings come back from JSON, which has no tuples."""
+
+    def breaks(line: dict[str, Any]) -> None:
+        if line["step"] == 20:
+            raise ZeroDivisionError
+
+    data, train = rows(1600, torch.float32), saefast.TrainConfig(batch_size=B, save_every=6)
+    whole = saefast.train(data, config(), train, tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        saefast.train(data, config(), train, tmp_path / "cut", on_log=breaks)
+    resumed = saefast.train(data, config(), train, tmp_path / "cut", resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    with pytest.raises(InputError, match=r"matryoshka was \[6, 20\], is \[6, 21\]"):
+        saefast.train(data, config(matryoshka=(6, 21)), train, tmp_path / "cut", resume=True)
