@@ -111,8 +111,15 @@ def test_float64_trains_at_any_size(engine: str, size: float) -> None:
         (made() * 1e30, "none", r"the inputs are too large \(3...\+30 at most, and float32 cannot hold their squares"),
         (made(dtype=torch.float64) * 1e300, "sqrt_d", r"row 0 .*\(numbers beyond 3.4e\+38 are inf in float32\)"),
         (made(dtype=torch.float64) * 1e-300, "sqrt_d", "all zero in torch.float32"),
+        (made() * 1e-41, "median", r"the first 128 rows are too small for torch.float32 \(9.7e-42"),
+        (made(dtype=torch.float64) * 1e-300, "median", "all zero in torch.float32"),
+        (torch.full((2000, 24), 7.0), "median", "all rows of the batch are equal, so their variance is 0"),
+        (torch.full((2000, 24), 7.1), "median", "all rows of the batch are equal, so their variance is 0"),
     ],
-    ids=["denormal", "denormal unscaled", "tiny unscaled", "huge unscaled", "beyond float32", "below float32"],
+    ids=[
+        *("denormal", "denormal unscaled", "tiny unscaled", "huge unscaled", "beyond float32", "below float32"),
+        *("denormal by the median", "below float32 by the median", "equal", "equal and odd"),
+    ],
 )
 def test_what_float32_cannot_hold_is_refused_by_its_name(
     engine: str, data: Tensor, normalize: Any, message: str
@@ -130,7 +137,7 @@ def test_nan_is_called_nan_and_nothing_else() -> None:
 
 def test_scales_of_odd_sizes() -> None:
     x = made(dtype=torch.float64)
-    for kind in ("sqrt_d", "unit_mean_square"):
+    for kind in ("median", "sqrt_d", "unit_mean_square"):
         for size in (1e-300, 1e300):
             assert math.isclose(input_scale(x * size, kind) * size, input_scale(x, kind), rel_tol=1e-9)
 

@@ -73,8 +73,9 @@ class TrainConfig(ArchitectureFields):
         b_dec_init: pre-bias from the first rows: "zeros", "mean" or "geometric_median".
         init_rows: rows that initialisation looks at; None is one batch.
         init_encoder_scale: divide W_enc so that random directions come back at unit length (OpenAI).
-        normalize: scale inputs by one number, folded into the saved biases: "none", "sqrt_d" (mean norm √d_in) or
-            "unit_mean_square" (mean squared norm 1).
+        normalize: scale inputs by one number, folded into the saved biases: "median" (median distance from the centre
+            √d_in: neither a mean far from 0 nor a few huge rows matter), "sqrt_d" (mean norm √d_in), "unit_mean_square"
+            (mean squared norm 1) or "none".
         ema_decay: also keep an exponential moving average of the weights, bias-corrected; None does not.
         reproduce_bugs: as in sparsify 1.3.3, AuxK and MultiTopK send the encoder no gradient, ReLU's derivative is
             skipped, and with MultiTopK the top 4k latents count as fired rather than the top k.
@@ -121,7 +122,7 @@ class TrainConfig(ArchitectureFields):
     b_dec_init: BiasInit = "geometric_median"
     init_rows: int | None = None
     init_encoder_scale: bool = False
-    normalize: Literal["none", "sqrt_d", "unit_mean_square"] = "sqrt_d"
+    normalize: Literal["median", "sqrt_d", "unit_mean_square", "none"] = "median"
     ema_decay: float | None = None
     reproduce_bugs: bool = False
 

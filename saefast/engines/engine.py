@@ -110,5 +110,5 @@ def _cause(x: Tensor) -> str:
         return "all rows of the batch are equal, so their variance is 0: shuffle the data or use larger batches"
     if not limits.tiny < squares < limits.max**0.75:
         size = f"{float(x.abs().max()):.1e} at most, and {limits.dtype} cannot hold their squares"
-        return f"the inputs are too {'small' if squares < 1 else 'large'} ({size}): normalize='sqrt_d' scales them"
+        return f"the inputs are too {'small' if squares < 1 else 'large'} ({size}): normalize='median' scales them"
     return DIVERGED

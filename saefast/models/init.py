@@ -45,7 +45,9 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
     distance.
     """
     rows = wide(rows)
-    guess = rows.mean(0)
+    # About the mean: where that is far larger than the spread, steps would be lost in its rounding.
+    start = rows.mean(0)
+    rows, guess = rows - start, torch.zeros_like(start)
     for _ in range(max_iterations):
         distance = (rows - guess).norm(dim=1)
         near = tolerance * distance.mean()
@@ -60,7 +62,7 @@ def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float =
         guess = guess + step
         if step.norm() <= near:
             break
-    return guess
+    return start + guess
 
 
 def wide(rows: Tensor) -> Tensor:

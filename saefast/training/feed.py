@@ -13,6 +13,7 @@ from saefast import ambient
 from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, n_rows_of, where_it_ends
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
+from saefast.models.outliers import ordinary_rows
 from saefast.ops.reference import accumulate_dtype
 
 
@@ -225,14 +226,18 @@ def _times(rows: Tensor, scale: float) -> Tensor:
 def input_scale(rows: Tensor, kind: str) -> float:
     """The number s that inputs are multiplied by, from sample rows (n, d): estimated in float64.
 
-    "sqrt_d": mean ‖s·x‖ = √d. "unit_mean_square": mean ‖s·x‖² = 1. "none": 1.
+    "median": median ‖s·(x - c)‖ = √d, c the geometric median of the rows: what an SAE has to explain, wherever the rows
+    lie and however large a few of them are. "sqrt_d": mean ‖s·x‖ = √d. "unit_mean_square": mean ‖s·x‖² = 1. "none": 1.
 
     Raises:
         InputError: all rows are zero, or too small for their dtype.
     """
     if kind == "none":
         return 1.0
-    size = _size(rows, kind)
+    size = ordinary_rows(rows, None).usual / rows.shape[1] ** 0.5 if kind == "median" else _size(rows, kind)
+    if kind == "median" and not size > 0:
+        # They are all equal: that is said by the loss, which they leave nothing to explain. Zeros are told below.
+        size = _size(rows, "sqrt_d")
     if not 0 < size < math.inf:  # squares that vanish or overflow even in float64
         largest = float(rows.abs().max())
         size = largest * _size(rows.double() / largest, kind) if largest > 0 else 0.0

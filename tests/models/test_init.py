@@ -141,3 +141,18 @@ def test_scaled_encoder_returns_random_directions_at_unit_length() -> None:
     once = sae.W_enc.detach().clone()
     scale_encoder_(sae, seed=7)
     torch.testing.assert_close(sae.W_enc.detach(), once, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_geometric_median_of_rows_far_from_zero_and_with_huge_ones(dtype: torch.dtype) -> None:
+    """A mean 3000 times the spread costs no more than the rounding of the rows, and sinks do not hold the centre."""
+    torch.manual_seed(0)
+    x = torch.randn(1024, 24, dtype=torch.float64)
+    exact = geometric_median(x, max_iterations=2000, tolerance=1e-12)
+    found = geometric_median((x + 3000).to(dtype)).double() - 3000
+    assert float((found - exact).norm()) < (2e-3 if dtype == torch.float32 else 1e-5)
+    sink = torch.randn(24, dtype=torch.float64)
+    x[::128] = 3000 * x.norm(dim=1).median() * sink / sink.norm()
+    assert float(x.mean(0).norm()) > 20 * float(x.norm(dim=1).median())
+    # One row in 128 pulls with a force of 1 / 128, so by about that share of the usual distance.
+    assert float((geometric_median(x.to(dtype)).double() - exact).norm()) < 0.01 * float(x.norm(dim=1).median())

@@ -23,6 +23,7 @@ from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.config import SAEConfig
+from saefast.models.init import geometric_median
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
 from saefast.training import run_folder
@@ -111,8 +112,19 @@ def test_scales() -> None:
     assert (x * input_scale(x, "sqrt_d")).norm(dim=1).mean() == pytest.approx(12**0.5)
     assert (x * input_scale(x, "unit_mean_square")).square().sum(1).mean() == pytest.approx(1)
     assert input_scale(x, "none") == 1
-    with pytest.raises(InputError, match="all zero"):
-        input_scale(torch.zeros(3, 12), "sqrt_d")
+    for kind in ("sqrt_d", "median"):
+        with pytest.raises(InputError, match="all zero"):
+            input_scale(torch.zeros(3, 12), kind)
+
+
+def test_the_median_scale_is_of_the_spread_alone() -> None:
+    x = train_job.rows().double()
+    scale = input_scale(x, "median")
+    assert ((x - geometric_median(x)) * scale).norm(dim=1).median() == pytest.approx(12**0.5, rel=1e-6)
+    assert input_scale(x + 1e5, "median") == pytest.approx(scale, rel=1e-6)
+    assert input_scale(x * 1e-3, "median") == pytest.approx(scale * 1e3, rel=1e-6)
+    x[::100] *= 1e4
+    assert input_scale(x, "median") == pytest.approx(scale, rel=0.05)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
