@@ -4,10 +4,12 @@
 model, and leaves eval.json and latents.safetensors in its folder.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +25,7 @@ from saefast.files import replacing, usable, write_json
 from saefast.harvest.reharvest import harvest_again
 from saefast.metrics.language_model import LM_METRICS, batch_sequences, lm_scores, why_missing
 from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
+from saefast.models.outliers import FIRST_ROWS, check_multiple, ordinary_rows
 from saefast.models.sae import SAE, WEIGHTS, load
 from saefast.training.checkpoint import list_steps
 from saefast.training.run_folder import CHECKPOINTS
@@ -43,7 +46,8 @@ class Evaluation:
         lm_left_out: why `lm` is empty, in one line.
         lm_missing: why single figures of `lm` are NaN, by their names.
         accumulated: the accumulators, with per-latent counts.
-        about: n_rows, data, hook, and what else is known of the rows.
+        about: n_rows, data, hook, and what else is known of the rows. Of "ordinary" rows: up to how many times the
+            median distance from the centre, or None where all are, and how many rows are "far" beyond.
     """
 
     metrics: dict[str, float]
@@ -74,16 +78,37 @@ class Evaluation:
 
 @typed
 @ambient.plainly(grad=False)
-def evaluate(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None = None) -> SAEMetrics:
+def evaluate(
+    sae: SAE,
+    batches: Iterable[Tensor],
+    describe: Callable[[int], str] | None = None,
+    max_norm_multiple: float | Literal["auto"] | None = "auto",
+) -> SAEMetrics:
     """Streams rows x (B, d_in) through the SAE.
 
     Args:
         describe: says where a row came from, by its number, for the error about one that is not finite.
+        max_norm_multiple: up to how many times the median distance from the centre, both of the first FIRST_ROWS rows,
+            a row is ordinary; None is any; "auto" as in TrainConfig. "fvu_ordinary" alone is without the others.
 
     Raises:
         InputError: a batch that is no tensor, of another width, or with NaN or inf.
     """
-    metrics = SAEMetrics(sae.config.n_latents, sae.device)
+    check_multiple(max_norm_multiple)
+    rows = _checked(sae, batches, describe)
+    first, n_rows = [], 0
+    while n_rows < FIRST_ROWS and (x := next(rows, None)) is not None:
+        first.append(x)
+        n_rows += len(x)
+    ordinary = ordinary_rows(torch.cat(first), max_norm_multiple) if n_rows else None
+    metrics = SAEMetrics(sae.config.n_latents, sae.device, ordinary)
+    for x in chain(first, rows):
+        x_hat, acts, idx = sae(x)
+        metrics.update(x, x_hat, acts, idx)
+    return metrics
+
+
+def _checked(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None) -> Iterator[Tensor]:
     seen = 0
     for x in ambient.drawn([batches] if isinstance(batches, Tensor) else batches):
         _check_batch(x, seen, sae)
@@ -91,10 +116,8 @@ def evaluate(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str]
         if (bad := first_bad_row(x)) is not None:
             where = f": {describe(seen + bad)}" if describe else ""
             raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}; drop or repair it")
-        x_hat, acts, idx = sae(x)
-        metrics.update(x, x_hat, acts, idx)
+        yield x
         seen += len(x)
-    return metrics
 
 
 def _check_batch(x: Any, seen: int, sae: SAE) -> None:
@@ -112,6 +135,7 @@ def evaluate_run(
     *,
     batch_size: int = 2048,
     lm_tokens: int = LM_TOKENS,
+    max_norm_multiple: float | Literal["auto"] | None = "auto",
     write: bool = True,
     progress: bool = False,
 ) -> Evaluation:
@@ -121,6 +145,7 @@ def evaluate_run(
         run: a folder with sae.safetensors.
         data: what to evaluate on, as open_source takes it; None is the data that the run says it was trained on.
         lm_tokens: about how much held-out text the language model reads; 0 leaves it out.
+        max_norm_multiple: which rows are ordinary; see `evaluate`.
         progress: show a bar where rows have to be harvested first (a run that trained live).
         write: leave eval.json and latents.safetensors (per latent: counts, total_act, max_act) in the folder.
 
@@ -133,11 +158,12 @@ def evaluate_run(
     if TARGET in source.widths:
         raise InputError(f"{source.source_name} has a target besides x: only reconstructions of x are evaluated so far")
     rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
-    metrics = evaluate(sae, rows, source.describe_heldout)
+    metrics = evaluate(sae, rows, source.describe_heldout, max_norm_multiple)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
-    result = Evaluation(metrics.compute(), metrics, _about(folder, source, n_rows))
+    about = _about(folder, source, n_rows) | {"ordinary": _ordinary(metrics)}
+    result = Evaluation(metrics.compute(), metrics, about)
     if lm_tokens:
         _language_model(result, sae, source, lm_tokens)
     else:
@@ -203,6 +229,13 @@ def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
         index = source.folder.index
         about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}
     return about
+
+
+def _ordinary(metrics: SAEMetrics) -> dict[str, float | None]:
+    """What was taken for an ordinary row, and how many were none."""
+    found = metrics.reconstruction
+    multiple = math.inf if found.ordinary is None else found.ordinary.multiple
+    return {"max_norm_multiple": multiple if multiple < math.inf else None, "far": found.n_far}
 
 
 def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int) -> None:

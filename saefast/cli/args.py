@@ -136,6 +136,12 @@ class LogLines:
         print(
             f"step {line['step']}/{self._total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "
             f"L0 {line['metrics/l0']:.1f}  dead {line['dead_share']:.1%}  {line['tokens_per_second']:,.0f} tokens/s  "
-            f"idle {line['idle_share']:.1%}",
+            f"idle {line['idle_share']:.1%}{left_out(line)}",
             flush=True,
         )
+
+
+def left_out(line: Mapping[str, Any]) -> str:
+    """How many rows a run has left out, where it has any."""
+    n = line.get("rows_left_out", 0)
+    return f"  left out {n:,} rows" if n else ""

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import tyro
 
@@ -29,6 +30,8 @@ class EvalArgs:
     """evaluate on the held-out rows of this folder or file instead of the run's own"""
     lm_tokens: int = LM_TOKENS
     """held-out text the language model reads; 0 leaves it out"""
+    max_norm_multiple: float | Literal["auto"] | None = "auto"
+    """ordinary rows lie up to this many times the median distance from the centre; auto is 10, if few are beyond"""
     batch_size: int = 2048
     """rows per batch (explained_variance_legacy depends on it)"""
 
@@ -38,7 +41,14 @@ def main(argv: list[str]) -> int:
     if args.batch_size < 1 or args.lm_tokens < 0:
         raise InputError(f"batch_size is {args.batch_size}, lm_tokens {args.lm_tokens}: expected >= 1 and >= 0")
     announce_harvest(args.run, args.data)
-    result = evaluate_run(args.run, args.data, batch_size=args.batch_size, lm_tokens=args.lm_tokens, progress=watched())
+    result = evaluate_run(
+        args.run,
+        args.data,
+        batch_size=args.batch_size,
+        lm_tokens=args.lm_tokens,
+        max_norm_multiple=args.max_norm_multiple,
+        progress=watched(),
+    )
     print(table(result))
     print(f"\nwritten: {named([args.run / EVAL], lambda: draw_run(args.run, result))}")
     print(f"next: saefast features {shlex.quote(str(args.run))}")
@@ -48,13 +58,22 @@ def main(argv: list[str]) -> int:
 def table(result: Evaluation) -> str:
     """The figures, each with its formula and source."""
     about = result.about
-    lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", ""]
+    lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_far(about), ""]
     lines += _rows(result.metrics, METRICS)
     if result.lm:
         lines += ["", f"spliced into {about['model']}", *_rows(result.lm, LM_METRICS, result.lm_missing)]
     else:
         lines += ["", f"language-model loss left out: {result.lm_left_out}"]
     return "\n".join(lines)
+
+
+def _far(about: dict[str, Any]) -> list[str]:
+    """A line about rows that are not ordinary, where there are any."""
+    n, multiple = about["ordinary"]["far"], about["ordinary"]["max_norm_multiple"]
+    if not n:
+        return []
+    far = f"{n:,} rows lie beyond {multiple:g} times the median distance from the centre"
+    return [f"{far}: fvu_ordinary is without them"]
 
 
 def _rows(values: dict[str, float], formulas: dict[str, Metric], missing: Mapping[str, str] | None = None) -> list[str]:

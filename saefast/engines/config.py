@@ -13,6 +13,7 @@ from saefast.errors import InputError
 from saefast.models import registry
 from saefast.models.config import SAEConfig, tuples_from_lists
 from saefast.models.init import BiasInit
+from saefast.models.outliers import check_multiple
 from saefast.schema import Seed, check, check_argument, check_fields
 from saefast.typed import typed
 
@@ -76,6 +77,9 @@ class TrainConfig(ArchitectureFields):
         normalize: scale inputs by one number, folded into the saved biases: "median" (median distance from the centre
             √d_in: neither a mean far from 0 nor a few huge rows matter), "sqrt_d" (mean norm √d_in), "unit_mean_square"
             (mean squared norm 1) or "none".
+        max_norm_multiple: rows farther from the centre than this many times the median distance, both of the first
+            rows, are left out of training: attention sinks, which would hold nearly all of the variance. "auto" is 10,
+            unless more than 2 % of the first rows are beyond; None leaves nothing out. The SAE serves all rows.
         ema_decay: also keep an exponential moving average of the weights, bias-corrected; None does not.
         reproduce_bugs: as in sparsify 1.3.3, AuxK and MultiTopK send the encoder no gradient, ReLU's derivative is
             skipped, and with MultiTopK the top 4k latents count as fired rather than the top k.
@@ -123,6 +127,7 @@ class TrainConfig(ArchitectureFields):
     init_rows: int | None = None
     init_encoder_scale: bool = False
     normalize: Literal["median", "sqrt_d", "unit_mean_square", "none"] = "median"
+    max_norm_multiple: float | Literal["auto"] | None = "auto"
     ema_decay: float | None = None
     reproduce_bugs: bool = False
 
@@ -166,6 +171,7 @@ class TrainConfig(ArchitectureFields):
             )
         if self.fired_above is not None and not math.isfinite(self.fired_above):
             raise InputError(f"fired_above is {self.fired_above!r}: expected a finite number, or None")
+        check_multiple(self.max_norm_multiple)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm is {self.max_grad_norm!r}: expected more than 0, or None to not clip")
 
@@ -205,23 +211,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "saefast": {},
     "openai": dict(
         init="kaiming", b_dec_init="geometric_median", init_rows=32768, init_encoder_scale=True, normalize="none",
-        lr=1e-4, eps=6.25e-10, lr_decay_start=-1, loss="scaled_mse", auxk_k=256, auxk_scale_few_dead=False,
-        auxk_b_dec_grad=True, dead_unit="steps", dead_after=76, dead_start=-1, fired_above=1e-3,
-        decoder_norm="pre_step", ema_decay=0.999, batch_size=131072,
+        max_norm_multiple=None, lr=1e-4, eps=6.25e-10, lr_decay_start=-1, loss="scaled_mse", auxk_k=256,
+        auxk_scale_few_dead=False, auxk_b_dec_grad=True, dead_unit="steps", dead_after=76, dead_start=-1,
+        fired_above=1e-3, decoder_norm="pre_step", ema_decay=0.999, batch_size=131072,
     ),
     "sparsify": dict(
         init="kaiming", b_dec_init="mean", normalize="none", lr_warmup_steps=1000, lr_warmup_from_zero=True,
-        lr_decay_start=0, loss="fvu", auxk_coef=0.0, auxk_denominator="inputs", dead_after=10_000_001,
-        dead_update_first=False, fired_above=None, decoder_norm="pre_forward",
+        max_norm_multiple=None, lr_decay_start=0, loss="fvu", auxk_coef=0.0, auxk_denominator="inputs",
+        dead_after=10_000_001, dead_update_first=False, fired_above=None, decoder_norm="pre_forward",
     ),
     "dictionary_learning": dict(
         init="tied", b_dec_init="geometric_median", normalize="none", lr_warmup_steps=1000, lr_warmup_from_zero=True,
-        lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_scale_few_dead=False, fired_above=None,
+        max_norm_multiple=None, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_scale_few_dead=False,
+        fired_above=None,
     ),
     "saelens": dict(
         init="tied_0.1", b_dec_init="zeros", normalize="none", rescale_acts_by_decoder_norm=True,
-        unit_norm_decoder=False, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_coef=1.0,
-        auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001,
+        unit_norm_decoder=False, max_norm_multiple=None, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum",
+        auxk_coef=1.0, auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001,
         dead_update_first=False, decoder_norm="never", project_decoder_grad=False,
     ),
 }  # fmt: skip

@@ -6,10 +6,12 @@ Nothing of size (rows, L) is held; two accumulators over different rows merge in
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from saefast.errors import InputError
+from saefast.metrics.ordinary import Ordinary
 
 
 class Metric(NamedTuple):
@@ -21,6 +23,8 @@ class Metric(NamedTuple):
 
 METRICS: dict[str, Metric] = {
     "fvu": Metric("Σ‖x−x̂‖² / Σ‖x−x̄‖²", "Gemma Scope, arXiv 2408.05147; sparsify's is this per batch"),
+    "fvu_ordinary": Metric("as fvu, over ordinary rows alone", "saefast; ordinary: see max_norm_multiple"),
+    "fvu_median": Metric("median over rows of ‖x−x̂‖² / ‖x−c‖², c the rows' geometric median", "saefast"),
     "explained_variance": Metric("1 − Σ‖x−x̂‖² / Σ‖x−x̄‖²", "SAELens 6.54 metrics/explained_variance"),
     "explained_variance_legacy": Metric(
         "mean over rows of 1 − ‖x−x̂‖² / ‖x−x̄_batch‖²",
@@ -110,10 +114,19 @@ class MeanRatio:
 
 
 class Reconstruction:
-    """How well x̂ stands for x. Feed `update`, read `compute`; see METRICS for the formulas."""
+    """How well x̂ stands for x. Feed `update`, read `compute`; see METRICS for the formulas.
 
-    def __init__(self) -> None:
-        self.inputs, self.errors = Spread(), Spread()
+    One number a row is kept, for a median.
+
+    Args:
+        ordinary: which rows are ordinary, and c; None takes all rows to be, and knows no c, so fvu_median is NaN.
+    """
+
+    def __init__(self, ordinary: Ordinary | None = None) -> None:
+        self.ordinary = ordinary
+        self.inputs, self.errors, self.ordinary_inputs = Spread(), Spread(), Spread()
+        self.ordinary_sq_error: Tensor | float = 0.0
+        self.ratios: list[Tensor] = []
         self.sq_error: Tensor | float = 0.0
         self.sq_x_hat: Tensor | float = 0.0
         self.dot: Tensor | float = 0.0
@@ -138,6 +151,7 @@ class Reconstruction:
         self.inputs.update(x)
         self.errors.update(error)
         sq_error, sq_x, sq_x_hat = (rows.square().sum(1) for rows in (error, x, x_hat))
+        self._tell_apart(x, sq_error)
         dot = (x * x_hat).sum(1)
         self.sq_error, self.sq_x_hat = self.sq_error + sq_error.sum(), self.sq_x_hat + sq_x_hat.sum()
         self.dot = self.dot + dot.sum()
@@ -147,18 +161,37 @@ class Reconstruction:
         spread = (x - x.mean(0)).square().sum(1)
         self.legacy.update(spread - sq_error, spread)
 
+    def _tell_apart(self, x: Tensor, sq_error: Tensor) -> None:
+        """Ordinary rows by themselves, and every row's own ratio. x (B, D), sq_error (B,), float64."""
+        if self.ordinary is None:
+            return
+        keep = ~self.ordinary.far(x)
+        self.ordinary_inputs.update(x[keep])
+        self.ordinary_sq_error = self.ordinary_sq_error + sq_error[keep].sum()
+        self.ratios.append(sq_error / (x - self.ordinary.centre.to(x)).square().sum(1))
+
+    @property
+    def n_far(self) -> int:
+        """Rows that are not ordinary."""
+        return self.n_rows - self.ordinary_inputs.n if self.ordinary is not None else 0
+
     def merge(self, other: "Reconstruction") -> None:
-        """Takes in another accumulator, as if its rows had been fed here."""
-        for name in ("inputs", "errors", "cosine", "l2_ratio", "normalized_mse", "legacy"):
+        """Takes in another accumulator with the same `ordinary`, as if its rows had been fed here."""
+        self.ratios += other.ratios
+        for name in ("inputs", "errors", "ordinary_inputs", "cosine", "l2_ratio", "normalized_mse", "legacy"):
             getattr(self, name).merge(getattr(other, name))
-        for name in ("sq_error", "sq_x_hat", "dot"):
+        for name in ("sq_error", "ordinary_sq_error", "sq_x_hat", "dot"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def compute(self) -> dict[str, float]:
         """Floats named as in METRICS; NaN where nothing was fed or a denominator is 0."""
-        fvu = _ratio(float(self.sq_error), float(self.inputs.sq))
+        fvu = ordinary_fvu = _ratio(float(self.sq_error), float(self.inputs.sq))
+        if self.ordinary is not None:
+            ordinary_fvu = _ratio(float(self.ordinary_sq_error), float(self.ordinary_inputs.sq))
         return {
             "fvu": fvu,
+            "fvu_ordinary": ordinary_fvu,
+            "fvu_median": _median(self.ratios),
             "explained_variance": 1 - fvu,
             "explained_variance_legacy": self.legacy.value(),
             "frac_variance_explained": 1 - _ratio(float(self.errors.sq), float(self.inputs.sq)),
@@ -242,8 +275,8 @@ _SPARSITY = list(METRICS)[list(METRICS).index("l0") :]
 class SAEMetrics:
     """Reconstruction and sparsity of one SAE in one accumulator."""
 
-    def __init__(self, n_latents: int, device: torch.device | str = "cpu") -> None:
-        self.reconstruction, self.sparsity = Reconstruction(), Sparsity(n_latents, device)
+    def __init__(self, n_latents: int, device: torch.device | str = "cpu", ordinary: Ordinary | None = None) -> None:
+        self.reconstruction, self.sparsity = Reconstruction(ordinary), Sparsity(n_latents, device)
 
     def update(self, x: Tensor, x_hat: Tensor, acts: Tensor, idx: Tensor) -> None:
         """x, x_hat (B, D); acts, idx (B, K)."""
@@ -280,6 +313,15 @@ def density_histogram(counts: Tensor, n_rows: int, bins_per_decade: int = 5) -> 
 
 def _ratio(numerator: float, denominator: float) -> float:
     return numerator / denominator if denominator != 0 else float("nan")
+
+
+def _median(parts: list[Tensor]) -> float:
+    """Of all numbers that are numbers; NaN where there is none."""
+    if not parts:
+        return float("nan")
+    values = torch.cat([part.cpu() for part in parts]).numpy()
+    values = values[~np.isnan(values)]  # a row on the centre, reconstructed exactly
+    return float(np.median(values)) if len(values) else float("nan")
 
 
 def _share(mask: Tensor) -> float:

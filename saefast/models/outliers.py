@@ -3,8 +3,10 @@
 import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from saefast.errors import InputError
 from saefast.metrics.ordinary import Ordinary
 from saefast.models.init import geometric_median, wide
 
@@ -16,6 +18,12 @@ FIRST_ROWS = 8192
 FAR, MOST = 10.0, 0.02
 # A median below this share of the mean distance says that most rows are copies of one.
 _NOTHING = 1e-5
+
+
+def check_multiple(multiple: Multiple) -> None:
+    """Raises InputError for a number that would leave out half of the rows or more, or none ever."""
+    if isinstance(multiple, float | int) and not 1 < multiple < math.inf:
+        raise InputError(f"max_norm_multiple is {multiple!r}: expected a finite number above 1, 'auto', or None")
 
 
 def ordinary_rows(rows: Tensor, multiple: Multiple = "auto") -> Ordinary:
@@ -38,14 +46,19 @@ def ordinary_rows(rows: Tensor, multiple: Multiple = "auto") -> Ordinary:
     return Ordinary(centre, usual, FAR if share <= MOST else math.inf)
 
 
-def share_of_largest(rows: Tensor) -> float:
-    """The share of the summed squared distance from the centre that one percent of rows (n, D) hold, the farthest.
+def variance_of_few(rows: Tensor) -> tuple[float, float]:
+    """How few of rows (n, D) hold most of their summed squared distance from the centre.
 
-    0 for fewer than 100 rows.
+    Returns:
+        A share of the rows, the farthest, and the share of the sum that they hold: those beyond FAR times the median
+        distance where these are more than one percent, else one percent of the rows (none of fewer than 100 rows).
     """
-    squares = _distances(rows[:FIRST_ROWS])[1].square()
-    largest, total = squares.topk(len(squares) // 100).values.sum(), squares.sum()
-    return float(largest / total) if total > 0 else 0.0
+    distances = _distances(rows[:FIRST_ROWS])[1].sort(descending=True).values
+    beyond = int((distances > FAR * _usual(distances)).sum())
+    n = max(beyond, len(distances) // 100)
+    squares = (distances / distances[0].clamp_min(torch.finfo(torch.float64).tiny)).square()
+    total = float(squares.sum())
+    return n / len(distances), float(squares[:n].sum()) / total if total > 0 else 0.0
 
 
 def _distances(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -183,7 +183,7 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     # A run looks at no more rows than it trains on.
     first = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
     feed.fit_scales(first, config.normalize)
-    engine.initialise(*feed.scaled(first))
+    engine.initialise(*feed.scaled(feed.look_at(first)))
     check_heldout(feed)
     return Run(sae, engine, feed, config, total_steps)
 
@@ -212,6 +212,7 @@ def _restore(
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
     feed.scale, feed.target_scale = state["scale"], state["target_scale"]
+    feed.left_out.load_state_dict(state["left_out"], device)
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])
     run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])

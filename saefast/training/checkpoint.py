@@ -12,7 +12,7 @@ checkpoint can be used, but it is not the one that the run would return there: r
 have to be settled, which the engine's `finish` does.
 
 Older versions are refused: version 1 had no digest over state.json, so its numbers cannot be checked; version 2 named
-two biases where this one holds all that depends on the scale of inputs.
+two biases where this one holds all that depends on the scale of inputs; version 3 did not say which rows are left out.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from saefast.models.sae import CONFIG, SAE, WEIGHTS
 from saefast.schema import Count, check
 
 ENGINE, STATE = "engine.safetensors", "state.json"
-FORMAT, VERSION = "saefast checkpoint", 3
+FORMAT, VERSION = "saefast checkpoint", 4
 FILES = (WEIGHTS, CONFIG, ENGINE)
 _TENSOR = "__tensor__"
 

@@ -13,8 +13,10 @@ from saefast import ambient
 from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, n_rows_of, where_it_ends
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
+from saefast.metrics.ordinary import Ordinary
 from saefast.models.outliers import ordinary_rows
 from saefast.ops.reference import accumulate_dtype
+from saefast.training.left_out import LeftOut, none_left
 
 
 class Rows(NamedTuple):
@@ -36,6 +38,7 @@ class Feed:
         scale: x of every batch is multiplied by this number.
         target_scale: as scale, of a target that is not x.
         has_target: whether the source has a target besides x.
+        left_out: what of the batches is not trained on.
         ahead: batches that were drawn ahead at the start of the run.
         deferred: whether NaN and inf are reported by `confirm` rather than at once: on a GPU, where looking waits.
     """
@@ -67,9 +70,11 @@ class Feed:
         self._pending: deque[tuple[Batch, dict[str, Any]]] = deque()
         self._drawn = cursor
         self._first_bad: Tensor | None = None
+        self._none_left: Tensor | None = None
         self._unconfirmed: dict[int, dict[str, Any] | None] = {}
         self.cursor, self.waited, self.ahead = cursor, 0.0, 0
         self.scale = self.target_scale = 1.0
+        self.left_out = LeftOut(config.max_norm_multiple)
 
     def look_ahead(self, n_rows: int) -> Rows:
         """At the start of a run: draws batches until there are n_rows (or the source ends).
@@ -96,6 +101,17 @@ class Feed:
         if self.has_target:
             self.target_scale = input_scale(first.target, kind)
 
+    def look_at(self, first: Rows) -> Rows:
+        """Fixes on the first rows, unscaled, which rows are trained on. -> Those of them; see `LeftOut.look_at`."""
+        batch = self.left_out.look_at({X: first.x} | ({TARGET: first.target} if self.has_target else {}))
+        return Rows(batch[X], batch.get(TARGET, batch[X]))
+
+    @property
+    def ordinary(self) -> Ordinary | None:
+        """Which scaled targets are ordinary rows; None before the first rows were looked at."""
+        found = self.left_out.ordinary.get(TARGET if self.has_target else X)
+        return None if found is None else found.scaled(self.target_scale)
+
     def restore_ahead(self, ahead: int, step: int) -> None:
         """After a resume at `step`: draws again what the run had drawn ahead, so that the source is where it was."""
         self.ahead = ahead
@@ -103,15 +119,18 @@ class Feed:
             pass
 
     def next(self, step: int) -> Rows | None:
-        """The batch of `step`, scaled, in the SAE's dtype; None where the source has ended.
+        """The batch of `step`, scaled, in the SAE's dtype, without what is left out; None where the source has ended.
 
         Raises:
-            InputError: a row holds NaN or inf.
+            InputError: a row holds NaN or inf, or all rows are to be left out.
         """
         drawn = self._pending.popleft() if self._pending else self._draw(step)
         if drawn is None:
             return None
         batch, self.cursor = drawn
+        batch, n_kept = self.left_out.trained_on(batch)
+        if n_kept is not None:
+            self._check_some(n_kept, step)
         return self._scaled(batch)
 
     def heldout(self) -> Iterator[Rows]:
@@ -133,13 +152,19 @@ class Feed:
             yield self._scaled(batch)
 
     def confirm(self) -> None:
-        """On a GPU: raises InputError where a batch since the last call held NaN or inf. Waits for the device."""
+        """On a GPU: raises InputError where a batch since the last call held NaN or inf, or nothing to train on.
+
+        Waits for the device.
+        """
         step = -1 if self._first_bad is None else int(self._first_bad)
         cursor = self._unconfirmed.get(step)
         self._unconfirmed.clear()
         if step >= 0:
             self._first_bad = None
             raise InputError(self._describe_again(step, cursor))
+        if self._none_left is not None and (step := int(self._none_left)) >= 0:
+            raise none_left(f"step {step}")
+        self.left_out.watch()
 
     def _draw_ahead(self, step: int) -> bool:
         drawn = self._draw(step + len(self._pending))
@@ -180,6 +205,15 @@ class Feed:
             bad = ~(low.isfinite() & high.isfinite()) & (self._first_bad < 0)
             self._first_bad = torch.where(bad, step, self._first_bad)
         self._unconfirmed[step] = self._drawn
+
+    def _check_some(self, n_kept: Tensor, step: int) -> None:
+        """Raises InputError where no row of the batch is trained on; on a GPU that is for `confirm` to say."""
+        if not self.deferred:
+            if n_kept == 0:
+                raise none_left(f"step {step}")
+            return
+        before = torch.full_like(n_kept, -1) if self._none_left is None else self._none_left
+        self._none_left = torch.where((n_kept == 0) & (before < 0), step, before)
 
     def _describe_again(self, step: int, cursor: dict[str, Any] | None) -> str:
         """The message for a batch that is gone: draws it once more where the source allows that."""

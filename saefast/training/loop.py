@@ -40,6 +40,7 @@ class RunState(TypedDict):
     waited: float
     scale: float
     target_scale: float
+    left_out: dict[str, Any]
     cursor: dict[str, Any] | None
     ahead: int
     rng: dict[str, Tensor]
@@ -229,6 +230,7 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
         "details/current_learning_rate": stats.lr,
         "details/n_training_samples": run.tokens,
         "fvu": fvu,
+        "rows_left_out": run.feed.left_out.n_left_out,
         "dead_share": dead,
         "grad_norm": float(stats.grad_norm),
     }
@@ -238,12 +240,14 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
 def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
     """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none.
 
+    All rows count, those that training leaves out too; "fvu_ordinary" and "fvu_median" tell of the others.
+
     In mid-run the SAE is taken as it is: rows without a gradient may be unsettled, which only `finish` changes.
 
     Raises:
         InputError: a row holds NaN or inf.
     """
-    reconstruction, fired, n_rows = Reconstruction(), 0.0, 0
+    reconstruction, fired, n_rows = Reconstruction(feed.ordinary), 0.0, 0
     for x, target in feed.heldout():
         x_hat, acts, _ = sae(x)
         reconstruction.update(target, x_hat)
@@ -252,8 +256,9 @@ def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
             break
     if n_rows == 0:
         return {}
-    fvu = reconstruction.compute()["fvu"]
-    return {"heldout/fvu": fvu, "heldout/explained_variance": 1 - fvu, "heldout/l0": fired / n_rows}
+    found = reconstruction.compute()
+    named = {f"heldout/{name}": found[name] for name in ("fvu", "fvu_ordinary", "fvu_median", "explained_variance")}
+    return named | {"heldout/l0": fired / n_rows}
 
 
 def check_heldout(feed: Feed) -> None:
@@ -293,6 +298,7 @@ def _save(run: Run) -> None:
         "waited": run.waited_before + run.feed.waited,
         "scale": run.feed.scale,
         "target_scale": run.feed.target_scale,
+        "left_out": run.feed.left_out.state_dict(),
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
         "rng": _get_rng(),

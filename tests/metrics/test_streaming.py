@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
+from saefast.metrics.ordinary import Ordinary
 from saefast.metrics.streaming import METRICS, Reconstruction, SAEMetrics, Sparsity, density_histogram
 
 D, L, K = 12, 50, 5
+# A good part of the rows that `draw` gives without a shift lie beyond.
+ORDINARY = Ordinary(torch.linspace(-1, 1, D, dtype=torch.float64), usual=2.0, multiple=2.5)
 
 
 def one_shot(x: Tensor, x_hat: Tensor, f: Tensor, batches: list[slice]) -> dict[str, float]:
@@ -18,8 +21,13 @@ def one_shot(x: Tensor, x_hat: Tensor, f: Tensor, batches: list[slice]) -> dict[
     fvu = error.square().sum() / (x - x.mean(0)).square().sum()
     legacy = [1 - error[b].square().sum(1) / (x[b] - x[b].mean(0)).square().sum(1) for b in batches if len(x[b])]
     p = (f != 0).double().mean(0)
+    distance = (x - ORDINARY.centre).norm(dim=1)
+    near, y = distance <= 5.0, x[distance <= 5.0]
+    assert 0.1 < float(near.double().mean()) < 0.9
     values = {
         "fvu": fvu,
+        "fvu_ordinary": error[near].square().sum() / (y - y.mean(0)).square().sum(),
+        "fvu_median": (error.square().sum(1) / distance.square()).quantile(0.5),
         "explained_variance": 1 - fvu,
         "explained_variance_legacy": torch.cat(legacy).mean(),
         "frac_variance_explained": 1 - error.var(0).sum() / x.var(0).sum(),
@@ -64,7 +72,7 @@ def slices(n: int, sizes: tuple[int, ...]) -> list[slice]:
 def test_streaming_equals_the_one_shot_formulas(sizes: tuple[int, ...]) -> None:
     x, x_hat, acts, idx, dense = draw(1000)
     batches = slices(1000, sizes)
-    metrics = SAEMetrics(L)
+    metrics = SAEMetrics(L, ordinary=ORDINARY)
     for b in batches:
         metrics.update(x[b], x_hat[b], acts[b], idx[b])
     expected = one_shot(x, x_hat, dense, batches)
@@ -94,7 +102,8 @@ def test_a_large_common_shift_does_not_cost_digits(shift: float) -> None:
 def test_merge_is_the_accumulator_over_all_rows() -> None:
     x, x_hat, acts, idx, _ = draw(500, shift=300.0)
     parts = slices(500, (50, 13))
-    whole, left, right = SAEMetrics(L), SAEMetrics(L), SAEMetrics(L)
+    far = Ordinary(ORDINARY.centre + 300, 2.0, 2.5)
+    whole, left, right = (SAEMetrics(L, ordinary=far) for _ in range(3))
     for i, b in enumerate(parts):
         whole.update(x[b], x_hat[b], acts[b], idx[b])
         (left if i < 3 else right).update(x[b], x_hat[b], acts[b], idx[b])
@@ -102,9 +111,10 @@ def test_merge_is_the_accumulator_over_all_rows() -> None:
     assert left.compute() == pytest.approx(whole.compute(), rel=1e-12)
     assert torch.equal(left.sparsity.counts, whole.sparsity.counts)
     assert torch.equal(left.sparsity.max_act, whole.sparsity.max_act)
-    empty = SAEMetrics(L)
+    assert left.reconstruction.n_far == whole.reconstruction.n_far > 0
+    empty = SAEMetrics(L, ordinary=far)
     empty.merge(whole)
-    whole.merge(SAEMetrics(L))
+    whole.merge(SAEMetrics(L, ordinary=far))
     assert empty.compute() == whole.compute()
 
 
@@ -131,7 +141,7 @@ def test_rows_without_a_ratio_are_left_out() -> None:
     x, x_hat, *_ = draw(20)
     x[3] = 0
     x_hat[5] = 0
-    metrics = Reconstruction()
+    metrics = Reconstruction(ORDINARY)
     metrics.update(x, x_hat)
     keep = x.norm(dim=1) > 0
     out = metrics.compute()
@@ -166,7 +176,7 @@ def test_per_latent_counts_and_maxima() -> None:
 
 def test_rows_may_have_any_number_of_entries_and_padding_is_none() -> None:
     x, x_hat, acts, idx, dense = draw(300)
-    metrics = SAEMetrics(L)
+    metrics = SAEMetrics(L, ordinary=ORDINARY)
     for width, b in enumerate(slices(300, (41,))):
         n = len(acts[b])
         padding = acts.new_zeros(n, width), torch.randint(0, L, (n, width), dtype=torch.int32)
@@ -183,6 +193,33 @@ def test_density_histogram_covers_every_latent_once() -> None:
     assert len(edges) == len(heights) + 1
     assert sum(heights) == 5
     assert dict(zip(edges, heights, strict=False)) == {-4: 0, -3: 2, -2: 1, -1: 2}
+
+
+def test_sinks_are_told_from_ordinary_rows() -> None:
+    """One row in 128 holds nearly all of the variance: FVU says nothing of the others, the two figures beside it do."""
+    x = torch.randn(1280, D, dtype=torch.float64)
+    x[::128] += 1000
+    x_hat = torch.where(torch.arange(1280)[:, None] % 128 == 0, x, 0.5 * x)
+    metrics = Reconstruction(Ordinary(torch.zeros(D, dtype=torch.float64), D**0.5, 10.0))
+    metrics.update(x, x_hat)
+    out = metrics.compute()
+    assert out["fvu"] < 1e-3
+    assert out["fvu_ordinary"] == pytest.approx(0.25, rel=0.01)
+    assert out["fvu_median"] == pytest.approx(0.25, rel=1e-9)
+    assert metrics.n_far == 10
+
+
+def test_without_a_centre_all_rows_are_ordinary_and_none_has_a_ratio() -> None:
+    x, x_hat, *_ = draw(50)
+    metrics = Reconstruction()
+    metrics.update(x, x_hat)
+    out = metrics.compute()
+    assert out["fvu_ordinary"] == out["fvu"]
+    assert math.isnan(out["fvu_median"])
+    assert metrics.n_far == 0
+    on_it = Reconstruction(Ordinary(x[3], 1.0))
+    on_it.update(x[3:4], x[3:4])
+    assert math.isnan(on_it.compute()["fvu_median"])
 
 
 def test_nothing_fed_gives_nan_and_bad_shapes_an_error() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saefast.models.init import geometric_median
-from saefast.models.outliers import FAR, MOST, ordinary_rows, share_of_largest
+from saefast.models.outliers import FAR, MOST, ordinary_rows, variance_of_few
 
 
 def made(n: int = 2000, d: int = 16, sinks: int = 0, times: float = 1000.0) -> Tensor:
@@ -72,10 +72,16 @@ def test_copies_of_one_row() -> None:
     assert ordinary_rows(torch.zeros(50, 3)).usual == 0
 
 
-def test_what_one_percent_of_rows_hold() -> None:
+def test_how_few_rows_hold_most_of_the_variance() -> None:
     x = made(sinks=128)
-    distances = (x - geometric_median(x)).square().sum(1).sort(descending=True).values
-    assert share_of_largest(x) == pytest.approx(float(distances[:20].sum() / distances.sum()), rel=1e-9)
-    assert share_of_largest(x) > 0.99
-    assert share_of_largest(made()) < 0.05
-    assert share_of_largest(made(99, sinks=50)) == 0
+    squares = (x - geometric_median(x)).square().sum(1).sort(descending=True).values
+    share, held = variance_of_few(x)
+    assert share == 20 / 2000
+    assert held == pytest.approx(float(squares[:20].sum() / squares.sum()), rel=1e-9)
+    assert held > 0.99
+    assert variance_of_few(x * 1e-200) == pytest.approx((share, held))
+    assert variance_of_few(made(sinks=16))[0] == 125 / 2000
+    assert variance_of_few(made())[1] < 0.05
+    assert variance_of_few(made(99)) == (0, 0)
+    assert variance_of_few(made(99, sinks=50))[0] == 2 / 99
+    assert variance_of_few(torch.ones(200, 3)) == (0.01, 0)

@@ -359,7 +359,8 @@ def test_heldout_rows_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = sae.forward
     monkeypatch.setattr(sae, "forward", lambda x: seen.append(len(x)) or forward(x))
     feed = Feed(open_source(train_job.rows(), heldout=0.5), settings(), torch.device("cpu"), torch.float32)
-    assert set(evaluate_heldout(sae, feed)) == {"heldout/fvu", "heldout/explained_variance", "heldout/l0"}
+    figures = {"fvu", "fvu_ordinary", "fvu_median", "explained_variance", "l0"}
+    assert set(evaluate_heldout(sae, feed)) == {f"heldout/{name}" for name in figures}
     assert sum(seen) == 64
     none = Feed(open_source(train_job.rows(), heldout=0), settings(), torch.device("cpu"), torch.float32)
     assert evaluate_heldout(sae, none) == {}
