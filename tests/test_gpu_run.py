@@ -161,6 +161,7 @@ def test_benchmarks_are_the_modules_with_a_main_that_takes_arguments(tmp_path: P
     (tmp_path / "common.py").write_text("def main(argv): ...")
     assert benchmarks(tmp_path) == ["a", "b"]
     assert {"encode_topk", "spmm", "step", "memory"} <= set(benchmarks())
+    assert not {"recipe", "recipe_rows", "common"} & set(benchmarks())
 
 
 def test_the_plan_begins_with_what_says_most(tmp_path: Path) -> None:
