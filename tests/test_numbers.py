@@ -1,5 +1,6 @@
 """Numbers at the edge: each works or is refused in one line that names the cause."""
 
+import functools
 import json
 import math
 import warnings
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from saefast import ops
-from saefast.analysis.evaluation import evaluate
+from saefast.analysis.evaluation import evaluate, evaluate_run
+from saefast.data.iterable_source import IterableSource
+from saefast.data.live_buffer import LiveBuffer
 from saefast.data.opening import open_source
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.source import Batch, Source
@@ -126,6 +129,28 @@ def test_what_float32_cannot_hold_is_refused_by_its_name(
 ) -> None:
     with pytest.raises(InputError, match=message):
         train(data, CONFIG, TrainConfig(**COMMON, engine=engine, normalize=normalize))
+
+
+@pytest.mark.parametrize("form", ["array", "file", "iterable", "buffer", "held out", "evaluated"])
+@pytest.mark.parametrize(("dtype", "remark"), [
+    (torch.float16, r"\(overflow in float16, which ends at 65504: store the activations in bfloat16\)"),
+    (torch.bfloat16, r"\(numbers beyond 3.4e\+38 are inf in bfloat16\)"),
+])  # fmt: skip
+def test_what_overflowed_in_half_precision_is_called_that(
+    tmp_path: Path, form: str, dtype: torch.dtype, remark: str
+) -> None:
+    x = made().to(dtype)
+    bad = -1 if form in ("held out", "evaluated") else 3
+    x[bad, 5] = 1e5 if dtype == torch.float16 else float("inf")
+    torch.save(x, tmp_path / "rows.pt")
+    data: Any = {"file": tmp_path / "rows.pt", "iterable": lambda: iter(x.split(500))}.get(form, x)
+    if form == "buffer":
+        data = LiveBuffer(IterableSource(lambda: iter(x.split(500)), heldout=0), reservoir_rows=600)
+    SAE(CONFIG).save(tmp_path / "run")
+    evaluated = functools.partial(evaluate_run, tmp_path / "run", tmp_path / "rows.pt")
+    trained = functools.partial(train, data, CONFIG, TrainConfig(**COMMON, n_tokens=4000))
+    with pytest.raises(InputError, match=rf"holds NaN or inf: .*repair (that row|it) {remark}$"):
+        (evaluated if form == "evaluated" else trained)()
 
 
 def test_nan_is_called_nan_and_nothing_else() -> None:

@@ -19,14 +19,14 @@ from saefast import ambient
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
-from saefast.data.source import TARGET, Source, X, first_bad_row
+from saefast.data.source import TARGET, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
 from saefast.harvest.reharvest import harvest_again
 from saefast.metrics.language_model import LM_METRICS, batch_sequences, lm_scores, why_missing
 from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
-from saefast.models.outliers import FIRST_ROWS, check_multiple, ordinary_rows
-from saefast.models.sae import SAE, WEIGHTS, load
+from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
+from saefast.models.sae import SAE, WEIGHTS, load, require_real
 from saefast.training.checkpoint import list_steps
 from saefast.training.run_folder import CHECKPOINTS
 from saefast.typed import typed
@@ -94,8 +94,11 @@ def evaluate(
     Raises:
         InputError: a batch that is no tensor, of another width, or with NaN or inf.
     """
+    return _evaluated(sae, _checked(sae, batches, describe), max_norm_multiple)
+
+
+def _evaluated(sae: SAE, rows: Iterator[Tensor], max_norm_multiple: Multiple) -> SAEMetrics:
     check_multiple(max_norm_multiple)
-    rows = _checked(sae, batches, describe)
     first, n_rows = [], 0
     while n_rows < FIRST_ROWS and (x := next(rows, None)) is not None:
         first.append(x)
@@ -108,23 +111,29 @@ def evaluate(
     return metrics
 
 
-def _checked(sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None) -> Iterator[Tensor]:
+def _checked(
+    sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None, stored: torch.dtype | None = None
+) -> Iterator[Tensor]:
+    """The batches on the SAE's device. stored: the dtype that they had before they were read in another."""
     seen = 0
     for x in ambient.drawn([batches] if isinstance(batches, Tensor) else batches):
         _check_batch(x, seen, sae)
         x = x.to(sae.device)
         if (bad := first_bad_row(x)) is not None:
             where = f": {describe(seen + bad)}" if describe else ""
-            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}; drop or repair it")
+            where += f"; drop or repair it{where_it_ends(x[bad], stored)}"
+            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}")
         yield x
         seen += len(x)
 
 
 def _check_batch(x: Any, seen: int, sae: SAE) -> None:
-    if isinstance(x, Tensor) and x.dim() == 2 and x.device.type != "meta":
-        return
-    what = f"is of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-    raise InputError(f"the batch after {seen} rows {what}: expected a tensor (B, {sae.config.d_in})")
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.device.type == "meta":
+        what = f"is of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
+        raise InputError(f"the batch after {seen} rows {what}: expected a tensor (B, {sae.config.d_in})")
+    require_real("x", x)
+    if x.shape[1] != sae.config.d_in:
+        raise InputError(f"x has shape {tuple(x.shape)} after {seen} rows: expected (B, d_in = {sae.config.d_in})")
 
 
 @typed
@@ -158,7 +167,7 @@ def evaluate_run(
     if TARGET in source.widths:
         raise InputError(f"{source.source_name} has a target besides x: only reconstructions of x are evaluated so far")
     rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
-    metrics = evaluate(sae, rows, source.describe_heldout, max_norm_multiple)
+    metrics = _evaluated(sae, _checked(sae, rows, source.describe_heldout, source.stored_dtype()), max_norm_multiple)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")

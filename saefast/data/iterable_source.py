@@ -252,6 +252,9 @@ class IterableSource(Source):
             i -= rows
         raise IndexError(i)
 
+    def stored_dtype(self, name: str = X) -> torch.dtype | None:
+        return self._dtypes[name]
+
 
 def _named(item: Any) -> Mapping[Any, Any]:
     """What an iterable gave, by name: a tensor alone is x."""

@@ -82,6 +82,8 @@ class Stream(Protocol):
         self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> Iterator[Batch]: ...
 
+    def stored_dtype(self, name: str = X) -> torch.dtype | None: ...
+
     def close(self) -> None: ...
 
 
@@ -175,6 +177,9 @@ class LiveBuffer(Source):
     def describe_row(self, i: int, name: str = X) -> str:
         assert self._open is not None
         return f"{self.source_name}, row {self._open.row_number(i)} of what it gave to train on"
+
+    def stored_dtype(self, name: str = X) -> torch.dtype | None:
+        return self._data.stored_dtype(name)
 
     def close(self) -> None:
         """Ends the threads and frees the reservoir; iterators handed out are of no more use. Held-out rows stay."""

@@ -171,6 +171,10 @@ class MappedSource(Source):
     def describe_heldout(self, i: int, name: str = X) -> str:
         return _describe(self.held[name], i)
 
+    def stored_dtype(self, name: str = X) -> torch.dtype | None:
+        dtype: torch.dtype = self.train[name].segments[0].rows.dtype
+        return dtype if dtype.is_floating_point else None
+
     def tokens(self, seq: int) -> Tensor:
         return super().tokens(seq) if self.folder is None else self.folder.tokens(seq)
 

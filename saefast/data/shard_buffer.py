@@ -197,6 +197,9 @@ class ShardBuffer(Source):
         number = int(self._open.rows[i]) if isinstance(self._open, DeviceReservoir) else self._open.row_number(i)
         return self._mapped.describe_number(number, name)
 
+    def stored_dtype(self, name: str = X) -> torch.dtype | None:
+        return self._mapped.stored_dtype(name)
+
     def tokens(self, seq: int) -> Tensor:
         return self._mapped.tokens(seq)
 

@@ -27,11 +27,18 @@ def first_bad_row(batch: Tensor) -> int | None:
     return int(rows[0]) if len(rows) else None
 
 
-def where_it_ends(row: Tensor) -> str:
-    """A remark on a row with inf and no NaN: it may have been finite in a dtype of more range."""
+def where_it_ends(row: Tensor, stored: torch.dtype | None = None) -> str:
+    """A remark on a row with inf and no NaN: it may have been finite in a dtype of more range.
+
+    Args:
+        stored: the dtype that the row had before it was widened to this one.
+    """
+    dtype = min((row.dtype, stored or row.dtype), key=lambda kind: torch.finfo(kind).max)
     if bool(row.isnan().any()):
         return ""
-    return f" (numbers beyond {torch.finfo(row.dtype).max:.1e} are inf in {str(row.dtype).removeprefix('torch.')})"
+    if dtype == torch.float16:
+        return " (overflow in float16, which ends at 65504: store the activations in bfloat16)"
+    return f" (numbers beyond {torch.finfo(dtype).max:.1e} are inf in {str(dtype).removeprefix('torch.')})"
 
 
 class Source(ABC):
@@ -89,6 +96,10 @@ class Source(ABC):
     def describe_heldout(self, i: int, name: str = X) -> str:
         """Where row i of heldout() comes from, in the tensor of that name, counted over its batches."""
         return f"held-out row {i} of {self.source_name}"
+
+    def stored_dtype(self, name: str = X) -> torch.dtype | None:
+        """The floating-point dtype that the rows of the tensor of that name are stored in, where it is known."""
+        return None
 
     def tokens(self, seq: int) -> Tensor:
         """Token ids (length,) int32 of a sequence; only shard folders know them."""

@@ -140,9 +140,9 @@ class HookStream:
         self._n_held = 0
         self._begun = False
         self._first = shared.read(reader, 0)
-        self.widths: Mapping[str, int] = {
-            tensor: int(rows.shape[1]) for tensor, rows in self._rows(self._first).items()
-        }
+        first = self._rows(self._first)
+        self.widths: Mapping[str, int] = {tensor: int(rows.shape[1]) for tensor, rows in first.items()}
+        self._dtypes = {tensor: rows.dtype for tensor, rows in first.items()}
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
@@ -172,6 +172,9 @@ class HookStream:
     def holds_all(self) -> bool:
         """Whether no further rows will be held out."""
         return self._n_held >= HELDOUT_ROWS
+
+    def stored_dtype(self, name: str = X) -> torch.dtype:
+        return self._dtypes[name]
 
     def close(self) -> None:
         self._shared.leave(self._reader)

@@ -133,8 +133,8 @@ class SAE(nn.Module):
         """acts, idx (..., K) -> x_hat (..., d_in). Raises InputError for other shapes, dtypes and ids."""
         if acts.dim() == 0 or acts.shape != idx.shape:
             raise InputError(f"acts is {tuple(acts.shape)}, idx {tuple(idx.shape)}: expected one shape (..., k)")
-        _require_real("acts", acts)
-        _require_real("idx", idx)
+        require_real("acts", acts)
+        require_real("idx", idx)
         n_rows = math.prod(acts.shape[:-1])  # reshape cannot tell where K is 0
         flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
         if self.config.rescale_acts_by_decoder_norm:
@@ -158,7 +158,7 @@ class SAE(nn.Module):
             raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
         if f.device != self.device:
             raise InputError(f"f is on {f.device}, the SAE on {self.device}: move one with .to()")
-        _require_real("f", f)
+        require_real("f", f)
         if self.config.rescale_acts_by_decoder_norm:
             f = f / self._units()
         return f.to(self.dtype) @ self.W_dec + self.b_dec
@@ -199,7 +199,7 @@ class SAE(nn.Module):
             raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
         if x.device != self.device:
             raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
-        _require_real("x", x)
+        require_real("x", x)
         flat = x.reshape(-1, self.config.d_in).to(self.dtype)
         return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
 
@@ -246,7 +246,8 @@ class SAE(nn.Module):
         return dataclasses.replace(self.config, dtype=names[0])
 
 
-def _require_real(name: str, tensor: Tensor) -> None:
+def require_real(name: str, tensor: Tensor) -> None:
+    """Raises InputError for a tensor that is sparse or complex."""
     if tensor.layout != torch.strided:
         raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; pass {name}.to_dense()")
     if tensor.is_complex():

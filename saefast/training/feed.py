@@ -146,7 +146,7 @@ class Feed:
                 where = self.source.describe_heldout(seen + row, name)
                 raise InputError(
                     f"held-out row {seen + row} holds NaN or inf{_in(name)}: {where}; drop or repair that "
-                    f"row{where_it_ends(batch[name][row])}"
+                    f"row{where_it_ends(batch[name][row], self.source.stored_dtype(name))}"
                 )
             seen += n_rows_of(batch)
             yield self._scaled(batch)
@@ -230,7 +230,8 @@ class Feed:
 
     def _describe(self, step: int, name: str, row: int, batch: Batch) -> str:
         where = f"row {row} of the batch holds NaN or inf{_in(name)}: {self.source.describe_row(row, name)}"
-        return f"step {step}: {where}; drop or repair that row{where_it_ends(batch[name][row])}"
+        ends = where_it_ends(batch[name][row], self.source.stored_dtype(name))
+        return f"step {step}: {where}; drop or repair that row{ends}"
 
     def _scaled(self, batch: Batch) -> Rows:
         return self.scaled(Rows(batch[X], batch.get(TARGET, batch[X])))

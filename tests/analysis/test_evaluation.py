@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from saefast.analysis import evaluation as evaluate_module
 from saefast.analysis.evaluation import evaluate, evaluate_run
+from saefast.cli import main as cli
 from saefast.cli.eval import table
 from saefast.data.opening import open_source
 from saefast.data.provenance import describe_data
@@ -183,6 +184,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     bad[7, 3] = math.inf
     with pytest.raises(InputError, match="row 17 of the held-out rows holds NaN or inf"):
         evaluate(sae, [torch.zeros(10, 8), bad])
+    with pytest.raises(InputError, match=r"x has shape \(1, 9\) after 10 rows"):
+        evaluate(sae, [torch.zeros(10, 8), torch.zeros(1, 9)])
     with pytest.raises(InputError, match=r"x has shape \(10, 9\)"):
         evaluate(sae, [torch.zeros(10, 9)])
     sae.save(tmp_path / "bare")
@@ -209,3 +212,29 @@ def test_a_heldout_row_that_is_not_finite_is_named_with_its_file(tmp_path):
     np.save(tmp_path / "x.npy", x)
     with pytest.raises(InputError, match=r"row 17 of the held-out rows holds NaN or inf: .*x.npy row 397"):
         evaluate_run(run)
+
+
+def test_sinks_do_not_pass_for_quality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An SAE that gives out one row's direction and nothing else: FVU near 0, but not on ordinary rows."""
+    x = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0))
+    x[::100] = 1000.0
+    torch.save(x, tmp_path / "x.pt")
+    sae = SAE(SAEConfig(d_in=8, n_latents=4, k=1), seed=0)
+    with torch.no_grad():
+        sae.W_enc.zero_()[0] = sae.W_dec.zero_()[0] = 8**-0.5
+    sae.save(tmp_path / "run")
+    found = evaluate_run(tmp_path / "run", tmp_path / "x.pt", write=False)
+    assert found.metrics["fvu"] < 1e-3
+    assert found.metrics["fvu_ordinary"] > 0.8
+    assert found.metrics["fvu_median"] > 0.8
+    assert found.about["ordinary"] == {"max_norm_multiple": 10.0, "far": 2}
+    assert "2 rows lie beyond 10 times the median distance from the centre" in table(found)
+    every = evaluate_run(tmp_path / "run", tmp_path / "x.pt", max_norm_multiple=None, write=False)
+    assert every.metrics["fvu_ordinary"] == pytest.approx(every.metrics["fvu"], rel=1e-12)
+    assert every.about["ordinary"] == {"max_norm_multiple": None, "far": 0}
+    assert "rows lie beyond" not in table(every)
+    flags = ["--data", str(tmp_path / "x.pt"), "--max-norm-multiple", "2000"]
+    assert cli.main(["eval", str(tmp_path / "run"), *flags]) == 0
+    assert "rows lie beyond" not in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"max_norm_multiple is 0\.5: expected a finite number above 1"):
+        evaluate_run(tmp_path / "run", tmp_path / "x.pt", max_norm_multiple=0.5)
