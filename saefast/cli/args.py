@@ -17,6 +17,7 @@ from saefast.data.provenance import recorded_data
 from saefast.errors import InputError
 from saefast.harvest.reharvest import TOKENS, what_is_missing
 from saefast.models.sae import CONFIG
+from saefast.training.progress import silent
 from saefast.training.run_folder import read_config
 
 T = TypeVar("T")
@@ -125,17 +126,17 @@ def watched() -> bool:
 class LogLines:
     """Training progress as plain lines, at most one every `seconds`, for logs and pipes."""
 
-    def __init__(self, total_steps: int, seconds: float = 10.0) -> None:
-        self._total, self._seconds, self._last = total_steps, seconds, time.monotonic()
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
 
     def __call__(self, line: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        if now - self._last < self._seconds and line["step"] < self._total:
+        now, total = time.monotonic(), line["details/total_steps"]
+        if now - self._last < self._seconds and line["step"] < total:
             return
         self._last = now
         print(
-            f"step {line['step']}/{self._total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "
-            f"L0 {line['metrics/l0']:.1f}  dead {line['dead_share']:.1%}  {line['tokens_per_second']:,.0f} tokens/s  "
+            f"step {line['step']}/{total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "
+            f"L0 {line['metrics/l0']:.1f}  {silent(line)}  {line['tokens_per_second']:,.0f} tokens/s  "
             f"idle {line['idle_share']:.1%}{left_out(line)}",
             flush=True,
         )

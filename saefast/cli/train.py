@@ -21,7 +21,7 @@ from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestConfig
 from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG, SAE
-from saefast.training.api import Stopped, count_steps, train
+from saefast.training.api import Stopped, train
 from saefast.training.run_folder import read_config
 from saefast.training.several import Member, check_names, train_many
 
@@ -154,7 +154,7 @@ def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
         if args.hooks is not None:
             return {args.out / name: sae for name, sae in train_many(members, args.out, **options).items()}
         (member,) = members.values()
-        lines = None if shown else LogLines(count_steps(member.batches, args.train))
+        lines = None if shown else LogLines()
         return {args.out: train(*member, args.out, on_log=lines, **options)}
     except Stopped as stop:
         again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if args.hooks else [])]

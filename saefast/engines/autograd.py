@@ -100,7 +100,7 @@ class AutogradEngine(EngineBase):
         self.adam.zero_grad()
         if self.config.decoder_norm == "post_step":
             self.sae.normalize_decoder_()
-        self.dead.since = losses.since
+        self.dead.take(losses.since, losses.fired)
         seen = losses.code, losses.norms, self.step_count, self.config
         self.take_buffers(self.architecture.observed(self.buffers(), *seen))
         self.step_count += 1
@@ -115,7 +115,7 @@ class AutogradEngine(EngineBase):
 
     def state_dict(self) -> State:
         """Everything a bit-exact continuation needs, except the SAE's own weights, which a checkpoint stores beside."""
-        state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale, "dead.since": self.dead.since}
+        state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale} | self.dead.tensors()
         for name, parameter in self.parameters.items():
             moments = self.adam.state.get(parameter, {})
             state |= {f"adam.{name}.{moment}": moments[moment] for moment in MOMENTS if moment in moments}
@@ -131,6 +131,7 @@ class AutogradEngine(EngineBase):
         """
         self.step_count, self.mse_scale = int(state["step_count"]), float(state["mse_scale"])
         self.dead.since = self._copied(state, "dead.since", self.dead.since)
+        self.dead.never = self._copied(state, "dead.never", self.dead.never)
         self.adam.state.clear()
         for name, parameter in self.parameters.items():
             if self.step_count:
@@ -162,6 +163,8 @@ class Losses(NamedTuple):
     """What it was ranked by."""
     since: Tensor
     """(n_latents,) the dead-latent counters after this batch."""
+    fired: Tensor
+    """(n_latents,) bool, the latents that fired in it."""
 
 
 def total_loss(
@@ -192,7 +195,8 @@ def total_loss(
             e = error.detach()
 
     # sparsify reports MultiTopK's indices as those of the top k, so its counters take all 4k for fired.
-    since = dead.after(raw if config.reproduce_bugs else terms.part(raw, terms.main))
+    fired = dead.fired(raw if config.reproduce_bugs else terms.part(raw, terms.main))
+    since = dead.unless(fired, raw.rows)
     auxk: Tensor | float = 0.0
     if config.auxk_coef:
         dead_ids = dead.ids(since if config.dead_update_first else dead.since)
@@ -200,7 +204,7 @@ def total_loss(
         total = total + config.auxk_coef * auxk
     auxk = auxk.detach() if isinstance(auxk, Tensor) else auxk
     fvu = sum_squares(e) / variance
-    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), encoder.scale, since)
+    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), encoder.scale, since, fired)
 
 
 def auxk_loss(

@@ -1,5 +1,7 @@
 """EngineBase: what all engines have in common."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -61,6 +63,10 @@ class EngineBase:
         """The learning rate of the step to come."""
         factor = lr_factor(self.step_count, self.total_steps, self.config)
         return self.config.peak_lr(self.sae.config.n_latents) * factor
+
+    def decay_from(self, step: int, total_steps: int) -> None:
+        """From now on the rate falls from `step` to total_steps, whatever was planned."""
+        self.config, self.total_steps = dataclasses.replace(self.config, lr_decay_start=step), total_steps
 
     def buffers(self) -> dict[str, Tensor]:
         """What the architecture keeps besides the parameters, live."""

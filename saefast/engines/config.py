@@ -86,7 +86,10 @@ class TrainConfig(ArchitectureFields):
 
         log_every: steps between lines of metrics.jsonl; 0 is never.
         save_every: steps between checkpoints; 0 is never.
-        eval_every: steps between values of the held-out FVU; 0 is never.
+        eval_every: steps between values of the held-out FVU, each over few rows (the last one over all of them, up to
+            65,536); None is about 20 times in a run; 0 is never.
+        stop_at_plateau: where the held-out FVU at the peak rate falls by less than 1 % per doubling of tokens, begin
+            the decay at once, and end with it.
     """
 
     n_tokens: int | None = None
@@ -133,7 +136,8 @@ class TrainConfig(ArchitectureFields):
 
     log_every: int = 10
     save_every: int = 1000
-    eval_every: int = 0
+    eval_every: int | None = None
+    stop_at_plateau: bool = False
 
     def __post_init__(self) -> None:
         tuples_from_lists(self)
@@ -158,6 +162,11 @@ class TrainConfig(ArchitectureFields):
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"{name} is {value!r}: expected at least {least}, and finite")
+        if self.stop_at_plateau and self.eval_every == 0:
+            raise InputError(
+                "stop_at_plateau is True and eval_every is 0: a plateau is told by the held-out FVU; set eval_every to "
+                "None, or to a number of steps"
+            )
         if not 0 <= self.lr_decay_share <= 1:
             raise InputError(f"lr_decay_share is {self.lr_decay_share!r}: expected a number between 0 and 1")
         for name in ("beta1", "beta2", "ema_decay"):

@@ -1,10 +1,22 @@
 """DeadLatents: how long ago each latent fired."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from saefast.engines.config import TrainConfig
 from saefast.ops.code import Code
+
+
+class Silent(NamedTuple):
+    """Which part of the latents has been silent, and for how long."""
+
+    share: Tensor
+    """0-d: latents that fired on none of the last `tokens` tokens, over all latents."""
+    tokens: int
+    never: Tensor
+    """0-d: latents that never fired, over all latents."""
 
 
 class DeadLatents:
@@ -15,26 +27,37 @@ class DeadLatents:
 
     Attributes:
         since: (n_latents,) int64 counters.
+        never: (n_latents,) bool, which latents never fired. The counters do not tell where they begin below 0.
     """
 
     def __init__(self, n_latents: int, config: TrainConfig, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.since = torch.full((n_latents,), config.dead_start, dtype=torch.int64, device=device)
+        self.never = torch.ones(n_latents, dtype=torch.bool, device=device)
 
-    def after(self, code: Code) -> Tensor:
-        """The counters as they stand after a batch's code; assign them to `since` once the step is sure."""
+    def fired(self, code: Code) -> Tensor:
+        """(n_latents,) bool: which latents fire in a batch's code."""
         n_latents, above = len(self.since), self.config.fired_above
         if above is None and code.row_ptr is not None:
             above = 0.0  # what was not selected is there as padding
         fired = code.idx if above is None else torch.where(code.acts > above, code.idx, n_latents)
         # One place more, for what did not fire: to leave it out would make the host count the rest.
         hit = self.since.new_zeros(n_latents + 1, dtype=torch.bool)
-        return self.unless(hit.index_fill_(0, fired.flatten().long(), True)[:-1], code.rows)
+        return hit.index_fill_(0, fired.flatten().long(), True)[:-1]
 
     def unless(self, fired: Tensor, n_rows: int) -> Tensor:
         """The counters after a batch of n_rows in which the latents of fired (n_latents,) bool fired."""
         since = self.since + (n_rows if self.config.dead_unit == "tokens" else 1)
         return since.masked_fill_(fired, 0)
+
+    def take(self, since: Tensor, fired: Tensor) -> None:
+        """The counters of a batch, as `unless` gave them, and what fired in it: once its step is sure."""
+        self.since = since
+        self.never.logical_and_(~fired)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What an engine's state holds of this, live."""
+        return {"dead.since": self.since, "dead.never": self.never}
 
     def mask(self, since: Tensor) -> Tensor:
         """(n_latents,) bool: which latents these counters call dead."""
@@ -47,3 +70,13 @@ class DeadLatents:
     def share(self) -> Tensor:
         """Dead latents over all latents, 0-d."""
         return self.mask(self.since).float().mean()
+
+    def silent(self, tokens: int) -> Silent:
+        """What has been silent in a run of so many tokens so far, over a window that has passed: half of them, or
+        dead_after where that is shorter; in whole batches."""
+        batch = self.config.batch_size
+        counted = 1 if self.config.dead_unit == "tokens" else batch
+        batches = max(min(tokens // 2, self.config.dead_after * counted) // batch, 1)
+        window = min(batches * batch, tokens)
+        silent = self.never | (self.since >= (window if counted == 1 else batches))
+        return Silent(silent.float().mean(), window, self.never.float().mean())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saefast.data.source import where_it_ends
+from saefast.engines.dead import DeadLatents
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.ops.reference import accumulate_dtype
@@ -43,6 +44,8 @@ class Engine(Protocol):
 
     step_count: int
     """Optimiser updates done."""
+    dead: DeadLatents
+    """How long ago each latent fired."""
 
     def initialise(self, rows: Tensor, targets: Tensor | None = None) -> None:
         """Sets what depends on data (b_dec, scales) from rows (n, d_in), in place in the SAE."""
@@ -52,6 +55,12 @@ class Engine(Protocol):
 
         Raises InputError, with nothing changed, if the loss is not finite.
         """
+
+    def lr(self) -> float:
+        """The learning rate of the step to come."""
+
+    def decay_from(self, step: int, total_steps: int) -> None:
+        """Changes the schedule: the learning rate falls from `step` on, and is at its end after total_steps."""
 
     def averaged(self) -> dict[str, Tensor] | None:
         """The moving average of the weights by name; None where the recipe keeps none, or before a step."""

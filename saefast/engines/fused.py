@@ -154,7 +154,7 @@ class FusedEngine(EngineBase):
         row_ops(self.weights.enc.w).update_rows(jobs)
         self.weights.updated(lr)
         self.step_count += 1
-        self.dead.since = g.since
+        self.dead.take(g.since, g.fired)
         self.take_buffers(g.buffers)
         if self.hot is not None and sure.rate is not None:
             self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
@@ -177,7 +177,7 @@ class FusedEngine(EngineBase):
 
     def _tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, live."""
-        tensors = {"dead.since": self.dead.since} | (self.hot.state() if self.hot is not None else {})
+        tensors = self.dead.tensors() | (self.hot.state() if self.hot is not None else {})
         tensors |= self.weights.tensors()
         return tensors | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 

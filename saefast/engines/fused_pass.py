@@ -74,6 +74,8 @@ class Gradient:
     """(D,)."""
     since: Tensor
     """(L,) the dead-latent counters after the batch."""
+    fired: Tensor
+    """(L,) bool, the latents that fired in it."""
     buffers: dict[str, Tensor]
     """The architecture's, after the batch."""
     code: Groups
@@ -110,7 +112,8 @@ class Pass:
         self.code = model.architecture.code(self.encoder, self.config)
         self.groups = self._grouped(self.code.idx, self.code.acts != 0)
         buffers = model.architecture.observed(model.buffers, self.code, norms, self.weights.step, self.config)
-        since = self._counters()
+        fired = self._fired()
+        since = model.dead.unless(fired, len(self.x))
         dead_ids = self._look(variance, squares, self._dead(since))
         self.weights.settle_decoder(self.groups.latents)
 
@@ -121,22 +124,22 @@ class Pass:
             part, auxk = self._auxk(dead_ids, grad)
             parts += [part] if part is not None else []
         loss = loss + self.config.auxk_coef * auxk
-        l0 = self._fired() / len(self.x)
-        return Gradient(*self._entries(parts), since, buffers, self.groups, loss, fvu, auxk, l0)
+        l0 = self._n_fired() / len(self.x)
+        return Gradient(*self._entries(parts), since, fired, buffers, self.groups, loss, fvu, auxk, l0)
 
     def _served(self) -> Code:
         """The part of the code that the SAE serves."""
         return self.terms.part(self.code, self.terms.main)
 
-    def _counters(self) -> Tensor:
-        """The dead-latent counters after this batch."""
+    def _fired(self) -> Tensor:
+        """(n_latents,) bool: which latents fired."""
         dead, served = self.model.dead, self._served()
         if self.config.fired_above != 0 or served is not self.code:
-            return dead.after(served)
+            return dead.fired(served)
         # The latents that fired are those that have a group.
-        return dead.unless(self.groups.counts(self.n_latents) > 0, len(self.x))
+        return self.groups.counts(self.n_latents) > 0
 
-    def _fired(self) -> Number:
+    def _n_fired(self) -> Number:
         """How many latents fired, over all tokens."""
         served = self._served()
         return self.groups.offsets[-1] if served is self.code else (served.acts > 0).sum()

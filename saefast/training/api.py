@@ -28,12 +28,13 @@ from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
 from saefast.training import checkpoint, run_folder
 from saefast.training.feed import Feed
+from saefast.training.heldout import check_heldout
 from saefast.training.limits import check_sizes
-from saefast.training.loop import Line, Run, RunState, Stopped, advance, check_heldout, finish, stopped
+from saefast.training.loop import Line, Run, RunState, Stopped, advance, advise, finish, resume_schedule, stopped
 from saefast.training.progress import MetricsLog, bar
 from saefast.typed import typed
 
-__all__ = ["Run", "Stopped", "advance", "finish", "opened", "stop_signals", "stopped", "train"]
+__all__ = ["Run", "Stopped", "advance", "advise", "finish", "opened", "stop_signals", "stopped", "train"]
 
 
 @typed
@@ -97,6 +98,7 @@ def train(
         bar(run.total_steps * config.batch_size, run.tokens, progress) as shown,
         stop_signals() as stop,
     ):
+        advise([run])
         while not stop.is_set() and advance(run, shown, stop):
             pass
         if run.step < run.total_steps:
@@ -217,6 +219,7 @@ def _restore(
     _set_rng(state["rng"])
     run = Run(sae, engine, feed, config, total_steps, step, state["tokens"], saved_step=step, line=state["line"])
     run.seconds_before, run.waited_before = state["seconds"], state["waited"]
+    resume_schedule(run, state)
     return run
 
 

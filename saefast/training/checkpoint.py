@@ -12,7 +12,8 @@ checkpoint can be used, but it is not the one that the run would return there: r
 have to be settled, which the engine's `finish` does.
 
 Older versions are refused: version 1 had no digest over state.json, so its numbers cannot be checked; version 2 named
-two biases where this one holds all that depends on the scale of inputs; version 3 did not say which rows are left out.
+two biases where later ones hold all that depends on the scale of inputs; version 3 did not say which rows are left out
+and which latents never fired, nor held the curve that tells a plateau.
 """
 
 import hashlib

@@ -4,7 +4,7 @@ import math
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -17,15 +17,15 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.engine import Engine, StepStats
 from saefast.engines.losses import total_variance
 from saefast.errors import InputError
-from saefast.metrics.streaming import Reconstruction
 from saefast.models.sae import SAE, WEIGHTS
 from saefast.training import checkpoint, run_folder
+from saefast.training.advice import advice
 from saefast.training.feed import Feed, Rows
+from saefast.training.heldout import chosen_eval_every, evaluate_heldout, rows_on_the_way
 from saefast.training.progress import Bar, MetricsLog
+from saefast.training.trend import Point, trend
 
 Line = dict[str, Any]
-# Rows that the held-out figures in metrics.jsonl are taken over; `saefast eval` looks at all of them.
-HELDOUT_ROWS = 1 << 16
 
 
 class RunState(TypedDict):
@@ -34,6 +34,13 @@ class RunState(TypedDict):
     settings: dict[str, dict[str, Any]]
     step: int
     tokens: int
+    total_steps: int
+    # Of the step done last.
+    lr: float
+    # The step at which a plateau was found, and the decay begun.
+    plateau: int | None
+    # `Point`s of the held-out FVU at the peak learning rate.
+    curve: list[list[float]]
     # The last step's figures wait here for those of the finished SAE, which are measured after the last checkpoint.
     line: Line | None
     seconds: float
@@ -83,6 +90,9 @@ class Run:
     waited_before: float = 0.0
     saved_step: int = 0
     line: Line | None = None
+    plateau: int | None = None  # the step at which the decay began because the held-out FVU had stopped falling
+    curve: list[Point] = field(default_factory=list)  # the held-out FVU at the peak learning rate
+    before: tuple[int, float] | None = None  # of a run that goes on: the steps it was to have, and its last rate
     last: tuple[Rows, StepStats] | None = None  # the batch of the step done last, and its figures
     folder: Path | None = None
     keep: int = 2
@@ -91,6 +101,7 @@ class Run:
     begun: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
+        self.eval_every = chosen_eval_every(self.config, self.total_steps)
         self.mark()
 
     @property
@@ -101,6 +112,11 @@ class Run:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+
+    def decay_from(self, step: int, total_steps: int) -> None:
+        """The learning rate falls from `step` on, where there was a plateau, and the run ends with total_steps."""
+        self.plateau, self.total_steps = step, total_steps
+        self.engine.decay_from(step, total_steps)
 
     def mark(self) -> None:
         """Speeds are measured from here: called after each log line, evaluation and checkpoint."""
@@ -144,6 +160,16 @@ def advance(run: Run, shown: Bar, stop: threading.Event | None = None) -> bool:
     return True
 
 
+def advise(runs: Iterable[Run]) -> None:
+    """Before the first step: one warning on each thing that is likely to go wrong, about the first run it concerns."""
+    found: dict[str, str] = {}
+    for run in runs:
+        tokens = run.total_steps * run.config.batch_size
+        found = advice(run.config, run.total_steps, run.sae.config, tokens, run.step, run.before) | found
+    for line in found.values():
+        warnings.warn(line, RuntimeWarning, stacklevel=5)
+
+
 def stopped(run: Run) -> Stopped:
     """Saves a run before its end; the exception to raise."""
     _save(run)
@@ -162,12 +188,67 @@ def _step(run: Run, rows: Rows) -> StepStats:
 def _report_and_save(run: Run, rows: Rows, stats: StepStats, shown: Bar) -> None:
     """What is due after a step that is not the last. The line comes first: a checkpoint never lacks lines before it."""
     config = run.config
-    evaluates = _due(run.step, config.eval_every)
+    evaluates = _due(run.step, run.eval_every)
     if evaluates or _due(run.step, config.log_every):
         line = _line(run, rows, stats)
-        _publish(run, line | evaluate_heldout(run.sae, run.feed) if evaluates else line, shown)
+        _publish(run, line | _evaluate(run, stats, shown) if evaluates else line, shown)
     if _due(run.step, config.save_every):
         _save(run)
+
+
+def _evaluate(run: Run, stats: StepStats, shown: Bar) -> Line:
+    """Held-out figures in mid-run. Where they say that more tokens do not help, the decay begins, if that is asked for.
+
+    Raises:
+        InputError: a row holds NaN or inf, and evaluations were asked for.
+    """
+    try:
+        line = evaluate_heldout(run.sae, run.feed, rows_on_the_way(run.config, run.eval_every))
+    except InputError as error:
+        if run.config.eval_every is not None:
+            raise
+        warnings.warn(f"no held-out figures: {error}", RuntimeWarning, stacklevel=5)
+        run.eval_every = 0
+        return {}
+    if run.config.stop_at_plateau and not line and run.step == run.eval_every:
+        warnings.warn("stop_at_plateau needs held-out rows: nothing is held out", RuntimeWarning, stacklevel=5)
+    if (
+        line
+        and 0 < line["heldout/fvu_ordinary"] < math.inf
+        and stats.lr == run.config.peak_lr(run.sae.config.n_latents)
+    ):
+        run.curve.append(Point(run.tokens, line["heldout/fvu_ordinary"], line["heldout/rows"]))
+        line |= _judge(run, shown)
+    return line
+
+
+def _judge(run: Run, shown: Bar) -> Line:
+    """The trend so far; on a plateau, ends the run with a decay that begins now, if that is asked for."""
+    found = trend(run.curve)
+    if found is None:
+        return {}
+    if found.surely_flat and run.config.stop_at_plateau:
+        before = run.total_steps
+        run.decay_from(run.step, min(run.step + decay_steps(run.step, before, run.config), before))
+        shown.shorten((before - run.total_steps) * run.config.batch_size)
+    return {"heldout/fall_per_doubling": found.fall, "details/total_steps": run.total_steps}
+
+
+def resume_schedule(run: Run, state: Mapping[str, Any]) -> None:
+    """The schedule and the curve as a checkpoint holds them, where the run is still to end as it was then."""
+    run.before = state["total_steps"], state["lr"]
+    if state["plateau"] is not None and run.config.stop_at_plateau:
+        run.decay_from(state["plateau"], min(state["total_steps"], run.total_steps))
+    if run.engine.lr() <= state["lr"]:
+        # Once a decay has begun, a higher rate begins another curve.
+        run.curve = [Point(int(tokens), fvu, int(rows)) for tokens, fvu, rows in state["curve"]]
+
+
+def decay_steps(step: int, total_steps: int, config: TrainConfig) -> int:
+    """How long a decay takes that begins at `step`: the share of the run that it would have had at its end."""
+    start = config.lr_decay_start
+    share = config.lr_decay_share if start is None or start < 0 else max(1 - start / total_steps, 0.0)
+    return max(round(step * share / (1 - share)), 1) if share < 1 else total_steps
 
 
 def _due(step: int, every: int) -> bool:
@@ -218,7 +299,7 @@ def _publish(run: Run, line: Line, shown: Bar) -> None:
 
 def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
     """A step's figures under the names of SAELens' panels, and FVU and dead share under their own."""
-    fvu, dead = float(stats.fvu), float(stats.dead_share)
+    fvu, dead, silent = float(stats.fvu), float(stats.dead_share), run.engine.dead.silent(run.tokens)
     return {
         "losses/overall_loss": float(stats.loss),
         # Mean over tokens of the summed squared error of scaled inputs, for any kind of loss.
@@ -227,47 +308,17 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
         "metrics/explained_variance": 1 - fvu,
         "metrics/l0": float(stats.l0),
         "sparsity/dead_features": round(dead * run.sae.config.n_latents),
+        "sparsity/silent_share": float(silent.share),
+        "sparsity/silent_tokens": silent.tokens,
+        "sparsity/never_fired_share": float(silent.never),
         "details/current_learning_rate": stats.lr,
         "details/n_training_samples": run.tokens,
+        "details/total_steps": run.total_steps,
         "fvu": fvu,
         "rows_left_out": run.feed.left_out.n_left_out,
         "dead_share": dead,
         "grad_norm": float(stats.grad_norm),
     }
-
-
-@torch.no_grad()
-def evaluate_heldout(sae: SAE, feed: Feed) -> Line:
-    """FVU, explained variance and L0 over (at most HELDOUT_ROWS of) the held-out rows; empty where there are none.
-
-    All rows count, those that training leaves out too; "fvu_ordinary" and "fvu_median" tell of the others.
-
-    In mid-run the SAE is taken as it is: rows without a gradient may be unsettled, which only `finish` changes.
-
-    Raises:
-        InputError: a row holds NaN or inf.
-    """
-    reconstruction, fired, n_rows = Reconstruction(feed.ordinary), 0.0, 0
-    for x, target in feed.heldout():
-        x_hat, acts, _ = sae(x)
-        reconstruction.update(target, x_hat)
-        fired, n_rows = fired + float((acts != 0).sum()), n_rows + len(x)
-        if n_rows >= HELDOUT_ROWS:
-            break
-    if n_rows == 0:
-        return {}
-    found = reconstruction.compute()
-    named = {f"heldout/{name}": found[name] for name in ("fvu", "fvu_ordinary", "fvu_median", "explained_variance")}
-    return named | {"heldout/l0": fired / n_rows}
-
-
-def check_heldout(feed: Feed) -> None:
-    """At the start of a run: raises InputError where one of the rows that `evaluate_heldout` looks at is not finite."""
-    n_rows = 0
-    for x, _ in feed.heldout():
-        n_rows += len(x)
-        if n_rows >= HELDOUT_ROWS:
-            return
 
 
 def _last_heldout(run: Run) -> Line:
@@ -277,6 +328,15 @@ def _last_heldout(run: Run) -> Line:
     except InputError as error:
         warnings.warn(f"no held-out figures: {error}", RuntimeWarning, stacklevel=4)
         return {}
+
+
+def _prospects(run: Run) -> Line:
+    """What the curve says about more tokens, where it says anything, and whether a plateau ended the run."""
+    found = trend(run.curve)
+    line: Line = {"details/plateau_step": run.plateau} if run.plateau is not None else {}
+    if found is not None:
+        line |= {"heldout/fall_per_doubling": found.fall, "heldout/fall_error": found.error}
+    return line
 
 
 def _save(run: Run) -> None:
@@ -293,6 +353,10 @@ def _save(run: Run) -> None:
         "settings": run_folder.settings(run.sae.config, run.config),
         "step": run.step,
         "tokens": run.tokens,
+        "total_steps": run.total_steps,
+        "lr": 0.0 if run.last is None else run.last[1].lr,
+        "plateau": run.plateau,
+        "curve": [list(point) for point in run.curve],
         "line": run.line,
         "seconds": run.seconds,
         "waited": run.waited_before + run.feed.waited,
@@ -321,7 +385,7 @@ def finish(run: Run, shown: Bar) -> SAE:
     averaged = run.engine.averaged()
     run.engine.finish()
     if run.line is not None:
-        _publish(run, run.line | _last_heldout(run), shown)
+        _publish(run, run.line | _last_heldout(run) | _prospects(run), shown)
     sae = _served(run, run.sae)
     if run.folder is not None:
         with run_folder.writing(run.folder):

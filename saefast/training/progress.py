@@ -15,6 +15,8 @@ from saefast.schema import check
 from saefast.typed import typed
 
 METRICS = "metrics.jsonl"
+# Latents that fired on none of the last so many tokens, how many these are, and latents that never fired.
+SILENT = ("sparsity/silent_share", "sparsity/silent_tokens", "sparsity/never_fired_share")
 
 
 class MetricsLog:
@@ -102,8 +104,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return [check(parse_json(line, place), dict[str, Any], place) for line, place in places]
 
 
+def silent(line: Mapping[str, Any]) -> str:
+    """The latents that do nothing, of a line of metrics, in words."""
+    return f"silent {line['sparsity/silent_share']:.1%} (last {line['sparsity/silent_tokens']:,} tok)"
+
+
 class Bar:
-    """The progress bar: tokens done, tokens/s, loss, FVU, L0 and dead share. Nothing at all where it is off."""
+    """The progress bar: tokens done, tokens/s, loss, FVU, L0 and silent latents. Nothing at all where it is off."""
 
     def __init__(self, total_tokens: int, done: int, shown: bool) -> None:
         self._bar: Any = None
@@ -116,10 +123,15 @@ class Bar:
         if self._bar is not None:
             self._bar.update(tokens)
 
+    def shorten(self, tokens: int) -> None:
+        """The run ends so many tokens earlier than was said."""
+        if self._bar is not None:
+            self._bar.total -= tokens
+
     def show(self, line: Mapping[str, Any]) -> None:
         if self._bar is not None:
             shown = f"loss {line['losses/overall_loss']:.4g}, FVU {line['fvu']:.4f}"
-            shown += f", L0 {line['metrics/l0']:.1f}, dead {line['dead_share']:.1%}"
+            shown += f", L0 {line['metrics/l0']:.1f}, {silent(line)}"
             self._bar.set_postfix_str(shown, refresh=False)
 
     def close(self) -> None:

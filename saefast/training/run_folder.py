@@ -26,7 +26,7 @@ from saefast.typed import typed
 CHECKPOINTS, EMA = "checkpoints", "ema"
 TRAIN = "train"
 # What may differ when a run is resumed: its length, what it reports and saves, where it runs.
-FREE = ("n_tokens", "device", "log_every", "save_every", "eval_every")
+FREE = ("n_tokens", "device", "log_every", "save_every", "eval_every", "stop_at_plateau")
 
 
 def write_config(folder: Path, sae_config: SAEConfig, train_config: TrainConfig) -> None:

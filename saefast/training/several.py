@@ -11,7 +11,7 @@ from saefast.errors import InputError
 from saefast.files import usable
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
-from saefast.training.api import Run, Stopped, advance, finish, opened, stop_signals, stopped
+from saefast.training.api import Run, Stopped, advance, advise, finish, opened, stop_signals, stopped
 from saefast.training.progress import bar
 from saefast.typed import typed
 
@@ -58,6 +58,7 @@ def train_many(
         total = sum(run.total_steps * run.config.batch_size for run in runs.values())
         shown = stack.enter_context(bar(total, sum(run.tokens for run in runs.values()), progress))
         stop = stack.enter_context(stop_signals())
+        advise(runs.values())
         # The member with the fewest steps goes first: after a kill, their checkpoints may be of different steps.
         while not stop.is_set() and (behind := _furthest_behind(runs)):
             advance(runs[behind], shown, stop)

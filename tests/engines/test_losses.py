@@ -246,9 +246,10 @@ def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int)
             fired = len(here) > 0 and (above is None or bool((here > above).any()))
             by_hand[latent] = 0 if fired else by_hand[latent] + (n if unit == "tokens" else 1)
         before = dead.since.clone()
-        since = dead.after(Code(acts, idx))
+        hit = dead.fired(Code(acts, idx))
+        since = dead.unless(hit, n)
         assert torch.equal(dead.since, before)  # only read
-        dead.since = since
+        dead.take(since, hit)
         assert since.tolist() == by_hand
         assert dead.ids(since).tolist() == [i for i, count in enumerate(by_hand) if count >= limit]
         assert float(dead.share()) == pytest.approx(sum(c >= limit for c in by_hand) / L)
@@ -257,7 +258,7 @@ def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int)
 def test_dead_latents_count_beyond_32_bits() -> None:
     dead = DeadLatents(2, config_of(dead_after=3 * 2**40))
     dead.since += 3 * 2**40 - 1
-    since = dead.after(Code(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)))
+    since = dead.unless(dead.fired(Code(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))), 1)
     assert since.tolist() == [0, 3 * 2**40]
     assert dead.ids(since).tolist() == [1]
 

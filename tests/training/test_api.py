@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +25,11 @@ from saefast.models.config import SAEConfig
 from saefast.models.init import geometric_median
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
-from saefast.training import run_folder
+from saefast.training import heldout, run_folder
 from saefast.training.api import count_steps, train
 from saefast.training.feed import Feed, input_scale
-from saefast.training.loop import Stopped, evaluate_heldout, fold
+from saefast.training.heldout import evaluate_heldout
+from saefast.training.loop import Stopped, fold
 from saefast.training.progress import METRICS, read_metrics
 
 CONFIG = SAEConfig(d_in=12, n_latents=48, k=4)
@@ -152,7 +152,8 @@ def test_metrics_are_named_as_in_saelens(tmp_path: Path) -> None:
             "step", "tokens", "seconds", "fvu", "dead_share", "tokens_per_second", "idle_share", "grad_norm",
             "losses/overall_loss", "losses/mse_loss", "losses/auxiliary_reconstruction_loss",
             "metrics/explained_variance", "metrics/l0", "sparsity/dead_features", "details/current_learning_rate",
-            "details/n_training_samples",
+            "details/n_training_samples", "details/total_steps", "sparsity/silent_share", "sparsity/silent_tokens",
+            "sparsity/never_fired_share",
         } <= set(line)  # fmt: skip
         assert line["tokens"] == line["details/n_training_samples"] == 32 * line["step"]
         assert line["metrics/explained_variance"] == 1 - line["fvu"]
@@ -174,7 +175,7 @@ def test_quiet_unless_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     train(train_job.rows(), CONFIG, settings(), progress=True)
     out, err = capfd.readouterr()
     assert out == ""
-    assert all(word in err for word in ("train", "tok/s", "loss", "FVU", "L0", "dead"))
+    assert all(word in err for word in ("train", "tok/s", "loss", "FVU", "L0", "silent"))
 
 
 def test_the_folder_holds_what_is_needed_to_use_the_sae_and_to_train_it_again(tmp_path: Path) -> None:
@@ -353,14 +354,14 @@ def test_in_a_thread() -> None:
 
 
 def test_heldout_rows_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["saefast.training.loop"], "HELDOUT_ROWS", 64)
+    monkeypatch.setattr(heldout, "HELDOUT_ROWS", 64)
     seen: list[int] = []
     sae = SAE(CONFIG, seed=0)
     forward = sae.forward
     monkeypatch.setattr(sae, "forward", lambda x: seen.append(len(x)) or forward(x))
     feed = Feed(open_source(train_job.rows(), heldout=0.5), settings(), torch.device("cpu"), torch.float32)
-    figures = {"fvu", "fvu_ordinary", "fvu_median", "explained_variance", "l0"}
-    assert set(evaluate_heldout(sae, feed)) == {f"heldout/{name}" for name in figures}
+    names = ("fvu", "fvu_ordinary", "fvu_median", "explained_variance", "l0", "rows", "silent_share")
+    assert set(evaluate_heldout(sae, feed)) == {f"heldout/{name}" for name in names}
     assert sum(seen) == 64
     none = Feed(open_source(train_job.rows(), heldout=0), settings(), torch.device("cpu"), torch.float32)
     assert evaluate_heldout(sae, none) == {}
