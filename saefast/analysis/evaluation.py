@@ -4,6 +4,7 @@
 model, and leaves eval.json and latents.safetensors in its folder.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
 from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
 from saefast.models.sae import SAE, WEIGHTS, load, require_real
 from saefast.training.checkpoint import list_steps
+from saefast.training.progress import SILENT, read_metrics
 from saefast.training.run_folder import CHECKPOINTS
 from saefast.typed import typed
 
@@ -234,6 +236,10 @@ def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False)
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
     about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
+    # What the run itself said at its end of latents that did not fire in training.
+    with contextlib.suppress(InputError, IndexError):
+        last = read_metrics(folder)[-1]
+        about["training"] = {name: last[name] for name in ("tokens", "dead_share", *SILENT) if name in last}
     if isinstance(source, MappedSource) and source.folder is not None:
         index = source.folder.index
         about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}

@@ -57,7 +57,7 @@ def figure(path: Path, width: float, height: float) -> Iterator[Any]:
 
 
 def draw_curves(lines: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Loss, fraction of variance unexplained, and dead share over training, from the lines of metrics.jsonl."""
+    """Loss, fraction of variance unexplained, and silent latents over training, from the lines of metrics.jsonl."""
     with figure(path, 11, 3.6) as fig:
         loss, fvu, dead = fig.subplots(1, 3, width_ratios=[1, 1.25, 0.9])
         if title:
@@ -73,8 +73,11 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, title: str = "") ->
         for axis in (loss, fvu):
             if all(y > 0 for line in axis.lines for y in line.get_ydata()):
                 _log_axis(axis)
-        _series(dead, lines, "dead_share", GREY, None, scale=100)
-        dead.set(title="Dead latents", ylabel="% of latents")
+        _series(dead, lines, "sparsity/silent_share", BLUE, "silent of late", scale=100)
+        _series(dead, lines, "sparsity/never_fired_share", ORANGE, "never fired", scale=100)
+        _series(dead, lines, "dead_share", GREY, "dead to AuxK", scale=100)
+        dead.set(title="Latents that do not fire", ylabel="% of latents")
+        dead.legend(loc="upper right")
         dead.set_ylim(0, max(1.0, dead.get_ylim()[1]))
         for axis in (loss, fvu, dead):
             axis.set_xlabel("tokens")

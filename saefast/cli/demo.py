@@ -13,6 +13,7 @@ from saefast.cli.args import parse
 from saefast.cli.eval import table
 from saefast.cli.features import FeaturesArgs, run_features
 from saefast.cli.harvest import HarvestArgs, describe, run_harvest
+from saefast.cli.outcome import more, silent_latents
 from saefast.cli.train import ACTIVATIONS, TrainArgs, run_train
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
@@ -127,6 +128,7 @@ def _train(args: DemoArgs) -> None:
 
 def _last_lines(out: Path, result: Evaluation, seconds: float) -> None:
     last = read_metrics(out)[-1]
+    about_tokens = more(last) and f"\n{more(last)}"
     metrics, speed = result.metrics, last["tokens"] / last["seconds"]
     training = f"{speed:,.0f} tokens/s, {last['idle_share']:.1%} of the time waiting for data"
     print(f"""
@@ -135,9 +137,8 @@ done in {seconds:.0f} s; in {out}/
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
 
-held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   dead {last["dead_share"]:.2%}   {training}
-(dead: silent for the last {DEAD_AFTER:,} training tokens; {metrics["dead_share"]:.1%} did not fire on the \
-{result.about["heldout_rows"]:,} held-out ones)
+held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   {training}
+{silent_latents(last)}{about_tokens}
 
 next: saefast train {out}/{ACTIVATIONS} --out runs/mine --n-latents 32768 --k 64
       saefast harvest --model MODEL --text FILES --hook layers.6 --out acts        your own model and text

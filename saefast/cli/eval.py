@@ -11,9 +11,11 @@ import tyro
 from saefast.analysis.evaluation import EVAL, LM_TOKENS, Evaluation, evaluate_run
 from saefast.analysis.report import draw_run
 from saefast.cli.args import announce_harvest, named, parse, watched
+from saefast.cli.outcome import silent_latents
 from saefast.errors import InputError
 from saefast.metrics.language_model import LM_METRICS
 from saefast.metrics.streaming import METRICS, Metric
+from saefast.training.progress import SILENT
 
 
 @dataclass
@@ -60,6 +62,8 @@ def table(result: Evaluation) -> str:
     about = result.about
     lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_far(about), ""]
     lines += _rows(result.metrics, METRICS)
+    if set(SILENT) <= about.get("training", {}).keys():
+        lines += ["", silent_latents(about["training"])]
     if result.lm:
         lines += ["", f"spliced into {about['model']}", *_rows(result.lm, LM_METRICS, result.lm_missing)]
     else:

@@ -12,6 +12,7 @@ import tyro
 
 from saefast.cli.args import LogLines, parse, peek, read, watched
 from saefast.cli.harvest import HarvestArgs, describe, harvest_config, run_harvest
+from saefast.cli.outcome import outcome
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
 from saefast.data.provenance import describe_data, recorded_data
@@ -22,6 +23,7 @@ from saefast.harvest.harvester import HarvestConfig
 from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG, SAE
 from saefast.training.api import Stopped, train
+from saefast.training.progress import read_metrics
 from saefast.training.run_folder import read_config
 from saefast.training.several import Member, check_names, train_many
 
@@ -98,6 +100,7 @@ def main(argv: list[str]) -> int:
     args = parse(TrainArgs, argv, "train", defaults(argv))
     for folder, sae in run_train(args).items():
         print(f"trained {sae.config.n_latents:,} latents, k = {sae.config.k}: {folder}/sae.safetensors")
+        print("\n".join(f"  {line}" for line in outcome(read_metrics(folder))))
         print(f"next: saefast eval {shlex.quote(str(folder))}")
     return 0
 
