@@ -14,7 +14,7 @@ def outcome(lines: Sequence[Line]) -> list[str]:
     if "heldout/rows" in last:
         fvu = f"held-out FVU {_number(last['heldout/fvu'])} on {last['heldout/rows']:,} rows"
     else:
-        fvu = f"FVU {_number(last['fvu'])} on the last batch; nothing is held out"
+        fvu = f"FVU {_number(last['fvu'])} on the last batch (no figures of held-out rows)"
     return [f"{fvu}, L0 {last['metrics/l0']:.1f}", silent_latents(last), *filter(None, (plateau(lines), more(last)))]
 
 

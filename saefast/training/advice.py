@@ -50,18 +50,19 @@ def _warmup(config: TrainConfig, total_steps: int, peak: float) -> str:
     outcome = f"reaches {highest:.2g} of {peak:.2g}" if highest else "is 0, so nothing is trained"
     return (
         f"lr_warmup_steps is {config.lr_warmup_steps:,}, and the run has {_counted(total_steps)}: the learning rate "
-        f"{outcome}; set lr_warmup_steps to about {total_steps // 20}, or train on more tokens"
+        f"{outcome}; set lr_warmup_steps to {total_steps // 20}, or train on more tokens"
     )
 
 
 def _steps(config: TrainConfig, total_steps: int, tokens: int) -> str:
     if total_steps >= FEW_STEPS:
         return ""
-    smaller = tokens // FEW_STEPS
-    remedy = f"set batch_size to {smaller} or less, or train on more tokens" if smaller else "train on more tokens"
+    # A run of one step may be of fewer tokens than its one batch.
+    smaller = tokens // FEW_STEPS if total_steps > 1 else 0
+    remedy = f"set batch_size to {smaller:,} or less" if smaller else "lower batch_size"
     return (
         f"the run has {_counted(total_steps)} of {config.batch_size:,} tokens, and an SAE needs {FEW_STEPS} or more "
-        f"updates to learn: {remedy}"
+        f"updates to learn: {remedy}, or train on more tokens"
     )
 
 
