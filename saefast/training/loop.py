@@ -212,11 +212,8 @@ def _evaluate(run: Run, stats: StepStats, shown: Bar) -> Line:
         return {}
     if run.config.stop_at_plateau and not line and run.step == run.eval_every:
         warnings.warn("stop_at_plateau needs held-out rows: nothing is held out", RuntimeWarning, stacklevel=5)
-    if (
-        line
-        and 0 < line["heldout/fvu_ordinary"] < math.inf
-        and stats.lr == run.config.peak_lr(run.sae.config.n_latents)
-    ):
+    at_peak = stats.lr == run.config.peak_lr(run.sae.config.n_latents)
+    if at_peak and line and 0 < line["heldout/fvu_ordinary"] < math.inf:
         run.curve.append(Point(run.tokens, line["heldout/fvu_ordinary"], line["heldout/rows"]))
         line |= _judge(run, shown)
     return line

@@ -21,7 +21,7 @@ LAST: dict[str, Any] = {
     "step": 80, "fvu": 0.2, "metrics/l0": 32.0, "sparsity/silent_share": 0.0123, "sparsity/silent_tokens": 200_000,
     "sparsity/never_fired_share": 0.001, "details/total_steps": 80,
 }  # fmt: skip
-HELD = {"heldout/fvu": 0.25, "heldout/rows": 20_000, "heldout/silent_share": 0.03}
+HELD = {"heldout/fvu": 0.25, "heldout/fvu_ordinary": 0.25, "heldout/rows": 20_000, "heldout/silent_share": 0.03}
 
 
 def test_in_words() -> None:
@@ -36,10 +36,14 @@ def test_in_words() -> None:
     ]
     falls = {"heldout/fall_per_doubling": 0.031, "heldout/fall_error": 0.004}
     planned = LAST | {"step": 60, "details/total_steps": 500}
-    assert outcome([planned, LAST | HELD | falls | {"details/plateau_step": 60, "heldout/fvu": None}])[::2] == [
+    assert outcome(
+        [planned, LAST | HELD | falls | {"details/plateau_step": 60, "heldout/fvu": None, "heldout/fvu_ordinary": None}]
+    )[::2] == [
         "held-out FVU does not exist on 20,000 rows, L0 32.0",
         "stopped at a plateau: the decay began at step 60 and ended at 80, of 500 planned",
     ]
+    few = outcome([LAST | HELD | {"heldout/fvu": 0.001}])[0]
+    assert few.startswith("held-out FVU 0.0010 (of ordinary rows 0.2500) on")
     assert outcome([LAST | HELD | falls])[-1] == (
         "before the decay, held-out FVU was still falling (3.1% ±0.4% per doubling of tokens): train longer"
     )

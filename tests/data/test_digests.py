@@ -242,7 +242,7 @@ def test_checkpoints_of_version_1_are_refused_by_their_version(tmp_path: Path) -
     head = json.loads((path / "state.json").read_text())
     del head["sha256"]
     (path / "state.json").write_text(json.dumps(head | {"version": 1}, indent=2))
-    with pytest.raises(InputError, match="is of version 1, expected 3"):
+    with pytest.raises(InputError, match="is of version 1, expected 4"):
         checkpoint.load(path)
     with pytest.warns(RuntimeWarning), pytest.raises(InputError, match=r"1 checkpoints, all damaged .*is of version 1"):
         checkpoint.latest(tmp_path)

@@ -22,7 +22,14 @@ from saefast.training.progress import read_metrics
 
 D = 24
 RECIPE: dict[str, Any] = dict(
-    n_tokens=60_000, batch_size=256, lr=2e-3, lr_warmup_steps=20, lr_decay_share=0.5, device="cpu", save_every=0
+    n_tokens=60_000,
+    batch_size=256,
+    lr=2e-3,
+    lr_warmup_steps=20,
+    lr_decay_share=0.5,
+    device="cpu",
+    save_every=0,
+    dead_after=50_000,
 )
 
 
@@ -154,7 +161,7 @@ def test_many_far_rows_are_warned_of_and_kept() -> None:
 def test_no_warning_without_a_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trained(features(4000), n_tokens=512)
+        trained(features(4000), n_tokens=25_600, dead_after=20_000)
 
 
 @pytest.mark.parametrize("kind", ["array", "iterable"])
