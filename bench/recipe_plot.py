@@ -42,7 +42,9 @@ def _cells(axis: Any, rows: Sequence[Result], peers: Sequence[Result]) -> None:
     axis.set_yticks(list(places.values()), [_short(cell) for cell in places], fontsize=8)
     axis.set(title="Held-out FVU of defaults", xlabel="fraction of variance unexplained (log scale)")
     _plain_ticks(axis)
-    axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.35, -0.09), ncols=3)
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(handles[-2:] + handles[:-2], labels[-2:] + labels[:-2], fontsize=7.5, loc="upper center", ncols=4)
+    axis.get_legend().set_bbox_to_anchor((0.3, -0.09), transform=axis.transAxes)
 
 
 def _world(axis: Any, worlds: Sequence[Result]) -> None:
@@ -65,10 +67,11 @@ def _world(axis: Any, worlds: Sequence[Result]) -> None:
     )  # fmt: skip
     axis.set_xscale("log")
     axis.set(
-        title="Features of a known world that are found", xlabel="how often a feature fires",
+        title="Features found in a known world", xlabel="how often a feature fires",
         ylabel="% of features with a latent of cosine > 0.9", ylim=(-3, 103),
     )  # fmt: skip
-    axis.legend(fontsize=8, loc="upper left", title=_short(cell), title_fontsize=8)
+    legend = axis.legend(fontsize=8, loc="upper left", title=_short(cell), title_fontsize=8, frameon=True, framealpha=1)
+    legend.get_frame().set_edgecolor("none")
 
 
 def _cell(row: Result) -> Cell:

@@ -81,8 +81,8 @@ def _trained(rows: Path, cell: Cell, sae_config: SAEConfig, config: TrainConfig)
         # A rate that is too high may end a run; that is a result too.
         return {"failed": str(error), "seconds": time.perf_counter() - begin}
     seconds = time.perf_counter() - begin
-    dead = {"dead_in_training": lines[-1]["dead_share"]} if lines else {}
-    return measure(rows, cell.kind, sae) | {"seconds": seconds, "tokens": cell.tokens} | dead
+    last = {"silent_in_training": lines[-1]["sparsity/silent_share"]} if lines else {}
+    return measure(rows, cell.kind, sae) | {"seconds": seconds, "tokens": cell.tokens} | last
 
 
 def of_package(

@@ -68,7 +68,7 @@ def _cell_row(cell: Cell, found: Sequence[Result]) -> dict[str, Any]:
         "FVU / best": fvu / best["fvu"] if "fvu" in best else 1.0,
         "runs": len([result for result in found if result["asked"]["what"] != "peer"]),
         "silent": default.get("silent", 1.0),
-        "dead in training": default.get("dead_in_training"),
+        "silent in training": default.get("silent_in_training"),
         "seconds": default["seconds"],
     }
 
@@ -129,17 +129,28 @@ def _where(row: Result) -> str:
 
 
 def markdown(table: Mapping[str, Sequence[Result]]) -> str:
-    parts = [_lines(CELL_COLUMNS, table["cells"]), PEER_NOTE, _lines(_peer_columns(table["peers"]), table["peers"])]
+    parts = [_lines(CELL_COLUMNS, table["cells"])]
+    if table["peers"]:
+        parts += [PEER_NOTE, _lines(_peer_columns(table["peers"]), table["peers"])]
+    said = []
     for check in table["checks"]:
         mark = "holds" if check["holds"] else "**does not hold**"
-        parts.append(f"- {check['check']}: {mark} at {check['of']}; nearest {check['found']:.3g} ({check['where']})")
-    return "\n\n".join(parts[:3]) + "\n\n" + "\n".join(parts[3:]) + "\n"
+        said.append(f"- {check['check']}: {mark} at {check['of']}; nearest {check['found']:.3g} ({check['where']})")
+    return "\n\n".join([CELL_NOTE, *parts, "\n".join(said)]) + "\n"
 
 
+CELL_NOTE = (
+    "The default at each cell that was run, and the best of all settings that were tried there (of how many). Silent: "
+    "latents that no held-out row (of up to 20,000) fires, and those that did not fire in the last half of the run. "
+    "Seconds on two CPU cores, with everything."
+)
 PEER_NOTE = (
     "Peers' defaults: held-out FVU, and how many times ours; p: the peer's recipe in our engine, which the tests hold "
     "equal to its package, else the package itself. Same time: as many tokens (in millions) as the package trained on, "
-    "its imports not counted, in the time our run took with everything."
+    "its imports not counted, in the time our run took with everything. Batches are what the packages take by default: "
+    "4096 tokens (SAELens), 8192 (dictionary_learning), 32 sequences (sparsify, here of 128 tokens). "
+    "dictionary_learning warms up for 1000 steps, longer than these runs, and is told of a longer one: its trainer "
+    "refuses any that is shorter. sparsify's package trains with its default optimiser, signum; its preset with Adam."
 )
 CELL_COLUMNS = {
     "rows": lambda row: row["rows"],
@@ -153,7 +164,8 @@ CELL_COLUMNS = {
     "best found": lambda row: f"{row['best']:.4f}",
     "which is": lambda row: f"{row['best is']} (of {row['runs']})",
     "FVU / best": lambda row: f"{row['FVU / best']:.3f}",
-    "silent": lambda row: f"{row['silent']:.1%}",
+    "silent, held out": lambda row: f"{row['silent']:.1%}",
+    "in training": lambda row: "–" if row["silent in training"] is None else f"{row['silent in training']:.1%}",
     "seconds": lambda row: f"{row['seconds']:.0f}",
 }
 

@@ -262,6 +262,7 @@ def test_cells_and_variants_are_drawn_alike_every_time() -> None:
     assert found == variants(CELL, default, 3)
     assert list(found)[:2] == list(ALWAYS)
     assert len(found) == 5
+    assert list(variants(Cell("x", 32768, 32, 400_000), default, 3)) == list(ALWAYS)
     every = all_variants(CELL, default)
     assert "init tied" not in every, "what the default does anyway is no variant"
     assert "decay over 0.2" not in every
