@@ -93,6 +93,10 @@ class Source(ABC):
         """Ends the threads and frees their memory; iterators handed out cannot be used any more. Held-out rows stay."""
         return
 
+    def leave(self) -> None:
+        """A run is done with drawing: what would be kept for it alone, beside sources fed by the same pass, is not."""
+        return
+
     def describe_heldout(self, i: int, name: str = X) -> str:
         """Where row i of heldout() comes from, in the tensor of that name, counted over its batches."""
         return f"held-out row {i} of {self.source_name}"

@@ -198,6 +198,10 @@ class HookBuffer(LiveBuffer):
         super().__init__(stream, reservoir_rows=reservoir_rows)
         self._stream = stream
 
+    def leave(self) -> None:
+        # The pass that feeds the other hooks goes on, and this one can be drawn from once only.
+        self.close()
+
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         if self._open is not None and self._producer is not None:
             # A run that goes on may ask before it draws.

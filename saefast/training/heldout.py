@@ -11,9 +11,9 @@ from saefast.training.feed import Feed
 
 # Rows that the last figures of a run are taken over; `saefast eval` looks at all of them.
 HELDOUT_ROWS = 1 << 16
-# On the way an evaluation costs 1.4 times as much per row as a step (C++, one thread): a row for every 48 that are
-# trained on is 3 % of the time. Those few are spread over eight times as many.
-SHARE, SPREAD, FEWEST, MOST = 1 / 48, 8, 128, 1 << 14
+# On the way an evaluation costs 1.4 times as much per row as a step (C++, one thread): a row for every 64 that are
+# trained on is 2 to 3 % of the time. Those few are spread over eight times as many.
+SHARE, SPREAD, FEWEST, MOST = 1 / 64, 8, 128, 1 << 14
 # Values of the held-out FVU in a run; a plateau is found sooner with more.
 VALUES, VALUES_TO_STOP = 20, 60
 

@@ -36,6 +36,8 @@ def train_many(
 ) -> dict[str, SAE]:
     """Trains the members in turn, one step each, so that sources fed by one pass stay together.
 
+    A member may be done before others: it has fewer tokens, or was at a plateau (`TrainConfig.stop_at_plateau`).
+
     Each member is a run of its own, as `train` would make it, in out_dir/NAME: its own metrics, checkpoints and SAE, to
     the bit. Ctrl-C saves all of them; resume=True goes on with each from its own newest checkpoint.
 
@@ -59,12 +61,19 @@ def train_many(
         shown = stack.enter_context(bar(total, sum(run.tokens for run in runs.values()), progress))
         stop = stack.enter_context(stop_signals())
         advise(runs.values())
+        # Live, the held-out figures of these take as many rows as they drew, which the other members are to draw too.
+        finished = {name: finish(run, shown) for name, run in runs.items() if run.step >= run.total_steps}
+        for name in finished:
+            runs[name].feed.source.leave()
         # The member with the fewest steps goes first: after a kill, their checkpoints may be of different steps.
         while not stop.is_set() and (behind := _furthest_behind(runs)):
-            advance(runs[behind], shown, stop)
+            run = runs[behind]
+            advance(run, shown, stop)
+            if run.step >= run.total_steps:
+                run.feed.source.leave()
         if stop.is_set() and _furthest_behind(runs):
             raise _all_stopped(runs)
-        return {name: finish(run, shown) for name, run in runs.items()}
+        return finished | {name: finish(run, shown) for name, run in runs.items() if name not in finished}
 
 
 def check_names(names: Collection[str]) -> None:

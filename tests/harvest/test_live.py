@@ -10,6 +10,7 @@ from batches import xs
 from saefast.data.opening import open_source
 from saefast.data.provenance import recorded_data
 from saefast.data.shards import ShardFolder
+from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.harvest import live, reharvest, sequences
 from saefast.harvest.live import live_source, live_sources
@@ -17,6 +18,10 @@ from saefast.harvest.reharvest import describe_live
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.harvest.workers import workers_for
+from saefast.models.config import SAEConfig
+from saefast.training.api import train
+from saefast.training.progress import read_metrics
+from saefast.training.several import Member, train_many
 
 CONFIG = HarvestConfig(
     hooks=("layers.0", "layers.1"), ctx_len=16, dtype="float32", batch_tokens=100, heldout=0.2, device="cpu"
@@ -213,3 +218,41 @@ def test_a_text_that_is_all_held_out_is_refused():
     with pytest.raises(InputError, match="no row to train on: all its documents are held out"):
         next(source.batches(8))
     source.close()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_member_that_is_done_first_costs_no_memory_and_ends_as_if_alone(tmp_path, resume):
+    """Of SAEs trained from one pass: nothing is kept for the one that draws no more, before or after a resume."""
+    model, folder = tiny_models.model("gpt2"), tmp_path / "run"
+
+    def members(long):
+        sources = live_sources(CONFIG, model=model, **GIVEN, reservoir_rows=1)
+        lengths = {"layers.0": 80, "layers.1": long}
+        return {
+            hook: Member(
+                source,
+                SAEConfig(d_in=source.d_in, n_latents=32, k=4),
+                TrainConfig(n_tokens=lengths[hook], batch_size=8, device="cpu", eval_every=0, save_every=5),
+            )
+            for hook, source in sources.items()
+        }
+
+    if resume:
+        train_many(members(long=80), folder)
+    kept, asked = [], members(long=800)
+    shared = asked["layers.0"].batches._data._shared
+    make = shared._make
+    shared._make = lambda: (kept.append(len(shared._kept)), make())[1]
+    saes = train_many(asked, folder, resume=resume)
+    for member in asked.values():
+        member.batches.close()
+    assert max(kept[-20:]) <= 2, "batches are kept for a member that is done"
+    for hook, member in members(long=800).items():
+        alone = train(*member, tmp_path / "alone" / hook)
+        member.batches.close()
+        if hook == "layers.0" or not resume:
+            assert all(torch.equal(a, b) for a, b in zip(saes[hook].parameters(), alone.parameters(), strict=True))
+        if hook == "layers.0":
+            found = [read_metrics(place / hook)[-1] for place in (folder, tmp_path / "alone")]
+            assert found[0]["heldout/rows"] == found[1]["heldout/rows"] > 0
+            assert found[0]["heldout/fvu"] == found[1]["heldout/fvu"]
