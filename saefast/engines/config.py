@@ -78,7 +78,7 @@ class TrainConfig(ArchitectureFields):
             √d_in: neither a mean far from 0 nor a few huge rows matter), "sqrt_d" (mean norm √d_in), "unit_mean_square"
             (mean squared norm 1) or "none".
         max_norm_multiple: rows farther from the centre than this many times the median distance, both of the first
-            rows, are left out of training: attention sinks, which would hold nearly all of the variance. "auto" is 10,
+            rows, are left out of training: attention sinks, which would hold nearly all of the variance. "auto" is 5,
             unless more than 2 % of the first rows are beyond; None leaves nothing out. The SAE serves all rows.
         ema_decay: also keep an exponential moving average of the weights, bias-corrected; None does not.
         reproduce_bugs: as in sparsify 1.3.3, AuxK and MultiTopK send the encoder no gradient, ReLU's derivative is

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Distances whose squares float32 holds, even of rows a thousand times closer or farther.
+_SMALL, _LARGE = 1e-15, 1e15
+
 
 @dataclass(frozen=True)
 class Ordinary:
@@ -27,9 +30,10 @@ class Ordinary:
 
     def times(self, rows: Tensor) -> Tensor:
         """(B,) how many times the usual distance each of rows (B, D) is from the centre, in the rows' dtype."""
-        centre = self.centre.to(rows)
-        # Divided first, so that no square overflows that is not far beyond any limit.
-        return ((rows - centre) / self.usual).norm(dim=1)
+        apart = rows - self.centre.to(rows)
+        if _SMALL < self.usual < _LARGE:
+            return apart.norm(dim=1) / self.usual
+        return (apart / self.usual).norm(dim=1)
 
     def far(self, rows: Tensor) -> Tensor:
         """(B,) bool: which of rows (B, D) are not ordinary."""

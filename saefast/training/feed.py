@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from saefast.metrics.ordinary import Ordinary
 from saefast.models.outliers import ordinary_rows
 from saefast.ops.reference import accumulate_dtype
 from saefast.training.left_out import LeftOut, none_left
+
+# Share of the first rows' variance that may be lost when they are rounded to the SAE's dtype before a warning says so.
+LOST = 0.01
 
 
 class Rows(NamedTuple):
@@ -104,7 +108,25 @@ class Feed:
     def look_at(self, first: Rows) -> Rows:
         """Fixes on the first rows, unscaled, which rows are trained on. -> Those of them; see `LeftOut.look_at`."""
         batch = self.left_out.look_at({X: first.x} | ({TARGET: first.target} if self.has_target else {}))
+        self._warn_of_rounding(batch)
         return Rows(batch[X], batch.get(TARGET, batch[X]))
+
+    def _warn_of_rounding(self, first: Batch) -> None:
+        """Where the mean is so far from zero that the SAE's dtype rounds away what is to be explained."""
+        if self.dtype == self._raw_dtype:
+            return
+        x = _times(first[X], self.scale)
+        spread, rounded = x - x.mean(0), x.to(self.dtype).to(x.dtype)
+        lost = (spread - (rounded - rounded.mean(0))).square().sum() / spread.square().sum()
+        if lost > LOST:
+            times = float(x.mean(0).norm() / spread.norm(dim=1).median())
+            dtype = str(self.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"{dtype} rounds away {float(lost):.0%} of the variance of the first {len(x):,} rows, whose mean is "
+                f"{times:.0f} times their spread: train in float32 (optimizer='adam'), or subtract the mean",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     @property
     def ordinary(self) -> Ordinary | None:

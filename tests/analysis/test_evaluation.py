@@ -227,8 +227,8 @@ def test_sinks_do_not_pass_for_quality(tmp_path: Path, capsys: pytest.CaptureFix
     assert found.metrics["fvu"] < 1e-3
     assert found.metrics["fvu_ordinary"] > 0.8
     assert found.metrics["fvu_median"] > 0.8
-    assert found.about["ordinary"] == {"max_norm_multiple": 10.0, "far": 2}
-    assert "2 rows lie beyond 10 times the median distance from the centre" in table(found)
+    assert found.about["ordinary"] == {"max_norm_multiple": 5.0, "far": 2}
+    assert "2 rows lie beyond 5 times the median distance from the centre" in table(found)
     every = evaluate_run(tmp_path / "run", tmp_path / "x.pt", max_norm_multiple=None, write=False)
     assert every.metrics["fvu_ordinary"] == pytest.approx(every.metrics["fvu"], rel=1e-12)
     assert every.about["ordinary"] == {"max_norm_multiple": None, "far": 0}

@@ -46,7 +46,7 @@ def test_auto_leaves_what_is_not_rare() -> None:
     assert not ordinary_rows(made(sinks=128), None).far(made(sinks=128)).any()
 
 
-@pytest.mark.parametrize("size", [1e-300, 1e-3, 1e3, 1e300])
+@pytest.mark.parametrize("size", [1e-300, 1e-20, 1e-3, 1e3, 1e20, 1e300])
 def test_any_size(size: float) -> None:
     x = made(sinks=128)
     found = ordinary_rows(x * size)
@@ -85,3 +85,10 @@ def test_how_few_rows_hold_most_of_the_variance() -> None:
     assert variance_of_few(made(99)) == (0, 0)
     assert variance_of_few(made(99, sinks=50))[0] == 2 / 99
     assert variance_of_few(torch.ones(200, 3)) == (0.01, 0)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1.0, 1e18, 1e30])
+def test_any_size_in_float32(size: float) -> None:
+    x = made(sinks=128)
+    small = (x * size).float()
+    assert torch.equal(ordinary_rows(small).far(small), ordinary_rows(x).far(x))
