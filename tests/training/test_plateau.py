@@ -191,3 +191,8 @@ def test_the_curve_costs_few_rows(tmp_path: Path) -> None:
     assert found[-1]["heldout/rows"] == 3000
     assert "heldout/silent_share" in found[-1]
     assert "heldout/silent_share" not in found[0]
+
+
+def test_the_bar_ends_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    train(rows(), SMALL, settings(), progress=True)
+    assert "100%" in capsys.readouterr().err.splitlines()[-1].split("\r")[-1]
