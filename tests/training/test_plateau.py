@@ -196,3 +196,11 @@ def test_the_curve_costs_few_rows(tmp_path: Path) -> None:
 def test_the_bar_ends_where_the_run_does(capsys: pytest.CaptureFixture[str]) -> None:
     train(rows(), SMALL, settings(), progress=True)
     assert "100%" in capsys.readouterr().err.splitlines()[-1].split("\r")[-1]
+
+
+def test_batches_smaller_than_the_stride_between_the_few_rows() -> None:
+    lines: list[dict[str, Any]] = []
+    config = settings(batch_size=4, n_tokens=4 * 100, eval_every=50, stop_at_plateau=False)
+    train(train_job.rows(40_000), SMALL, config, on_log=lines.append)
+    assert [line["heldout/rows"] for line in lines if "heldout/rows" in line] == [128, 2000]
+    assert all(0 < line["heldout/fvu"] < 2 for line in lines if "heldout/rows" in line)
