@@ -36,7 +36,7 @@ def ordinary_rows(rows: Tensor, multiple: Multiple = "auto") -> Ordinary:
 
     Args:
         multiple: up to how many times the usual distance a row is ordinary; None is any. "auto" is FAR, or any where
-            more than a share MOST of these rows would lie beyond: then they are a part of the data like another.
+            more than a share MOST of these rows would lie beyond, or more than half are copies of one.
     """
     centre, distances = _distances(rows[:FIRST_ROWS])
     usual = _usual(distances)
@@ -45,7 +45,10 @@ def ordinary_rows(rows: Tensor, multiple: Multiple = "auto") -> Ordinary:
     if multiple != "auto":
         return Ordinary(centre, usual, float(multiple))
     share = float((distances > FAR * usual).double().mean())
-    return Ordinary(centre, usual, FAR if share <= MOST else math.inf)
+    copies = (
+        float(distances.median()) < usual
+    )  # of one row are more than half of them: the others set no usual distance
+    return Ordinary(centre, usual, FAR if share <= MOST and not copies else math.inf)
 
 
 def variance_of_few(rows: Tensor) -> tuple[float, float]:
