@@ -45,9 +45,8 @@ def ordinary_rows(rows: Tensor, multiple: Multiple = "auto") -> Ordinary:
     if multiple != "auto":
         return Ordinary(centre, usual, float(multiple))
     share = float((distances > FAR * usual).double().mean())
-    copies = (
-        float(distances.median()) < usual
-    )  # of one row are more than half of them: the others set no usual distance
+    # Where more than half are copies of one row, the distances of the others are not usual ones.
+    copies = float(distances.median()) < usual
     return Ordinary(centre, usual, FAR if share <= MOST and not copies else math.inf)
 
 
