@@ -1,11 +1,11 @@
 """One SAE trained by a peer's own package with its own defaults, in the peers' environment.
 
     python bench/recipe_child.py '{"peer": "SAELens", "rows": "x.npy", "n_latents": 4096, "k": 32, "tokens": 400000,
-                                   "seconds": null, "seed": 0, "out": "weights.npz"}'
+                                   "cpu_seconds": null, "seed": 0, "out": "weights.npz"}'
 
-With "seconds" it trains for that long instead, over the rows again and again. Writes W_enc, W_dec (L, D), b_enc and
-b_dec to `out` and prints one line of JSON: {"seconds", "tokens", "batch", "lr", "optimizer", "version"}. The seconds
-are those of training, without imports.
+With "cpu_seconds" it trains for so long instead, over the rows again and again; processor time, so that a machine with
+other things to do changes nothing. Writes W_enc, W_dec (L, D), b_enc and b_dec to `out` and prints one line of JSON:
+{"seconds", "cpu_seconds", "tokens", "batch", "lr", "optimizer", "version"}. Times are of training, without imports.
 """
 
 import contextlib
@@ -35,17 +35,23 @@ class TimeUp(Exception):
 
 
 class Clock:
-    """Starts at the first batch, and ends the run at a batch that would begin after `seconds`."""
+    """Starts at the first batch; ends the run at a batch that would begin after `limit` seconds of processor time."""
 
-    def __init__(self, seconds: float | None) -> None:
-        self.limit, self.begin, self.tokens = seconds, 0.0, 0
+    def __init__(self, limit: float | None) -> None:
+        self.limit, self.tokens = limit, 0
+        self.begin: tuple[float, float] | None = None
 
     def next_batch(self, tokens: int) -> None:
-        if self.begin == 0.0:
-            self.begin = time.perf_counter()
-        if self.limit is not None and time.perf_counter() - self.begin > self.limit:
+        if self.begin is None:
+            self.begin = time.perf_counter(), time.process_time()
+        if self.limit is not None and self.taken()["cpu_seconds"] > self.limit:
             raise TimeUp
         self.tokens += tokens
+
+    def taken(self) -> dict[str, float]:
+        assert self.begin is not None, "no batch was asked for"
+        wall, processor = self.begin
+        return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
 
 
 def row_numbers(n: int, tokens: int | None, seed: int) -> Iterator[np.ndarray]:
@@ -204,12 +210,12 @@ def main() -> None:
     os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     torch.manual_seed(asked["seed"])
     train, package = PEERS[asked["peer"]]
-    rows, clock = np.load(asked["rows"], mmap_mode="r"), Clock(asked["seconds"])
-    tokens = None if asked["seconds"] is not None else asked["tokens"]
+    rows, clock = np.load(asked["rows"], mmap_mode="r"), Clock(asked["cpu_seconds"])
+    tokens = None if asked["cpu_seconds"] is not None else asked["tokens"]
     found = train(rows, asked["n_latents"], asked["k"], tokens, asked["seed"], clock)
-    seconds = time.perf_counter() - clock.begin
+    taken = clock.taken()
     np.savez(asked["out"], **{name: value.detach().float().numpy() for name, value in found.pop("weights").items()})
-    found |= {"seconds": seconds, "tokens": clock.tokens, "version": importlib.metadata.version(package)}
+    found |= taken | {"tokens": clock.tokens, "version": importlib.metadata.version(package)}
     replies.write(json.dumps(found) + "\n")
     replies.flush()
 

@@ -74,26 +74,31 @@ def of_preset(rows: Path, cell: Cell, peer: str) -> dict[str, Any]:
 
 def _trained(rows: Path, cell: Cell, sae_config: SAEConfig, config: TrainConfig) -> dict[str, Any]:
     lines: list[Line] = []
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     try:
         sae = train(train_file(rows, cell.kind), sae_config, config, progress=False, on_log=lines.append)
     except InputError as error:
         # A rate that is too high may end a run; that is a result too.
-        return {"failed": str(error), "seconds": time.perf_counter() - begin}
-    seconds = time.perf_counter() - begin
+        return {"failed": str(error)} | _taken(*begin)
+    taken = _taken(*begin)
     last = {"silent_in_training": lines[-1]["sparsity/silent_share"]} if lines else {}
-    return measure(rows, cell.kind, sae) | {"seconds": seconds, "tokens": cell.tokens} | last
+    return measure(rows, cell.kind, sae) | taken | {"tokens": cell.tokens} | last
+
+
+def _taken(wall: float, processor: float) -> dict[str, float]:
+    """Seconds by the clock and of all processors since then."""
+    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - processor}
 
 
 def of_package(
-    rows: Path, cell: Cell, peer: str, seconds: float | None = None, python: Path = PEERS_PYTHON
+    rows: Path, cell: Cell, peer: str, cpu_seconds: float | None = None, python: Path = PEERS_PYTHON
 ) -> dict[str, Any]:
-    """A peer's own package with its own defaults, for the cell's tokens or for some seconds."""
+    """A peer's own package with its own defaults, for the cell's tokens or for some seconds of processor time."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "weights.npz"
         asked = {
             "peer": peer, "rows": str(train_file(rows, cell.kind).resolve()), "n_latents": cell.n_latents, "k": cell.k,
-            "tokens": cell.tokens, "seconds": seconds, "seed": cell.seed, "out": str(out),
+            "tokens": cell.tokens, "cpu_seconds": cpu_seconds, "seed": cell.seed, "out": str(out),
         }  # fmt: skip
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
@@ -105,8 +110,8 @@ def of_package(
         sae = _peer_sae(out, cell, peer)
     settings = {"batch_size": reply["batch"], "lr": reply["lr"], "optimizer": reply["optimizer"]}
     return measure(rows, cell.kind, sae) | {
-        "seconds": reply["seconds"], "tokens": reply["tokens"], "source": "package", "settings": settings,
-        "version": reply["version"],
+        "source": "package", "settings": settings,
+        **{name: reply[name] for name in ("seconds", "cpu_seconds", "tokens", "version")},
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def _cell_row(cell: Cell, found: Sequence[Result]) -> dict[str, Any]:
         "runs": len([result for result in found if result["asked"]["what"] != "peer"]),
         "silent": default.get("silent", 1.0),
         "silent in training": default.get("silent_in_training"),
-        "seconds": default["seconds"],
+        "CPU seconds": default["cpu_seconds"],
     }
 
 
@@ -142,12 +142,12 @@ def markdown(table: Mapping[str, Sequence[Result]]) -> str:
 CELL_NOTE = (
     "The default at each cell that was run, and the best of all settings that were tried there (of how many). Silent: "
     "latents that no held-out row (of up to 20,000) fires, and those that did not fire in the last half of the run. "
-    "Seconds on two CPU cores, with everything."
+    "CPU s: processor time of the whole run."
 )
 PEER_NOTE = (
     "Peers' defaults: held-out FVU, and how many times ours; p: the peer's recipe in our engine, which the tests hold "
     "equal to its package, else the package itself. Same time: as many tokens (in millions) as the package trained on, "
-    "its imports not counted, in the time our run took with everything. Batches are what the packages take by default: "
+    "its imports not counted, in the processor time that our whole run took. Batches are the packages' own defaults: "
     "4096 tokens (SAELens), 8192 (dictionary_learning), 32 sequences (sparsify, here of 128 tokens). "
     "dictionary_learning warms up for 1000 steps, longer than these runs, and is told of a longer one: its trainer "
     "refuses any that is shorter. sparsify's package trains with its default optimiser, signum; its preset with Adam."
@@ -166,7 +166,7 @@ CELL_COLUMNS = {
     "FVU / best": lambda row: f"{row['FVU / best']:.3f}",
     "silent, held out": lambda row: f"{row['silent']:.1%}",
     "in training": lambda row: "–" if row["silent in training"] is None else f"{row['silent in training']:.1%}",
-    "seconds": lambda row: f"{row['seconds']:.0f}",
+    "CPU s": lambda row: f"{row['CPU seconds']:.0f}",
 }
 
 

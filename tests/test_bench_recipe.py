@@ -130,6 +130,18 @@ def test_a_stopped_table_goes_on_where_it_was(rows: Path, tmp_path: Path, monkey
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
+def test_a_package_that_failed_is_tried_again(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = recipe.Runs(tmp_path / "runs.jsonl")
+    bench = recipe.Bench(rows, runs, 0, True, tmp_path / "no-python")
+    monkeypatch.setattr(recipe_runs, "of_package", lambda *_, **__: {"failed": "no memory", "source": "package"})
+    bench.once(CELL, bench.same_tokens(CELL, "SAELens"))
+    assert runs.read() == []
+    done = {"fvu": 0.5, "silent": 0.0, "tokens": 4096, "cpu_seconds": 1.0, "source": "package"}
+    monkeypatch.setattr(recipe_runs, "of_package", lambda *_, **__: done)
+    bench.once(CELL, bench.same_tokens(CELL, "SAELens"))
+    assert [result["fvu"] for result in runs.read()] == [0.5]
+
+
 def test_a_cell_that_another_process_has_is_left_to_it(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +181,7 @@ def test_a_run_that_diverges_is_a_result(rows: Path, monkeypatch: pytest.MonkeyP
 def result(cell: Cell, name: str, fvu: float, what: str = "variant", **more: Any) -> dict[str, Any]:
     asked = {"what": what, "name": name} | ({"peer": name, "as": more.pop("as_", "tokens")} if what == "peer" else {})
     settings = {"batch_size": 512, "lr": 1e-3}
-    figures = {"fvu": fvu, "silent": 0.01, "seconds": 5.0, "tokens": cell.tokens, "source": "saefast"}
+    figures = {"fvu": fvu, "silent": 0.01, "cpu_seconds": 5.0, "tokens": cell.tokens, "source": "saefast"}
     return {"cell": cell._asdict(), "name": name, "asked": asked, "settings": settings, **figures, **more}
 
 
@@ -285,4 +297,4 @@ def test_a_peers_own_package_trains_by_its_defaults(rows: Path, peer: str, secon
         assert found["tokens"] == cell.tokens
     else:
         assert found["tokens"] % found["settings"]["batch_size"] == 0
-        assert found["seconds"] > seconds
+        assert found["cpu_seconds"] > seconds
