@@ -14,7 +14,7 @@ from torch import Tensor
 from saefast.data.source import Batch, X, n_rows_of
 from saefast.errors import InputError
 from saefast.metrics.ordinary import Ordinary
-from saefast.models.outliers import FAR, MOST, Multiple, ordinary_rows, variance_of_few
+from saefast.models.outliers import FAR, FIRST_ROWS, MOST, Multiple, ordinary_rows, variance_of_few
 
 # "auto" expects MOST of the rows at most: where several times as many are left out, the data is no longer what it was.
 _TOO_MANY = 5 * MOST
@@ -48,7 +48,7 @@ class LeftOut:
             share, held = variance_of_few(rows)
             if held > 0.5:
                 of = "" if name == X else f" in {name!r}"
-                few = f"{share:.2g} of the first {n_rows_of(first):,} rows{of} hold {held:.4g} of their variance"
+                few = f"{share:.2%} of the first {min(len(rows), FIRST_ROWS):,} rows{of} hold {held:.2%} of their variance"
                 warnings.warn(f"{few}: {self._what_is_done(name)}", RuntimeWarning, stacklevel=5)
         keep = ~self._far(first)
         return {name: rows[keep] for name, rows in first.items()} if bool(keep.any()) else first
