@@ -220,6 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = options.picture or (beside / PICTURE.name if beside else PICTURE)
     if not options.table:
         peers = not options.no_peers and options.python.exists()
+        if not peers and not options.no_peers:
+            _log(f"{options.python} is not there: no peers in this run (make peers, or --python)")
         bench = Bench(options.rows, runs, options.variants, peers, options.python)
         for cell in QUICK if options.quick else CELLS:
             if cell.kind in options.only:
