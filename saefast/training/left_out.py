@@ -48,8 +48,9 @@ class LeftOut:
             share, held = variance_of_few(rows)
             if held > 0.5:
                 of = "" if name == X else f" in {name!r}"
-                few = f"{share:.2%} of the first {min(len(rows), FIRST_ROWS):,} rows{of} hold {held:.2%} of their variance"
-                warnings.warn(f"{few}: {self._what_is_done(name)}", RuntimeWarning, stacklevel=5)
+                few = f"{share:.2%} of the first {min(len(rows), FIRST_ROWS):,} rows{of}"
+                what = f"{few} hold {held:.2%} of their variance: {self._what_is_done(name)}"
+                warnings.warn(what, RuntimeWarning, stacklevel=5)
         keep = ~self._far(first)
         return {name: rows[keep] for name, rows in first.items()} if bool(keep.any()) else first
 
