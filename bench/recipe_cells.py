@@ -81,7 +81,9 @@ def all_variants(cell: Cell, default: Mapping[str, Any]) -> dict[str, dict[str, 
         "warm-up over a tenth": {"lr_warmup_steps": tenth},
         **{f"decay over {share:g}": {"lr_decay_share": share} for share in (0.2, 0.5, 1.0)},
         **{f"init {init}": {"init": init} for init in INITS},
-        "no AuxK": {"auxk_coef": 0.0},
+        "no resampling": {"resample_every": 0},
+        "AuxK, no resampling": {"resample_every": 0, "auxk_coef": 1 / 32},
+        "beta1 0.9": {"beta1": 0.9},
         **BY_HAND,
     }
     return {name: values for name, values in found.items() if any(default.get(key) != values[key] for key in values)}

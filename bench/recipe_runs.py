@@ -19,6 +19,7 @@ from bench.recipe_rows import heldout_file, train_file, truth_file
 from bench.recipe_world import best_cosines, found_by_frequency
 from bench.step import PEERS_PYTHON
 from saefast.engines.config import TrainConfig, preset
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.config import SAEConfig
@@ -53,7 +54,7 @@ def chosen(rows: Path, cell: Cell, override: Mapping[str, Any]) -> dict[str, Any
     """Every setting of a run of ours as it stands before the first step: what was left to the default is chosen."""
     sae_config, config = configs(rows, cell, override)
     with opened(train_file(rows, cell.kind), sae_config, config, None, False, 2, None) as run:
-        return run.sae.config.to_dict() | run.config.to_dict() | {"lr": run.config.peak_lr(cell.n_latents)}
+        return run.sae.config.to_dict() | run.config.to_dict()
 
 
 def ours(rows: Path, cell: Cell, override: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def of_preset(rows: Path, cell: Cell, peer: str) -> dict[str, Any]:
         batch_size=PRESET_BATCH[peer],
     )  # fmt: skip
     found = _trained(rows, cell, sae_config, config)
-    settings = {"batch_size": config.batch_size, "lr": config.peak_lr(cell.n_latents), "optimizer": "Adam"}
+    settings = {"batch_size": config.batch_size, "lr": choose(sae_config, config).lr, "optimizer": "Adam"}
     return found | {"source": "preset", "settings": settings}
 
 

@@ -26,7 +26,7 @@ from saefast.training.api import train
 
 DATA = common.ROOT / "runs" / "demo" / "activations"
 TOKENS, HELD = 200_000, 16_384
-RECIPE: dict[str, Any] = dict(batch_size=1024, lr=2e-3, lr_warmup_steps=20, lr_decay_share=0.5)
+RECIPE: dict[str, Any] = {}
 BEFORE: dict[str, Any] = dict(normalize="sqrt_d", max_norm_multiple=None)
 # FVU on ordinary rows against that of clean rows.
 ALLOWED = 1.03

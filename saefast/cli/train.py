@@ -18,6 +18,7 @@ from saefast.data.opening import HELDOUT, Shuffle, open_source
 from saefast.data.provenance import describe_data, recorded_data
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.engines.config import Preset, TrainConfig, preset
+from saefast.engines.recipe import choose, described
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestConfig
 from saefast.models.config import SAEConfig
@@ -151,7 +152,7 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
 
 
 def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
-    shown = watched()
+    shown, members = watched(), {hook: _chosen(member) for hook, member in members.items()}
     options: dict[str, Any] = dict(resume=args.resume, keep_checkpoints=args.keep_checkpoints, progress=shown)
     try:
         if args.hooks is not None:
@@ -163,6 +164,12 @@ def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
         again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if args.hooks else [])]
         go_on = f"saefast train {' '.join(again)}"
         raise KeyboardInterrupt(f"stopped at step {stop.step} and saved; go on with: {go_on}") from None
+
+
+def _chosen(member: Member) -> Member:
+    recipe = choose(member.sae_config, member.train_config, member.batches.n_rows)
+    print(f"recipe: {described(recipe)}", flush=True)
+    return member._replace(train_config=recipe)
 
 
 def _members(args: TrainArgs) -> dict[str, Member]:

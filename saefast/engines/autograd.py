@@ -14,6 +14,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, sum_squares, term_weights, total_variance
+from saefast.engines.resample import due, fresh_latents
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.ops import spmm
@@ -100,12 +101,29 @@ class AutogradEngine(EngineBase):
         self.adam.zero_grad()
         if self.config.decoder_norm == "post_step":
             self.sae.normalize_decoder_()
-        self.dead.take(losses.since, losses.fired)
+        self.dead.take(losses.since, losses.fired, losses.code.rows)
         seen = losses.code, losses.norms, self.step_count, self.config
         self.take_buffers(self.architecture.observed(self.buffers(), *seen))
         self.step_count += 1
+        if due(self.step_count, self.total_steps, self.config):
+            self._resample(losses.residual)
         l0 = (losses.served.acts > 0).sum() / losses.served.rows
         return StepStats(losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr)
+
+    def _resample(self, residual: Tensor) -> None:
+        alive, seed = ~self.dead.mask(self.dead.since), self.config.seed
+        matrices = self.sae.W_enc.data, self.sae.W_dec.data
+        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, seed, self.step_count)
+        if fresh is None:
+            return
+        ids, zeros = fresh.latents, torch.zeros_like(fresh.W_enc[:, 0])
+        for name, rows in (("W_enc", fresh.W_enc), ("W_dec", fresh.W_dec), ("b_enc", zeros)):
+            parameter = self.parameters[name]
+            moments = self.adam.state[parameter]
+            parameter.data[ids] = rows.to(parameter.dtype)
+            moments["exp_avg"][ids] = 0
+            moments["exp_avg_sq"][ids] = moments["exp_avg_sq"][alive].mean()
+        self.dead.age[ids] = 0
 
     @ambient.plainly(grad=True)
     def finish(self) -> None:
@@ -132,6 +150,7 @@ class AutogradEngine(EngineBase):
         self.step_count, self.mse_scale = int(state["step_count"]), float(state["mse_scale"])
         self.dead.since = self._copied(state, "dead.since", self.dead.since)
         self.dead.never = self._copied(state, "dead.never", self.dead.never)
+        self.dead.age = self._copied(state, "dead.age", self.dead.age)
         self.adam.state.clear()
         for name, parameter in self.parameters.items():
             if self.step_count:
@@ -159,6 +178,8 @@ class Losses(NamedTuple):
     """The whole code, detached."""
     served: Code
     """Its main prefix."""
+    residual: Tensor
+    """(B, D) target - x_hat of the main prefix, detached."""
     norms: Tensor | None
     """What it was ranked by."""
     since: Tensor
@@ -204,7 +225,7 @@ def total_loss(
         total = total + config.auxk_coef * auxk
     auxk = auxk.detach() if isinstance(auxk, Tensor) else auxk
     fvu = sum_squares(e) / variance
-    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), encoder.scale, since, fired)
+    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), e, encoder.scale, since, fired)
 
 
 def auxk_loss(

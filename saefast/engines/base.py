@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.engines.config import TrainConfig, lr_factor
+from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.losses import inverse_variance
+from saefast.engines.recipe import choose, lr_factor
+from saefast.engines.resample import due
 from saefast.errors import InputError
 from saefast.models.sae import SAE
-from saefast.models.start import scale_encoder_, start_b_dec_
+from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 
@@ -32,7 +34,7 @@ class EngineBase:
     name: str
 
     def __init__(self, sae: SAE, config: TrainConfig, total_steps: int) -> None:
-        self.sae, self.config, self.total_steps = sae, config, total_steps
+        self.sae, self.config, self.total_steps = sae, choose(sae.config, config, total_steps=total_steps), total_steps
         self.architecture = sae.architecture
         if self.name not in self.architecture.engines:
             able = " or ".join(map(repr, self.architecture.engines))
@@ -41,7 +43,7 @@ class EngineBase:
         self.terms = self.architecture.terms(config)
         self.step_count = 0
         self.mse_scale = 1.0
-        self.dead = DeadLatents(sae.config.n_latents, config, sae.device)
+        self.dead = DeadLatents(sae.config.n_latents, self.config, sae.device)
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
@@ -53,20 +55,28 @@ class EngineBase:
         Args:
             targets: (n, d_out) what the rows are to be mapped to; None is the rows themselves.
         """
-        start_b_dec_(self.sae, rows if targets is None else targets, self.config.b_dec_init)
+        targets = rows if targets is None else targets
+        start_b_dec_(self.sae, targets, self.config.b_dec_init)
+        if self.sae.config.init == "rows":
+            start_from_rows_(self.sae, rows, targets, self.config.seed)
         if self.config.init_encoder_scale:
             scale_encoder_(self.sae, self.config.seed)
+        if self.config.fit_encoder:
+            fit_encoder_(self.sae, rows, targets, self.config)
         if self.config.loss == "scaled_mse":
-            self.mse_scale = inverse_variance(rows if targets is None else targets)
+            self.mse_scale = inverse_variance(targets)
 
     def lr(self) -> float:
         """The learning rate of the step to come."""
-        factor = lr_factor(self.step_count, self.total_steps, self.config)
-        return self.config.peak_lr(self.sae.config.n_latents) * factor
+        return self.config.lr * lr_factor(self.step_count, self.total_steps, self.config)
 
     def decay_from(self, step: int, total_steps: int) -> None:
         """From now on the rate falls from `step` to total_steps, whatever was planned."""
         self.config, self.total_steps = dataclasses.replace(self.config, lr_decay_start=step), total_steps
+
+    def resamples(self) -> bool:
+        """Whether latents are resampled at the end of the step under way."""
+        return due(self.step_count + 1, self.total_steps, self.config)
 
     def buffers(self) -> dict[str, Tensor]:
         """What the architecture keeps besides the parameters, live."""

@@ -30,15 +30,21 @@ else:
 class TrainConfig(ArchitectureFields):
     """Settings of `train()`. Rates and counts are per optimiser step unless a unit is given.
 
+    What is None is chosen when a run begins, from the SAE's sizes and the number of tokens: see
+    `saefast.engines.recipe.choose`. config.json holds the numbers.
+
     Attributes:
-        n_tokens: tokens to train on; None is one pass over the data.
+        n_tokens: tokens to train on; None is n_epochs times the data.
+        n_epochs: passes over the data where n_tokens is None; None is one, or more where the data is small.
         batch_size: tokens per step.
         seed: of weights and of the order of the data.
         engine: "fused" works on the B·k entries that fired; "autograd" is plain torch with dense gradients.
         device: where to train; "auto" is the GPU if there is one.
 
         optimizer: "adam", or "adam-lean" (bf16 weights, 8-bit first moment; fused engine only).
-        lr: peak learning rate; None is 2e-4 / sqrt(n_latents / 2^14), the rule of dictionary_learning and sparsify.
+        lr: peak learning rate.
+        lr_rule: how lr is chosen where it is None: "tokens" is ours, "latents" 2e-4 / sqrt(n_latents / 2^14), the rule
+            of dictionary_learning and sparsify.
         beta1: Adam's decay of the first moment.
         beta2: Adam's decay of the second moment.
         eps: Adam's, added to the root of the second moment.
@@ -55,6 +61,9 @@ class TrainConfig(ArchitectureFields):
 
         loss: "fvu" Σe² / Σ(x - mean)²; "sum" mean over tokens of Σ_d e²; "scaled_mse" mean of e² over the variance
             of the first rows seen (e = x - x_hat).
+        resample_every: steps after which latents that are dead begin anew, at residuals drawn by their squared norm; 0
+            is never.
+        resample_until: share of the run after which none do.
         auxk_coef: weight of the AuxK loss (Gao et al. 2024, appendix A.2); 0 turns it off.
         auxk_k: dead latents used per token; None is d_in // 2.
         auxk_scale_few_dead: multiply by min(n_dead / auxk_k, 1).
@@ -74,6 +83,8 @@ class TrainConfig(ArchitectureFields):
         b_dec_init: pre-bias from the first rows: "zeros", "mean" or "geometric_median".
         init_rows: rows that initialisation looks at; None is one batch.
         init_encoder_scale: divide W_enc so that random directions come back at unit length (OpenAI).
+        fit_encoder: multiply W_enc by the number with which the first rows are reconstructed best, so that a run never
+            begins worse than the mean.
         normalize: scale inputs by one number, folded into the saved biases: "median" (median distance from the centre
             √d_in: neither a mean far from 0 nor a few huge rows matter), "sqrt_d" (mean norm √d_in), "unit_mean_square"
             (mean squared norm 1) or "none".
@@ -93,32 +104,36 @@ class TrainConfig(ArchitectureFields):
     """
 
     n_tokens: int | None = None
-    batch_size: int = 4096
+    n_epochs: int | None = None
+    batch_size: int | None = None
     seed: int = 0
     engine: Literal["fused", "autograd"] = "fused"
     device: str = "auto"
 
     optimizer: Literal["adam", "adam-lean"] = "adam"
     lr: float | None = None
-    beta1: float = 0.9
+    lr_rule: Literal["tokens", "latents"] = "tokens"
+    beta1: float = 0.5
     beta2: float = 0.999
     eps: float = 1e-8
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: int | None = None
     lr_warmup_from_zero: bool = False
-    lr_decay_share: float = 0.2
+    lr_decay_share: float = 0.5
     lr_decay_start: int | None = None
     lr_end: float = 0.0
     settle_every: int = 4
     max_grad_norm: float | None = None
 
     loss: Literal["fvu", "sum", "scaled_mse"] = "fvu"
-    auxk_coef: float = 1 / 32
+    resample_every: int | None = None
+    resample_until: float = 0.8
+    auxk_coef: float = 0.0
     auxk_k: int | None = None
     auxk_scale_few_dead: bool = True
     auxk_denominator: Literal["residual", "inputs", "none"] = "residual"
     auxk_relu: bool = True
     auxk_b_dec_grad: bool = False
-    dead_after: int = 10_000_000
+    dead_after: int | None = None
     dead_unit: Literal["tokens", "steps"] = "tokens"
     dead_start: int = 0
     dead_update_first: bool = True
@@ -129,6 +144,7 @@ class TrainConfig(ArchitectureFields):
     b_dec_init: BiasInit = "geometric_median"
     init_rows: int | None = None
     init_encoder_scale: bool = False
+    fit_encoder: bool = True
     normalize: Literal["median", "sqrt_d", "unit_mean_square", "none"] = "median"
     max_norm_multiple: float | Literal["auto"] | None = "auto"
     ema_decay: float | None = None
@@ -148,44 +164,45 @@ class TrainConfig(ArchitectureFields):
             if isinstance(value, int) and abs(value) >= 2**63:
                 raise InputError(f"{field.name} is {value!r}: expected less than 2**63")
         self._check_numbers()
+        self._check_pairs()
         registry.check("TrainFields", self)
-        if self.reproduce_bugs and self.engine == "fused":
-            raise InputError("reproduce_bugs needs engine='autograd': the fused engine has no such mode")
 
     def _check_numbers(self) -> None:
         limits = {
-            "batch_size": 1, "n_tokens": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1, "lr_warmup_steps": 0,
-            "auxk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0, "save_every": 0,
-            "eval_every": 0, "settle_every": 1,
+            "batch_size": 1, "n_tokens": 1, "n_epochs": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1,
+            "lr_warmup_steps": 0, "resample_every": 0, "auxk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0,
+            "save_every": 0, "eval_every": 0, "settle_every": 1,
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"{name} is {value!r}: expected at least {least}, and finite")
-        if self.stop_at_plateau and self.eval_every == 0:
-            raise InputError(
-                "stop_at_plateau is True and eval_every is 0: a plateau is told by the held-out FVU; set eval_every to "
-                "None, or to a number of steps"
-            )
-        if not 0 <= self.lr_decay_share <= 1:
-            raise InputError(f"lr_decay_share is {self.lr_decay_share!r}: expected a number between 0 and 1")
+        for name in ("lr_decay_share", "resample_until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)!r}: expected a number between 0 and 1")
         for name in ("beta1", "beta2", "ema_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise InputError(f"{name} is {value!r}: expected a number from 0 up to, not including, 1")
-        if 0 < self.beta1 >= self.beta2**0.5:
-            raise InputError(
-                f"beta1 is {self.beta1!r} and beta2 {self.beta2!r}: expected beta1 < √beta2, for Adam forgets squares "
-                "faster than momentum otherwise, and a latent that rests moves ever faster; raise beta2 or lower beta1"
-            )
         if self.fired_above is not None and not math.isfinite(self.fired_above):
             raise InputError(f"fired_above is {self.fired_above!r}: expected a finite number, or None")
         check_multiple(self.max_norm_multiple)
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise InputError(f"max_grad_norm is {self.max_grad_norm!r}: expected more than 0, or None to not clip")
 
-    def peak_lr(self, n_latents: int) -> float:
-        return self.lr if self.lr is not None else 2e-4 / (n_latents / 2**14) ** 0.5
+    def _check_pairs(self) -> None:
+        if self.stop_at_plateau and self.eval_every == 0:
+            raise InputError(
+                "stop_at_plateau is True and eval_every is 0: a plateau is told by the held-out FVU; set eval_every to "
+                "None, or to a number of steps"
+            )
+        if self.reproduce_bugs and self.engine == "fused":
+            raise InputError("reproduce_bugs needs engine='autograd': the fused engine has no such mode")
+        if 0 < self.beta1 >= self.beta2**0.5:
+            raise InputError(
+                f"beta1 is {self.beta1!r} and beta2 {self.beta2!r}: expected beta1 < √beta2, for Adam forgets squares "
+                "faster than momentum otherwise, and a latent that rests moves ever faster; raise beta2 or lower beta1"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -201,40 +218,42 @@ class TrainConfig(ArchitectureFields):
 TrainConfig.__doc__ = f"{str(TrainConfig.__doc__).rstrip()}\n\n{registry.described('TrainFields')}    "
 
 
-def lr_factor(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of optimiser step `step` (from 0) as a share of the peak rate."""
-    warmup = config.lr_warmup_steps
-    if step < warmup:
-        return step / warmup if config.lr_warmup_from_zero else (step + 1) / warmup
-    start = config.lr_decay_start
-    if start is None:
-        start = total_steps - round(config.lr_decay_share * total_steps)
-    if start < 0 or step < (start := max(start, warmup)) or start >= total_steps:
-        return 1.0
-    left = max(total_steps - step, 0) / (total_steps - start)
-    return config.lr_end + (1 - config.lr_end) * left
-
+# Tokens a step where a peer leaves that to the user.
+PEERS_BATCH = 4096
+# What the peers share, and ours chooses by itself.
+_PEERS: dict[str, Any] = dict(
+    n_epochs=1,
+    batch_size=PEERS_BATCH,
+    lr_rule="latents",
+    lr_warmup_steps=0,
+    dead_after=10_000_000,
+    fit_encoder=False,
+    beta1=0.9,
+    auxk_coef=1 / 32,
+    resample_every=0,
+    lr_decay_share=0.2,
+)
 
 # Each entry: what differs from the defaults of TrainConfig and SAEConfig.
 PRESETS: dict[str, dict[str, Any]] = {
     "saefast": {},
-    "openai": dict(
+    "openai": _PEERS | dict(
         init="kaiming", b_dec_init="geometric_median", init_rows=32768, init_encoder_scale=True, normalize="none",
         max_norm_multiple=None, lr=1e-4, eps=6.25e-10, lr_decay_start=-1, loss="scaled_mse", auxk_k=256,
         auxk_scale_few_dead=False, auxk_b_dec_grad=True, dead_unit="steps", dead_after=76, dead_start=-1,
         fired_above=1e-3, decoder_norm="pre_step", ema_decay=0.999, batch_size=131072,
     ),
-    "sparsify": dict(
+    "sparsify": _PEERS | dict(
         init="kaiming", b_dec_init="mean", normalize="none", lr_warmup_steps=1000, lr_warmup_from_zero=True,
         max_norm_multiple=None, lr_decay_start=0, loss="fvu", auxk_coef=0.0, auxk_denominator="inputs",
         dead_after=10_000_001, dead_update_first=False, fired_above=None, decoder_norm="pre_forward",
     ),
-    "dictionary_learning": dict(
+    "dictionary_learning": _PEERS | dict(
         init="tied", b_dec_init="geometric_median", normalize="none", lr_warmup_steps=1000, lr_warmup_from_zero=True,
         max_norm_multiple=None, lr_decay_start=-1, max_grad_norm=1.0, loss="sum", auxk_scale_few_dead=False,
         fired_above=None,
     ),
-    "saelens": dict(
+    "saelens": _PEERS | dict(
         init="tied_0.1", b_dec_init="zeros", normalize="none", rescale_acts_by_decoder_norm=True,
         unit_norm_decoder=False, max_norm_multiple=None, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum",
         auxk_coef=1.0, auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001,

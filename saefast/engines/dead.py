@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import Recipe
 from saefast.ops.code import Code
 
 
@@ -28,12 +28,15 @@ class DeadLatents:
     Attributes:
         since: (n_latents,) int64 counters.
         never: (n_latents,) bool, which latents never fired. The counters do not tell where they begin below 0.
+        age: (n_latents,) int64, how long ago each latent began, at the start or by being resampled; in the counters'
+            unit.
     """
 
-    def __init__(self, n_latents: int, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, n_latents: int, config: Recipe, device: torch.device | str = "cpu") -> None:
         self.config = config
         self.since = torch.full((n_latents,), config.dead_start, dtype=torch.int64, device=device)
         self.never = torch.ones(n_latents, dtype=torch.bool, device=device)
+        self.age = torch.zeros(n_latents, dtype=torch.int64, device=device)
 
     def fired(self, code: Code) -> Tensor:
         """(n_latents,) bool: which latents fire in a batch's code."""
@@ -47,17 +50,24 @@ class DeadLatents:
 
     def unless(self, fired: Tensor, n_rows: int) -> Tensor:
         """The counters after a batch of n_rows in which the latents of fired (n_latents,) bool fired."""
-        since = self.since + (n_rows if self.config.dead_unit == "tokens" else 1)
-        return since.masked_fill_(fired, 0)
+        return (self.since + self._counted(n_rows)).masked_fill_(fired, 0)
 
-    def take(self, since: Tensor, fired: Tensor) -> None:
-        """The counters of a batch, as `unless` gave them, and what fired in it: once its step is sure."""
+    def take(self, since: Tensor, fired: Tensor, n_rows: int) -> None:
+        """The counters of a batch of n_rows, as `unless` gave them, and what fired in it: once its step is sure."""
         self.since = since
         self.never.logical_and_(~fired)
+        self.age += self._counted(n_rows)
+
+    def _counted(self, n_rows: int) -> int:
+        return n_rows if self.config.dead_unit == "tokens" else 1
+
+    def hopeless(self) -> Tensor:
+        """(n_latents,) bool: dead, and not because they began a moment ago."""
+        return self.mask(self.since) & self.mask(self.age)
 
     def tensors(self) -> dict[str, Tensor]:
         """What an engine's state holds of this, live."""
-        return {"dead.since": self.since, "dead.never": self.never}
+        return {"dead.since": self.since, "dead.never": self.never, "dead.age": self.age}
 
     def mask(self, since: Tensor) -> Tensor:
         """(n_latents,) bool: which latents these counters call dead."""

@@ -20,6 +20,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.fused_pass import Gradient, Model, Pass, fetched, serial_sum
 from saefast.engines.hot import HotLatents, threshold
+from saefast.engines.resample import due, fresh_latents
 from saefast.engines.weights import Scratch, Weights
 from saefast.errors import InputError
 from saefast.models.sae import SAE
@@ -102,7 +103,7 @@ class FusedEngine(EngineBase):
     def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
         model = Model(
             self.architecture, self.terms, self.config, self.weights, self.dead, self.hot, self.mse_scale, self.scratch,
-            self.buffers(),
+            self.buffers(), self.resamples(),
         )  # fmt: skip
         return Pass(model, x, target).gradient()
 
@@ -154,12 +155,23 @@ class FusedEngine(EngineBase):
         row_ops(self.weights.enc.w).update_rows(jobs)
         self.weights.updated(lr)
         self.step_count += 1
-        self.dead.take(g.since, g.fired)
+        self.dead.take(g.since, g.fired, g.rows)
         self.take_buffers(g.buffers)
         if self.hot is not None and sure.rate is not None:
             self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
-        if not self.dense and self.step_count % self.settle_every == 0:
+        # Without momentum (beta1 = 0) a row without a gradient stays where it is.
+        if not self.dense and self.config.beta1 > 0 and self.step_count % self.settle_every == 0:
             self.weights.settle_encoder()
+        if g.error is not None and due(self.step_count, self.total_steps, self.config):
+            self._resample(g.error)
+
+    def _resample(self, residual: Tensor) -> None:
+        alive, seed = ~self.dead.mask(self.dead.since), self.config.seed
+        matrices = self.weights.enc.w, self.weights.dec.w
+        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, seed, self.step_count)
+        if fresh is not None:
+            self.weights.restart(fresh, alive)
+            self.dead.age[fresh.latents] = 0
 
     @ambient.plainly(grad=False)
     def finish(self) -> None:

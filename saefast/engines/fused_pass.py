@@ -42,6 +42,8 @@ class Model:
     scratch: Scratch
     buffers: dict[str, Tensor]
     """What the architecture keeps besides the parameters."""
+    wants_error: bool = False
+    """Whether the step needs the residual, AuxK or not."""
 
 
 @dataclass
@@ -80,6 +82,10 @@ class Gradient:
     """The architecture's, after the batch."""
     code: Groups
     """Of the batch's whole code, AuxK's entries left out."""
+    rows: int
+    """Of the batch."""
+    error: Tensor | None
+    """(B, D) target - x_hat, where AuxK ran or the model wants it. Scratch: good until the next pass."""
     loss: Number
     fvu: Number
     auxk: Number
@@ -117,7 +123,7 @@ class Pass:
         dead_ids = self._look(variance, squares, self._dead(since))
         self.weights.settle_decoder(self.groups.latents)
 
-        grad, loss, fvu = self._reconstruct(with_error=dead_ids is not None)
+        grad, loss, fvu = self._reconstruct(with_auxk=dead_ids is not None)
         parts: list[tuple[Code, Tensor]] = [(self.code, grad)]
         auxk: Number = 0.0
         if dead_ids is not None:
@@ -125,7 +131,8 @@ class Pass:
             parts += [part] if part is not None else []
         loss = loss + self.config.auxk_coef * auxk
         l0 = self._n_fired() / len(self.x)
-        return Gradient(*self._entries(parts), since, fired, buffers, self.groups, loss, fvu, auxk, l0)
+        seen = since, fired, buffers, self.groups, len(self.x), self.error
+        return Gradient(*self._entries(parts), *seen, loss, fvu, auxk, l0)
 
     def _served(self) -> Code:
         """The part of the code that the SAE serves."""
@@ -185,7 +192,7 @@ class Pass:
         found: Groups = self.backend.group_entries(idx.flatten(), keep.flatten(), self.n_latents)
         return found
 
-    def _reconstruct(self, *, with_error: bool) -> tuple[Tensor, Number, Number]:
+    def _reconstruct(self, *, with_auxk: bool) -> tuple[Tensor, Number, Number]:
         """Decode and the reconstruction losses: the gradient to the code's activations, their value, and the FVU.
 
         Makes `planes` (P or P + 1, B, D), the weighted residuals; the last one is AuxK's to fill.
@@ -193,8 +200,8 @@ class Pass:
         (B, D), P, main = self.target.shape, len(self.terms.prefixes), self.terms.main
         weight = term_weights(self.terms, self.target.shape, self.variance, self.config, self.model.mse_scale)
         self.prefixes = Prefixes(self.terms.bounds, weight, self.terms.by_latent, main)
-        self.planes = self.model.scratch("planes", P + with_error, B, D)
-        self.error = self.model.scratch("error", B, D) if with_error else None
+        self.planes = self.model.scratch("planes", P + with_auxk, B, D)
+        self.error = self.model.scratch("error", B, D) if with_auxk or self.model.wants_error else None
         grad, squares = self._decode()
         sums = [serial_sum(row) for row in squares]
         return grad, sum(w * s for w, s in zip(weight, sums, strict=True)), sums[main] / self.variance

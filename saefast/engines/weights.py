@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saefast.engines.base import PARAMETERS
 from saefast.engines.config import TrainConfig
+from saefast.engines.resample import Fresh
 from saefast.models.sae import SAE
 from saefast.ops.mixed import pays_off
 from saefast.optim.dispatch import row_ops
@@ -135,10 +136,25 @@ class Weights:
         backend.catch_up(self.enc, self._now())
         backend.catch_up(self.dec, self._now(norm=self._kept_norm()))
 
+    def restart(self, fresh: Fresh, alive: Tensor) -> None:
+        """Latents begin anew, with the second moment that those alive (L,) bool have on average."""
+        ids = fresh.latents
+        self.enc.restart(ids, fresh.W_enc, alive, self.step, self.config.beta2)
+        self.dec.restart(ids, fresh.W_dec, alive, self.step, self.config.beta2)
+        biases = self.matrices["b_enc"]
+        biases.w[0, ids] = 0
+        biases.m[0, ids] = 0
+        biases.v[0, ids] = biases.v[0, alive].mean()
+        self.copy_biases()
+
     def updated(self, lr: float) -> None:
         """Takes note that an update with this rate has been made."""
         self.drift.add(lr)
         self.step += 1
+        self.copy_biases()
+
+    def copy_biases(self) -> None:
+        """Gives the SAE those biases that train in another dtype than its own."""
         if self.lean:
             for name in ("b_enc", "b_dec"):
                 getattr(self.sae, name).data.copy_(self.matrices[name].w[0])

@@ -54,7 +54,7 @@ class SAEConfig(ArchitectureFields):
     apply_b_dec_to_input: bool = True
     unit_norm_decoder: bool = True
     rescale_acts_by_decoder_norm: bool = False
-    init: Init = "tied"
+    init: Init = "rows"
     dtype: DType = "float32"
     metadata: dict[str, Any] = field(default_factory=dict)
 

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Init = Literal["tied", "tied_0.1", "kaiming"]
+Init = Literal["rows", "tied", "tied_0.1", "kaiming"]
 BiasInit = Literal["zeros", "mean", "geometric_median"]
 
 
@@ -24,7 +24,8 @@ def init_weights(
 ) -> tuple[Tensor, Tensor]:
     """W_enc and W_dec, both (n_latents, d_in), drawn in fp32 on the CPU so that every device begins alike.
 
-    "tied": unit rows, encoder = decoder (dictionary_learning). "tied_0.1": rows of norm 0.1, encoder = decoder
+    "rows": as "tied", until training has seen the first rows (`saefast.models.start.start_from_rows_`). "tied": unit
+    rows, encoder = decoder (dictionary_learning). "tied_0.1": rows of norm 0.1, encoder = decoder
     (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its rows at unit norm (sparsify, OpenAI).
     """
     bound = d_in**-0.5  # kaiming-uniform with a = √5, which is nn.Linear's default

@@ -1,10 +1,21 @@
-"""Where training starts an SAE: its pre-bias from data, and its encoder's scale."""
+"""Where training starts an SAE: its pre-bias from data, weights from rows, and its encoder's scale."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saefast.models.init import BiasInit, geometric_median, wide
 from saefast.models.sae import SAE
+from saefast.ops.code import padded
+from saefast.ops.encoder import Encoder
+from saefast.ops.reference import accumulate_dtype
+from saefast.ops.spmm import spmm
+
+# Latents at a time, so that a huge dictionary needs no more memory to begin than to train.
+_LATENTS = 1 << 11
+# Rows that the encoder's scale is fitted on, at most.
+_FITTED = 2048
 
 
 def start_b_dec_(sae: SAE, rows: Tensor, kind: BiasInit) -> None:
@@ -27,3 +38,78 @@ def scale_encoder_(sae: SAE, seed: int, n_directions: int = 256) -> None:
     directions /= directions.norm(dim=1, keepdim=True)
     recovered = sae(directions.to(sae.device, sae.dtype) + sae.b_dec).x_hat - sae.b_dec
     sae.W_enc.div_(recovered.norm(dim=1).mean())
+
+
+@torch.no_grad()
+def start_from_rows_(sae: SAE, rows: Tensor, targets: Tensor, seed: int) -> None:
+    """Weights that begin in the data: decoder rows point at rows, encoder rows tell these from others.
+
+    Latent i begins at row j: W_dec is target j - b_dec at unit length, and W_enc is (C + λ)⁻¹ (x_j - mean) at unit
+    length, C being the covariance of the rows and λ their mean variance times d_in / n. That is Fisher's linear
+    discriminant (1936) of one row against the rest: rows have much in common, so their own directions would all fire on
+    the same tokens. Where there are more latents than rows, the others begin at differences of two rows. What two equal
+    rows leave without a direction stays as it was drawn.
+
+    Args:
+        rows: (n, d_in) what is encoded. targets: (n, d_in) what it is to be mapped to; the rows themselves in an SAE.
+        seed: of the choice of rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, t = wide(rows), wide(targets) - wide(sae.b_dec)
+    mean = x.mean(0)
+    x = x - mean
+    telling = discriminant(x)
+    n, L = len(x), sae.config.n_latents
+    first = torch.randperm(n, generator=generator)[:L].to(x.device)
+    for begin in range(0, L, _LATENTS):
+        part = slice(begin, min(begin + _LATENTS, L))
+        chosen = first[part]
+        pairs = torch.randint(n, (2, part.stop - begin - len(chosen)), generator=generator).to(x.device)
+        for W, at, turned in ((sae.W_dec, t, None), (sae.W_enc, x, telling)):
+            directions = torch.cat([at[chosen], at[pairs[0]] - at[pairs[1]]])
+            _set_directions(W[part], directions if turned is None else directions @ turned)
+    if not sae.config.apply_b_dec_to_input:
+        for begin in range(0, L, _LATENTS):
+            part = slice(begin, begin + _LATENTS)
+            sae.b_enc[part] = -(sae.W_enc[part].to(mean.dtype) @ mean).to(sae.dtype)
+
+
+def discriminant(x: Tensor) -> Tensor:
+    """(C + λ)⁻¹ (D, D) for centred rows x (n, D): C = xᵀx / n, λ = tr C / n; worked out in float64."""
+    C = x.double().T @ x.double() / len(x)
+    ridge = C.diagonal().sum() / len(x)
+    # Rows that are all equal have nothing to tell them apart.
+    C.diagonal().add_(torch.where(ridge > 0, ridge, 1.0))
+    return torch.linalg.inv(C).to(x.dtype)
+
+
+def _set_directions(W: Tensor, directions: Tensor) -> None:
+    """W (n, D) becomes the directions at unit length, but for those that are 0."""
+    norms = directions.norm(dim=1, keepdim=True)
+    W.copy_(torch.where(norms > 0, directions / norms, W.to(directions.dtype)))
+
+
+@torch.no_grad()
+def fit_encoder_(sae: SAE, rows: Tensor, targets: Tensor, train: Any) -> None:
+    """Multiplies W_enc and b_enc by the number a with which the rows are reconstructed best.
+
+    Activations are proportional to a, so that is least squares in closed form: a = Σ t · t_hat / Σ t_hat², t being
+    target - b_dec and t_hat what the code of now decodes to. The error is at most what b_dec alone leaves.
+
+    Args:
+        rows, targets: (n, d_in) as in `start_from_rows_`.
+        train: a TrainConfig: the code is that of training.
+    """
+    dtype = accumulate_dtype(sae.dtype)
+    x, t = rows[:_FITTED].to(dtype), targets[:_FITTED].to(dtype) - sae.b_dec.to(dtype)
+    x = x - sae.b_dec.to(dtype) if sae.config.apply_b_dec_to_input else x
+    norms = sae.decoder_norms().to(dtype) if sae.config.rescale_acts_by_decoder_norm else None
+    W_enc = sae.W_enc.detach()
+    shadow = W_enc if W_enc.dtype != dtype else None
+    encoder = Encoder(x, W_enc, sae.b_enc.detach().to(dtype), norms, shadow)
+    code = padded(sae.architecture.code(encoder, train), sae.config.n_latents)
+    t_hat = spmm(code.acts, code.idx, sae.W_dec.detach()).to(dtype)
+    squares, along = float(t_hat.double().square().sum()), float((t.double() * t_hat.double()).sum())
+    if squares > 0 and along > 0:
+        sae.W_enc.mul_(along / squares)
+        sae.b_enc.mul_(along / squares)

@@ -97,6 +97,25 @@ class Matrix:
         if self.norms is not None:
             self.norms.copy_(self.w.norm(dim=1))
 
+    def restart(self, rows: Tensor, w: Tensor, like: Tensor, step: int, beta2: float) -> None:
+        """Rows (n,) begin anew at w (n, D): no momentum, and the mean second moment of the rows `like` (R,) bool.
+
+        With a second moment of 0 the first updates would be several times too long.
+
+        Args:
+            step: updates done. Rows may stand at an earlier one: their second moments have decayed since, by beta2 a
+                step.
+        """
+        self.w[rows] = w.to(self.w.dtype)
+        self.m[rows] = 0
+        decayed = beta2 ** (step - self.last_step).to(self.v.dtype)
+        self.v[rows] = (self.v.mean(dim=1) * decayed)[like].mean()
+        self.last_step[rows] = step
+        if self.shadow is not None:
+            self.shadow[rows] = w.to(torch.bfloat16)
+        if self.norms is not None:
+            self.norms[rows] = w.norm(dim=1).to(self.norms.dtype)
+
     def state(self) -> dict[str, Tensor]:
         """What a continuation needs beside w."""
         return {"m": self.m, "v": self.v, "last_step": self.last_step}
@@ -159,6 +178,15 @@ class LeanMatrix:
         """Renews norms after w was changed from outside."""
         if self.norms is not None:
             self.norms.copy_(self.w.float().norm(dim=1))
+
+    def restart(self, rows: Tensor, w: Tensor, like: Tensor, step: int, beta2: float) -> None:
+        """As `Matrix.restart`."""
+        self.w[rows] = w.to(self.w.dtype)
+        self.m[rows] = 0
+        self.v[rows] = (self.v * beta2 ** (step - self.last_step))[like].mean()
+        self.last_step[rows] = step
+        if self.norms is not None:
+            self.norms[rows] = self.w[rows].float().norm(dim=1)
 
     def state(self) -> dict[str, Tensor]:
         """What a continuation needs beside w."""

@@ -1,7 +1,6 @@
 """What is likely to go wrong in a run, said before its first step: settings that its length makes pointless."""
 
-from saefast.engines.config import TrainConfig, lr_factor
-from saefast.models.config import SAEConfig
+from saefast.engines.recipe import Recipe, lr_factor
 
 # 100,000 tokens of MiniLM's layer 4 (2,048 latents, k = 32, the best of three rates) end at a held-out FVU of 0.354,
 # 0.262, 0.208, 0.178, 0.158 and 0.150 in 12, 25, 50, 100, 200 and 400 steps.
@@ -11,9 +10,8 @@ JUMP = 2.0
 
 
 def advice(
-    config: TrainConfig,
+    config: Recipe,
     total_steps: int,
-    sae_config: SAEConfig,
     tokens: int,
     step: int = 0,
     before: tuple[int, float] | None = None,
@@ -21,7 +19,6 @@ def advice(
     """One line about each setting that the length of a run makes pointless: what was seen, and what to set.
 
     Args:
-        config: with every number filled in.
         total_steps: optimiser steps of the run.
         tokens: tokens of the run.
         step: where it goes on from.
@@ -33,7 +30,7 @@ def advice(
     """
     if step >= total_steps:
         return {}
-    peak = config.peak_lr(sae_config.n_latents)
+    peak = config.lr
     found = {
         "warmup": _warmup(config, total_steps, peak),
         "steps": _steps(config, total_steps, tokens),
@@ -44,7 +41,7 @@ def advice(
     return {subject: line for subject, line in found.items() if line}
 
 
-def _warmup(config: TrainConfig, total_steps: int, peak: float) -> str:
+def _warmup(config: Recipe, total_steps: int, peak: float) -> str:
     if config.lr_warmup_steps < total_steps:
         return ""
     highest = peak * max(lr_factor(step, total_steps, config) for step in (0, total_steps - 1))
@@ -55,7 +52,7 @@ def _warmup(config: TrainConfig, total_steps: int, peak: float) -> str:
     )
 
 
-def _steps(config: TrainConfig, total_steps: int, tokens: int) -> str:
+def _steps(config: Recipe, total_steps: int, tokens: int) -> str:
     if total_steps >= FEW_STEPS:
         return ""
     # A run of one step may be of fewer tokens than its one batch.
@@ -67,7 +64,7 @@ def _steps(config: TrainConfig, total_steps: int, tokens: int) -> str:
     )
 
 
-def _dead(config: TrainConfig, total_steps: int, tokens: int) -> str:
+def _dead(config: Recipe, total_steps: int, tokens: int) -> str:
     longest = total_steps if config.dead_unit == "steps" else tokens
     if config.dead_after - config.dead_start <= longest:
         return ""
@@ -78,7 +75,7 @@ def _dead(config: TrainConfig, total_steps: int, tokens: int) -> str:
     )
 
 
-def _resume(config: TrainConfig, total_steps: int, peak: float, step: int, before: tuple[int, float] | None) -> str:
+def _resume(config: Recipe, total_steps: int, peak: float, step: int, before: tuple[int, float] | None) -> str:
     if before is None or step < config.lr_warmup_steps:
         return ""
     (total_before, was), now = before, peak * lr_factor(step, total_steps, config)
@@ -91,7 +88,7 @@ def _resume(config: TrainConfig, total_steps: int, peak: float, step: int, befor
     )
 
 
-def _plateau(config: TrainConfig, total_steps: int) -> str:
+def _plateau(config: Recipe, total_steps: int) -> str:
     # The first step of a decay has the peak rate still, the second has not.
     if not config.stop_at_plateau or lr_factor(config.lr_warmup_steps + 1, total_steps, config) == 1:
         return ""

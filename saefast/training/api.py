@@ -21,6 +21,7 @@ from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig
 from saefast.engines.engine import Engine
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import Recipe, as_begun, choose
 from saefast.errors import InputError
 from saefast.files import usable
 from saefast.models.config import SAEConfig
@@ -69,7 +70,8 @@ def train(
             function that returns one, or a `Source`. See `saefast.data.opening.open_source`. A Source that is passed
             in stays open: close() it.
         sae_config: what to train.
-        train_config: how; the defaults are the preset "saefast". n_tokens = None is one pass over the data.
+        train_config: how; the defaults are the preset "saefast". What it leaves open is chosen from the sizes and the
+            tokens (`saefast.engines.recipe.choose`); a resumed run keeps what was chosen at its beginning.
         out_dir: the run's folder, or None to keep nothing on disk.
         resume: go on from the newest checkpoint in out_dir.
         keep_checkpoints: how many checkpoints to keep.
@@ -95,7 +97,7 @@ def train(
         raise InputError("resume is True but out_dir is None: give the folder of the run to go on with")
     with (
         opened(batches, sae_config, config, folder, resume, keep_checkpoints, on_log, hooks) as run,
-        bar(run.total_steps * config.batch_size, run.tokens, progress) as shown,
+        bar(run.total_steps * run.config.batch_size, run.tokens, progress) as shown,
         stop_signals() as stop,
     ):
         advise([run])
@@ -142,27 +144,7 @@ def opened(
         yield run
 
 
-def count_steps(source: Source, config: TrainConfig) -> int:
-    """Optimiser steps of a run: whole batches in n_tokens, or in one pass over the data; at least one.
-
-    Raises:
-        InputError: neither number is known.
-    """
-    return max(count_tokens(source, config) // config.batch_size, 1)
-
-
-def count_tokens(source: Source, config: TrainConfig) -> int:
-    """Tokens of a run: n_tokens, or one pass over the data. Raises InputError where neither number is known."""
-    tokens = config.n_tokens if config.n_tokens is not None else source.n_rows
-    if tokens is None:
-        raise InputError(
-            f"n_tokens is None and {source.source_name} has no known length: set n_tokens, which the learning rate's "
-            "decay is laid out over"
-        )
-    return tokens
-
-
-def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
+def make_engine(sae: SAE, config: Recipe, total_steps: int) -> Engine:
     """The engine that config.engine names."""
     kind = AutogradEngine if config.engine == "autograd" else FusedEngine
     return kind(sae, config, total_steps)
@@ -170,31 +152,30 @@ def make_engine(sae: SAE, config: TrainConfig, total_steps: int) -> Engine:
 
 def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_from: Path | None) -> Run:
     """A new run, or the one whose newest checkpoint lies in the folder `resume_from`."""
-    total_steps = count_steps(source, config)
     if resume_from is not None:
         found = checkpoint.newest(resume_from / run_folder.CHECKPOINTS, RunState)
         if found is not None:
-            return _restore(*found, source, sae_config, config, total_steps)
+            kept = as_begun(config, found[1]["settings"][run_folder.TRAIN])
+            return _restore(*found, source, sae_config, choose(sae_config, kept, source.n_rows))
         warnings.warn(f"{resume_from} holds no checkpoint: starting from the beginning", RuntimeWarning, stacklevel=3)
-    device = pick_device(config.device)
-    check_sizes(sae_config, config, count_tokens(source, config), device)
-    sae = SAE(sae_config, seed=config.seed, device=device)
-    engine = make_engine(sae, config, total_steps)
-    feed = Feed(source, config, device, sae.dtype)
+    recipe = choose(sae_config, config, source.n_rows)
+    device, total_steps = pick_device(recipe.device), recipe.steps
+    check_sizes(sae_config, recipe, device)
+    sae = SAE(sae_config, seed=recipe.seed, device=device)
+    engine = make_engine(sae, recipe, total_steps)
+    feed = Feed(source, recipe, device, sae.dtype)
     _check_target(feed, sae_config)
     # A run looks at no more rows than it trains on.
-    first = feed.look_ahead(min(config.init_rows or config.batch_size, total_steps * config.batch_size))
-    feed.fit_scales(first, config.normalize)
+    first = feed.look_ahead(min(recipe.init_rows, total_steps * recipe.batch_size))
+    feed.fit_scales(first, recipe.normalize)
     engine.initialise(*feed.scaled(feed.look_at(first)))
     check_heldout(feed)
-    return Run(sae, engine, feed, config, total_steps)
+    return Run(sae, engine, feed, recipe, total_steps)
 
 
-def _restore(
-    path: Path, state: dict[str, Any], source: Source, sae_config: SAEConfig, config: TrainConfig, total_steps: int
-) -> Run:
+def _restore(path: Path, state: dict[str, Any], source: Source, sae_config: SAEConfig, config: Recipe) -> Run:
     """The run as it stood when the checkpoint at `path`, which holds `state`, was written; torch's generators too."""
-    step = state["step"]
+    step, total_steps = state["step"], config.steps
     run_folder.check_same(path, state["settings"], sae_config, config, step, total_steps)
     device = pick_device(config.device)
     sae = SAE(sae_config, device="meta")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, n_rows_of, where_it_ends
-from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import Recipe
 from saefast.errors import InputError
 from saefast.metrics.ordinary import Ordinary
 from saefast.models.outliers import ordinary_rows
@@ -50,7 +50,7 @@ class Feed:
     def __init__(
         self,
         source: Source,
-        config: TrainConfig,
+        config: Recipe,
         device: torch.device,
         dtype: torch.dtype,
         cursor: dict[str, Any] | None = None,

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import Recipe
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.sae import SAE
 from saefast.training.feed import Feed
@@ -18,7 +18,7 @@ SHARE, SPREAD, FEWEST, MOST = 1 / 64, 8, 128, 1 << 14
 VALUES, VALUES_TO_STOP = 20, 60
 
 
-def chosen_eval_every(config: TrainConfig, total_steps: int) -> int:
+def chosen_eval_every(config: Recipe, total_steps: int) -> int:
     """Steps between values of the held-out FVU in a run of so many; 0 is never.
 
     Where config.eval_every is None there are about 20, on lines of metrics.jsonl that are written anyway.
@@ -29,7 +29,7 @@ def chosen_eval_every(config: TrainConfig, total_steps: int) -> int:
     return max(round(total_steps / values / lines), 1) * lines
 
 
-def rows_on_the_way(config: TrainConfig, eval_every: int) -> int:
+def rows_on_the_way(config: Recipe, eval_every: int) -> int:
     """How many held-out rows an evaluation in mid-run looks at."""
     return min(max(int(SHARE * eval_every * config.batch_size), FEWEST), MOST)
 

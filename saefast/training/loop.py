@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.engines.config import TrainConfig
 from saefast.engines.engine import Engine, StepStats
 from saefast.engines.losses import total_variance
+from saefast.engines.recipe import Recipe
 from saefast.errors import InputError
 from saefast.models.sae import SAE, WEIGHTS
 from saefast.training import checkpoint, run_folder
@@ -82,7 +82,7 @@ class Run:
     sae: SAE
     engine: Engine
     feed: Feed
-    config: TrainConfig
+    config: Recipe
     total_steps: int
     step: int = 0
     tokens: int = 0
@@ -165,7 +165,7 @@ def advise(runs: Iterable[Run]) -> None:
     found: dict[str, str] = {}
     for run in runs:
         tokens = run.total_steps * run.config.batch_size
-        found = advice(run.config, run.total_steps, run.sae.config, tokens, run.step, run.before) | found
+        found = advice(run.config, run.total_steps, tokens, run.step, run.before) | found
     for line in found.values():
         warnings.warn(line, RuntimeWarning, stacklevel=5)
 
@@ -212,7 +212,7 @@ def _evaluate(run: Run, stats: StepStats, shown: Bar) -> Line:
         return {}
     if run.config.stop_at_plateau and not line and run.step == run.eval_every:
         warnings.warn("stop_at_plateau needs held-out rows: nothing is held out", RuntimeWarning, stacklevel=5)
-    at_peak = stats.lr == run.config.peak_lr(run.sae.config.n_latents)
+    at_peak = stats.lr == run.config.lr
     if at_peak and line and 0 < line["heldout/fvu_ordinary"] < math.inf:
         run.curve.append(Point(run.tokens, line["heldout/fvu_ordinary"], line["heldout/rows"]))
         line |= _judge(run, shown)
@@ -241,7 +241,7 @@ def resume_schedule(run: Run, state: Mapping[str, Any]) -> None:
         run.curve = [Point(int(tokens), fvu, int(rows)) for tokens, fvu, rows in state["curve"]]
 
 
-def decay_steps(step: int, total_steps: int, config: TrainConfig) -> int:
+def decay_steps(step: int, total_steps: int, config: Recipe) -> int:
     """How long a decay takes that begins at `step`: the share of the run that it would have had at its end."""
     start = config.lr_decay_start
     share = config.lr_decay_share if start is None or start < 0 else max(1 - start / total_steps, 0.0)

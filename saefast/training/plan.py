@@ -16,6 +16,7 @@ import torch
 from saefast import ops
 from saefast.devices import DEVICES, Device, find
 from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import LARGEST_BATCH, Recipe, choose
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.ops import mixed
@@ -28,6 +29,8 @@ from saefast.typed import typed
 MATRIX_SHARE, TRAFFIC_SHARE = 0.85, 0.60
 # The GPU encoder (kernels/encode_tiles.py): latents of its first chunk, latents per group maximum, cap of its scratch.
 FIRST_CHUNK, GROUP, SCRATCH = 4096, 64, 1 << 30
+# Tokens of a run whose length nobody has said.
+PLENTY = 1 << 30
 # Bytes of an entry of the sparse code while a step lasts: values, indices, gradients, order, weights, planes, tokens.
 ENTRY = 48
 
@@ -42,7 +45,7 @@ class Sizes(NamedTuple):
     d_in: int
     n_latents: int
     k: int
-    batch_size: int = TrainConfig.batch_size
+    batch_size: int = LARGEST_BATCH
     optimizer: Optimizer = TrainConfig.optimizer
     settle_every: int = TrainConfig.settle_every
     ranked: int | None = None
@@ -51,7 +54,7 @@ class Sizes(NamedTuple):
     """Reconstructions that the loss adds up."""
 
     @classmethod
-    def of(cls, sae: SAEConfig, train: TrainConfig) -> "Sizes":
+    def of(cls, sae: SAEConfig, train: Recipe) -> "Sizes":
         architecture = sae.architecture()
         k, ranked = architecture.width(train), architecture.ranked(train)
         settings = train.batch_size, train.optimizer, train.settle_every
@@ -101,13 +104,14 @@ def make_plan(sae_config: SAEConfig, train_config: TrainConfig, device: str = "a
     """What training this SAE so will need.
 
     Args:
+        train_config: without n_tokens, settings for PLENTY of them.
         device: b200, h200, h100, ... (see `saefast.devices`), or cpu: this machine's, measured; "auto" is this
             machine's GPU, else its CPU.
 
     Raises:
         InputError: a device that is not in the table.
     """
-    sizes = Sizes.of(sae_config, train_config)
+    sizes = Sizes.of(sae_config, choose(sae_config, train_config, PLENTY))
     name, found = find_device(device)
     return Plan(sizes, found, name, memory_of(sizes, name), stages_of(sizes, found))
 

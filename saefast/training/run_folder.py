@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import Recipe
 from saefast.errors import InputError
 from saefast.files import read_json, usable, write_json
 from saefast.models.config import SAEConfig
@@ -26,7 +27,7 @@ from saefast.typed import typed
 CHECKPOINTS, EMA = "checkpoints", "ema"
 TRAIN = "train"
 # What may differ when a run is resumed: its length, what it reports and saves, where it runs.
-FREE = ("n_tokens", "device", "log_every", "save_every", "eval_every", "stop_at_plateau")
+FREE = ("n_tokens", "n_epochs", "device", "log_every", "save_every", "eval_every", "stop_at_plateau")
 
 
 def write_config(folder: Path, sae_config: SAEConfig, train_config: TrainConfig) -> None:
@@ -71,7 +72,7 @@ def check_new(folder: Path) -> None:
 
 
 def check_same(
-    path: Path, old: dict[str, Any], sae_config: SAEConfig, train_config: TrainConfig, step: int, total_steps: int
+    path: Path, old: dict[str, Any], sae_config: SAEConfig, train_config: Recipe, step: int, total_steps: int
 ) -> None:
     """Raises InputError where a checkpoint is of another run than the one asked for, naming every field that differs.
 

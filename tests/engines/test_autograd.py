@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC
 from recipes_plain import STEPS, B, D, K, L, batches
 from torch import Tensor
 
@@ -173,7 +174,8 @@ def test_training_learns_and_auxk_revives_dead_latents() -> None:
     data = [x.float() for x in batches(0)]
     shares = {}
     for coef in (0.0, 1.0):
-        engine = make("saefast", data[0], auxk_coef=coef, dead_after=10 * B, lr=3e-3, lr_decay_start=-1)
+        settings = CLASSIC | dict(auxk_coef=coef, dead_after=10 * B, lr=3e-3, lr_decay_start=-1)
+        engine = make("saefast", data[0], **settings)
         engine.sae.b_enc.data[::2] -= 3.0
         fvu = [float(engine.step(data[i % STEPS]).fvu) for i in range(150)]
         assert fvu[-1] < 0.6 * fvu[0]
@@ -213,7 +215,7 @@ def test_a_state_of_another_shape_is_named() -> None:
     data = [x.float() for x in batches(0)]
     engine = make("openai", data[0])
     engine.step(data[0])
-    for name in ("dead.since", "adam.W_dec.exp_avg_sq", "ema.b_enc"):
+    for name in ("dead.since", "dead.age", "adam.W_dec.exp_avg_sq", "ema.b_enc"):
         state = copied(engine.state_dict())
         state[name] = torch.zeros(3)
         with pytest.raises(InputError, match=name):

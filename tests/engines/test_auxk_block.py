@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
+from classic import CLASSIC
 from torch import Tensor
 
 from saefast.devices import DEVICES
@@ -136,7 +137,8 @@ def engine(
     data: list[Tensor], name: str = "saefast", hot_share: float | None = None, settle_every: int = 3, **settings: Any
 ) -> FusedEngine:
     dtype = str(data[0].dtype).removeprefix("torch.")
-    settings = dict(lr=1e-3, dead_after=2 * B, dtype=dtype, engine="fused") | settings
+    ours = CLASSIC if name == "saefast" else {}
+    settings = ours | dict(lr=1e-3, dead_after=2 * B, dtype=dtype, engine="fused") | settings
     sae_config, config = preset(name, D, L, K, **settings)
     found = FusedEngine(SAE(sae_config, seed=1), config, 60, settle_every=settle_every, hot_share=hot_share)
     found.initialise(data[0])

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from saefast.engines.config import PRESETS, TrainConfig, lr_factor, preset
+from saefast.engines.config import PRESETS, TrainConfig, preset
+from saefast.engines.recipe import choose, lr_factor
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 
@@ -26,7 +27,8 @@ def scheduled(make: Callable[[torch.optim.Optimizer], Any], steps: int) -> list[
 
 
 def ours(total: int, steps: int | None = None, **changes: Any) -> list[float]:
-    config = TrainConfig(**changes)
+    settings: dict[str, Any] = {"lr_warmup_steps": 0} | changes
+    config = choose(SAEConfig(d_in=8, n_latents=32, k=4), TrainConfig(**settings), total_steps=total)
     return [lr_factor(step, total, config) for step in range(steps or total)]
 
 
@@ -45,7 +47,7 @@ def test_warm_up_from_zero_and_decay_is_dictionary_learnings_lambda(decay_start:
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_sparsify_is_huggingfaces_linear_schedule(warmup: int) -> None:
     transformers = pytest.importorskip("transformers")
-    config = preset("sparsify", 32, 256, lr_warmup_steps=warmup)[1]
+    config = choose(*preset("sparsify", 32, 256, lr_warmup_steps=warmup), total_steps=20)
     found = [lr_factor(step, 20, config) for step in range(22)]
     assert found == pytest.approx(scheduled(lambda o: transformers.get_linear_schedule_with_warmup(o, warmup, 20), 22))
 
@@ -72,10 +74,14 @@ def test_decay_waits_for_the_warm_up() -> None:
     assert ours(4, lr_warmup_steps=8) == pytest.approx([0.125, 0.25, 0.375, 0.5])
 
 
-def test_peak_rate_follows_the_dictionary_size() -> None:
-    assert TrainConfig().peak_lr(2**14) == pytest.approx(2e-4)
-    assert TrainConfig().peak_lr(2**16) == pytest.approx(1e-4)
-    assert TrainConfig(lr=3e-4).peak_lr(2**16) == 3e-4
+@pytest.mark.parametrize("name", ["sparsify", "dictionary_learning"])
+def test_their_peak_rate_follows_the_dictionary_size(name: str) -> None:
+    def rate(n_latents: int, **settings: Any) -> float:
+        return choose(*preset(name, 32, n_latents, **settings), n_rows=1000).lr
+
+    assert rate(2**14) == pytest.approx(2e-4)
+    assert rate(2**16) == pytest.approx(1e-4)
+    assert rate(2**16, lr=3e-4) == 3e-4
 
 
 @pytest.mark.parametrize(

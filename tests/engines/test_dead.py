@@ -7,9 +7,15 @@ import torch
 
 from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
+from saefast.engines.recipe import choose
+from saefast.models.config import SAEConfig
 from saefast.ops.code import Code
 
 L, B = 40, 4
+
+
+def counters(**settings: Any) -> DeadLatents:
+    return DeadLatents(L, choose(SAEConfig(8, L, 2), TrainConfig(device="cpu", **settings), n_rows=10_000))
 
 
 def history(dead: DeadLatents, batches: int, seed: int) -> list[set[int]]:
@@ -20,7 +26,7 @@ def history(dead: DeadLatents, batches: int, seed: int) -> list[set[int]]:
         if number == 0:
             idx[0, 0] = 1
         hit = dead.fired(Code(torch.ones(B, 2), idx))
-        dead.take(dead.unless(hit, B), hit)
+        dead.take(dead.unless(hit, B), hit, B)
         fired.append(set(idx.flatten().tolist()))
     return fired
 
@@ -31,9 +37,7 @@ def history(dead: DeadLatents, batches: int, seed: int) -> list[set[int]]:
 def test_silent_is_told_over_a_window_that_has_passed(unit: Any, start: int, batches: int) -> None:
     for limit in (1, 3, 10**6):  # batches after which a latent is dead: some within the run, one far beyond
         after = limit * B if unit == "tokens" else limit
-        dead = DeadLatents(
-            L, TrainConfig(batch_size=B, dead_unit=unit, dead_start=start, dead_after=after, device="cpu")
-        )
+        dead = counters(batch_size=B, dead_unit=unit, dead_start=start, dead_after=after)
         fired = history(dead, batches, seed=batches)
         found = dead.silent(batches * B)
         window = max(min(batches // 2, limit), 1)
@@ -44,6 +48,6 @@ def test_silent_is_told_over_a_window_that_has_passed(unit: Any, start: int, bat
 
 
 def test_batches_that_are_cut_short() -> None:
-    dead = DeadLatents(L, TrainConfig(batch_size=100, device="cpu"))
+    dead = counters(batch_size=100, dead_after=10_000_000)
     history(dead, 3, seed=0)
     assert dead.silent(3 * B).tokens == 3 * B  # all there were

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC
 from torch import Tensor
 
 from saefast import extension, ops
@@ -28,7 +29,9 @@ TOTAL = 60
 
 # Every peer's recipe with dead latents forced, ours, and what no preset turns on.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "saefast": ("saefast", dict(dead_after=3 * B, lr=1e-3)),
+    "saefast": ("saefast", dict(dead_after=3 * B, lr=1e-3, lr_warmup_steps=0)),
+    "saefast with momentum": ("saefast", dict(dead_after=3 * B, lr=1e-3, lr_warmup_steps=0, beta1=0.9)),
+    "AuxK": ("saefast", CLASSIC | dict(dead_after=3 * B, lr=1e-3)),
     "openai": ("openai", dict(dead_after=3, auxk_k=20, lr=1e-3)),
     "sparsify": ("sparsify", dict(dead_after=3 * B + 1, lr_warmup_steps=4)),
     "sparsify, all losses": (
@@ -39,10 +42,18 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "saelens": ("saelens", dict(dead_after=3, lr_warmup_steps=4, lr=1e-3)),
     "not centred, clipped, all losses": (
         "saefast",
-        dict(apply_b_dec_to_input=False, max_grad_norm=0.01, multi_topk_coef=0.5, dead_after=2 * B, lr=1e-3),
+        CLASSIC
+        | dict(apply_b_dec_to_input=False, max_grad_norm=0.01, multi_topk_coef=0.5, dead_after=2 * B, lr=1e-3),
     ),
-    "a clip that never bites": ("saefast", dict(max_grad_norm=1e3, lr=1e-3, auxk_coef=0.0)),
-    "raw rows": ("saefast", dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, lr=1e-3)),
+    "a clip that never bites": (
+        "saefast",
+        CLASSIC | dict(max_grad_norm=1e3, lr=1e-3, auxk_coef=0.0, dead_after=10_000_000),
+    ),
+    "raw rows": (
+        "saefast",
+        CLASSIC
+        | dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, lr=1e-3, dead_after=10_000_000),
+    ),
 }
 
 
@@ -109,10 +120,14 @@ def test_loss_curves_are_the_autograd_engines(recipe: str, dtype: torch.dtype, m
             assert (ours.averaged()[name] - b).abs().max() <= tolerance * b.abs().max()
     if dense.config.auxk_coef:
         assert sum(float(s.auxk_loss) > 0 for s in stats) >= 15, "AuxK never ran, so nothing was tested"
+    if recipe.startswith("saefast"):
+        begun = [(e.dead.age < len(data) * B).nonzero().flatten().tolist() for e in (ours, dense)]
+        assert begun[0] == begun[1]
+        assert len(begun[0]) >= L // 10, "no latent was resampled, so nothing was tested"
 
 
 @on_each_device
-@pytest.mark.parametrize("recipe", ["saefast", "openai", "dictionary_learning"])
+@pytest.mark.parametrize("recipe", ["saefast", "AuxK", "openai", "dictionary_learning"])
 @pytest.mark.parametrize("settle_every", [2, 16])
 def test_what_settling_late_costs(recipe: str, settle_every: int) -> None:
     """The default's distance from dense Adam: rows of W_enc that lack up to 9 learning rates of drift, here of 1e-3."""
@@ -137,7 +152,7 @@ def test_one_step_of_drift_is_all_that_is_missing() -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize(("recipe", "tolerance"), [("raw rows", 1e-9), ("saefast", 1e-5)])
+@pytest.mark.parametrize(("recipe", "tolerance"), [("raw rows", 1e-9), ("AuxK", 1e-5)])
 def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: float) -> None:
     """With the encoder settled after every step, only decoder rows are left alone: each is settled before it is read.
 
@@ -154,7 +169,7 @@ def test_decoder_rows_are_settled_before_they_are_read(recipe: str, tolerance: f
 
 
 @on_each_device
-@pytest.mark.parametrize("recipe", ["saefast", "sparsify, all losses"])
+@pytest.mark.parametrize("recipe", ["saefast", "AuxK", "sparsify, all losses"])
 def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
     data, before, runs = batches(20), torch.get_num_threads(), []
     try:
@@ -171,7 +186,7 @@ def test_bitwise_repeatable_on_any_number_of_threads(recipe: str) -> None:
 
 
 @on_each_device
-@pytest.mark.parametrize("recipe", ["saefast", "openai", "saelens"])
+@pytest.mark.parametrize("recipe", ["saefast", "AuxK", "openai", "saelens"])
 @pytest.mark.parametrize("cut", [1, 13])
 def test_resume_is_bit_exact(recipe: str, cut: int) -> None:
     """Stopped while rows are unsettled, saved, loaded into a new engine."""
@@ -226,7 +241,7 @@ def test_nothing_dead_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(encoder, "encode_topk", counting)
     data = batches(5)
-    ours = engine("saefast", data, mixed=False)
+    ours = engine("AuxK", data, mixed=False)
     calls.clear()  # initialising may encode
     for n, x in enumerate(data, 1):
         dead_before = int((ours.dead.since >= 3 * B).sum())
@@ -287,7 +302,7 @@ def test_wrong_shapes_are_refused(x: Tensor) -> None:
         engine("saefast", batches(1)).step(x)
 
 
-@pytest.mark.parametrize("name", ["adam.W_dec.m", "adam.W_enc.last_step", "adam.b_dec.v", "dead.since", "drift"])
+@pytest.mark.parametrize("name", ["adam.W_dec.m", "adam.W_enc.last_step", "adam.b_dec.v", "dead.since", "dead.age", "drift"])
 @pytest.mark.parametrize("damage", ["missing", "shape", "dtype"])
 def test_state_of_another_shape_is_refused_whole(name: str, damage: str) -> None:
     data = batches(3)

@@ -10,6 +10,7 @@ import fake_cuda
 import interp
 import pytest
 import torch
+from classic import CLASSIC
 from torch import Tensor
 
 from saefast.engines import auxk_block, hot
@@ -65,7 +66,7 @@ def batches(n: int) -> list[Tensor]:
 
 
 def engine(first: Tensor, *, hot_share: float | None = None, settle_every: int = 1000, **settings: Any) -> FusedEngine:
-    settings = dict(lr=1e-3, dead_after=100 * B, auxk_coef=0.0) | settings
+    settings = CLASSIC | dict(lr=1e-3, dead_after=100 * B, auxk_coef=0.0) | settings
     sae_config, config = preset("saefast", D, L, K, **settings)
     sae = SAE(sae_config, seed=1).to(first.device)
     found = FusedEngine(sae, config, 60, settle_every=settle_every, hot_share=hot_share)

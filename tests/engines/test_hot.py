@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC
 from torch import Tensor
 
 from saefast.devices import DEVICES
@@ -36,7 +37,7 @@ def batches(n: int, dtype: torch.dtype) -> list[Tensor]:
 
 def engine(data: list[Tensor], share: float | None, **settings: Any) -> FusedEngine:
     dtype = str(data[0].dtype).removeprefix("torch.")
-    settings = dict(lr=1e-3, dead_after=2 * B, dtype=dtype) | settings
+    settings = CLASSIC | dict(lr=1e-3, dead_after=2 * B, dtype=dtype) | settings
     sae_config, config = preset("saefast", D, L, K, **settings)
     found = FusedEngine(SAE(sae_config, seed=1, device=DEVICE), config, 60, settle_every=3, hot_share=share)
     found.initialise(data[0])

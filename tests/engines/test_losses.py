@@ -19,6 +19,7 @@ from saefast.engines.losses import (
     reconstruction_weight,
     total_variance,
 )
+from saefast.engines.recipe import Recipe, choose
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.ops import encoder
@@ -38,11 +39,12 @@ def small_sae(**changes: Any) -> SAE:
     return sae
 
 
-def config_of(**changes: Any) -> TrainConfig:
-    return TrainConfig(engine="autograd", **changes)
+def config_of(**changes: Any) -> Recipe:
+    settings: dict[str, Any] = dict(auxk_coef=1 / 32, dead_after=10_000_000) | changes
+    return choose(SAEConfig(D, L, K), TrainConfig(engine="autograd", **settings), n_rows=10_000)
 
 
-def counters(config: TrainConfig, dead: list[int]) -> DeadLatents:
+def counters(config: Recipe, dead: list[int]) -> DeadLatents:
     """Counters by which exactly these latents are dead, and stay so whatever the batch fires."""
     since = torch.zeros(L, dtype=torch.int64)
     since[dead] = 10**9
@@ -51,7 +53,7 @@ def counters(config: TrainConfig, dead: list[int]) -> DeadLatents:
     return state
 
 
-def dense_loss(sae: SAE, x: Tensor, dead: Tensor, c: TrainConfig, mse_scale: float) -> Tensor:
+def dense_loss(sae: SAE, x: Tensor, dead: Tensor, c: Recipe, mse_scale: float) -> Tensor:
     """Every variant of the loss over (B, L) matrices."""
     norms = sae.W_dec.norm(dim=1) if sae.config.rescale_acts_by_decoder_norm else torch.ones_like(sae.b_enc)
     centred = x - sae.b_dec if sae.config.apply_b_dec_to_input else x
@@ -237,7 +239,7 @@ def test_auxk_size_and_when_it_runs() -> None:
 def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int) -> None:
     limit = 8 + start if unit == "tokens" else 3  # counts that some latents reach exactly
     config = config_of(dead_unit=unit, fired_above=above, dead_start=start, dead_after=limit)
-    dead, by_hand = DeadLatents(L, config), [start] * L
+    dead, by_hand, ages = DeadLatents(L, config), [start] * L, [0] * L
     for n in (4, 1, 6, 4, 4):
         idx = torch.stack([torch.randperm(L // 2)[:K] for _ in range(n)]).int()
         acts = torch.tensor([0.0, 5e-4, 2.0])[torch.randint(3, (n, K))]
@@ -245,12 +247,18 @@ def test_dead_latents_against_a_loop(unit: Any, above: float | None, start: int)
             here = acts[idx == latent]
             fired = len(here) > 0 and (above is None or bool((here > above).any()))
             by_hand[latent] = 0 if fired else by_hand[latent] + (n if unit == "tokens" else 1)
+            ages[latent] += n if unit == "tokens" else 1
         before = dead.since.clone()
         hit = dead.fired(Code(acts, idx))
         since = dead.unless(hit, n)
         assert torch.equal(dead.since, before)  # only read
-        dead.take(since, hit)
+        dead.take(since, hit, n)
         assert since.tolist() == by_hand
+        assert dead.age.tolist() == ages
+        silent, old = ({i for i, count in enumerate(counts) if count >= limit} for counts in (by_hand, ages))
+        assert set(dead.hopeless().nonzero().flatten().tolist()) == silent & old
+        if n == 6:  # these begin anew: they stay dead, and are given time
+            dead.age[::2], ages[::2] = 0, [0] * (L // 2)
         assert dead.ids(since).tolist() == [i for i, count in enumerate(by_hand) if count >= limit]
         assert float(dead.share()) == pytest.approx(sum(c >= limit for c in by_hand) / L)
 

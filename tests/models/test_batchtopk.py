@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC
 from torch import Tensor
 
 import saefast
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.base import PARAMETERS
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -31,14 +33,13 @@ def rows(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (code @ torch.randn(30, D) + 0.01 * torch.randn(n, D)).to(dtype)
 
 
-OF_THE_SAE = ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input")
+OF_THE_SAE = ("init", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input")
 
 
 def engine(kind: Any, dtype: str = "float64", **settings: Any) -> Any:
-    own = {
-        key: settings.pop(key) for key in ("rescale_acts_by_decoder_norm", "apply_b_dec_to_input") if key in settings
-    }
-    train = saefast.TrainConfig(**(dict(lr=1e-3, dead_after=3 * B, settle_every=1) | settings))
+    settings = CLASSIC | dict(lr=1e-3, dead_after=3 * B, settle_every=1) | settings
+    own = {key: settings.pop(key) for key in OF_THE_SAE if key in settings}
+    train = saefast.TrainConfig(**settings)
     return kind(SAE(config(dtype=dtype, **own), seed=3), train, 60)
 
 
@@ -215,7 +216,8 @@ def test_settings_out_of_bounds(changes: dict[str, Any], message: str) -> None:
 
 
 def test_the_plan_counts_what_the_encoder_ranks() -> None:
-    sizes = Sizes.of(SAEConfig(768, 1 << 15, 64, activation="batchtopk"), saefast.TrainConfig())
+    sae = SAEConfig(768, 1 << 15, 64, activation="batchtopk")
+    sizes = Sizes.of(sae, choose(sae, saefast.TrainConfig(), n_rows=1 << 30))
     assert (sizes.k, sizes.ranked) == (64, 4 * 64)
     plain = sizes._replace(ranked=None)
     assert memory_of(sizes, "h200")["encoder scratch"] > memory_of(plain, "h200")["encoder scratch"]

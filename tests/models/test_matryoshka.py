@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC_TRAIN
 from torch import Tensor
 
 import saefast
@@ -13,6 +14,7 @@ from saefast.engines.autograd import AutogradEngine, total_loss
 from saefast.engines.base import PARAMETERS
 from saefast.engines.dead import DeadLatents
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -54,7 +56,8 @@ def test_loss_and_gradient_are_those_of_the_published_form(activation: Any, how:
         sae.b_enc.normal_(std=0.1)
         sae.b_dec.normal_(std=0.1)
     x = rows(B)
-    train = saefast.TrainConfig(loss="sum", auxk_coef=0.0, matryoshka_loss=how, lr=0.0, settle_every=1)
+    loose = saefast.TrainConfig(loss="sum", auxk_coef=0.0, matryoshka_loss=how, lr=0.0, settle_every=1)
+    train = choose(sae.config, loose, total_steps=60)
     ours = total_loss(sae, x, DeadLatents(L, train), train)
     dense = stated_loss(sae, x, [weight] * 3)
     assert float(ours.total.detach()) == pytest.approx(float(dense.detach()), rel=1e-12)
@@ -82,9 +85,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_both_engines_train_alike(activation: Any, name: str, dtype: str) -> None:
     data = rows(40 * B, getattr(torch, dtype)).split(B)
-    train = saefast.TrainConfig(**(dict(lr=1e-3, dead_after=B, settle_every=1) | SETTINGS[name]))
+    settings = CLASSIC_TRAIN | dict(lr=1e-3, dead_after=B, settle_every=1) | SETTINGS[name]
+    train = saefast.TrainConfig(**settings)
     ours, dense = (
-        kind(SAE(config(activation=activation, dtype=dtype), seed=3), train, 60)
+        kind(SAE(config(activation=activation, dtype=dtype, init="tied"), seed=3), train, 60)
         for kind in (FusedEngine, AutogradEngine)
     )
     tolerance, auxk = 1e-9 if dtype == "float64" else 2e-4, 0

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from classic import CLASSIC_TRAIN
 from torch import Tensor
 
 import saefast
 from saefast.engines.config import PRESETS
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models import registry
 from saefast.models.architecture import Architecture, Layer, NoFields, Term, Terms
@@ -86,10 +88,10 @@ def test_both_engines_minimise_its_terms(pairs: SAEConfig) -> None:
     from saefast.engines.fused import FusedEngine
 
     data = rows(50 * B).double().split(B)
-    config = saefast.TrainConfig(lr=1e-3, dead_after=3 * B, settle_every=1)
+    config = saefast.TrainConfig(lr=1e-3, dead_after=3 * B, settle_every=1, **CLASSIC_TRAIN)
     stats = []
     for kind in (FusedEngine, AutogradEngine):
-        engine = kind(SAE(SAEConfig(D, L, K, activation="pairs", dtype="float64"), seed=3), config, 60)
+        engine = kind(SAE(SAEConfig(D, L, K, activation="pairs", dtype="float64", init="tied"), seed=3), config, 60)
         engine.initialise(data[0])
         stats.append([engine.step(x) for x in data])
     for ours, dense in zip(*stats, strict=True):
@@ -118,7 +120,7 @@ def test_a_killed_run_resumes_with_what_it_keeps(pairs: SAEConfig, tmp_path: Pat
 
 
 def test_the_plan_asks_it(pairs: SAEConfig) -> None:
-    train = saefast.TrainConfig(batch_size=B)
+    train = choose(pairs, saefast.TrainConfig(batch_size=B), n_rows=1000)
     plain = Sizes.of(SAEConfig(D, L, 2), train)
     ours = Sizes.of(pairs, train)
     assert (ours.k, ours.terms) == (2, 2)

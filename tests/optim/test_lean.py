@@ -234,7 +234,8 @@ def test_learns_about_as_adam_does(name: str) -> None:
     lean, adam = engine(data[0], name=name), engine(data[0], "adam", name=name)
     losses = [[float(e.step(x).fvu) for x in data] for e in (lean, adam)]
     ours, theirs = (sum(curve[-20:]) / 20 for curve in losses)
-    assert theirs < 0.85 * losses[1][0], "adam did not learn either, so nothing was tested"
+    # The first batch may be what the SAE began in; the second is new to it.
+    assert theirs < 0.85 * losses[1][1], "adam did not learn either, so nothing was tested"
     assert ours == pytest.approx(theirs, rel=0.1)
     assert lean.sae.dtype == torch.bfloat16
     assert lean.sae.config.dtype == "bfloat16"

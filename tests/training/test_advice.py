@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import train_job
 
-from saefast.engines.config import TrainConfig, lr_factor, preset
+from saefast.engines.config import TrainConfig, preset
+from saefast.engines.recipe import Recipe, choose, lr_factor
 from saefast.models.config import SAEConfig
 from saefast.training.advice import FEW_STEPS, advice
 from saefast.training.api import train
@@ -15,12 +16,16 @@ from saefast.training.progress import read_metrics
 from saefast.training.several import Member, train_many
 
 SAE = SAEConfig(d_in=12, n_latents=2**14, k=4)
-GOOD: dict[str, Any] = dict(batch_size=100, lr=1e-3, dead_after=1000, device="cpu")
+GOOD: dict[str, Any] = dict(batch_size=100, lr=1e-3, lr_warmup_steps=0, dead_after=1000, auxk_coef=0.1, device="cpu")
 
 
 def said(total_steps: int = 500, **changes: Any) -> dict[str, str]:
-    config = TrainConfig(**(GOOD | changes))
-    return advice(config, total_steps, SAE, total_steps * config.batch_size)
+    config = recipe(total_steps, **changes)
+    return advice(config, total_steps, total_steps * config.batch_size)
+
+
+def recipe(total_steps: int = 500, **changes: Any) -> Recipe:
+    return choose(SAE, TrainConfig(**(GOOD | changes)), total_steps=total_steps)
 
 
 def test_nothing_is_said_where_all_is_well() -> None:
@@ -41,15 +46,18 @@ def test_nothing_is_said_where_all_is_well() -> None:
             "lr_warmup_steps to 25, or train on more tokens",
         ),
         (dict(lr_warmup_steps=500, lr_warmup_from_zero=True), "reaches 0.001 of 0.001; set"),
-        (dict(lr_warmup_steps=5000, lr_warmup_from_zero=True, lr=None), "reaches 2e-05 of 0.0002; set"),
+        (
+            dict(lr_warmup_steps=5000, lr_warmup_from_zero=True, lr=None, lr_rule="latents"),
+            "reaches 2e-05 of 0.0002; set",
+        ),
     ],
 )
 def test_a_warm_up_that_never_ends(changes: dict[str, Any], expected: str) -> None:
     found = said(**changes)
     assert list(found) == ["warmup"]
     assert expected in found["warmup"]
-    config = TrainConfig(**(GOOD | changes))
-    highest = max(lr_factor(step, 500, config) for step in range(500)) * config.peak_lr(2**14)
+    config = recipe(**changes)
+    highest = max(lr_factor(step, 500, config) for step in range(500)) * config.lr
     assert f"reaches {highest:.2g} of" in found["warmup"]
 
 
@@ -89,16 +97,16 @@ def test_dead_after_beyond_the_run(changes: dict[str, Any], expected: str) -> No
 
 
 def test_more_tokens_after_the_decay_had_ended() -> None:
-    config = TrainConfig(**GOOD)
-    found = advice(config, 1000, SAE, 100_000, 500, (500, 1e-5))
+    config = recipe()
+    found = advice(config, 1000, 100_000, 500, (500, 1e-5))
     assert found == {
         "resume": "the learning rate had fallen to 1e-05 by step 500 of 500, and jumps back to 0.001 now that the run "
         "has 1,000: the loss rises before it falls again; to keep one smooth decay, train anew with all the tokens"
     }
-    assert advice(config, 500, SAE, 50_000, 450, (500, 1e-3 * lr_factor(449, 500, config))) == {}
-    never = TrainConfig(**GOOD, lr_decay_start=-1)
-    assert advice(never, 1000, SAE, 100_000, 500, (500, 1e-3)) == {}
-    assert advice(config, 500, SAE, 50_000, 500, (500, 1e-5)) == {}  # nothing is left to do
+    assert advice(config, 500, 50_000, 450, (500, 1e-3 * lr_factor(449, 500, config))) == {}
+    never = recipe(lr_decay_start=-1)
+    assert advice(never, 1000, 100_000, 500, (500, 1e-3)) == {}
+    assert advice(config, 500, 50_000, 500, (500, 1e-5)) == {}  # nothing is left to do
 
 
 def test_no_part_of_the_run_to_find_a_plateau_in() -> None:
@@ -111,8 +119,8 @@ def test_no_part_of_the_run_to_find_a_plateau_in() -> None:
 
 @pytest.mark.parametrize("name", ["openai", "sparsify", "dictionary_learning", "saelens"])
 def test_presets_of_peers_are_advised_on_too(name: str) -> None:
-    _, config = preset(name, 12, 48, 4, batch_size=32)
-    found = advice(config, 40, SAE, 40 * 32)
+    config = choose(*preset(name, 12, 48, 4, batch_size=32), total_steps=40)
+    found = advice(config, 40, 40 * 32)
     assert {"steps", "dead"} <= found.keys()
     assert ("warmup" in found) == (name in ("sparsify", "dictionary_learning"))
 

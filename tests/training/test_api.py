@@ -19,6 +19,7 @@ from saefast.data.opening import open_source
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig, preset
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import Recipe, choose
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
 from saefast.models.config import SAEConfig
@@ -26,7 +27,7 @@ from saefast.models.init import geometric_median
 from saefast.models.sae import SAE, load
 from saefast.placement import pick_device
 from saefast.training import heldout, run_folder
-from saefast.training.api import count_steps, train
+from saefast.training.api import train
 from saefast.training.feed import Feed, input_scale
 from saefast.training.heldout import evaluate_heldout
 from saefast.training.loop import Stopped, fold
@@ -48,6 +49,10 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(**(train_job.CONFIG | {"n_tokens": 32 * 12, "save_every": 0} | changes))
 
 
+def recipe(**changes: Any) -> Recipe:
+    return choose(CONFIG, settings(**changes))
+
+
 ENGINES = ["autograd", "fused"]
 
 
@@ -57,7 +62,8 @@ def same(a: SAE, b: SAE) -> bool:
 
 def plain_loop(data: Any, config: TrainConfig, init_batches: int = 1) -> tuple[SAE, list[float]]:
     """What train() promises, without anything around it."""
-    source, steps = open_source(data), count_steps(open_source(data), config)
+    source = open_source(data)
+    steps = choose(CONFIG, config, source.n_rows).steps
     draws = source.batches(config.batch_size, config.seed)
     batches = xs(draws, max(steps, init_batches))
     scale = input_scale(torch.cat(batches[:init_batches]), config.normalize)
@@ -254,11 +260,11 @@ def test_deferred_check_names_the_row_where_it_can(kind: str) -> None:
     """The way a GPU's batches are checked, on tensors that happen to lie on the CPU."""
     x = train_job.rows()
     x[:, 0] = torch.arange(len(x))
-    feed = Feed(open_source(x), settings(), torch.device("cpu"), torch.float32)
+    feed = Feed(open_source(x), recipe(), torch.device("cpu"), torch.float32)
     rows = torch.cat([feed.next(step).x for step in range(6)])[:, 0].long()  # type: ignore[union-attr]
     x[rows[4 * 32 + 7], 1] = torch.inf
     sources = {"array": x, "callable": lambda: iter(x[rows].split(50)), "generator": iter(x[rows].split(50))}
-    feed = Feed(open_source(sources[kind], heldout=0.05 if kind == "array" else 0), settings(), torch.device("cpu"),
+    feed = Feed(open_source(sources[kind], heldout=0.05 if kind == "array" else 0), recipe(), torch.device("cpu"),
                 torch.float32)  # fmt: skip
     feed.deferred = True
     for step in range(3):
@@ -284,10 +290,10 @@ def test_divergence_stops_before_anything_is_saved(tmp_path: Path) -> None:
 
 def test_length_of_a_run() -> None:
     source = open_source(train_job.rows(1000), heldout=0)
-    assert count_steps(source, settings(n_tokens=None)) == 31
-    assert count_steps(source, settings(n_tokens=100)) == 3
-    assert count_steps(source, settings(n_tokens=5)) == 1
-    with pytest.raises(InputError, match=r"n_tokens is None and the iterable has no known length"):
+    for n_tokens, steps in ((None, 31), (100, 3), (5, 1)):
+        assert choose(CONFIG, settings(n_tokens=n_tokens), source.n_rows).steps == steps
+    assert choose(CONFIG, settings(n_tokens=None, n_epochs=3), source.n_rows).steps == 93
+    with pytest.raises(InputError, match=r"n_tokens is None and the data has no known length: set n_tokens"):
         train(train_job.data("iterable"), CONFIG, settings(n_tokens=None))
 
 
@@ -359,11 +365,11 @@ def test_heldout_rows_are_capped(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = SAE(CONFIG, seed=0)
     forward = sae.forward
     monkeypatch.setattr(sae, "forward", lambda x: seen.append(len(x)) or forward(x))
-    feed = Feed(open_source(train_job.rows(), heldout=0.5), settings(), torch.device("cpu"), torch.float32)
+    feed = Feed(open_source(train_job.rows(), heldout=0.5), recipe(), torch.device("cpu"), torch.float32)
     names = ("fvu", "fvu_ordinary", "fvu_median", "explained_variance", "l0", "rows", "silent_share")
     assert set(evaluate_heldout(sae, feed)) == {f"heldout/{name}" for name in names}
     assert sum(seen) == 64
-    none = Feed(open_source(train_job.rows(), heldout=0), settings(), torch.device("cpu"), torch.float32)
+    none = Feed(open_source(train_job.rows(), heldout=0), recipe(), torch.device("cpu"), torch.float32)
     assert evaluate_heldout(sae, none) == {}
 
 

@@ -228,8 +228,8 @@ def test_resume_with_nothing_there_starts_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_can_be_made_longer(tmp_path: Path) -> None:
-    """Exactly so where the learning rate does not depend on the length."""
-    config = {"lr_decay_start": -1, "eval_every": 0}
+    """Exactly so where neither the learning rate nor the end of resampling depends on the length."""
+    config = {"lr_decay_start": -1, "eval_every": 0, "resample_until": 1.0}
     train(train_job.rows(), CONFIG, settings(**config), tmp_path / "run")
     changed = settings(**config, n_tokens=32 * 20, log_every=4, save_every=7)
     train(train_job.rows(), CONFIG, changed, tmp_path / "run", resume=True)

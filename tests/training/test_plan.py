@@ -15,6 +15,7 @@ from saefast.cli.main import main
 from saefast.cli.plan import describe
 from saefast.devices import DEVICES
 from saefast.engines.config import TrainConfig
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.training import plan as plan_module
@@ -140,7 +141,11 @@ def test_this_machine_can_be_planned_for():
 
 
 def test_the_batch_is_that_of_training():
-    assert Sizes(768, 32768, 32) == Sizes.of(SAEConfig(768, 32768), TrainConfig())
+    sae = SAEConfig(768, 32768)
+    assert Sizes(768, 32768, 32) == Sizes.of(sae, choose(sae, TrainConfig(), plan_module.PLENTY))
+    assert make_plan(sae, TrainConfig(), "h200").sizes == Sizes(768, 32768, 32)
+    short = TrainConfig(n_tokens=10_000)
+    assert make_plan(sae, short, "h200").sizes.batch_size == choose(sae, short).batch_size < 4096
 
 
 @pytest.mark.parametrize("name", ["l4", "L40S", "a100", "H100", "h200", "B200", "rtx 4090", "RTX4090"])

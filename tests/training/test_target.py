@@ -21,6 +21,8 @@ from saefast.training.progress import read_metrics
 
 CONFIG = SAEConfig(d_in=12, n_latents=48, k=8, apply_b_dec_to_input=False)
 ENGINES = ["autograd", "fused"]
+# All that brings latents back.
+BOTH: dict[str, Any] = dict(auxk_coef=1 / 32, resample_every=4)
 
 
 def target_of(x: Tensor) -> Tensor:
@@ -86,7 +88,7 @@ def test_engines_agree_on_a_target(tied: dict[str, Any]) -> None:
     x = train_job.rows(30 * 32).double()
     data = {"x": x, "target": target_of(x.float()).double()}
     config = dataclasses.replace(CONFIG, dtype="float64", **tied)
-    recipe = TrainConfig(lr=1e-3, dead_after=2 * 32, settle_every=1, auxk_b_dec_grad=True)
+    recipe = TrainConfig(lr=1e-3, dead_after=2 * 32, settle_every=1, auxk_b_dec_grad=True, **BOTH)
     stats = []
     for kind in (FusedEngine, AutogradEngine):
         engine = kind(SAE(config, seed=1), recipe, 60)
