@@ -94,7 +94,8 @@ def fit_encoder_(sae: SAE, rows: Tensor, targets: Tensor, train: Any) -> None:
     """Multiplies W_enc and b_enc by the number a with which the rows are reconstructed best.
 
     Activations are proportional to a, so that is least squares in closed form: a = Σ t · t_hat / Σ t_hat², t being
-    target - b_dec and t_hat what the code of now decodes to. The error is at most what b_dec alone leaves.
+    target - b_dec and t_hat what the code of now decodes to. The error is at most what b_dec alone leaves. Where t_hat
+    points away from t no number above 0 helps, and nothing is changed.
 
     Args:
         rows, targets: (n, d_in) as in `start_from_rows_`.
