@@ -28,8 +28,8 @@ SAE = SAEConfig(d_in=12, n_latents=48, k=4)
 # Every number that the recipe would choose, and all that brings latents back.
 CONFIG: dict[str, Any] = dict(
     engine="fused", device="cpu", n_tokens=32 * 40, n_epochs=1, batch_size=32, lr=1e-2, lr_warmup_steps=5,
-    dead_after=100, init_rows=32, beta1=0.9, lr_decay_share=0.2, resample_every=2, auxk_coef=1 / 32, auxk_k=4, log_every=2, save_every=3,
-    eval_every=10, seed=3,
+    dead_after=100, init_rows=32, beta1=0.9, lr_decay_share=0.2, resample_every=2, auxk_coef=1 / 32, auxk_k=4,
+    log_every=2, save_every=3, eval_every=10, seed=3,
 )  # fmt: skip
 FAILED, STOPPED = 1, 130
 # Against hangs alone.

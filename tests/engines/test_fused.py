@@ -42,8 +42,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "saelens": ("saelens", dict(dead_after=3, lr_warmup_steps=4, lr=1e-3)),
     "not centred, clipped, all losses": (
         "saefast",
-        CLASSIC
-        | dict(apply_b_dec_to_input=False, max_grad_norm=0.01, multi_topk_coef=0.5, dead_after=2 * B, lr=1e-3),
+        CLASSIC | dict(apply_b_dec_to_input=False, max_grad_norm=0.01, multi_topk_coef=0.5, dead_after=2 * B, lr=1e-3),
     ),
     "a clip that never bites": (
         "saefast",
@@ -51,8 +50,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "raw rows": (
         "saefast",
-        CLASSIC
-        | dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, lr=1e-3, dead_after=10_000_000),
+        CLASSIC | dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, lr=1e-3, dead_after=10_000_000),
     ),
 }
 
@@ -302,7 +300,9 @@ def test_wrong_shapes_are_refused(x: Tensor) -> None:
         engine("saefast", batches(1)).step(x)
 
 
-@pytest.mark.parametrize("name", ["adam.W_dec.m", "adam.W_enc.last_step", "adam.b_dec.v", "dead.since", "dead.age", "drift"])
+@pytest.mark.parametrize(
+    "name", ["adam.W_dec.m", "adam.W_enc.last_step", "adam.b_dec.v", "dead.since", "dead.age", "drift"]
+)
 @pytest.mark.parametrize("damage", ["missing", "shape", "dtype"])
 def test_state_of_another_shape_is_refused_whole(name: str, damage: str) -> None:
     data = batches(3)

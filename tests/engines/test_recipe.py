@@ -243,7 +243,7 @@ def test_config_json_holds_the_numbers_and_they_give_the_run_again(tmp_path: Pat
     x = train_job.rows(1500)
     sae = train(x, SMALL, TrainConfig(device="cpu", **change), tmp_path / "run")
     written = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["train"]
-    assert {name: type(written[name]) for name in CHOSEN} == {name: int for name in CHOSEN} | {"lr": float}
+    assert {name: type(written[name]) for name in CHOSEN} == dict.fromkeys(CHOSEN, int) | {"lr": float}
     # A twentieth of the rows is held out.
     expected = choose(SMALL, TrainConfig(**change), 1500 - 75)
     assert {name: written[name] for name in CHOSEN} == numbers(expected)

@@ -124,7 +124,7 @@ def test_rows_without_a_direction_leave_what_was_drawn(kind: str, dtype: torch.d
         W, was = (getattr(s, name).detach().double() for s in (sae, drawn))
         assert W.isfinite().all()
         torch.testing.assert_close(W.norm(dim=1), torch.ones(80, dtype=torch.float64), rtol=0.01, atol=0)
-        same = (W == was).all(1)
+        same = (was == W).all(1)
         # Rows that lie at the centre, within rounding of it, have no direction; differences of equal rows never have.
         assert int(same.sum()) >= (30 if kind != "two kinds" else 5), name
         assert kind != "two kinds" or int((~same).sum()) >= 20
@@ -274,7 +274,10 @@ def test_fitting_twice_changes_nothing() -> None:
 
 def test_a_lean_encoder_is_fitted_too() -> None:
     x = rows().to(torch.bfloat16)
-    for config in (SAEConfig(D, 40, 4, dtype="bfloat16"), SAEConfig(D, 40, 4, dtype="bfloat16", activation="batchtopk")):
+    for config in (
+        SAEConfig(D, 40, 4, dtype="bfloat16"),
+        SAEConfig(D, 40, 4, dtype="bfloat16", activation="batchtopk"),
+    ):
         sae = SAE(config, seed=2)
         start_b_dec_(sae, x, "geometric_median")
         start_from_rows_(sae, x, x, seed=2)
