@@ -1,7 +1,7 @@
 """Training as it was before the data chose how it begins: drawn weights, momentum, AuxK for the dead.
 
 For tests of AuxK, of rows that drift and are settled, and of what steps with dead latents cost: the preset "saefast"
-begins in the data, has no momentum and resamples what is dead, so that these would find nothing to do.
+begins in the data, has little momentum and resamples what is dead, so that these would find little to do.
 """
 
 from typing import Any

@@ -30,7 +30,7 @@ TOTAL = 60
 # Every peer's recipe with dead latents forced, ours, and what no preset turns on.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "saefast": ("saefast", dict(dead_after=3 * B, lr=1e-3, lr_warmup_steps=0)),
-    "saefast with momentum": ("saefast", dict(dead_after=3 * B, lr=1e-3, lr_warmup_steps=0, beta1=0.9)),
+    "saefast without momentum": ("saefast", dict(dead_after=3 * B, lr=1e-3, lr_warmup_steps=0, beta1=0.0)),
     "AuxK": ("saefast", CLASSIC | dict(dead_after=3 * B, lr=1e-3)),
     "openai": ("openai", dict(dead_after=3, auxk_k=20, lr=1e-3)),
     "sparsify": ("sparsify", dict(dead_after=3 * B + 1, lr_warmup_steps=4)),

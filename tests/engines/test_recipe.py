@@ -45,7 +45,7 @@ def test_every_number_is_chosen_and_makes_sense(sae: SAEConfig, n_rows: int) -> 
         assert found.n_tokens == found.n_epochs * n_rows
         assert loose.batch_size is not None or found.batch_size <= found.n_tokens
         assert found.steps == max(found.n_tokens // found.batch_size, 1)
-        assert 0 < found.lr < 1
+        assert 0 < found.lr < math.inf
         assert found.lr_warmup_steps <= found.steps
         # A batch in which it does not fire kills no latent, and rows that begin a run are at least a batch.
         assert found.dead_after >= (1 if found.dead_unit == "steps" else found.batch_size)
@@ -208,9 +208,9 @@ def test_a_bare_run_resumes_to_the_bit_by_the_numbers_it_began_with(
     whole = train(x, SMALL, config, tmp_path / "whole")
     with pytest.raises(Stop):
         train(x, SMALL, config, tmp_path / "run", on_log=stop_at(8))
-    monkeypatch.setattr(rules, "LR", 0.777)
-    monkeypatch.setattr(rules, "SMALLEST_BATCH", 10)
-    monkeypatch.setattr(rules, "MISSED", 1)
+    for rule, number in (("_lr", 0.777), ("_batch_size", 10), ("_dead_after", 11)):
+        monkeypatch.setattr(rules, rule, lambda *_, n=number: n)
+    assert numbers(choose(SMALL, config, 2850)) != numbers(read_config(tmp_path / "run")[1])
     resumed = train(x, SMALL, config, tmp_path / "run", resume=True)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name

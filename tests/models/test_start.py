@@ -1,4 +1,4 @@
-"""Where a run begins: weights from rows against a float64 statement, the fitted scale against a scan, the first loss."""
+"""Where a run begins: weights from rows, stated in float64; the fitted scale against a scan; the first loss."""
 
 from pathlib import Path
 from typing import Any
