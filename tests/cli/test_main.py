@@ -392,9 +392,9 @@ def test_the_demo_in_small_and_again(run: Run, tmp_path: Path) -> None:
         warnings.simplefilter("default")
         code, out, err = run(*argv)
     assert code == 0
-    # Ten steps are few, and that is all there is to say.
+    # So few steps are all there is to say.
     assert {line.split()[2] for line in err.splitlines()} <= {"lr_warmup_steps", "the", "dead_after"}
-    assert "saefast: warning: the run has 10 steps" in err
+    assert "saefast: warning: the run has 80 steps" in err
     names = {"config.json", "metrics.jsonl", "sae.safetensors", "eval.json", "curves.png", "density.png"}
     names |= {"features.html", "features.md", "features.png"}
     assert names <= {path.name for path in Path("demo").iterdir()}

@@ -468,7 +468,9 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(monkeypatch: pyte
     refused(lambda: train(torch.randn(50, 1000), SAEConfig(1000, 10**5, 4), settings()), "n_latents = 100000", "2.")
     rows = torch.randn(5000, 4)
     refused(lambda: train(rows, SAEConfig(4, 16, 2), TrainConfig(batch_size=10**9, n_tokens=10**12)), "batch_size")
-    refused(lambda: train(rows, SAEConfig(4, 16, 2), TrainConfig(batch_size=4800)), "4800", "only 4750 tokens")
+    refused(
+        lambda: train(rows, SAEConfig(4, 16, 2), TrainConfig(batch_size=4800, n_epochs=1)), "4800", "only 4750 tokens"
+    )
 
 
 def test_little_data_still_makes_a_run_of_one_step() -> None:

@@ -91,7 +91,7 @@ def test_off_by_default_and_a_falling_curve_is_left_alone(tmp_path: Path) -> Non
     train(rows(), SMALL, settings(stop_at_plateau=False, n_tokens=32 * 300), tmp_path / "off")
     assert figures(tmp_path / "off")[-1]["step"] == 300
     assert "details/plateau_step" not in figures(tmp_path / "off")[-1]
-    slow = settings(lr=1e-4, n_tokens=32 * 200, lr_warmup_steps=0, lr_decay_share=0.0)
+    slow = settings(lr=1e-3, n_tokens=32 * 200, lr_warmup_steps=0, lr_decay_share=0.0)
     whole = train(rows(), train_job.SAE, slow, tmp_path / "slow")
     last = figures(tmp_path / "slow")[-1]
     assert (last["step"], "details/plateau_step" in last) == (200, False)
