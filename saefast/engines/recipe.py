@@ -34,7 +34,7 @@ class Recipe(TrainConfig):
 # What `choose` fills in.
 CHOSEN = tuple(Recipe.__annotations__)
 
-# Data is gone through again until an average latent has fired so often, but not more often than this.
+# Firings that a latent comes alive with. Data is gone through again until an average one has them, up to so many times.
 FIRINGS, MOST_EPOCHS = 1000, 4
 # Steps that a run should have, and the sizes of a batch that they are bought with.
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 800, 256, 4096
@@ -70,7 +70,7 @@ def choose(sae: SAEConfig, train: TrainConfig, n_rows: int | None = None, *, tot
         "n_epochs": n_epochs,
         "n_tokens": n_tokens,
         "batch_size": batch,
-        "lr": _lr(sae, train),
+        "lr": _lr(sae, train, n_tokens),
         "lr_warmup_steps": round(WARMUP_SHARE * steps),
         "dead_after": _dead_after(interval, train, n_tokens, batch),
         "resample_every": RESAMPLE_EVERY,
@@ -105,11 +105,15 @@ def _batch_size(n_tokens: int) -> int:
     return min(max(size, SMALLEST_BATCH), LARGEST_BATCH, n_tokens)
 
 
-def _lr(sae: SAEConfig, train: TrainConfig) -> float:
-    """An entry of a unit row is 1/√d_in, so that is what a step is measured by; the rest fits the best rates found."""
+def _lr(sae: SAEConfig, train: TrainConfig, n_tokens: int) -> float:
+    """An entry of a unit row is 1/√d_in, so that is what a step is measured by; the rest fits the best rates found.
+
+    Latents that the tokens are too few for do not come alive, and do not count.
+    """
     if train.lr_rule == "latents":
         return 2e-4 / (sae.n_latents / 2**14) ** 0.5
-    return RATE / (sae.d_in**0.5 * (sae.n_latents * sae.k) ** (1 / 3))
+    alive = min(sae.n_latents, n_tokens * sae.k / FIRINGS)
+    return RATE / (sae.d_in**0.5 * (alive * sae.k) ** (1 / 3))
 
 
 def _dead_after(interval: float, train: TrainConfig, n_tokens: int, batch: int) -> int:
