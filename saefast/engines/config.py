@@ -81,7 +81,7 @@ class TrainConfig(ArchitectureFields):
             "post_step" or "never".
         project_decoder_grad: take out the gradient's part along each decoder row.
         b_dec_init: pre-bias from the first rows: "zeros", "mean" or "geometric_median".
-        init_rows: rows that initialisation looks at; None is one batch.
+        init_rows: rows that initialisation looks at.
         init_encoder_scale: divide W_enc so that random directions come back at unit length (OpenAI).
         fit_encoder: multiply W_enc by the number with which the first rows are reconstructed best, so that a run never
             begins worse than the mean.

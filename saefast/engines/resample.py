@@ -55,8 +55,10 @@ def fresh_latents(
     n = min(len(ids), int(MOST * len(residual)), int((squares > 0).sum()))
     if n == 0 or not alive.any():
         return None
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    ids = ids[torch.randperm(len(ids), generator=generator)[:n].to(ids.device)]
+    # Generators take seeds below 2^64.
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    order = torch.randperm(len(ids), generator=generator, dtype=torch.int64, device="cpu")
+    ids = ids[order[:n].to(ids.device)]
     tokens = torch.multinomial(squares / squares.sum(), n, generator=generator).to(residual.device)
     directions = torch.nn.functional.normalize(residual[tokens].float(), dim=1)
     return Fresh(ids, *(directions * W.norm(dim=1)[alive].float().median() for W in (W_enc, W_dec)))

@@ -60,11 +60,12 @@ def start_from_rows_(sae: SAE, rows: Tensor, targets: Tensor, seed: int) -> None
     x = x - mean
     telling = discriminant(x)
     n, L = len(x), sae.config.n_latents
-    first = torch.randperm(n, generator=generator)[:L].to(x.device)
+    first = torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")[:L].to(x.device)
     for begin in range(0, L, _LATENTS):
         part = slice(begin, min(begin + _LATENTS, L))
         chosen = first[part]
-        pairs = torch.randint(n, (2, part.stop - begin - len(chosen)), generator=generator).to(x.device)
+        rest = 2, part.stop - begin - len(chosen)
+        pairs = torch.randint(n, rest, generator=generator, dtype=torch.int64, device="cpu").to(x.device)
         for W, at, turned in ((sae.W_dec, t, None), (sae.W_enc, x, telling)):
             directions = torch.cat([at[chosen], at[pairs[0]] - at[pairs[1]]])
             _set_directions(W[part], directions if turned is None else directions @ turned)
