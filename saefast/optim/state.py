@@ -183,7 +183,8 @@ class LeanMatrix:
         """As `Matrix.restart`."""
         self.w[rows] = w.to(self.w.dtype)
         self.m[rows] = 0
-        self.v[rows] = (self.v * beta2 ** (step - self.last_step))[like].mean()
+        decayed = beta2 ** (step - self.last_step).to(self.v.dtype)
+        self.v[rows] = (self.v * decayed)[like].mean()
         self.last_step[rows] = step
         if self.norms is not None:
             self.norms[rows] = self.w[rows].float().norm(dim=1)

@@ -471,6 +471,8 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(monkeypatch: pyte
     refused(
         lambda: train(rows, SAEConfig(4, 16, 2), TrainConfig(batch_size=4800, n_epochs=1)), "4800", "only 4750 tokens"
     )
+    # More than any number of passes over them.
+    refused(lambda: train(rows, SAEConfig(4, 16, 2), TrainConfig(batch_size=95_000)), "95000", "has only", "tokens")
 
 
 def test_little_data_still_makes_a_run_of_one_step() -> None:
