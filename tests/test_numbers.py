@@ -33,7 +33,7 @@ from saefast.training.feed import input_scale
 from saefast.training.progress import METRICS, read_metrics
 
 CONFIG = SAEConfig(d_in=24, n_latents=64, k=4)
-COMMON: dict[str, Any] = dict(batch_size=128, device="cpu", log_every=5)
+COMMON: dict[str, Any] = dict(n_epochs=1, batch_size=128, init_rows=128, device="cpu", log_every=5)
 ENGINES = pytest.mark.parametrize("engine", ["fused", "autograd"])
 
 

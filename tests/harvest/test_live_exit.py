@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 # An iterable that is inside torch nearly all the time, as a running model is, and endless.
 PRELUDE = """
-import gc, os, signal, sys, threading, time
+import gc, os, signal, sys, threading, time, warnings
 import torch
 import saefast
 from saefast import SAEConfig, TrainConfig
@@ -47,6 +47,8 @@ def producers():
     return [thread for thread in threading.enumerate() if thread.name == "saefast-live"]
 
 source = live()
+# Few steps are enough here, and a run says that it has few.
+warnings.filterwarnings("ignore", "the run has|dead_after is")
 """
 DRAW = "batches = source.batches(16)\nnext(batches)\n"
 TRAIN = """
