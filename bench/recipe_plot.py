@@ -70,8 +70,8 @@ def _world(axis: Any, worlds: Sequence[Result]) -> None:
         title="Features found in a known world", xlabel="how often a feature fires",
         ylabel="% of features with a latent of cosine > 0.9", ylim=(-3, 103),
     )  # fmt: skip
-    legend = axis.legend(fontsize=8, loc="upper left", title=_short(cell), title_fontsize=8, frameon=True, framealpha=1)
-    legend.get_frame().set_edgecolor("none")
+    # Below the axis: every corner of it has a curve in it.
+    axis.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=2, frameon=False)
 
 
 def _cell(row: Result) -> Cell:

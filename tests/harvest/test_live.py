@@ -232,7 +232,9 @@ def test_a_member_that_is_done_first_costs_no_memory_and_ends_as_if_alone(tmp_pa
             hook: Member(
                 source,
                 SAEConfig(d_in=source.d_in, n_latents=32, k=4),
-                TrainConfig(n_tokens=lengths[hook], batch_size=8, init_rows=8, device="cpu", eval_every=0, save_every=5),
+                TrainConfig(
+                    n_tokens=lengths[hook], batch_size=8, init_rows=8, device="cpu", eval_every=0, save_every=5
+                ),
             )
             for hook, source in sources.items()
         }
