@@ -124,8 +124,8 @@ def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
         "weights": weights,
         "optimiser state": state,
         "bf16 copy of W_enc": copies,
-        # b_enc with its moments and gradient, dead-latent counters before and after, row norms' squares.
-        "biases and counters": L * (4 * 4 + 2 * 8 + 4),
+        # b_enc with its moments and gradient, counters of silence before and after, of age, a flag, row norms' squares.
+        "biases and counters": L * (4 * 4 + 3 * 8 + 1 + 4),
         "sparse code": B * k * ENTRY,
         # x as drawn and scaled, centred, error, and a residual for each term.
         "batch": (4 + sizes.terms) * B * D * 4,
