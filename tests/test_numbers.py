@@ -62,7 +62,7 @@ def test_momentum_that_outlives_the_squares_is_refused(betas: tuple[float, float
 @ENGINES
 @pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.999), (0.9, 0.9)])
 def test_odd_betas_train(engine: str, betas: tuple[float, float]) -> None:
-    config = TrainConfig(**COMMON, engine=engine, beta1=betas[0], beta2=betas[1])
+    config = TrainConfig(**COMMON, engine=engine, lr=1e-2, beta1=betas[0], beta2=betas[1])
     sae = train(made(), CONFIG, config)
     assert all(p.isfinite().all() for p in sae.parameters())
     assert evaluate(sae, [made()]).compute()["fvu"] < 0.7

@@ -106,6 +106,31 @@ def test_a_step_waits_twice_and_steps_as_a_cpu(kind: str, gpu: fake_cuda.Gpu, mo
         assert ((a - b).abs() <= 2e-5 * b.abs().max() + step).all(), name
 
 
+@pytest.mark.parametrize("options", [{}, dict(auxk_coef=1 / 32, settle_every=2), dict(optimizer="adam-lean")], ids=str)
+def test_steps_that_resample_step_as_a_cpu_and_others_wait_no_more(options: Any, gpu: fake_cuda.Gpu) -> None:
+    """Which latents begin anew depends on values: such a step waits for them, every so many steps."""
+    data = batches(7)
+    settings = dict(dead_after=2 * B, resample_every=3, resample_until=1.0) | options
+    ours, plain = engine(on_gpu(data)[0], **settings), engine(data[0], **settings)
+    counts, fresh = [], []
+    for x in data:
+        plain.step(x)
+        batch = on_gpu([x])[0]
+        with gpu.counting() as waits:
+            ours.step(batch)
+        counts.append(sum(waits.values()))
+        assert torch.equal(ours.dead.age.cpu(), plain.dead.age)
+        fresh.append(int((plain.dead.age == 0).sum()))
+    assert not gpu.atomics
+    assert fresh[2] + fresh[5] >= 3, "no latent was resampled, so nothing was tested"
+    assert fresh[:2] + fresh[3:5] + fresh[6:] == [0] * 5
+    # The first step of a process also asks the device what it is.
+    assert max(counts[1:2] + counts[3:5] + counts[6:]) <= 2
+    for name, (a, b) in {name: (w, weights(plain)[name]) for name, w in weights(ours).items()}.items():
+        step = 2**-7 * b.abs() if "optimizer" in options else 0
+        assert ((a - b).abs() <= 2e-5 * b.abs().max() + step).all(), name
+
+
 def assert_did_what_it_is_called(kind: str, engine: FusedEngine, auxk: float) -> None:
     if "hot" in kind:
         assert engine.hot is not None
