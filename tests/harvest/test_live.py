@@ -220,6 +220,9 @@ def test_a_text_that_is_all_held_out_is_refused():
     source.close()
 
 
+REPORTS = dict(eval_every=0, save_every=5)
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_member_that_is_done_first_costs_no_memory_and_ends_as_if_alone(tmp_path, resume):
     """Of SAEs trained from one pass: nothing is kept for the one that draws no more, before or after a resume."""
