@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.base import PARAMETERS
-from saefast.engines.config import lr_factor, preset
+from saefast.engines.config import preset
 from saefast.engines.engine import StepStats
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import choose, lr_factor
 from saefast.models.sae import SAE
 
 pytestmark = pytest.mark.peers
@@ -352,7 +353,7 @@ def rates(scheduler: Callable[[torch.optim.Optimizer], Any], steps: int) -> list
 
 
 def ours(name: str, steps: int, **overrides: Any) -> list[float]:
-    config = preset(name, D, L, K, engine="autograd", **overrides)[1]
+    config = choose(*preset(name, D, L, K, engine="autograd", **overrides), total_steps=steps)
     return [lr_factor(step, steps, config) for step in range(steps)]
 
 
