@@ -39,7 +39,7 @@ FIRINGS, MOST_EPOCHS = 1000, 4
 # Steps that a run should have, and the sizes of a batch that they are bought with.
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 800, 256, 4096
 # Of the learning rate, see `_lr`.
-RATE, WARMUP_SHARE = 2.2, 0.05
+RATE, FEWEST, WARMUP_SHARE = 2.2, 8192, 0.05
 # A latent is dead that has missed so many firings of an average one, and was silent for such a share of the run: one
 # for something rare is not given up.
 MISSED, SILENT_SHARE = 25, 1 / 32
@@ -108,12 +108,12 @@ def _batch_size(n_tokens: int) -> int:
 def _lr(sae: SAEConfig, train: TrainConfig, n_tokens: int) -> float:
     """An entry of a unit row is 1/√d_in, so that is what a step is measured by; the rest fits the best rates found.
 
-    Latents that the tokens are too few for do not come alive, and do not count.
+    Latents that the tokens are too few for do not come alive, and do not count. Below FEWEST entries nothing was measured.
     """
     if train.lr_rule == "latents":
         return 2e-4 / (sae.n_latents / 2**14) ** 0.5
     alive = min(sae.n_latents, n_tokens * sae.k / FIRINGS)
-    return RATE / (sae.d_in**0.5 * (alive * sae.k) ** (1 / 3))
+    return RATE / (sae.d_in**0.5 * max(alive * sae.k, FEWEST) ** (1 / 3))
 
 
 def _dead_after(interval: float, train: TrainConfig, n_tokens: int, batch: int) -> int:
