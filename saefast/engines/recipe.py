@@ -108,7 +108,7 @@ def _batch_size(n_tokens: int) -> int:
 def _lr(sae: SAEConfig, train: TrainConfig, n_tokens: int) -> float:
     """An entry of a unit row is 1/√d_in, so that is what a step is measured by; the rest fits the best rates found.
 
-    Latents that the tokens are too few for do not come alive, and do not count. Below FEWEST entries nothing was measured.
+    Latents that the tokens are too few for do not come alive, and do not count. Less than FEWEST was not measured.
     """
     if train.lr_rule == "latents":
         return 2e-4 / (sae.n_latents / 2**14) ** 0.5
