@@ -12,6 +12,8 @@ from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
+# Weight of AuxK in the steps that have it; the preset has not.
+AUXK = 1 / 32
 # Figures of a step that are held against the other engine's, relative to it.
 FIGURES = ("loss", "fvu", "l0", "dead_share", "auxk_loss", "grad_norm")
 TOTAL = 100
@@ -73,7 +75,7 @@ def three_steps(name: str, size: tuple[int, int, int, int], device: str) -> dict
 
 def fused(kind: Kind, D: int, L: int, k: int, device: str, **settings: Any) -> FusedEngine:
     dtype = "bfloat16" if kind.optimizer == "adam-lean" else "float32"
-    settings |= dict(optimizer=kind.optimizer, dtype=dtype, max_grad_norm=kind.clip)
+    settings |= dict(optimizer=kind.optimizer, dtype=dtype, max_grad_norm=kind.clip, auxk_coef=AUXK * kind.auxk)
     sae_config, config = preset("saefast", D, L, k, **settings)
     # No latent fires so often that it becomes hot by itself: make_hot says which ones are.
     share = 1.0 if kind.hot else None
@@ -83,7 +85,8 @@ def fused(kind: Kind, D: int, L: int, k: int, device: str, **settings: Any) -> F
 
 
 def autograd(kind: Kind, D: int, L: int, k: int, device: str) -> AutogradEngine:
-    sae_config, config = preset("saefast", D, L, k, engine="autograd", dtype="float64", max_grad_norm=kind.clip)
+    settings: dict[str, Any] = dict(max_grad_norm=kind.clip, auxk_coef=AUXK * kind.auxk)
+    sae_config, config = preset("saefast", D, L, k, engine="autograd", dtype="float64", **settings)
     return AutogradEngine(SAE(sae_config, seed=0, device=device), config, TOTAL)
 
 

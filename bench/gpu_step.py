@@ -72,6 +72,7 @@ def new_run(shape: Shape, what: str, settings: Settings) -> Run:
     sae_config, config = preset(
         "saefast", shape.D, shape.L, shape.k,
         optimizer="adam-lean" if lean else "adam", dtype="bfloat16" if lean else "float32",
+        auxk_coef=1 / 32 if what == "adam AuxK" else 0.0,
     )  # fmt: skip
     engine = FusedEngine(SAE(sae_config, seed=0, device=device), config, 2 * LATE)
     if what == "adam late":
