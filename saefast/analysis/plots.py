@@ -75,7 +75,7 @@ def draw_curves(lines: Sequence[dict[str, Any]], path: Path, title: str = "") ->
                 _log_axis(axis)
         _series(dead, lines, "sparsity/silent_share", BLUE, "silent of late", scale=100)
         _series(dead, lines, "sparsity/never_fired_share", ORANGE, "never fired", scale=100)
-        _series(dead, lines, "dead_share", GREY, "dead to AuxK", scale=100)
+        _series(dead, lines, "dead_share", GREY, "dead", scale=100)
         dead.set(title="Latents that do not fire", ylabel="% of latents")
         dead.legend(loc="upper right")
         dead.set_ylim(0, max(1.0, dead.get_ylim()[1]))

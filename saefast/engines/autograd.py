@@ -14,7 +14,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, sum_squares, term_weights, total_variance
-from saefast.engines.resample import due, fresh_latents
+from saefast.engines.resample import due
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.ops import spmm
@@ -111,11 +111,10 @@ class AutogradEngine(EngineBase):
         return StepStats(losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr)
 
     def _resample(self, residual: Tensor) -> None:
-        alive, seed = ~self.dead.mask(self.dead.since), self.config.seed
-        matrices = self.sae.W_enc.data, self.sae.W_dec.data
-        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, seed, self.step_count)
-        if fresh is None:
+        begun = self.begun_anew(residual)
+        if begun is None:
             return
+        fresh, alive = begun
         ids, zeros = fresh.latents, torch.zeros_like(fresh.W_enc[:, 0])
         for name, rows in (("W_enc", fresh.W_enc), ("W_dec", fresh.W_dec), ("b_enc", zeros)):
             parameter = self.parameters[name]
@@ -123,7 +122,6 @@ class AutogradEngine(EngineBase):
             parameter.data[ids] = rows.to(parameter.dtype)
             moments["exp_avg"][ids] = 0
             moments["exp_avg_sq"][ids] = moments["exp_avg_sq"][alive].mean()
-        self.dead.age[ids] = 0
 
     @ambient.plainly(grad=True)
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.losses import inverse_variance
 from saefast.engines.recipe import choose, lr_factor
-from saefast.engines.resample import due
+from saefast.engines.resample import Fresh, due, fresh_latents
 from saefast.errors import InputError
 from saefast.models.sae import SAE
 from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_
@@ -77,6 +77,19 @@ class EngineBase:
     def resamples(self) -> bool:
         """Whether latents are resampled at the end of the step under way."""
         return due(self.step_count + 1, self.total_steps, self.config)
+
+    def begun_anew(self, residual: Tensor) -> tuple[Fresh, Tensor] | None:
+        """What hopeless latents begin anew with after the step just taken, and (L,) bool which are alive.
+
+        Args:
+            residual: (B, D) target - x_hat of its batch.
+        """
+        alive, matrices = ~self.dead.mask(self.dead.since), (self.sae.W_enc.data, self.sae.W_dec.data)
+        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, self.config.seed, self.step_count)
+        if fresh is None:
+            return None
+        self.dead.age[fresh.latents] = 0
+        return fresh, alive
 
     def buffers(self) -> dict[str, Tensor]:
         """What the architecture keeps besides the parameters, live."""

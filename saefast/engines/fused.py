@@ -20,7 +20,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.fused_pass import Gradient, Model, Pass, fetched, serial_sum
 from saefast.engines.hot import HotLatents, threshold
-from saefast.engines.resample import due, fresh_latents
+from saefast.engines.resample import due
 from saefast.engines.weights import Scratch, Weights
 from saefast.errors import InputError
 from saefast.models.sae import SAE
@@ -162,16 +162,9 @@ class FusedEngine(EngineBase):
         # Without momentum (beta1 = 0) a row without a gradient stays where it is.
         if not self.dense and self.config.beta1 > 0 and self.step_count % self.settle_every == 0:
             self.weights.settle_encoder()
-        if g.error is not None and due(self.step_count, self.total_steps, self.config):
-            self._resample(g.error)
-
-    def _resample(self, residual: Tensor) -> None:
-        alive, seed = ~self.dead.mask(self.dead.since), self.config.seed
-        matrices = self.weights.enc.w, self.weights.dec.w
-        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, seed, self.step_count)
-        if fresh is not None:
-            self.weights.restart(fresh, alive)
-            self.dead.age[fresh.latents] = 0
+        resamples = due(self.step_count, self.total_steps, self.config)
+        if resamples and g.error is not None and (begun := self.begun_anew(g.error)) is not None:
+            self.weights.restart(*begun)
 
     @ambient.plainly(grad=False)
     def finish(self) -> None:

@@ -68,10 +68,13 @@ def _dead(config: Recipe, total_steps: int, tokens: int) -> str:
     longest = total_steps if config.dead_unit == "steps" else tokens
     if config.dead_after - config.dead_start <= longest:
         return ""
-    auxk = ", so AuxK never runs" if config.auxk_coef else ""
+    idle = [
+        what for what, on in (("AuxK never runs", config.auxk_coef), ("none is resampled", config.resample_every)) if on
+    ]
+    so = f", so {' and '.join(idle)}" if idle else ""
     return (
         f"dead_after is {config.dead_after:,} {config.dead_unit}, and the run has {longest:,}: no latent can be called "
-        f"dead{auxk}; set dead_after to about {max(longest // 5, 1):,}"
+        f"dead{so}; set dead_after to about {max(longest // 5, 1):,}"
     )
 
 

@@ -84,8 +84,10 @@ def test_too_few_steps() -> None:
     ("changes", "expected"),
     [
         (dict(dead_after=50_001), "dead_after is 50,001 tokens, and the run has 50,000: no latent can be called dead, "
-            "so AuxK never runs; set dead_after to about 10,000"),
-        (dict(dead_after=50_001, auxk_coef=0.0), "no latent can be called dead; set dead_after to about 10,000"),
+            "so AuxK never runs and none is resampled; set dead_after to about 10,000"),
+        (dict(dead_after=50_001, resample_every=0), "no latent can be called dead, so AuxK never runs; set"),
+        (dict(dead_after=50_001, auxk_coef=0.0), "no latent can be called dead, so none is resampled; set"),
+        (dict(dead_after=50_001, auxk_coef=0.0, resample_every=0), "no latent can be called dead; set dead_after to "),
         (dict(dead_after=501, dead_unit="steps"), "dead_after is 501 steps, and the run has 500: no latent"),
         (dict(dead_after=500, dead_unit="steps", dead_start=-1), "dead_after is 500 steps, and the run has 500"),
     ],
