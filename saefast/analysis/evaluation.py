@@ -256,6 +256,7 @@ def _ordinary(metrics: SAEMetrics) -> dict[str, float | None]:
 def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int) -> None:
     """Fills result.lm, or says in result.lm_left_out why not."""
     from saefast.harvest import language_models as models
+    from saefast.harvest.hooks import find_hook
 
     if not (isinstance(source, MappedSource) and source.folder is not None):
         result.lm_left_out = "the data is not a harvest, so no model is known"
@@ -271,7 +272,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
         dtype = getattr(torch, str(index.get("forward") or "float32"))
         model = models.load_model(name, revision=revision, dtype=dtype, device=sae.device, head="AutoModelForCausalLM")
         tokenizer = models.load_tokenizer(name, revision=revision)
-        module = model.get_submodule(models.find_hook(model, hook).path)
+        module = model.get_submodule(find_hook(model, hook).path)
     except InputError as error:
         result.lm_left_out = str(error)
         return

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
-from saefast.harvest.language_models import find_hook, hidden_states
+from saefast.harvest.hooks import find_hook
+from saefast.harvest.language_models import hidden_states
 from saefast.harvest.workers import workers_for
 
 
