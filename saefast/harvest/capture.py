@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,13 +75,24 @@ class ModuleRunner:
             yield
 
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        # Attention is fastest without a mask.
+        mask_argument = {} if bool(mask.all()) else {"attention_mask": mask}
+        with _explained(self._model, ids):
+            return self.run_inputs({"input_ids": ids, **mask_argument})
+
+    def run_inputs(
+        self, inputs: Mapping[str, Tensor], shaped: Callable[[Any, str], Tensor] = hidden_states
+    ) -> dict[str, Tensor]:
+        """Activations per hook for arguments of the model's forward by name, moved to its device.
+
+        shaped(output, hook): activations (batch, length, d) out of what the hooked module gives. Errors of the model
+        are raised as they are.
+        """
         device = self._device()
-        seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks])
+        seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks], shaped)
         try:
-            with _explained(self._model, ids), torch.inference_mode(), contextlib.suppress(_Stop):
-                # Attention is fastest without a mask.
-                mask_argument = {} if bool(mask.all()) else {"attention_mask": mask.to(device)}
-                self._model(input_ids=ids.to(device), **mask_argument, **self._extra)
+            with torch.inference_mode(), contextlib.suppress(_Stop):
+                self._model(**{name: value.to(device) for name, value in inputs.items()}, **self._extra)
         finally:
             self._running.seen = None
         return seen.all()
@@ -158,15 +169,15 @@ class _Stop(Exception):
 
 
 class _Seen:
-    def __init__(self, names: list[str]) -> None:
-        self._names = names
+    def __init__(self, names: list[str], shaped: Callable[[Any, str], Tensor] = hidden_states) -> None:
+        self._names, self._shaped = names, shaped
         self._found: dict[str, Tensor] = {}
 
     def named_hook(self, name: str) -> Callable[..., None]:
         return lambda activation, hook=None: self.take(name, activation)
 
     def take(self, name: str, output: Any) -> None:
-        self._found[name] = hidden_states(output, name)
+        self._found[name] = self._shaped(output, name)
         if len(self._found) == len(self._names):
             raise _Stop
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ROWS_PER_SHARD
 from saefast.errors import InputError
 from saefast.harvest.capture import Runner, runner_for
@@ -147,6 +148,28 @@ class Harvester:
             "text": self.text.name,
             "max_norm_multiple": self.config.max_norm_multiple,
         }
+
+    @property
+    def name(self) -> str:
+        """Where the documents come from."""
+        return self.text.name
+
+    @property
+    def skipped(self) -> list[str]:
+        """What of it could not be read, and why."""
+        return self.text.skipped
+
+    def size(self) -> int | None:
+        """How much there is, as Window.chars counts; None where it is not known."""
+        return self.text.size()
+
+    def tokens(self, window: Window) -> int:
+        """How many of a window's tokens count towards max_tokens."""
+        return sum(self.sequencer.count(ids) for ids in window.ids)
+
+    def keep(self, window: Window, writer: ShardWriter) -> None:
+        """Leaves with the writer what a window's rows are of."""
+        writer.add_sequences(window.first_seq, window.docs, window.ids)
 
     def batches(self, cursor: dict[str, Any] | None = None) -> Generator[HarvestBatch]:
         """Rows of the whole text, or from where `cursor` says."""

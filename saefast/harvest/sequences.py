@@ -32,6 +32,15 @@ class Window:
     docs: list[int]
     held: list[bool]
 
+    @property
+    def n_seq(self) -> int:
+        return len(self.ids)
+
+    @property
+    def positions(self) -> int:
+        """Places that rows may be of: all tokens."""
+        return sum(map(len, self.ids))
+
     def order(self) -> list[int]:
         """The order sequences are run in: the held-out ones first, each share from long to short."""
         return sorted(range(len(self.ids)), key=lambda i: (not self.held[i], -len(self.ids[i]), i))

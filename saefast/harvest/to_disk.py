@@ -90,7 +90,7 @@ def harvest(
         ) from None
     report = _report(folder, read_index(folder))
     report.seconds, report.tokens = time.perf_counter() - started, run.tokens
-    report.skipped = harvester.text.skipped
+    report.skipped = harvester.skipped
     return report
 
 
@@ -147,7 +147,7 @@ class _Run:
                     bar.update(batch)
             self._leave()
             if not writer.waiting and not writer.index["n_rows"]:
-                raise InputError(f"{self._harvester.text.name}: no row was kept, {self._dropped.sum()} tokens dropped")
+                raise InputError(f"{self._harvester.name}: no row was kept, {self._dropped.sum()} tokens dropped")
             self._commit(complete=True)
         except KeyboardInterrupt:
             if writer.waiting and not self._feeding:
@@ -160,7 +160,7 @@ class _Run:
             return
         self._leave()
         self._window = window
-        self._window_tokens = sum(self._harvester.sequencer.count(ids) for ids in window.ids)
+        self._window_tokens = self._harvester.tokens(window)
         before = self._cursor["tokens"] if self._cursor else 0
         self._cursor = {
             "docs": window.first_doc,
@@ -170,7 +170,7 @@ class _Run:
             "tokens": before,
             "done": 0,
         }
-        self._writer.add_sequences(window.first_seq, window.docs, window.ids)
+        self._harvester.keep(window, self._writer)
 
     def _leave(self) -> None:
         """After a window's last batch: the cursor moves to its end."""
@@ -179,7 +179,7 @@ class _Run:
         window = self._window
         self._cursor = {
             "docs": window.first_doc + window.n_docs,
-            "seqs": window.first_seq + len(window.ids),
+            "seqs": window.first_seq + window.n_seq,
             "fingerprint": window.after,
             "tokens": self._cursor["tokens"] + self._window_tokens,
             "done": 0,
@@ -227,7 +227,7 @@ class _Bar:
 
     def __init__(self, harvester: Harvester, cursor: dict[str, Any] | None, shown: bool) -> None:
         self._limit = harvester.config.max_tokens
-        self._size = harvester.text.size() if shown and self._limit is None else None
+        self._size = harvester.size() if shown and self._limit is None else None
         self._window: Window | None = None
         self._chars = self._tokens = 0
         self._bar: Any = None
@@ -251,7 +251,7 @@ class _Bar:
         if batch.window is not self._window:
             self._window = batch.window
             self._chars += batch.window.chars
-            self._tokens += sum(map(len, batch.window.ids))
+            self._tokens += batch.window.positions
             if self._size:
                 # The text's length in tokens, judged by what was tokenised so far.
                 self._bar.total = round(self._tokens * max(self._size / self._chars, 1))
