@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saefast.data.activation_stats import ActivationStats
+from saefast.data.item_names import ITEMS, write_names
 from saefast.data.shardfile import Column, Digest, write_file
 from saefast.data.shards import (
     ACT_DTYPES,
@@ -76,7 +77,8 @@ class ShardWriter:
             raise
         self._spools: dict[str, _Spool] = {}
         self._sequences: list[tuple[int, list[int]]] = []
-        self._next_sequence = sum(part["n_seq"] for part in self.index["tokens"])
+        self._names: list[str] = []
+        self._next_sequence = sum(part["n_seq"] for part in [*self.index["tokens"], *self.index.get(ITEMS, [])])
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -101,6 +103,12 @@ class ShardWriter:
         for number, (document, sequence) in enumerate(zip(documents, ids, strict=True), start=first):
             if number == self._next_sequence + len(self._sequences):
                 self._sequences.append((document, sequence))
+
+    def add_items(self, first: int, names: list[str]) -> None:
+        """Names of items first, first + 1, ..., in the place of tokens; known ones are ignored."""
+        for number, name in enumerate(names, start=first):
+            if number == self._next_sequence + len(self._names):
+                self._names.append(name)
 
     def room(self, split: str = "train") -> int:
         """Rows that still fit into the shard being filled."""
@@ -136,6 +144,9 @@ class ShardWriter:
                 shards.append(self._write_shard(split, number))
         if self._sequences:
             tokens.append(self._write_tokens(len(tokens)))
+        if self._names:
+            items = self.index.get(ITEMS, [])
+            extra[ITEMS] = [*items, write_names(self.folder, len(items), self._next_sequence, self._names)]
         self._write_stats()
         splits = {split: sum(s["rows"] for s in shards if s["split"] == split) for split in SPLITS}
         self.index |= {"shards": shards, "tokens": tokens, "splits": splits, "n_rows": sum(splits.values())}
@@ -143,8 +154,8 @@ class ShardWriter:
         write_sealed_json(self.folder / "index.json", self.index)
         for spool in self._spools.values():
             spool.close()
-        self._next_sequence += len(self._sequences)
-        self._spools, self._sequences = {}, []
+        self._next_sequence += len(self._sequences) + len(self._names)
+        self._spools, self._sequences, self._names = {}, [], []
 
     def close(self) -> None:
         """Drops what was not committed."""
@@ -188,7 +199,7 @@ class ShardWriter:
 
     def _clear_leftovers(self) -> None:
         shutil.rmtree(self.folder / ".spool", ignore_errors=True)
-        shards = [self.folder / "tokens", *(self.folder / folder_of(hook) for hook in self.hooks)]
+        shards = [self.folder / "tokens", self.folder / ITEMS, *(self.folder / folder_of(hook) for hook in self.hooks)]
         leftovers = [self.folder.glob(f".{name}.*.tmp") for name in ("index.json", STATS)]
         for leftover in chain(*leftovers, *(place.glob(".*.safetensors.*.tmp") for place in shards)):
             leftover.unlink()

@@ -3,13 +3,14 @@
     folder/index.json                  what model, text and hooks; rows per split; shards with their checksums
     folder/stats.safetensors           statistics of the training share, per hook (activation_stats.py)
     folder/tokens/00000.safetensors    of n sequences: ids (total,) int32, offsets (n + 1,) int64, doc (n,) int64
+    folder/items/...                   in its place where rows are of images or sound: their names (item_names.py)
     folder/{hook}/00000.safetensors    acts (rows, d), seq (rows,) int32, pos (rows,) int16 [, scale (rows,) float32]
 
 Files of the held-out share are called heldout-00000.safetensors. The row order is the same in every hook.
 """
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saefast.data.activation_stats import ActivationStats
+from saefast.data.item_names import ITEMS, ItemNames, ItemsEntry, read_names, what_of
 from saefast.data.shardfile import BLOCK, DTYPES, Entry, digest_file, map_tensor, read_header, verify_seal
 from saefast.errors import InputError
 from saefast.files import read_sealed_json, usable
@@ -121,6 +123,11 @@ class IndexFacts(TypedDict, total=False):
     text: str | None
     ctx_len: Count | None
     forward: str | None
+    # Of harvests of anything but text: what its items are, where they were, which argument of the model they are.
+    kind: Literal["text", "images", "audio", "inputs"]
+    data: str
+    input: str
+    items: list[ItemsEntry]
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,12 @@ class ShardFolder:
         self.index = read_index(self.path)
         self._usable: dict[str, list[ShardInfo]] = {}
         self._tokens: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._names = ItemNames(self.path, self.index.get(ITEMS, []))
+
+    @property
+    def kind(self) -> str:
+        """What the rows are of: "text", or "images", "audio", "inputs" (whatever else a model was given)."""
+        return str(self.index.get("kind", "text"))
 
     @property
     def hooks(self) -> list[str]:
@@ -240,6 +253,7 @@ class ShardFolder:
     def verify(self) -> list[BadShard]:
         """Reads every shard of every hook, and the tokens, and compares them with the index; the bad ones."""
         found = [bad for bad in map(self._token_problem, self.index["tokens"]) if bad]
+        found += [bad for part in self.index.get(ITEMS, []) if (bad := self._part_problem(part, read_names))]
         for hook in self.hooks:
             problems = (self._problem(info, hook, checksums=True) for info in _infos(self.index))
             found += [bad for bad in problems if bad]
@@ -265,7 +279,19 @@ class ShardFolder:
 
     @property
     def n_sequences(self) -> int:
-        return sum(int(part["n_seq"]) for part in self.index["tokens"])
+        """Of text; of images or sound the number of items."""
+        return sum(int(part["n_seq"]) for part in [*self.index["tokens"], *self.index.get(ITEMS, [])])
+
+    def item(self, seq: int) -> str:
+        """The name of the item that the rows of this `seq` are of (item_names.py). Raises InputError for text."""
+        if self.kind == "text":
+            raise InputError(f"{self.path} holds rows of text, which have tokens and no items")
+        return self._names[seq]
+
+    def require_text(self) -> None:
+        """Raises InputError, in one line, where rows are of anything but text and so have no tokens."""
+        if self.kind != "text":
+            raise InputError(f"{self.path} holds {what_of(self.kind)}, not of text: they have no tokens")
 
     def tokens(self, seq: int) -> Tensor:
         """Token ids (length,) int32 of a sequence, special tokens included, so that ids[pos] belongs to a row's pos."""
@@ -274,6 +300,7 @@ class ShardFolder:
 
     def token_ids(self, seq: Tensor, pos: Tensor) -> Tensor:
         """The token id (n,) int32 of each of many rows, by their sequences and positions (n,) int."""
+        self.require_text()
         seq, pos = seq.long(), pos.long()
         out = torch.full(seq.shape, -1, dtype=torch.int32, device="cpu")
         for part in self.index["tokens"]:
@@ -298,6 +325,7 @@ class ShardFolder:
         return ids[start : pos + after + 1], pos - start
 
     def _token_part(self, seq: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        self.require_text()
         firsts = [int(part["first_seq"]) for part in self.index["tokens"]]
         if not 0 <= seq < self.n_sequences:
             raise InputError(f"sequence {seq} is not in {self.path}, which has {self.n_sequences}")
@@ -344,9 +372,12 @@ class ShardFolder:
         return {name: entries[name] for name in wanted}
 
     def _token_problem(self, part: dict[str, Any]) -> BadShard | None:
+        return self._part_problem(part, _open_tokens)
+
+    def _part_problem(self, part: dict[str, Any], opened: Callable[[Path, int], object]) -> BadShard | None:
         path = self.path / part["file"]
         try:
-            _open_tokens(path, part["n_seq"])
+            opened(path, part["n_seq"])
             if digest_file(path).sha256 == part["sha256"]:
                 return None
         except InputError as error:
@@ -409,14 +440,17 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
     names = [hook["name"] for hook in index["hooks"]]
     if not names or len({"tokens", *map(folder_of, names)}) <= len(names):
         raise InputError(f"{path}: hooks are {', '.join(names) or 'none'}; expected at least one, a folder for each")
-    for part in [*index["shards"], *index["tokens"]]:
+    items = index.get(ITEMS, [])
+    for part in [*index["shards"], *index["tokens"], *items]:
         if Path(part["file"]).is_absolute() or ".." in Path(part["file"]).parts:
             raise InputError(f"{path}: the file {part['file']!r} is outside the folder")
     for shard in index["shards"]:
         if not shard["sha256"].keys() & shard["crc32"].keys() >= set(names):
             raise InputError(f"{path}: {shard['file']} lacks checksums of one of the hooks {', '.join(names)}")
+    if items and index["tokens"]:
+        raise InputError(f"{path} names tokens and items: rows are of text or of something else, never of both")
     expected = 0
-    for part in index["tokens"]:
+    for part in [*index["tokens"], *items]:
         if part["first_seq"] != expected:
             raise InputError(f"{path}: {part['file']} begins at sequence {part['first_seq']}, expected {expected}")
         expected += part["n_seq"]
