@@ -18,7 +18,6 @@ from saefast.harvest import harvester as harvester_module
 from saefast.harvest import sequences as sequences_module
 from saefast.harvest import to_disk as harvest_module
 from saefast.harvest.capture import runner_for
-from saefast.harvest.hooks import find_hook
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.sequences import Sequencer, batches_of, pad
 from saefast.harvest.text import Fingerprint
@@ -518,31 +517,6 @@ def test_a_full_disk_is_one_line_and_keeps_the_finished_shards(tmp_path, models,
     assert harvest(tmp_path, CONFIG, **options).complete
 
 
-@pytest.mark.parametrize("head", [False, True])
-@pytest.mark.parametrize("kind", BLOCKS)
-def test_hook_names_of_every_habit_find_the_block(models, kind, head):
-    model = tiny_models.model(kind, head=True) if head else models[kind]
-    prefix = f"{model.base_model_prefix}." if head else ""
-    block = f"{prefix}{BLOCKS[kind]}.2"
-    full = {"bert": "bert.encoder.layer.2", "gpt2": "transformer.h.2", "llama": "model.layers.2"}[kind]
-    for name in ("layers.2", "model.layers.2", full, f"{BLOCKS[kind]}.2", "blocks.2.hook_resid_post", "layer.2"):
-        assert find_hook(model, name).path == block, name
-    inner = {"bert": "attention.self", "gpt2": "mlp.c_fc", "llama": "mlp.gate_proj"}[kind]
-    assert find_hook(model, f"layers.0.{inner}").path == f"{prefix}{BLOCKS[kind]}.0.{inner}"
-
-
-def test_unknown_hooks_come_with_the_nearest_names(models):
-    with pytest.raises(
-        InputError, match=r"hook 'layers.7' is no module of BertModel; nearest: encoder.layer.0 ... encoder.layer.2$"
-    ):
-        find_hook(models["bert"], "layers.7")
-    with pytest.raises(InputError, match=r"nearest: h.1.attn, "):
-        find_hook(models["gpt2"], "h.1.atn")
-    for name in ("", "."):
-        with pytest.raises(InputError, match="is no module of"):
-            find_hook(models["llama"], name)
-
-
 def test_hooks_that_make_no_sense(models, tokenizer):
     for hooks, message in (
         ((), "hooks is empty"),
@@ -594,16 +568,6 @@ def test_tuple_outputs_give_the_same_rows_as_tensors(tokenizer):
     (whole,) = harvest_batches(changed(hooks=("layers.1",)), **options)
     (plain,) = harvest_batches(changed(hooks=("layers.1.block",)), **options)
     assert torch.equal(whole.rows["layers.1"], plain.rows["layers.1.block"])
-
-
-def test_experts_and_towers_are_not_taken_for_the_blocks():
-    model = TupleModel()
-    for layer in model.layers:
-        layer.experts = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(16)])
-    model.vision = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(2)])
-    assert find_hook(model, "blocks.2.hook_resid_post").path == "layers.2"
-    with pytest.raises(InputError, match=r"nearest: layers.0 \.\.\. layers.2"):
-        find_hook(model, "layers.3")
 
 
 class Hooked:
