@@ -346,8 +346,8 @@ def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -
     keys = ("dtype", "rows_per_shard", "shuffle")
     before = {**{key: index.get(key) for key in keys}, **index.get("settings", {})}
     now = {**{key: fresh[key] for key in keys}, **fresh["settings"]}
-    for key, value in now.items():
-        if before.get(key) != value:
+    for key in before | now:
+        if before.get(key) != (value := now.get(key)):
             raise InputError(
                 f"{folder} was begun with {key} = {before.get(key)!r}, now {value!r} is asked for:"
                 " choose another folder, or delete it"

@@ -107,6 +107,14 @@ class Index(Versioned):
     splits: dict[str, Count]
 
 
+class Identity(TypedDict, total=False):
+    """index.json: digests of the model and of its tokenizer (harvest/identity.py); None where it has none to take."""
+
+    dtype: str | None
+    weights: dict[str, str] | None
+    tokenizer: str | None
+
+
 class IndexFacts(TypedDict, total=False):
     """index.json: what the writer goes on from, and what a harvest says of itself."""
 
@@ -128,6 +136,10 @@ class IndexFacts(TypedDict, total=False):
     data: str
     input: str
     items: list[ItemsEntry]
+    identity: Identity
+    median_norms: dict[str, float]
+    special_ids: list[Count]
+    excluded_ids: list[Count]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Harvest into a shard folder: `harvest` begins one, or goes on with one that was stopped or killed."""
 
+import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,7 +13,9 @@ from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvester import DROPPED, HarvestBatch, HarvestConfig, Harvester, given_model_name
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name
+from saefast.harvest.identity import identity_of
+from saefast.harvest.kept import DROPPED
 from saefast.harvest.sequences import Window
 from saefast.schema import Count, check
 from saefast.typed import typed
@@ -21,6 +24,8 @@ __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harve
 
 # These change how a harvest runs and how far, not what its rows are.
 _HOW = ("max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device", "dtype", "hooks")
+# Settings that came later: written where they are not the default, so that folders begun without them can go on.
+_LATER = {"exclude_tokens": (), "drop_first": 0}
 
 
 @dataclass
@@ -57,11 +62,16 @@ def harvest(
     tokenizer: Any = None,
     text: Any = None,
     progress: bool = True,
+    identity: Mapping[str, Any] | None = None,
 ) -> HarvestReport:
     """Harvests into out_dir, going on where an earlier call with the same settings stopped.
 
     model, tokenizer, text: objects to use instead of the names in config (a model with its hooks, any iterable of
-    strings). Ctrl-C makes a shard of what is there before it is raised again; a kill loses what came after the last
+    strings). The folder keeps digests of model and tokenizer, and goes on with those alone, whatever they are called;
+    only where nothing is left to do, a model that config names is not loaded, and so not looked at. identity: what
+    another folder's index.json or a run keeps of the model and tokenizer that these have to be.
+
+    Ctrl-C makes a shard of what is there before it is raised again; a kill loses what came after the last
     shard. Raises InputError for bad input, other settings than the folder was begun with, and a full disk; shards that
     were finished stay.
     """
@@ -69,9 +79,12 @@ def harvest(
     folder = usable(out_dir)
     finished = _finished(folder, config, model, text)
     if finished:
+        given = {"weights": None, **identity_of(model, tokenizer)}
+        check_same(read_index(folder).get("identity"), given, folder)
         clear_finished(folder)
         return finished
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
+    check_same(identity, harvester.identity, folder)
     started = time.perf_counter()
     try:
         with ShardWriter(
@@ -82,6 +95,7 @@ def harvest(
             rows_per_shard=config.rows_per_shard,
             shuffle_seed=config.seed,
         ) as writer:
+            harvester.go_on(writer.index, folder)
             run = _Run(harvester, writer)
             run.whole(progress)
     except OSError as error:
@@ -261,11 +275,13 @@ class _Bar:
 def _settings(config: HarvestConfig, model: Any, text: Any) -> dict[str, Any]:
     """What determines the rows, as JSON keeps it."""
     out = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    out = {key: value for key, value in out.items() if key not in _LATER or value != _LATER[key]}
     if model is not None:
         out["model"] = given_model_name(model)
     if text is not None:
         out["text"] = getattr(text, "name", None) or (str(text) if isinstance(text, str | Path) else "given")
-    return out
+    kept: dict[str, Any] = json.loads(json.dumps(out))
+    return kept
 
 
 def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> HarvestReport | None:
