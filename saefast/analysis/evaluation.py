@@ -272,13 +272,16 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
         dtype = getattr(torch, str(index.get("forward") or "float32"))
         model = models.load_model(name, revision=revision, dtype=dtype, device=sae.device, head="AutoModelForCausalLM")
         tokenizer = models.load_tokenizer(name, revision=revision)
-        module = model.get_submodule(find_hook(model, hook).path)
+        places = find_hook(model, hook).places
     except InputError as error:
         result.lm_left_out = str(error)
         return
     special = [] if source.folder.keeps_special_tokens else tokenizer.all_special_ids
     batches = batch_sequences(_heldout_sequences(source, lm_tokens), batch_size=8, pad_id=tokenizer.pad_token_id or 0)
-    result.lm = lm_scores(model, module, lambda x: sae(x).x_hat, batches, special)
+    try:
+        result.lm = lm_scores(model, places, lambda x: sae(x).x_hat, batches, special)
+    except InputError as error:
+        result.lm_left_out = str(error)
 
 
 def _heldout_sequences(source: MappedSource, n_tokens: int) -> Iterator[Tensor]:

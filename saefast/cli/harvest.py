@@ -65,6 +65,9 @@ def harvest_config(args: HarvestArgs) -> tuple[HarvestConfig, Text | None]:
 def describe(report: HarvestReport) -> str:
     """What a harvest left, in one line."""
     done = f"{report.rows + report.heldout_rows:,} rows in {report.folder} ({report.heldout_rows:,} of them held out)"
+    told = {"not_finite": "not finite", "outlier_norm": "beyond max_norm_multiple", "excluded": "excluded"}
+    left_out = [f"{n:,} {why}" for reason, why in told.items() if (n := report.dropped.get(reason, 0))]
+    done += f", left out {', '.join(left_out)}" if left_out else ""
     if not report.tokens:
         return f"{done}: already complete, nothing to do"
     return f"{done}: {report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s"

@@ -27,7 +27,7 @@ from saefast.data.shards import (
     ROWS_PER_SHARD,
     SPLITS,
     STATS,
-    VERSION_OF_ONE,
+    VERSION,
     ShardFolder,
     check_index,
     dequantise,
@@ -178,7 +178,7 @@ class ShardWriter:
     ) -> dict[str, Any]:
         fresh: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION_OF_ONE,
+            "version": VERSION,
             "complete": False,
             "settings": settings,
             "dtype": dtype,
@@ -194,11 +194,6 @@ class ShardWriter:
         if not (self.folder / "index.json").exists():
             return fresh
         index = read_index(self.folder)
-        if index["version"] != VERSION_OF_ONE:
-            raise InputError(
-                f"{self.folder} was harvested in parts, by several processes: go on with --data-parallel, or choose"
-                " another folder"
-            )
         _same_settings(self.folder, index, fresh)
         return index
 
@@ -351,8 +346,8 @@ def _same_settings(folder: Path, index: dict[str, Any], fresh: dict[str, Any]) -
     keys = ("dtype", "rows_per_shard", "shuffle")
     before = {**{key: index.get(key) for key in keys}, **index.get("settings", {})}
     now = {**{key: fresh[key] for key in keys}, **fresh["settings"]}
-    for key, value in now.items():
-        if before.get(key) != value:
+    for key in before | now:
+        if before.get(key) != (value := now.get(key)):
             raise InputError(
                 f"{folder} was begun with {key} = {before.get(key)!r}, now {value!r} is asked for:"
                 " choose another folder, or delete it"

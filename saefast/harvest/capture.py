@@ -1,4 +1,4 @@
-"""Running a model only as far as its last hook, and taking what the hooks see."""
+"""Running a model only as far as its last hook, and taking what stands there."""
 
 import contextlib
 import inspect
@@ -10,9 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
-from saefast.harvest.hooks import find_hook
-from saefast.harvest.language_models import hidden_states
+from saefast.forward import check_ids, eval_mode
+from saefast.harvest.decoders import decoder_of
+from saefast.harvest.hooks import Hook, expand_hooks, expand_names
 from saefast.harvest.workers import workers_for
+from saefast.places import Place, Shape, Taken, activations, visited
+
+# Tokens that are run to the model's end before the first batch.
+_FEW = 64
 
 
 class Runner(Protocol):
@@ -47,70 +52,112 @@ def runner_for(model: Any, hooks: Sequence[str]) -> Runner:
     raise InputError(f"model is a {type(model).__name__}, expected a Hugging Face model or one with run_with_hooks")
 
 
-class ModuleRunner:
-    """Forward hooks on the modules of a torch model; the last one to fire ends the forward pass."""
+class _PlacesRunner:
+    """What runners of both kinds of model share: which values of a pass are a hook's, and when a pass may be stopped.
+
+    Before the first batch a few of its tokens run through the whole model, which shows how often each module runs: a
+    pass that is stopped at the last hook would not tell. Later passes stop there.
+    """
+
+    def __init__(self, model: Any, hooks: Sequence[Hook]) -> None:
+        self._model, self._hooks = model, hooks
+        self.hooks = [{"name": hook.name, "hf_name": hook.path} for hook in hooks]
+        self._places = tuple(dict.fromkeys(place for hook in hooks for place in hook.places))
+        self._counting, self._counted = threading.Lock(), False
+
+    def _count(self, run: Callable[[], Taken]) -> None:
+        """Once: sees by a whole pass that each place's turn comes, and that it is clear which turn is meant."""
+        with self._counting:
+            if not self._counted:
+                taken = run()
+                for place in self._places:
+                    taken.check(place)
+                self._counted = True
+
+    def _rows(self, taken: Taken, own: Callable[[Tensor], Tensor] = lambda value: value) -> dict[str, Tensor]:
+        """Per hook the values of its places, own(value) of each, side by side (batch, length, d)."""
+        rows = {}
+        for hook in self._hooks:
+            parts = [own(taken.value(place)) for place in hook.places]
+            if len({part.shape[:2] for part in parts}) > 1:
+                shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+                raise InputError(f"hook {hook.name!r} joins activations of shapes {shapes}: expected the same tokens")
+            rows[hook.name] = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return rows
+
+
+class ModuleRunner(_PlacesRunner):
+    """Forward hooks on the modules of a torch model; the last place to have its turn ends the forward pass.
+
+    While attached, the model is in eval mode.
+    """
 
     equal_lengths = False
 
     def __init__(self, model: nn.Module, hooks: Sequence[str]) -> None:
-        self._model = model
-        found = [find_hook(model, name) for name in hooks]
-        self.hooks = [{"name": hook.name, "hf_name": hook.path} for hook in found]
+        super().__init__(model, expand_hooks(model, hooks))
+        takes = inspect.signature(model.forward).parameters
         # Keys and values for generating more text are of no use here.
-        takes_cache = "use_cache" in inspect.signature(model.forward).parameters
-        self._extra = {"use_cache": False} if takes_cache else {}
+        self._extra = {"use_cache": False} if "use_cache" in takes else {}
+        self._decoder = decoder_of(model, self._places)
         self.workers = workers_for(self._device())
-        # What this thread's forward pass has found; on threads that are not in run(), hooks do nothing.
+        # What this thread's forward pass takes; on threads that are not in run(), hooks do nothing.
         self._running = threading.local()
-        paths = {hook.path for hook in found}
-        if len(paths) < len(found):
-            raise InputError(f"hooks {', '.join(hooks)}: two of them are the same module")
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for hook in self.hooks:
-                module = self._model.get_submodule(hook["hf_name"])
-                stack.callback(module.register_forward_hook(self._listener(hook["name"])).remove)
+        with eval_mode(self._model), visited(self._model, self._places, self._visit):
             yield
 
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        # Attention is fastest without a mask.
-        mask_argument = {} if bool(mask.all()) else {"attention_mask": mask}
+        check_ids(self._model, ids)
         with _explained(self._model, ids):
-            return self.run_inputs({"input_ids": ids, **mask_argument})
+            few = self._inputs(ids[:1, :_FEW], mask[:1, :_FEW])
+            taken = self._take(self._inputs(ids, mask), few)
+        decoder, length = self._decoder, ids.shape[1]
+        return self._rows(taken, lambda value: decoder.of_tokens(value, length) if decoder else value)
 
-    def run_inputs(
-        self, inputs: Mapping[str, Tensor], shaped: Callable[[Any, str], Tensor] = hidden_states
-    ) -> dict[str, Tensor]:
+    def run_inputs(self, inputs: Mapping[str, Tensor], shaped: Shape = activations) -> dict[str, Tensor]:
         """Activations per hook for arguments of the model's forward by name, moved to its device.
 
-        shaped(output, hook): activations (batch, length, d) out of what the hooked module gives. Errors of the model
-        are raised as they are.
+        shaped: makes activations (batch, length, d) of what a hooked module gives; see `activations`. Errors of the
+        model are raised as they are.
         """
-        device = self._device()
-        seen = self._running.seen = _Seen([hook["name"] for hook in self.hooks], shaped)
+        return self._rows(self._take(inputs, inputs, shaped))
+
+    def _take(self, inputs: Mapping[str, Tensor], few: Mapping[str, Tensor], shaped: Shape = activations) -> Taken:
+        """A pass as far as the hooks; before the first, one of `few` inputs to the model's end."""
+        self._count(lambda: self._pass(few, shaped, stops=False))
+        return self._pass(inputs, shaped, stops=True)
+
+    def _pass(self, inputs: Mapping[str, Tensor], shaped: Shape, stops: bool) -> Taken:
+        taken, device = Taken(self._places, shaped), self._device()
+        self._running.taken, self._running.stops = taken, stops
         try:
             with torch.inference_mode(), contextlib.suppress(_Stop):
                 self._model(**{name: value.to(device) for name, value in inputs.items()}, **self._extra)
         finally:
-            self._running.seen = None
-        return seen.all()
+            self._running.taken = None
+        return taken
+
+    def _visit(self, place: Place, given: Any) -> None:
+        taken: Taken | None = getattr(self._running, "taken", None)
+        if taken is not None:
+            taken.take(place, given)
+            if self._running.stops and taken.complete():
+                raise _Stop
+
+    def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        # Attention is fastest without a mask.
+        inputs = {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask}
+        return inputs | self._decoder.inputs(ids, mask) if self._decoder else inputs
 
     def _device(self) -> torch.device:
         parameter = next(self._model.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def _listener(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def listen(module: nn.Module, args: Any, output: Any) -> None:
-            seen = getattr(self._running, "seen", None)
-            if seen is not None:
-                seen.take(name, output)
 
-        return listen
-
-
-class HookedRunner:
+class HookedRunner(_PlacesRunner):
     """TransformerLens' way: run_with_hooks(tokens, fwd_hooks=[(name, f(activation, hook))])."""
 
     # Sequences of one length need no padding, and so no agreement about masks.
@@ -119,27 +166,46 @@ class HookedRunner:
     workers = 1
 
     def __init__(self, model: Any, hooks: Sequence[str]) -> None:
-        self._model = model
         known = getattr(model, "hook_dict", None)
-        for name in hooks:
+        names = hooks if known is None else expand_names(list(known), hooks)
+        super().__init__(model, [Hook(name, tuple(map(Place.read, name.split("+")))) for name in names])
+        for place in self._places:
+            name = place.path
             if known is not None and name not in known:
                 near = [key for key in known if key.split(".")[-1] == name.split(".")[-1]] or list(known)
                 raise InputError(f"hook {name!r} is not in this model; there are {', '.join(near[:6])}")
-        self.hooks = [{"name": name, "hf_name": name} for name in hooks]
+            if place.side == "in":
+                raise InputError(f"hook {str(place)!r}: a hook point has no input of its own, leave out :in")
         parameters = inspect.signature(model.run_with_hooks).parameters.values()
         takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
         # Asks TransformerLens not to compute logits, should no hook end the pass.
         self._extra = {"return_type": None} if takes_any or "return_type" in {p.name for p in parameters} else {}
 
     def attached(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
+        return eval_mode(self._model)
 
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        seen = _Seen([hook["name"] for hook in self.hooks])
-        fwd_hooks = [(hook["name"], seen.named_hook(hook["name"])) for hook in self.hooks]
-        with _explained(self._model, ids), torch.inference_mode(), contextlib.suppress(_Stop):
+        check_ids(self._model, ids)
+        with _explained(self._model, ids):
+            self._count(lambda: self._pass(ids[:1, :_FEW], stops=False))
+            taken = self._pass(ids, stops=True)
+        return self._rows(taken)
+
+    def _pass(self, ids: Tensor, stops: bool) -> Taken:
+        taken = Taken(self._places)
+
+        def listener(place: Place) -> Callable[..., None]:
+            def take(activation: Any, hook: Any = None) -> None:
+                taken.take(place, activation)
+                if stops and taken.complete():
+                    raise _Stop
+
+            return take
+
+        fwd_hooks = [(place.path, listener(place)) for place in self._places]
+        with torch.inference_mode(), contextlib.suppress(_Stop):
             self._model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **self._extra)
-        return seen.all()
+        return taken
 
 
 @contextlib.contextmanager
@@ -165,24 +231,4 @@ def _explained(model: Any, ids: Tensor) -> Iterator[None]:
 
 
 class _Stop(Exception):
-    """Every hook has fired; what the rest of the model would compute is of no use."""
-
-
-class _Seen:
-    def __init__(self, names: list[str], shaped: Callable[[Any, str], Tensor] = hidden_states) -> None:
-        self._names, self._shaped = names, shaped
-        self._found: dict[str, Tensor] = {}
-
-    def named_hook(self, name: str) -> Callable[..., None]:
-        return lambda activation, hook=None: self.take(name, activation)
-
-    def take(self, name: str, output: Any) -> None:
-        self._found[name] = self._shaped(output, name)
-        if len(self._found) == len(self._names):
-            raise _Stop
-
-    def all(self) -> dict[str, Tensor]:
-        missing = [name for name in self._names if name not in self._found]
-        if missing:
-            raise InputError(f"hook {missing[0]!r} never fired: the model's forward pass does not run that module")
-        return {name: self._found[name] for name in self._names}
+    """Every place has had its turn; what the rest of the model would compute is of no use."""

@@ -1,7 +1,9 @@
 """A language model, a text and the modules to listen to, made into a stream of rows."""
 
-from collections.abc import Generator, Iterator
+import warnings
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -9,16 +11,29 @@ import torch
 from torch import Tensor
 
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.shards import ROWS_PER_SHARD
+from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD, Identity
 from saefast.errors import InputError
 from saefast.harvest.capture import Runner, runner_for
+from saefast.harvest.identity import dtype_of, identity_of, why_other
+from saefast.harvest.kept import (
+    DROPPED,
+    NORM_TOKENS,
+    FirstPositions,
+    Overflow,
+    TokenChoice,
+    finite_rows,
+    multiple_of,
+    norms_of,
+    ordinary_norms,
+    say_overflow,
+    token_ids,
+)
 from saefast.harvest.language_models import DEFAULT_MODEL, context_limit, load_model, load_tokenizer
 from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
 from saefast.harvest.text import Fingerprint, Text, open_text, skip_documents
 from saefast.harvest.workers import in_order
 from saefast.schema import Seed, check_fields
 
-DROPPED = ("special", "padding", "outlier_norm")
 _MOST_POSITIONS = 1 << 15
 _FORWARD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,8 +55,11 @@ class HarvestConfig:
         forward: dtype the model runs in; "auto" is bfloat16 where the processor is fast at it, else float32.
         heldout: share of the documents that is never trained on, but kept for evaluation.
         keep_special_tokens: keep the rows of beginning, end and other special tokens.
-        max_norm_multiple: drop rows whose norm exceeds this many times the median norm of their batch in any hook
-            (attention sinks have such norms); None keeps all.
+        exclude_tokens: drop the rows of these tokens too, wherever they stand: ids, or names or texts of single tokens.
+        drop_first: drop the rows of so many tokens at the beginning of each sequence, special ones in front of them not
+            counted (attention sinks of models without BOS stand there; SAELens' seqpos_slice=(n,)).
+        max_norm_multiple: drop rows whose norm exceeds this many times the usual one in any hook (attention sinks have
+            such norms); "auto" is 10, None keeps all. The usual norm is the median over the text's first 16,384 tokens.
         prepend_bos: begin sequences with BOS; None does as the tokenizer does.
         seed: of the held-out choice, the default text's order, and the order of rows inside a shard.
 
@@ -62,7 +80,9 @@ class HarvestConfig:
     forward: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     heldout: float = 0.05
     keep_special_tokens: bool = False
-    max_norm_multiple: float | None = None
+    exclude_tokens: tuple[int | str, ...] = ()
+    drop_first: int = 0
+    max_norm_multiple: float | Literal["auto"] | None = None
     prepend_bos: bool | None = None
     seed: Seed = 0
 
@@ -79,8 +99,9 @@ class HarvestConfig:
 class HarvestBatch(NamedTuple):
     """Rows of one forward pass: per hook (n, d), row-aligned, with seq (n,) int64 and pos (n,) int64 of each.
 
-    split: "train" or "heldout". counts (sequences,): rows kept of each sequence; dropped (sequences, 3): tokens left
-    out, in the order of DROPPED. done: how many sequences of window.order() are now run. tokens: run, without padding.
+    split: "train" or "heldout". counts (sequences,): rows kept of each sequence; dropped (sequences, len(DROPPED)):
+    tokens left out, in the order of DROPPED. done: how many sequences of window.order() are now run. tokens: run,
+    without padding. overflow: the first row that was not finite, if any, and where it stood.
     """
 
     rows: dict[str, Tensor]
@@ -92,6 +113,7 @@ class HarvestBatch(NamedTuple):
     window: Window
     done: int
     tokens: int
+    overflow: tuple[Overflow, str] | None = None
 
 
 class _Job(NamedTuple):
@@ -108,10 +130,19 @@ class _Job(NamedTuple):
 class Harvester:
     """A model, its tokenizer and a text, ready to be run. `model`, `tokenizer` and `text` override the names in config.
 
-    Raises InputError for anything that does not load, an unknown hook, or an impossible length.
+    stored: rows will be stored in config.dtype, and have to be finite in it. Raises InputError for anything that does
+    not load, an unknown hook or token, or an impossible length.
     """
 
-    def __init__(self, config: HarvestConfig, *, model: Any = None, tokenizer: Any = None, text: Any = None) -> None:
+    def __init__(
+        self,
+        config: HarvestConfig,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        text: Any = None,
+        stored: bool = False,
+    ) -> None:
         check_config(config)
         self.config = config
         self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
@@ -135,6 +166,43 @@ class Harvester:
             share=config.heldout,
             seed=config.seed,
         )
+        excluded = np.array(token_ids(self.tokenizer, config.exclude_tokens), dtype=np.int64)
+        self.choice = TokenChoice(self.sequencer.special, excluded, config.keep_special_tokens, config.drop_first)
+        # int8 has a scale per row, and no overflow.
+        self._stored = ACT_DTYPES[config.dtype] if stored and config.dtype != "int8" else None
+        # Of each hook, over the text's first tokens: known before the first batch.
+        self._median_norms: dict[str, float] = {}
+        self._says_identity, self._said_overflow = True, False
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Digests of the model and its tokenizer, as they are when it is first asked for."""
+        return identity_of(self.model, self.tokenizer)
+
+    def go_on(self, begun: Mapping[str, Any], folder: Any) -> None:
+        """Takes over what an index.json that rows were committed to has fixed. For a new one nothing happens.
+
+        Raises:
+            InputError: its rows are another model's or tokenizer's, or kept by another rule for norms.
+        """
+        if not begun.get("cursor"):
+            return
+        check_same(begun.get("identity"), self.identity, folder)
+        if begun.get("identity") is None:
+            # Whose the earlier rows are is not known, so nothing is said of all.
+            self._says_identity = False
+            warnings.warn(
+                f"{folder} was begun before digests of models were kept: that its rows are this model's is not checked",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if self.config.max_norm_multiple is not None:
+            if not (medians := begun.get("median_norms")):
+                raise InputError(
+                    f"{folder} was begun when max_norm_multiple went by each batch's median norm, which is now one for "
+                    "the whole harvest: choose another folder"
+                )
+            self._median_norms = dict(medians)
 
     def facts(self) -> dict[str, Any]:
         """What the index says about where the rows came from."""
@@ -142,11 +210,14 @@ class Harvester:
             "model": self.model_name,
             "revision": getattr(getattr(self.model, "config", None), "_commit_hash", None) or self.config.revision,
             "model_class": type(self.model).__name__,
-            "forward": _dtype_of(self.model),
+            "forward": dtype_of(self.model),
             "tokenizer": str(getattr(self.tokenizer, "name_or_path", "")),
             "ctx_len": self.ctx_len,
             "text": self.text.name,
             "max_norm_multiple": self.config.max_norm_multiple,
+            **({"median_norms": self._median_norms} if self._median_norms else {}),
+            **({"identity": self.identity} if self._says_identity else {}),
+            **self.choice.facts(),
         }
 
     @property
@@ -186,12 +257,50 @@ class Harvester:
             cursor.get("window_docs") if done else None,
             None if limit is None else limit - cursor["tokens"],
         )
-        yield from self.rows_of(windows, done)
-
-    def rows_of(self, windows: Iterator[Window], done: int = 0) -> Generator[HarvestBatch]:
-        """Rows of windows, without those of the first `done` sequences in the first window's order."""
         with self.runner.attached():
-            yield from in_order(self._run, self._jobs(windows, done), self.runner.workers)
+            if self.config.max_norm_multiple is not None and not self._median_norms:
+                self._median_norms = self._first_norms()
+            yield from self._watched(in_order(self._run, self._jobs(windows, done), self.runner.workers))
+
+    def _watched(self, batches: Iterator[HarvestBatch]) -> Generator[HarvestBatch]:
+        """The batches, with a warning about what is odd in them."""
+        first = None if self.sequencer.prefix or self.choice.drop_first else FirstPositions()
+        for batch in batches:
+            if batch.overflow is not None and not self._said_overflow:
+                self._said_overflow = True
+                say_overflow(*batch.overflow, dtype_of(self.model), self._stored)
+            if first is not None and first.see(batch.rows, batch.pos):
+                first.say()
+                first = None
+            yield batch
+        if first is not None:
+            first.say()
+
+    def _first_norms(self) -> dict[str, float]:
+        """The median norm at each hook of the rows of the text's first NORM_TOKENS tokens.
+
+        Always of the same tokens, whatever max_tokens, batch_tokens and earlier calls are.
+        """
+        ids: list[list[int]] = []
+        for window in self.sequencer.windows(iter(self.text), Fingerprint(), max_tokens=NORM_TOKENS):
+            ids += window.ids
+        ends = np.cumsum([len(sequence) for sequence in ids])
+        ids = sorted(ids[: int(np.searchsorted(ends, NORM_TOKENS)) + 1], key=len, reverse=True)
+        norms: dict[str, list[Tensor]] = {}
+        lengths = [len(sequence) for sequence in ids]
+        for start, stop in batches_of(lengths, self.config.batch_tokens, self.runner.equal_lengths):
+            padded, mask = self._padded(ids[start:stop])
+            rows, _ = self._rows(padded, mask, self.choice(padded, mask)[1])
+            finite, _ = finite_rows(rows, self._stored)
+            for hook, values in rows.items():
+                norms.setdefault(hook, []).append(norms_of(values).cpu()[finite])
+        found = {hook: torch.cat(parts) for hook, parts in norms.items()}
+        if not all(map(len, found.values())):
+            raise InputError(
+                f"max_norm_multiple is {self.config.max_norm_multiple!r}, but no row is kept of the first "
+                f"{int(ends[-1])} tokens of {self.text.name} to take the median norm of"
+            )
+        return {hook: float(values.median()) for hook, values in found.items()}
 
     def _jobs(self, windows: Iterator[Window], done: int) -> Iterator[_Job]:
         for window in windows:
@@ -213,39 +322,69 @@ class Harvester:
                 if known < stop - start:
                     yield _Job(window, numbers[start:stop], split, first + stop, known)
 
-    def _run(self, job: _Job) -> HarvestBatch:
-        window, numbers, split, done, known = job
+    def _padded(self, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         pad_id = self.tokenizer.pad_token_id
-        ids, mask = pad([window.ids[i] for i in numbers], 0 if pad_id is None else pad_id)
+        return pad(ids, 0 if pad_id is None else pad_id)
+
+    def _rows(self, ids: np.ndarray, mask: np.ndarray, kept: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Rows at each hook where `kept` (sequences, length) is True, and their places in it, flattened."""
         hidden = self.runner.run(torch.from_numpy(ids), torch.from_numpy(mask))
-        keep = mask if self.config.keep_special_tokens else mask & ~np.isin(ids, self.sequencer.special)
-        dropped = {"special": mask.sum(1) - keep.sum(1), "padding": (~mask).sum(1)}
-        places = torch.from_numpy(np.flatnonzero(keep))
-        rows = {}
+        places, rows = torch.from_numpy(np.flatnonzero(kept)), {}
         for name, values in hidden.items():
             if values.shape[:2] != mask.shape:
                 raise InputError(f"hook {name!r} gives shape {tuple(values.shape)} for {mask.shape} tokens")
             rows[name] = values.flatten(0, 1).index_select(0, places.to(values.device))
+        return rows, places
+
+    def _run(self, job: _Job) -> HarvestBatch:
+        window, numbers, split, done, known = job
+        ids, mask = self._padded([window.ids[i] for i in numbers])
+        text, kept = self.choice(ids, mask)
+        rows, places = self._rows(ids, mask, kept)
+        good, overflow = finite_rows(rows, self._stored)
+        left_out = {"not_finite": places[~good]}
         if self.config.max_norm_multiple is not None:
-            usual = _usual(rows, self.config.max_norm_multiple)
-            rows = {name: values[usual.to(values.device)] for name, values in rows.items()}
-            places = places[usual]
-        owner, pos = np.divmod(places.numpy(), mask.shape[1])
-        counts = np.bincount(owner, minlength=len(numbers))
-        dropped["outlier_norm"] = keep.sum(1) - counts
-        seq = torch.from_numpy(np.asarray(numbers)[owner] + window.first_seq)
+            usual = ordinary_norms(rows, self._limits())
+            left_out["outlier_norm"] = places[good & ~usual]
+            good &= usual
+        if not bool(good.all()):
+            rows = {name: values[good.to(values.device)] for name, values in rows.items()}
+        width = mask.shape[1]
+        owner, pos = np.divmod(places[good].numpy(), width)
+        dropped = {"special": mask & ~text, "excluded": text & ~kept, "padding": ~mask}
+        counts = {reason: where.sum(1) for reason, where in dropped.items()}
+        for reason in ("not_finite", "outlier_norm"):
+            sequence = left_out.get(reason, places[:0]).numpy() // width
+            counts[reason] = np.bincount(sequence, minlength=len(numbers))
         batch = HarvestBatch(
             rows,
-            seq,
+            torch.from_numpy(np.asarray(numbers)[owner] + window.first_seq),
             torch.from_numpy(pos),
             split,
-            counts,
-            np.stack([dropped[key] for key in DROPPED], 1),
+            np.bincount(owner, minlength=len(numbers)),
+            np.stack([counts[reason] for reason in DROPPED], 1),
             window,
             done,
             int(mask[known:].sum()),
+            None if overflow is None else (overflow, _where(window, numbers, int(places[overflow.row]), width)),
         )
         return _without_first(batch, known)
+
+    def _limits(self) -> dict[str, float]:
+        """The largest norm at each hook that is kept."""
+        multiple = multiple_of(self.config.max_norm_multiple or "auto")
+        return {hook: multiple * median for hook, median in self._median_norms.items()}
+
+
+def check_same(kept: Mapping[str, Any] | None, now: Mapping[str, Any], folder: Any) -> None:
+    """Raises InputError where what a folder's index says of its model and tokenizer is not what is there now."""
+    if kept is not None and (why := why_other(kept, now)):
+        raise InputError(f"{folder} was harvested from another model than this one, {why}: choose another folder")
+
+
+def _where(window: Window, numbers: list[int], place: int, width: int) -> str:
+    sequence, pos = divmod(place, width)
+    return f"sequence {window.first_seq + numbers[sequence]}, position {pos}"
 
 
 def _without_first(batch: HarvestBatch, n: int) -> HarvestBatch:
@@ -270,8 +409,11 @@ def check_config(config: HarvestConfig) -> None:
     """Raises InputError for a value that no harvest can have."""
     if not 0 <= config.heldout < 1:
         raise InputError(f"heldout is {config.heldout}, expected a share of at least 0 and less than 1")
-    if config.max_norm_multiple is not None and not config.max_norm_multiple > 0:
-        raise InputError(f"max_norm_multiple is {config.max_norm_multiple}, expected a positive number")
+    multiple = config.max_norm_multiple
+    if multiple is not None and not 0 < multiple_of(multiple) < float("inf"):
+        raise InputError(f"max_norm_multiple is {multiple}, expected a positive number, 'auto' or None")
+    if config.drop_first < 0:
+        raise InputError(f"drop_first is {config.drop_first}, expected at least 0")
     if not config.commit_seconds >= 0:
         raise InputError(f"commit_seconds is {config.commit_seconds}, expected at least 0")
     for name in ("max_tokens", "batch_tokens", "ctx_len", "rows_per_shard"):
@@ -280,11 +422,6 @@ def check_config(config: HarvestConfig) -> None:
             raise InputError(f"{name} is {value}, expected at least 1")
         if value is not None and value >= 2**63:
             raise InputError(f"{name} is {value}, expected less than 2**63")
-
-
-def _dtype_of(model: Any) -> str | None:
-    parameter = next(iter(model.parameters()), None) if hasattr(model, "parameters") else None
-    return None if parameter is None else str(parameter.dtype).removeprefix("torch.")
 
 
 def _context(config: HarvestConfig, model: Any, tokenizer: Any) -> int:
@@ -322,12 +459,3 @@ def _forward_dtype(name: str, device: torch.device) -> str:
     # torch has no public way to ask, and without such instructions bfloat16 is slower than float32.
     asks = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16")]
     return "bfloat16" if any(ask is not None and ask() for ask in asks) else "float32"
-
-
-def _usual(rows: dict[str, Tensor], multiple: float) -> Tensor:
-    """Which rows (n,) have no norm beyond `multiple` times the batch's median norm, in any hook."""
-    usual = []
-    for values in rows.values():
-        norms = values.float().norm(dim=1)
-        usual.append((norms <= float(multiple) * norms.median() if len(norms) else norms.bool()).cpu())
-    return torch.stack(usual).all(0)

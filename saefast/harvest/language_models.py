@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from saefast.errors import InputError
 
@@ -116,18 +116,6 @@ def _file_of(path: str) -> tuple[str, dict[str, str]]:
     if len(files) > 1:
         raise ValueError(f"it holds {len(files)} .gguf files: name one of them")
     return path, {"gguf_file": files[0].name} if files else {}
-
-
-def hidden_states(output: Any, hook: str) -> Tensor:
-    """Activations (batch, length, d) in a module's output: a tensor, or the first of a tuple.
-
-    (batch, length, heads, d_head) is flattened. Raises InputError for anything else.
-    """
-    hidden = output[0] if isinstance(output, tuple | list) and output else output
-    if not isinstance(hidden, Tensor) or hidden.dim() < 3 or not hidden.is_floating_point():
-        seen = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise InputError(f"hook {hook!r} gives {seen}, expected activations of shape (batch, length, width)")
-    return hidden.flatten(2)
 
 
 def context_limit(model: nn.Module) -> int | None:

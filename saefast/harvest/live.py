@@ -70,7 +70,7 @@ def live_source(
 
 
 def _name(harvester: Harvester, hooks: list[str]) -> str:
-    return f"{harvester.facts().get('model', 'the model')} on {harvester.name}, {', '.join(hooks)}"
+    return f"{harvester.model_name} on {harvester.name}, {', '.join(hooks)}"
 
 
 class Shared:

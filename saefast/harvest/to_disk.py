@@ -1,7 +1,8 @@
 """Harvest into a shard folder: `harvest` begins one, or goes on with one that was stopped or killed."""
 
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,7 +13,9 @@ from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvester import DROPPED, HarvestBatch, HarvestConfig, Harvester, given_model_name
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name
+from saefast.harvest.identity import identity_of
+from saefast.harvest.kept import DROPPED
 from saefast.harvest.sequences import Window
 from saefast.schema import Count, check
 from saefast.typed import typed
@@ -21,6 +24,8 @@ __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harve
 
 # These change how a harvest runs and how far, not what its rows are.
 _HOW = ("max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device", "dtype", "hooks")
+# Settings that came later: written where they are not the default, so that folders begun without them can go on.
+_LATER = {"exclude_tokens": (), "drop_first": 0}
 
 
 @dataclass
@@ -57,11 +62,16 @@ def harvest(
     tokenizer: Any = None,
     text: Any = None,
     progress: bool = True,
+    identity: Mapping[str, Any] | None = None,
 ) -> HarvestReport:
     """Harvests into out_dir, going on where an earlier call with the same settings stopped.
 
     model, tokenizer, text: objects to use instead of the names in config (a model with its hooks, any iterable of
-    strings). Ctrl-C makes a shard of what is there before it is raised again; a kill loses what came after the last
+    strings). The folder keeps digests of model and tokenizer, and goes on with those alone, whatever they are called;
+    only where nothing is left to do, a model that config names is not loaded, and so not looked at. identity: what
+    another folder's index.json or a run keeps of the model and tokenizer that these have to be.
+
+    Ctrl-C makes a shard of what is there before it is raised again; a kill loses what came after the last
     shard. Raises InputError for bad input, other settings than the folder was begun with, and a full disk; shards that
     were finished stay.
     """
@@ -69,11 +79,12 @@ def harvest(
     folder = usable(out_dir)
     finished = _finished(folder, config, model, text)
     if finished:
+        given = {"weights": None, **identity_of(model, tokenizer)}
+        check_same(read_index(folder).get("identity"), given, folder)
         clear_finished(folder)
         return finished
-    if (folder / "parts").is_dir():
-        raise InputError(f"{folder} is harvested in parts: go on with --data-parallel, or choose another folder")
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
+    check_same(identity, harvester.identity, folder)
     started = time.perf_counter()
     try:
         with ShardWriter(
@@ -84,14 +95,15 @@ def harvest(
             rows_per_shard=config.rows_per_shard,
             shuffle_seed=config.seed,
         ) as writer:
-            writing = Writing(harvester, writer, config.max_tokens)
-            writing.whole(progress)
+            harvester.go_on(writer.index, folder)
+            run = _Run(harvester, writer)
+            run.whole(progress)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror or error}; finished shards are kept, the same command goes on"
         ) from None
     report = _report(folder, read_index(folder))
-    report.seconds, report.tokens = time.perf_counter() - started, writing.tokens
+    report.seconds, report.tokens = time.perf_counter() - started, run.tokens
     report.skipped = harvester.skipped
     return report
 
@@ -123,15 +135,11 @@ class Finished(TypedDict):
     complete: bool
 
 
-class Writing:
-    """One call of harvest: feeds batches to the writer, commits, and keeps the cursor.
+class _Run:
+    """One call of harvest: feeds batches to the writer, commits, and keeps the cursor."""
 
-    limit: tokens after which a text that goes on counts as harvested. often: whether to commit every commit_seconds.
-    """
-
-    def __init__(self, harvester: Harvester, writer: ShardWriter, limit: int | None = None, often: bool = True) -> None:
+    def __init__(self, harvester: Harvester, writer: ShardWriter) -> None:
         self._harvester, self._writer = harvester, writer
-        self._limit, self._seconds = limit, harvester.config.commit_seconds if often else float("inf")
         self._cursor = writer.cursor
         dropped = writer.index.get("dropped", {})
         self._dropped = np.array([dropped.get(name, 0) for name in DROPPED], dtype=np.int64)
@@ -145,24 +153,20 @@ class Writing:
     def whole(self, progress: bool) -> None:
         writer = self._writer
         try:
-            with Bar(self._harvester, self._cursor, progress) as bar:
-                self.take(self._harvester.batches(self._cursor), bar.update)
+            with _Bar(self._harvester, self._cursor, progress) as bar:
+                for batch in self._harvester.batches(self._cursor):
+                    self._enter(batch.window)
+                    self._feed(batch)
+                    self.tokens += batch.tokens
+                    bar.update(batch)
+            self._leave()
             if not writer.waiting and not writer.index["n_rows"]:
                 raise InputError(f"{self._harvester.name}: no row was kept, {self._dropped.sum()} tokens dropped")
-            self.commit(complete=True)
+            self._commit(complete=True)
         except KeyboardInterrupt:
             if writer.waiting and not self._feeding:
-                self.commit()
+                self._commit()
             raise
-
-    def take(self, batches: Iterable[HarvestBatch], seen: Callable[[HarvestBatch], None]) -> None:
-        """Hands batches to the writer, and each to `seen` after that."""
-        for batch in batches:
-            self._enter(batch.window)
-            self._feed(batch)
-            self.tokens += batch.tokens
-            seen(batch)
-        self._leave()
 
     def _enter(self, window: Window) -> None:
         """At a window's first batch: its tokens are kept, and the cursor moves to its beginning."""
@@ -205,7 +209,7 @@ class Writing:
             room = self._writer.room(batch.split)
             last = int(np.searchsorted(ends, ends[first] + room, side="right")) - 1
             if last == first and self._writer.waiting:
-                self.commit()
+                self._commit()
                 continue
             last = max(last, first + 1)
             part = slice(int(ends[first]), int(ends[last]))
@@ -215,11 +219,11 @@ class Writing:
             first = last
             if self._cursor is not None:
                 self._cursor["done"] = batch.done - (n - last)
-        if time.monotonic() - self._committed_at > self._seconds:
-            self.commit()
+        if time.monotonic() - self._committed_at > self._harvester.config.commit_seconds:
+            self._commit()
         self._feeding = False
 
-    def commit(self, complete: bool = False) -> None:
+    def _commit(self, complete: bool = False) -> None:
         harvester, cursor = self._harvester, dict(self._cursor or {})
         dropped = dict(zip(DROPPED, self._dropped.tolist(), strict=True))
         self._writer.commit(
@@ -228,10 +232,11 @@ class Writing:
         self._committed_at = time.monotonic()
 
     def _end(self, cursor: dict[str, Any]) -> str:
-        return "text" if self._limit is None or cursor.get("tokens", 0) < self._limit else "max_tokens"
+        limit = self._harvester.config.max_tokens
+        return "text" if limit is None or cursor.get("tokens", 0) < limit else "max_tokens"
 
 
-class Bar:
+class _Bar:
     """Progress on the terminal: tokens, tokens per second, time left. tqdm is imported only when it is shown."""
 
     def __init__(self, harvester: Harvester, cursor: dict[str, Any] | None, shown: bool) -> None:
@@ -247,7 +252,7 @@ class Bar:
             total = None if self._limit is None else max(self._limit - before, 0)
             self._bar = tqdm(desc="harvest", unit=" tokens", unit_scale=True, total=total, dynamic_ncols=True)
 
-    def __enter__(self) -> "Bar":
+    def __enter__(self) -> "_Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -266,20 +271,17 @@ class Bar:
                 self._bar.total = round(self._tokens * max(self._size / self._chars, 1))
         self._bar.update(batch.tokens)
 
-    def waits(self, what: str) -> None:
-        """Says that nothing is left to do but wait for others."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"waiting for {what}")
-
 
 def _settings(config: HarvestConfig, model: Any, text: Any) -> dict[str, Any]:
     """What determines the rows, as JSON keeps it."""
     out = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    out = {key: value for key, value in out.items() if key not in _LATER or value != _LATER[key]}
     if model is not None:
         out["model"] = given_model_name(model)
     if text is not None:
         out["text"] = getattr(text, "name", None) or (str(text) if isinstance(text, str | Path) else "given")
-    return out
+    kept: dict[str, Any] = json.loads(json.dumps(out))
+    return kept
 
 
 def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> HarvestReport | None:

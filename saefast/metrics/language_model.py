@@ -7,14 +7,16 @@ SAEs are not trained on them, and stay out of the averages, both as the token re
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
+from saefast.forward import check_ids, eval_mode
 from saefast.metrics.streaming import Metric
+from saefast.places import Place, Taken, replaced, visited
 
 LM_METRICS: dict[str, Metric] = {
     "ce_clean": Metric("cross-entropy of the untouched model, nats per token", "special tokens masked"),
@@ -58,64 +60,73 @@ def _pad(sequences: list[Tensor], pad_id: int) -> TokenBatch:
 
 
 @contextlib.contextmanager
-def spliced(module: nn.Module, replace: Callable[[Tensor], Tensor], where: Tensor) -> Iterator[None]:
-    """While open, the module's output x (B, T, D) is replace(x[where]) at the positions `where` (B, T) bool.
+def spliced(
+    model: nn.Module,
+    place: Place,
+    replace: Callable[[Tensor], Tensor],
+    where: Tensor,
+    calls: Mapping[Place, int] | None = None,
+) -> Iterator[None]:
+    """While open, for one forward pass: the activations x (B, T, D) at a place are replace(x[where]) at the positions
+    `where` (B, T) bool, and themselves elsewhere.
 
-    A tuple or list output has its first element replaced and stays a tuple or list; a tensor stays a tensor.
+    calls: how often the module runs in such a pass; see saefast.places.replaced.
+
+    Raises:
+        InputError: the module gives something else, or the place's turn did not come.
     """
 
     def splice(x: Tensor) -> Tensor:
-        if x.shape[:2] != where.shape:
-            raise InputError(f"the hooked module returns {tuple(x.shape)}: expected (batch, positions, width)")
         out = x.clone()
-        out[where] = replace(x[where]).to(x.dtype)
+        out[where] = replace(_rows_of(x, place, where)).to(x.dtype)
         return out
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return splice(output)
-        if isinstance(output, tuple | list) and isinstance(output[0], Tensor):
-            return type(output)([splice(output[0]), *output[1:]])
-        raise InputError(f"the hooked module returns {type(output).__name__}: expected a tensor or a tuple of them")
-
-    handle = module.register_forward_hook(hook)
-    try:
+    with replaced(model, {place: splice}, calls):
         yield
-    finally:
-        handle.remove()
 
 
 def lm_scores(
     model: nn.Module,
-    module: nn.Module,
+    places: Sequence[Place],
     reconstruct: Callable[[Tensor], Tensor],
     batches: Iterable[TokenBatch],
     special_ids: Iterable[int] = (),
 ) -> dict[str, float]:
     """Clean, spliced and zero-ablated loss of a causal language model, named as in LM_METRICS.
 
+    The model is in eval mode meanwhile.
+
     Args:
         model: called as model(input_ids=, attention_mask=) and returning `.logits` (B, T, V).
-        module: the submodule of it whose output is replaced.
+        places: whose activations are replaced, as `find_hook(model, name).places` has them. Those of several are x side
+            by side, as the untouched model has them, and each is replaced by its own part of x̂.
         reconstruct: x (n, D) -> x̂ (n, D).
         batches: the text.
         special_ids: token ids kept out of the replacement and of the averages.
 
     Raises:
-        InputError: no batch holds two ordinary tokens in a row.
+        InputError: an encoder-decoder model; ids beyond the model's embedding; a place whose turn does not come, or of
+            a module that runs several times and no turn is named; no batch holds two ordinary tokens in a row.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InputError(
+            f"{type(model).__name__} is an encoder with a decoder: it predicts one text from another, "
+            "so there is no next-token loss of a text alone"
+        )
     sums = torch.zeros(5, dtype=torch.float64, device="cpu")
     n_tokens = 0
     device = next(model.parameters()).device
     special = torch.tensor(sorted(special_ids), dtype=torch.int64, device="cpu")
-    for batch in batches:
-        ordinary = batch.mask & ~torch.isin(batch.ids, special)
-        keep = (ordinary[:, :-1] & ordinary[:, 1:]).to(device)
-        if not keep.any():
-            continue
-        ids, mask, where = batch.ids.to(device), batch.mask.to(device), ordinary.to(device)
-        sums += _batch_sums(model, module, reconstruct, TokenBatch(ids, mask), where, keep)
-        n_tokens += int(keep.sum())
+    with eval_mode(model):
+        for batch in batches:
+            ordinary = batch.mask & ~torch.isin(batch.ids, special)
+            keep = (ordinary[:, :-1] & ordinary[:, 1:]).to(device)
+            if not keep.any():
+                continue
+            check_ids(model, batch.ids)
+            on_device = TokenBatch(batch.ids.to(device), batch.mask.to(device))
+            sums += _batch_sums(model, places, reconstruct, on_device, ordinary.to(device), keep)
+            n_tokens += int(keep.sum())
     if n_tokens == 0:
         raise InputError("no text to score: no sequence holds two ordinary tokens in a row")
     return _scores((sums / n_tokens).tolist()) | {"lm_tokens": n_tokens}
@@ -124,7 +135,7 @@ def lm_scores(
 @torch.no_grad()
 def _batch_sums(
     model: nn.Module,
-    module: nn.Module,
+    places: Sequence[Place],
     reconstruct: Callable[[Tensor], Tensor],
     batch: TokenBatch,
     where: Tensor,
@@ -140,14 +151,31 @@ def _batch_sums(
     def cross_entropy(log_p: Tensor) -> Tensor:
         return -log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
-    clean = log_probs()
+    taken = Taken(places)
+    with visited(model, places, taken.take):
+        clean = log_probs()
+    parts = [_rows_of(taken.value(place), place, where) for place in places]
+    x_hat = reconstruct(torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
     entropies, divergences = [cross_entropy(clean)], []
-    for replace in (reconstruct, torch.zeros_like):
-        with spliced(module, replace, where):
+    for others in (x_hat, list(map(torch.zeros_like, parts))):
+        with contextlib.ExitStack() as stack:
+            for place, part in zip(places, others, strict=True):
+                stack.enter_context(spliced(model, place, _always(part), where, taken.calls))
             log_p = log_probs()
         entropies.append(cross_entropy(log_p))
         divergences.append((clean.exp() * (clean - log_p)).sum(dtype=torch.float64))
     return torch.stack([*entropies, *divergences]).cpu()
+
+
+def _always(value: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _x: value
+
+
+def _rows_of(x: Tensor, place: Place, where: Tensor) -> Tensor:
+    """Of the activations x (B, T, D) of a place those at the positions `where` (B, T): (n, D)."""
+    if x.shape[:2] != where.shape:
+        raise InputError(f"hook {str(place)!r} gives {tuple(x.shape)} for {tuple(where.shape)} tokens")
+    return x[where]
 
 
 def _scores(means: list[float]) -> dict[str, float]:

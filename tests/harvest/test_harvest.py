@@ -116,7 +116,9 @@ def test_rows_are_the_models_hidden_states_of_every_token(tmp_path, models, toke
     assert (report.documents, report.sequences) == (len(texts), folder.n_sequences)
     assert report.dropped == {
         "special": 2 * folder.n_sequences,
+        "excluded": 0,
         "padding": report.dropped["padding"],
+        "not_finite": 0,
         "outlier_norm": 0,
     }
     assert report.tokens == len(expected_places) + 2 * folder.n_sequences
@@ -176,7 +178,8 @@ def test_the_model_stops_after_its_last_hook_and_is_left_clean(models, tokenizer
     list(harvest_batches(CONFIG, model=model, tokenizer=tokenizer, text=["w1 w2 w3"]))
     for remover in removers:
         remover.remove()
-    assert ran == [0, 1]
+    # Once to the end, to see how often each module runs.
+    assert ran == [0, 1, 2, 0, 1]
     assert len(model.encoder.layer[1]._forward_hooks) == before - 1
 
 
@@ -231,13 +234,14 @@ def test_outliers_go_from_all_hooks_and_are_counted(tmp_path, models, tokenizer,
     config = changed(hooks=("layers.0", "layers.1"), max_norm_multiple=multiple)
     report = harvest(tmp_path, config, progress=False, **options)
     kept = {hook: both(ShardFolder(tmp_path), hook) for hook in config.hooks}
-    expected = set()
-    for batch in harvest_batches(changed(hooks=config.hooks), **options):
-        good = torch.ones(len(batch.seq), dtype=torch.bool)
-        for rows in batch.rows.values():
-            norms = rows.norm(dim=1)
-            good &= norms <= multiple * norms.median()
-        expected |= set(zip(batch.seq[good].tolist(), batch.pos[good].tolist(), strict=True))
+    batches = list(harvest_batches(changed(hooks=config.hooks), **options))
+    # One median for the whole harvest: this text is shorter than what it is taken over.
+    norms = {hook: torch.cat([batch.rows[hook] for batch in batches]).norm(dim=1) for hook in config.hooks}
+    medians = {hook: float(values.median()) for hook, values in norms.items()}
+    assert ShardFolder(tmp_path).index["median_norms"] == pytest.approx(medians, rel=1e-6)
+    good = torch.stack([values <= multiple * medians[hook] for hook, values in norms.items()]).all(0).tolist()
+    places = [place for batch in batches for place in zip(batch.seq.tolist(), batch.pos.tolist(), strict=True)]
+    expected = {place for place, stays in zip(places, good, strict=True) if stays}
     assert kept["layers.0"].keys() == kept["layers.1"].keys() == expected
     assert report.dropped["outlier_norm"] > 0
     assert len(expected) + report.dropped["outlier_norm"] + report.dropped["special"] == report.tokens
@@ -600,7 +604,9 @@ def test_a_model_with_run_with_hooks_needs_no_package(tmp_path, bos):
     report = harvest(tmp_path, changed(hooks=hooks), model=model, text=tiny_models.documents(), progress=False)
     folder = ShardFolder(tmp_path)
     assert folder.index["model"] == "hooked"
-    assert "blocks.1.hook_z" not in model.computed
+    # Once to the end, to see how often each hook point runs.
+    assert model.computed[: len(model.hook_dict)] == list(model.hook_dict)
+    assert "blocks.1.hook_z" not in model.computed[len(model.hook_dict) :]
     assert report.dropped["padding"] == 0
     assert report.dropped["special"] == bos * report.sequences
     for hook in hooks:

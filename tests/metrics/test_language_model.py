@@ -17,6 +17,7 @@ from saefast.metrics.language_model import (
     spliced,
     why_missing,
 )
+from saefast.places import Place
 
 BOS = 0
 
@@ -39,20 +40,19 @@ def text(n: int = 6) -> list[Tensor]:
     return [torch.cat([torch.tensor([BOS]), torch.randint(1, 97, (5 + 3 * i,))]) for i in range(n)]
 
 
-def block(model: nn.Module) -> nn.Module:
-    return model.get_submodule("transformer.h.0")
+BLOCK = [Place("transformer.h.0")]
 
 
 def test_identity_loses_nothing_and_zero_recovers_nothing(gpt2: nn.Module) -> None:
     batches = list(batch_sequences(text(), 4))
-    same = lm_scores(gpt2, block(gpt2), lambda x: x, batches, [BOS])
+    same = lm_scores(gpt2, BLOCK, lambda x: x, batches, [BOS])
     assert list(same) == list(LM_METRICS)
     assert same["delta_loss"] == 0
     assert same["loss_recovered"] == 1
     assert same["kl_sae"] == 0
     assert same["kl_score"] == 1
     assert same["ce_zero"] != same["ce_clean"]
-    zero = lm_scores(gpt2, block(gpt2), torch.zeros_like, batches, [BOS])
+    zero = lm_scores(gpt2, BLOCK, torch.zeros_like, batches, [BOS])
     assert zero["loss_recovered"] == 0
     assert zero["kl_score"] == 0
     assert zero["kl_zero"] > 0
@@ -63,11 +63,11 @@ def test_identity_loses_nothing_and_zero_recovers_nothing(gpt2: nn.Module) -> No
 def test_values_equal_the_plain_definition(gpt2: nn.Module) -> None:
     sequences = text(3)
     noisy = torch.randn(16)
-    scores = lm_scores(gpt2, block(gpt2), lambda x: 0.9 * x + noisy, batch_sequences(sequences, 2), [BOS])
+    scores = lm_scores(gpt2, BLOCK, lambda x: 0.9 * x + noisy, batch_sequences(sequences, 2), [BOS])
     clean_sum = noisy_sum = kl_sum = 0.0
     for ids in sequences:
         clean = gpt2(input_ids=ids[None]).logits[0].double().log_softmax(-1)
-        handle = block(gpt2).register_forward_hook(lambda _m, _a, out: _perturb(out, noisy))
+        handle = gpt2.get_submodule(BLOCK[0].path).register_forward_hook(lambda _m, _a, out: _perturb(out, noisy))
         other = gpt2(input_ids=ids[None]).logits[0].double().log_softmax(-1)
         handle.remove()
         for t in range(1, len(ids) - 1):  # position 0 is BOS
@@ -115,14 +115,14 @@ def test_tensor_tuple_and_list_outputs(kind: type) -> None:
     model = Embed(kind)
     ids = torch.randint(1, 97, (2, 4))
     where = torch.tensor([[False, True, True, True], [False, True, False, True]])
-    with spliced(model.middle, lambda x: x + 1, where):
+    with spliced(model, Place("middle"), lambda x: x + 1, where):
         out = model.middle(ids)
     assert isinstance(out, kind)
     x = out if kind is Tensor else out[0]
     assert torch.equal(x, model.middle.table(ids) + where[..., None])
     assert kind is Tensor or out[1] == "kept"
     assert not model.middle._forward_hooks
-    scores = lm_scores(model, model.middle, lambda x: x, batch_sequences(text(2), 2), [BOS])
+    scores = lm_scores(model, [Place("middle")], lambda x: x, batch_sequences(text(2), 2), [BOS])
     assert scores["delta_loss"] == scores["kl_sae"] == 0
     assert scores["kl_zero"] > 0
 
@@ -137,8 +137,8 @@ def test_padding_and_special_tokens_count_nowhere(gpt2: nn.Module) -> None:
         seen.append(len(x))
         return 0.5 * x
 
-    short = lm_scores(gpt2, block(gpt2), watch, [TokenBatch(ids, torch.ones_like(ids).bool())], [BOS])
-    long = lm_scores(gpt2, block(gpt2), watch, [TokenBatch(padded, mask)], [BOS])
+    short = lm_scores(gpt2, BLOCK, watch, [TokenBatch(ids, torch.ones_like(ids).bool())], [BOS])
+    long = lm_scores(gpt2, BLOCK, watch, [TokenBatch(padded, mask)], [BOS])
     assert seen == [5, 5]
     assert short["lm_tokens"] == long["lm_tokens"] == 3  # 5→6, 6→7, 8→9
     assert long == pytest.approx(short, rel=1e-5)
@@ -147,8 +147,8 @@ def test_padding_and_special_tokens_count_nowhere(gpt2: nn.Module) -> None:
 def test_nothing_to_score_is_said(gpt2: nn.Module) -> None:
     batch = TokenBatch(torch.tensor([[BOS, 3, BOS]]), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(InputError, match="no text to score"):
-        lm_scores(gpt2, block(gpt2), lambda x: x, [batch], [BOS])
-    assert math.isfinite(lm_scores(gpt2, block(gpt2), lambda x: x, [batch], [])["ce_clean"])
+        lm_scores(gpt2, BLOCK, lambda x: x, [batch], [BOS])
+    assert math.isfinite(lm_scores(gpt2, BLOCK, lambda x: x, [batch], [])["ce_clean"])
 
 
 @pytest.mark.parametrize(("zero", "value"), [(5.0, 0.75), (4.0, None), (3.9, None)])
