@@ -1,6 +1,7 @@
 """`saefast harvest`: text through a language model, activations into a folder."""
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,8 @@ class HarvestArgs:
     text: tuple[str, ...] = ()
     """files, folders, or one `datasets` name (owner/name[:config[:split]])"""
     hooks: Annotated[tuple[str, ...], tyro.conf.arg(name="hook")] = HarvestConfig.hooks
-    """modules to listen to: layers.4, model.layers.12.mlp, blocks.4.hook_resid_post ..."""
+    """modules to listen to: layers.4, layers.-1.mlp:in, blocks.4.hook_resid_mid; "layers.*" is one for each block
+    (docs/hooks.md)"""
     settings: HarvestConfig = field(default_factory=HarvestConfig)
     """A folder begun with other values is refused; --max-tokens, --batch-tokens, --commit-seconds and --device may
     change."""
@@ -36,7 +38,9 @@ class HarvestArgs:
 def main(argv: list[str]) -> int:
     args = parse(HarvestArgs, argv, "harvest")
     report = run_harvest(args)
-    print(f"{describe(report)}\nnext: saefast train {args.out} --out runs/{args.out.name or 'first'}")
+    several = len(args.hooks) > 1 or "*" in args.hooks[0]
+    hooks = f" --hooks {shlex.quote(','.join(args.hooks))}" if several else ""
+    print(f"{describe(report)}\nnext: saefast train {args.out}{hooks} --out runs/{args.out.name or 'first'}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,10 +18,12 @@ from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
 from saefast.data.provenance import describe_data, recorded_data
 from saefast.data.shard_buffer import ShardBuffer
+from saefast.data.shards import read_index
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.engines.recipe import choose, described
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.hooks import expand_names
 from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG, SAE
 from saefast.training.api import Stopped, train
@@ -56,7 +59,8 @@ class TrainArgs:
     hook: str | None = None
     """which hook of DATA to train on; with --model, the module to listen to"""
     hooks: str | None = None
-    """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side from one pass"""
+    """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side from one pass; layers.* is one for
+    each block"""
     live: bool = False
     """train while --model reads --text; no activations are written (needs --n-tokens); eval harvests some"""
     shuffle: Shuffle = "auto"
@@ -90,11 +94,12 @@ class TrainArgs:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
         return self.sae_config(_WIDEST if self.d_in is None else self.d_in, {})
 
-    def folders(self) -> dict[str | None, Path]:
-        """Where each SAE goes, by its hook; None is the only one that the data has."""
+    def folders(self, known: Sequence[str] = ()) -> dict[str | None, Path]:
+        """Where each SAE goes, by its hook; None is the only one that the data has. known: hooks that patterns mean."""
         if self.hooks is None:
             return {self.hook: self.out}
-        return {name: self.out / name for name in self.hooks.split(",")}
+        names = self.hooks.split(",")
+        return {name: self.out / name for name in (expand_names(known, names) if known else names)}
 
 
 def main(argv: list[str]) -> int:
@@ -109,11 +114,12 @@ def main(argv: list[str]) -> int:
 def defaults(argv: list[str]) -> TrainArgs:
     """What a command line starts from: the settings of --config, of the run to resume, or of the preset."""
     config, out = peek(argv, "config"), Path(peek(argv, "out") or TrainArgs.out)
-    if config is None and "--resume" in argv and (out / CONFIG).is_file():
-        config = str(out)
-    if config is not None:
-        sae, train = read_config(config)
-        return TrainArgs(n_latents=sae.n_latents, d_in=sae.d_in, sae=_unsized(sae), train=train)
+    runs: list[str | Path] = [] if config is None else [config]
+    if config is None and "--resume" in argv:
+        every = [out] if peek(argv, "hooks") is None else _members_in(out)
+        runs = [run for run in every if (run / CONFIG).is_file()]
+    if runs:
+        return _as_begun(runs)
     name = peek(argv, "preset") or "saefast"
     sae, train = preset(name, d_in=_WIDEST, n_latents=EXPANSION * _WIDEST)
     begun = TrainArgs(sae=_unsized(sae), train=train)
@@ -121,6 +127,21 @@ def defaults(argv: list[str]) -> TrainArgs:
     asked, _ = read(TrainArgs, argv, "train", begun)
     _, train = preset(name, **vars(asked.widest()))
     return dataclasses.replace(begun, train=train)
+
+
+def _as_begun(runs: list[str | Path]) -> TrainArgs:
+    """What runs that were begun together have been told."""
+    saes, trains = zip(*map(read_config, runs), strict=True)
+    args = TrainArgs(sae=_unsized(saes[0]), train=trains[0])
+    if len({(sae.d_in, sae.n_latents) for sae in saes}) > 1:
+        # The hooks have several widths, and each SAE the size that goes with its own.
+        return args
+    return dataclasses.replace(args, n_latents=saes[0].n_latents, d_in=saes[0].d_in)
+
+
+def _members_in(out: Path) -> list[Path]:
+    """The folders of the SAEs that were begun in one folder."""
+    return sorted(config.parent for config in out.glob(f"*/{CONFIG}"))
 
 
 def _unsized(config: SAEConfig) -> partial[SAEConfig]:
@@ -161,7 +182,10 @@ def _trained(args: TrainArgs, members: dict[str, Member]) -> dict[Path, SAE]:
         lines = None if shown else LogLines()
         return {args.out: train(*member, args.out, on_log=lines, **options)}
     except Stopped as stop:
-        again = [f"--out {shlex.quote(str(args.out))} --resume", *([f"--hooks {args.hooks}"] if args.hooks else [])]
+        again = [
+            f"--out {shlex.quote(str(args.out))} --resume",
+            *([f"--hooks {shlex.quote(args.hooks)}"] if args.hooks else []),
+        ]
         go_on = f"saefast train {' '.join(again)}"
         raise KeyboardInterrupt(f"stopped at step {stop.step} and saved; go on with: {go_on}") from None
 
@@ -176,7 +200,8 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, from data on disk."""
     path, members = _data(args), {}
     trained = set()
-    for hook, folder in args.folders().items():
+    known = [hook["name"] for hook in read_index(path)["hooks"]] if (path / "index.json").is_file() else []
+    for hook, folder in args.folders(known).items():
         source = open_source(
             path,
             heldout=args.heldout,
@@ -214,7 +239,7 @@ def _as_recorded(args: TrainArgs) -> TrainArgs:
     """The arguments of a resume that names no data, with the run's own."""
     if not args.resume or args.live or args.data or args.model or args.text:
         return args
-    run = next(iter(args.folders().values()))
+    run = next(iter(args.folders([member.name for member in _members_in(args.out)]).values()))
     kept = recorded_data(read_config(run)[0].metadata, run)
     if kept is None:
         raise InputError(f"{run} does not say what data it was trained on: name it")

@@ -126,6 +126,7 @@ class IndexFacts(TypedDict, total=False):
     complete: bool
     end: str | None
     dropped: dict[str, Count]
+    hook_patterns: list[str]
     model: str | None
     revision: str | None
     text: str | None

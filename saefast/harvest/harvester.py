@@ -28,7 +28,13 @@ from saefast.harvest.kept import (
     say_overflow,
     token_ids,
 )
-from saefast.harvest.language_models import DEFAULT_MODEL, context_limit, load_model, load_tokenizer
+from saefast.harvest.language_models import (
+    DEFAULT_MODEL,
+    context_limit,
+    load_model,
+    load_tokenizer,
+    unwrapped,
+)
 from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
 from saefast.harvest.text import Fingerprint, Text, open_text, skip_documents
 from saefast.harvest.workers import in_order
@@ -48,7 +54,8 @@ class HarvestConfig:
         text: a file, a folder, a `datasets` name (owner/name[:config[:split]]), or None for the docstrings of Python's
             standard library.
         text_column: field of a dataset or .jsonl file that holds the text.
-        hooks: modules to listen to, as find_hook takes them: layers.4, model.layers.12.mlp ...
+        hooks: modules to listen to: layers.4, model.layers.12.mlp, blocks.4.hook_resid_mid; "layers.*" is one hook for
+            each block (docs/hooks.md).
         ctx_len: tokens per sequence, special ones included; None is 128 for the default model, else 512 or what the
             model can.
         dtype: of the stored rows.
@@ -144,6 +151,7 @@ class Harvester:
         stored: bool = False,
     ) -> None:
         check_config(config)
+        model, tokenizer = unwrapped(model, tokenizer)
         self.config = config
         self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
         self.forward = _forward_dtype(config.forward, _device(config.device))
@@ -218,6 +226,7 @@ class Harvester:
             **({"median_norms": self._median_norms} if self._median_norms else {}),
             **({"identity": self.identity} if self._says_identity else {}),
             **self.choice.facts(),
+            **({"hook_patterns": list(self.config.hooks)} if "*" in "".join(self.config.hooks) else {}),
         }
 
     @property

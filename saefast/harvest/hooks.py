@@ -72,19 +72,28 @@ def expand_hooks(model: nn.Module, names: Sequence[str]) -> tuple[Hook, ...]:
 def expand_names(known: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     """The names, a pattern ("blocks.*.hook_resid_post") replaced by those of `known` that it matches, in order.
 
-    Raises InputError for a pattern that none matches; names without a * are left as they are.
+    Of a pattern that joins several by +, it is enough that the joined names are known. Raises InputError for a pattern
+    that none matches; names without a * are left as they are.
     """
     out: list[str] = []
     for name in names:
         if "*" not in name:
             out.append(name)
             continue
-        pattern = re.compile(re.escape(_one_star(name)).replace(r"\*", r"(\d+)"))
-        matches = [match for match in map(pattern.fullmatch, known) if match]
-        if not matches:
-            raise InputError(f"hook {name!r} matches nothing in this model; there are {', '.join(known[:6])}")
-        out += [match[0] for match in sorted(matches, key=lambda match: int(match[1]))]
+        _one_star(name)
+        joined = [_numbers(known, Place.read(part).path) for part in name.split("+") if "*" in part]
+        numbers = _numbers(known, name) or set.intersection(*joined)
+        if not numbers:
+            raise InputError(f"hook {name!r} matches nothing; there are {', '.join(known[:6])}")
+        out += [name.replace("*", str(number)) for number in sorted(numbers)]
     return tuple(dict.fromkeys(out))
+
+
+def _numbers(known: Sequence[str], pattern: str) -> set[int]:
+    """The numbers that, put in the place of each * of a pattern, give a known name."""
+    first, *others = map(re.escape, pattern.split("*"))
+    written = re.compile(first + r"(\d+)" + r"\1".join(others))
+    return {int(match[1]) for match in map(written.fullmatch, known) if match}
 
 
 def _matching(model: nn.Module, pattern: str, longest: int) -> list[Hook]:
@@ -101,11 +110,11 @@ def _matching(model: nn.Module, pattern: str, longest: int) -> list[Hook]:
     return found
 
 
-def _one_star(pattern: str) -> str:
+def _one_star(pattern: str) -> None:
+    """Raises InputError where a * stands for anything but a block's number."""
     for part in pattern.split("+"):
         if not re.fullmatch(r"[^*]*(?<=\.)\*(?=[.:@]|$)[^*]*|[^*]+", part):
             raise InputError(f"hook {pattern!r}: expected one * in the place of a block's number, as in layers.*.mlp")
-    return pattern
 
 
 def _find(model: nn.Module, name: str) -> Hook:

@@ -118,13 +118,54 @@ def _file_of(path: str) -> tuple[str, dict[str, str]]:
     return path, {"gguf_file": files[0].name} if files else {}
 
 
-def context_limit(model: nn.Module) -> int | None:
-    """Longest context the model was made for, None where it does not say."""
+def context_limit(model: Any) -> int | None:
+    """Longest context the model was made for, None where it does not say: XLNet says -1.
+
+    Of a model with several parts it is that of the part that reads text, as short hook names are; of TransformerLens'
+    models their n_ctx.
+    """
     config = getattr(model, "config", None)
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(value := getattr(config, key, None), int):
-            return value
+    for part in (getattr(config, "text_config", None), config, getattr(model, "cfg", None)):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            value = part.get(key) if isinstance(part, dict) else getattr(part, key, None)
+            if isinstance(value, int) and value > 0:
+                return value
     return None
+
+
+def inner_module(model: Any) -> Any:
+    """The torch module inside a model of nnsight, of any version; anything else as it is."""
+    if not _is_of(model, "nnsight"):
+        return model
+    held = [getattr(model, name, None) for name in ("_module", "_model")]
+    return next((module for module in held if isinstance(module, nn.Module)), model)
+
+
+def unwrapped(model: Any, tokenizer: Any = None) -> tuple[Any, Any]:
+    """A model as it is run, and the tokenizer, by default its own. Of nnsight's models that is the torch module inside.
+
+    nnsight loads weights only when they are needed: they are now. Raises InputError where they cannot be loaded.
+    """
+    inner = inner_module(model)
+    if inner is model:
+        return model, tokenizer
+    for load in ("dispatch", "dispatch_model"):
+        if _on_meta(inner) and hasattr(type(model), load):
+            with _one_line("model", str(getattr(getattr(inner, "config", None), "_name_or_path", ""))):
+                getattr(model, load)()
+            inner = inner_module(model)
+    if _on_meta(inner):
+        raise InputError(f"model is a {type(model).__name__} of nnsight without weights: load it with dispatch=True")
+    return inner, getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+
+
+def _is_of(model: Any, package: str) -> bool:
+    return any(kind.__module__.split(".")[0] == package for kind in type(model).__mro__)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    # A part of the weights may be there for good, where accelerate brings them from elsewhere layer by layer.
+    return all(parameter.is_meta for parameter in module.parameters())
 
 
 def _transformers() -> Any:

@@ -61,9 +61,10 @@ def live_source(
     """
     harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
     names = {name: hook["name"] for hook in harvester.runner.hooks for name in (hook["hf_name"], hook["name"])}
-    asked = by_tensor(list(config.hooks) if hooks is None else hooks)
+    every = [hook["name"] for hook in harvester.runner.hooks]
+    asked = by_tensor(every if hooks is None else hooks)
     if missing := [hook for hook in asked.values() if hook not in names]:
-        raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(config.hooks)}")
+        raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(every)}")
     picked = {tensor: names[hook] for tensor, hook in asked.items()}
     stream = HookStream(Shared(harvester.batches, readers=1), 0, picked, _name(harvester, list(picked.values())))
     return HookBuffer(stream, reservoir_rows=reservoir_rows)

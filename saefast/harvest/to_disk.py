@@ -16,6 +16,7 @@ from saefast.files import usable
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name
 from saefast.harvest.identity import identity_of
 from saefast.harvest.kept import DROPPED
+from saefast.harvest.language_models import unwrapped
 from saefast.harvest.sequences import Window
 from saefast.schema import Count, check
 from saefast.typed import typed
@@ -77,6 +78,7 @@ def harvest(
     """
     config = config or HarvestConfig()
     folder = usable(out_dir)
+    model, tokenizer = unwrapped(model, tokenizer)
     finished = _finished(folder, config, model, text)
     if finished:
         given = {"weights": None, **identity_of(model, tokenizer)}
@@ -289,7 +291,7 @@ def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> Har
     if not (folder / "index.json").is_file():
         return None
     index = read_index(folder)
-    hooks = [hook["name"] for hook in index["hooks"]]
+    hooks = index.get("hook_patterns") or [hook["name"] for hook in index["hooks"]]
     cursor = index.get("cursor") or {}
     same = index.get("settings") == _settings(config, model, text) and hooks == list(config.hooks)
     enough = config.max_tokens is not None and cursor.get("tokens", 0) >= config.max_tokens

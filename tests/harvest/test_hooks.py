@@ -325,5 +325,5 @@ def test_patterns_over_given_names_keep_the_order_of_blocks():
     expected = tuple(f"blocks.{n}.attn.hook_z" for n in (0, 2, 10))
     assert expand_names(known, ["blocks.*.attn.hook_z", "blocks.2.attn.hook_z"]) == expected
     assert expand_names(known, ["hook_embed"]) == ("hook_embed",)
-    with pytest.raises(InputError, match=r"hook 'blocks.\*.hook_z' matches nothing in this model; there are blocks.0."):
+    with pytest.raises(InputError, match=r"hook 'blocks.\*.hook_z' matches nothing; there are blocks.0."):
         expand_names(known, ["blocks.*.hook_z"])
