@@ -1,6 +1,7 @@
 """Spliced language-model loss: identity, zero ablation, masking and both kinds of module output."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -125,6 +126,144 @@ def test_tensor_tuple_and_list_outputs(kind: type) -> None:
     scores = lm_scores(model, [Place("middle")], lambda x: x, batch_sequences(text(2), 2), [BOS])
     assert scores["delta_loss"] == scores["kl_sae"] == 0
     assert scores["kl_zero"] > 0
+
+
+PLACES = (
+    ["transformer.h.0"], ["transformer.h.1:in"], ["transformer.h.0.attn"], ["transformer.h.1.mlp.c_proj:in"],
+    ["transformer.h.0", "transformer.h.1.mlp:in"], ["transformer.wte", "transformer.h.1", "transformer.h.0.ln_2"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("written", PLACES, ids="+".join)
+def test_identity_loses_nothing_at_either_side_and_in_several_parts(gpt2: nn.Module, written: list[str]) -> None:
+    places, widths = list(map(Place.read, written)), []
+
+    def same(x: Tensor) -> Tensor:
+        widths.append(x.shape[1])
+        return x.clone()
+
+    scores = lm_scores(gpt2, places, same, batch_sequences(text(), 4), [BOS])
+    assert scores["delta_loss"] == scores["kl_sae"] == 0
+    assert set(widths) == {sum(64 if "c_proj" in path else 16 for path in written)}
+    # What stands there is replaced: another value costs something.
+    other = lm_scores(gpt2, places, lambda x: -x, batch_sequences(text(), 4), [BOS])
+    assert other["kl_sae"] > 0
+    assert other["ce_clean"] == pytest.approx(scores["ce_clean"], rel=0.5)
+
+
+def test_a_modules_input_is_the_output_before_it(gpt2: nn.Module) -> None:
+    batches = list(batch_sequences(text(), 4))
+    after, before = (
+        lm_scores(gpt2, [place], lambda x: 0.5 * x + 1, batches, [BOS])
+        for place in (Place("transformer.h.0"), Place("transformer.h.1", "in"))
+    )
+    assert after == before
+
+
+@torch.no_grad()
+def test_parts_are_those_of_the_untouched_model_each_in_its_own_place(gpt2: nn.Module) -> None:
+    """By hand: x of both places from a clean pass, then each place gets its half of x̂ wherever a token is ordinary."""
+    ids = text(4)[3][None]
+    both = [Place("transformer.h.0"), Place("transformer.h.1")]
+    mix = torch.randn(32, 32) / 8
+    scores = lm_scores(gpt2, both, lambda x: x @ mix, [TokenBatch(ids, torch.ones_like(ids).bool())], [BOS])
+    states = gpt2(input_ids=ids, output_hidden_states=True)
+    kept: list[Tensor] = []
+    handle = gpt2.get_submodule("transformer.h.1").register_forward_hook(
+        lambda _m, _a, out: kept.append(out if isinstance(out, Tensor) else out[0])
+    )
+    gpt2(input_ids=ids)
+    handle.remove()
+    x_hat = torch.cat([states.hidden_states[1], kept[0]], -1) @ mix
+    handles = [gpt2.get_submodule(place.path).register_forward_hook(_put(part))
+               for place, part in zip(both, x_hat.split(16, -1), strict=True)]  # fmt: skip
+    log_p = gpt2(input_ids=ids).logits[0].double().log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    expected = -log_p[1:-1].gather(1, ids[0, 2:, None]).mean()
+    assert scores["ce_sae"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def _put(part: Tensor) -> Callable[..., Tensor | tuple[Tensor, ...]]:
+    def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        x = output if isinstance(output, Tensor) else output[0]
+        y = torch.cat([x[:, :1], part[:, 1:]], 1)
+        return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    return hook
+
+
+class Looped(nn.Module):
+    """Its block runs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.block, self.head = nn.Embedding(97, 8), nn.Linear(8, 8), nn.Linear(8, 97)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.through(self.table(input_ids), {})))
+
+    def through(self, x: Tensor, changed: dict[int, float]) -> Tensor:
+        for turn in range(3):
+            x = x + torch.tanh(changed.get(turn, 1.0) * self.block(x))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("turn", [0, 1, 2, -1, -3])
+def test_the_turn_that_was_harvested_is_the_one_that_is_replaced(turn: int) -> None:
+    model, ids = Looped(), text(3)[2][None]
+    batch = TokenBatch(ids, torch.ones_like(ids).bool())
+    scores = lm_scores(model, [Place("block", turn=turn)], lambda x: 0.5 * x, [batch])
+    log_p = model.head(model.through(model.table(ids), {turn % 3: 0.5}))[0].double().log_softmax(-1)
+    expected = -log_p[:-1].gather(1, ids[0, 1:, None]).mean()
+    assert scores["ce_sae"] == pytest.approx(float(expected), rel=1e-6)
+    assert lm_scores(model, [Place("block", turn=turn)], lambda x: x, [batch])["kl_sae"] == 0
+
+
+def test_what_cannot_be_scored_is_one_line() -> None:
+    batches = list(batch_sequences(text(2), 2))
+    with pytest.raises(InputError, match=r"'block' runs 3 times .* name the turn, block@0 \.\.\. block@2"):
+        lm_scores(Looped(), [Place("block")], lambda x: x, batches)
+    with pytest.raises(InputError, match="'block@3': that module ran 3 times"):
+        lm_scores(Looped(), [Place("block", turn=3)], lambda x: x, batches)
+    with pytest.raises(InputError, match=r"gives \(2, 97\), expected activations"):
+        lm_scores(Flat(), [Place("head")], lambda x: x, batches)
+    model = Looped()
+    model.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(InputError, match=r"Looped is an encoder with a decoder: .* no next-token loss of a text alone"):
+        lm_scores(model, [Place("block", turn=0)], lambda x: x, batches)
+    model = Looped()
+    model.get_input_embeddings = lambda: nn.Embedding(50, 8)
+    large = [TokenBatch(torch.tensor([[1, 60, 2]]), torch.ones(1, 3, dtype=torch.bool))]
+    with pytest.raises(InputError, match="token id 60, but the embedding of this Looped has 50 rows"):
+        lm_scores(model, [Place("block", turn=0)], lambda x: x, large)
+
+
+class Flat(Looped):
+    """Gives one row a sequence at its head."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        self.head(self.table(input_ids).mean(1))
+        return super().forward(input_ids, attention_mask)
+
+
+def test_a_model_in_train_mode_is_scored_without_dropout_and_has_its_modes_back(gpt2: nn.Module) -> None:
+    batches = list(batch_sequences(text(), 4))
+    quiet = lm_scores(gpt2, BLOCK, lambda x: 0.9 * x, batches, [BOS])
+    gpt2.train()
+    gpt2.get_submodule("transformer.h.1").eval()
+    before = [module.training for module in gpt2.modules()]
+    hooks = len(gpt2.get_submodule(BLOCK[0].path)._forward_hooks)
+    try:
+        assert lm_scores(gpt2, BLOCK, lambda x: 0.9 * x, batches, [BOS]) == quiet
+        assert [module.training for module in gpt2.modules()] == before
+        with pytest.raises(ZeroDivisionError):
+            lm_scores(gpt2, BLOCK, lambda x: x / (1 // 0), batches, [BOS])
+        assert [module.training for module in gpt2.modules()] == before
+        assert len(gpt2.get_submodule(BLOCK[0].path)._forward_hooks) == hooks
+    finally:
+        gpt2.eval()
 
 
 def test_padding_and_special_tokens_count_nowhere(gpt2: nn.Module) -> None:
