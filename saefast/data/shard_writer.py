@@ -27,7 +27,7 @@ from saefast.data.shards import (
     ROWS_PER_SHARD,
     SPLITS,
     STATS,
-    VERSION,
+    VERSION_OF_ONE,
     ShardFolder,
     check_index,
     dequantise,
@@ -178,7 +178,7 @@ class ShardWriter:
     ) -> dict[str, Any]:
         fresh: dict[str, Any] = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION_OF_ONE,
             "complete": False,
             "settings": settings,
             "dtype": dtype,
@@ -194,6 +194,11 @@ class ShardWriter:
         if not (self.folder / "index.json").exists():
             return fresh
         index = read_index(self.folder)
+        if index["version"] != VERSION_OF_ONE:
+            raise InputError(
+                f"{self.folder} was harvested in parts, by several processes: go on with --data-parallel, or choose"
+                " another folder"
+            )
         _same_settings(self.folder, index, fresh)
         return index
 

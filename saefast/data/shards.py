@@ -7,6 +7,13 @@
     folder/{hook}/00000.safetensors    acts (rows, d), seq (rows,) int32, pos (rows,) int16 [, scale (rows,) float32]
 
 Files of the held-out share are called heldout-00000.safetensors. The row order is the same in every hook.
+
+A harvest that several processes shared (version 2 of the index) lies in parts, each a shard folder of its own; the
+index on top names all of their files:
+
+    folder/parts/00003-0/...           hooks and tokens as above, sequences numbered from 0 within the part
+
+An entry of a shard then has `part`, the folder its hooks are in, and `first_seq`, which is added to every seq in it.
 """
 
 from bisect import bisect_right
@@ -27,7 +34,8 @@ from saefast.schema import Count, check
 from saefast.typed import typed
 
 FORMAT = "saefast-activations"
-VERSION = 1
+# What has no parts is written as version 1, which earlier saefast read too.
+VERSION, VERSION_OF_ONE = 2, 1
 STATS = "stats.safetensors"
 ROWS_PER_SHARD = 1 << 20
 SPLITS = ("train", "heldout")
@@ -72,7 +80,14 @@ class HookEntry(TypedDict):
     d: Count | None
 
 
-class ShardEntry(TypedDict):
+class PartEntry(TypedDict, total=False):
+    """index.json of a harvest in parts: the part's folder, and what is added to the numbers of its sequences."""
+
+    part: str
+    first_seq: Count
+
+
+class ShardEntry(PartEntry):
     """index.json: a shard, with digests by hook."""
 
     file: str
@@ -145,13 +160,18 @@ class IndexFacts(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """An entry of the index: file name inside each hook's folder, rows, split, and per hook sha256 and block crc32."""
+    """An entry of the index: file name inside each hook's folder, rows, split, and per hook sha256 and block crc32.
+
+    part: the folder that the hooks' folders are in, "" where the index lies beside them; first_seq: of the part.
+    """
 
     file: str
     rows: int
     split: str
     sha256: dict[str, str]
     crc32: dict[str, list[int]]
+    part: str = ""
+    first_seq: int = 0
 
 
 @dataclass(frozen=True)
@@ -244,19 +264,20 @@ class ShardFolder:
     def shards_of_all(self, split: str, hooks: Collection[str]) -> list[ShardInfo]:
         """The shards of a split that are usable in every one of the hooks."""
         found = {name: self.shards(split, name) for name in hooks}
-        usable = set.intersection(*({info.file for info in infos} for infos in found.values()))
-        return [info for info in next(iter(found.values())) if info.file in usable]
+        usable = set.intersection(*({(info.part, info.file) for info in infos} for infos in found.values()))
+        return [info for info in next(iter(found.values())) if (info.part, info.file) in usable]
 
     def n_rows(self, split: str = "train", hook: str | None = None) -> int:
         return sum(info.rows for info in self.shards(split, hook))
 
     def open(self, info: ShardInfo, hook: str | None = None) -> Shard:
-        """Maps a shard; nothing is copied."""
+        """Maps a shard; nothing is copied but the sequence numbers of one in a part."""
         name = self.hook(hook)
         path = self._file(info, name)
         entries = self._expected(path, info, name)
         tensors = {key: map_tensor(path, entry) for key, entry in entries.items()}
-        return Shard(path, tensors["acts"], tensors.get("scale"), tensors["seq"], tensors["pos"])
+        seq = tensors["seq"] + info.first_seq if info.first_seq else tensors["seq"]
+        return Shard(path, tensors["acts"], tensors.get("scale"), seq, tensors["pos"])
 
     def entries(self, info: ShardInfo, hook: str) -> tuple[Path, dict[str, Entry]]:
         """A shard's file and where each of its tensors lies in it, checked against the index. Raises InputError."""
@@ -361,7 +382,7 @@ class ShardFolder:
         return usable
 
     def _file(self, info: ShardInfo, hook: str) -> Path:
-        return self.path / folder_of(hook) / info.file
+        return self.path / info.part / folder_of(hook) / info.file
 
     def _expected(self, path: Path, info: ShardInfo, hook: str) -> dict[str, Entry]:
         """Header entries of a shard, checked against the index. Raises InputError."""
@@ -453,25 +474,33 @@ def check_index(path: Path, index: dict[str, Any]) -> None:
     names = [hook["name"] for hook in index["hooks"]]
     if not names or len({"tokens", *map(folder_of, names)}) <= len(names):
         raise InputError(f"{path}: hooks are {', '.join(names) or 'none'}; expected at least one, a folder for each")
-    items = index.get(ITEMS, [])
-    for part in [*index["shards"], *index["tokens"], *items]:
-        if Path(part["file"]).is_absolute() or ".." in Path(part["file"]).parts:
-            raise InputError(f"{path}: the file {part['file']!r} is outside the folder")
+    for entry in [*index["shards"], *index["tokens"], *index.get(ITEMS, [])]:
+        for name in (entry["file"], entry.get("part", "")):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise InputError(f"{path}: the file {name!r} is outside the folder")
     for shard in index["shards"]:
         if not shard["sha256"].keys() & shard["crc32"].keys() >= set(names):
             raise InputError(f"{path}: {shard['file']} lacks checksums of one of the hooks {', '.join(names)}")
+    _check_sequences(path, index)
+
+
+def _check_sequences(path: Path, index: dict[str, Any]) -> None:
+    items, expected = index.get(ITEMS, []), 0
     if items and index["tokens"]:
         raise InputError(f"{path} names tokens and items: rows are of text or of something else, never of both")
-    expected = 0
     for part in [*index["tokens"], *items]:
         if part["first_seq"] != expected:
             raise InputError(f"{path}: {part['file']} begins at sequence {part['first_seq']}, expected {expected}")
         expected += part["n_seq"]
+    for shard in index["shards"]:
+        if shard.get("first_seq", 0) > min(expected, 2**31 - 1):
+            raise InputError(f"{path}: {shard['file']} begins at sequence {shard['first_seq']} of {expected}")
 
 
 def _infos(index: dict[str, Any]) -> Iterator[ShardInfo]:
     for shard in index["shards"]:
-        yield ShardInfo(shard["file"], shard["rows"], shard["split"], shard["sha256"], shard["crc32"])
+        where = shard.get("part", ""), shard.get("first_seq", 0)
+        yield ShardInfo(shard["file"], shard["rows"], shard["split"], shard["sha256"], shard["crc32"], *where)
 
 
 __all__ = ["DTYPES", "ShardFolder", "ShardInfo", "dequantise", "quantise", "read_index"]

@@ -266,6 +266,10 @@ class Harvester:
             cursor.get("window_docs") if done else None,
             None if limit is None else limit - cursor["tokens"],
         )
+        yield from self.rows_of(windows, done)
+
+    def rows_of(self, windows: Iterator[Window], done: int = 0) -> Generator[HarvestBatch]:
+        """Rows of windows, without those of the first `done` sequences in the first window's order."""
         with self.runner.attached():
             if self.config.max_norm_multiple is not None and not self._median_norms:
                 self._median_norms = self._first_norms()

@@ -86,7 +86,7 @@ class Sequencer:
         """
         left = max_tokens
         while left is None or left > 0:
-            group = _take(documents, first_size)
+            group = next_documents(documents, first_size)
             if not group:
                 return
             window = self._window(group, fingerprint, first_seq, None if first_size else left)
@@ -159,8 +159,8 @@ def pad(ids: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     return out, mask
 
 
-def _take(documents: Iterator[str], count: int | None) -> list[str]:
-    """The next `count` documents, or as many as make up a window."""
+def next_documents(documents: Iterator[str], count: int | None = None) -> list[str]:
+    """The next `count` documents, or as many as make up a window; none at the end."""
     group: list[str] = []
     size = 0
     while (size < WINDOW_CHARS) if count is None else (len(group) < count):

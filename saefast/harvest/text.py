@@ -218,6 +218,12 @@ class Fingerprint:
     def value(self) -> str:
         return self._hash.hexdigest()
 
+    def copy(self) -> "Fingerprint":
+        """One of the same documents, to go on with apart from this."""
+        other = Fingerprint()
+        other._hash, other.count = self._hash.copy(), self.count
+        return other
+
 
 def skip_documents(documents: Iterator[str], count: int, fingerprint: Fingerprint, expected: str, name: str) -> None:
     """Advances past documents that were harvested before. Raises InputError when they are not the same ones."""

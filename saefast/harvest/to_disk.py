@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
@@ -85,6 +85,8 @@ def harvest(
         check_same(read_index(folder).get("identity"), given, folder)
         clear_finished(folder)
         return finished
+    if (folder / "parts").is_dir():
+        raise InputError(f"{folder} is harvested in parts: go on with --data-parallel, or choose another folder")
     harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
     check_same(identity, harvester.identity, folder)
     started = time.perf_counter()
@@ -98,14 +100,14 @@ def harvest(
             shuffle_seed=config.seed,
         ) as writer:
             harvester.go_on(writer.index, folder)
-            run = _Run(harvester, writer)
-            run.whole(progress)
+            writing = Writing(harvester, writer, config.max_tokens)
+            writing.whole(progress)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror or error}; finished shards are kept, the same command goes on"
         ) from None
     report = _report(folder, read_index(folder))
-    report.seconds, report.tokens = time.perf_counter() - started, run.tokens
+    report.seconds, report.tokens = time.perf_counter() - started, writing.tokens
     report.skipped = harvester.skipped
     return report
 
@@ -137,11 +139,15 @@ class Finished(TypedDict):
     complete: bool
 
 
-class _Run:
-    """One call of harvest: feeds batches to the writer, commits, and keeps the cursor."""
+class Writing:
+    """One call of harvest: feeds batches to the writer, commits, and keeps the cursor.
 
-    def __init__(self, harvester: Harvester, writer: ShardWriter) -> None:
+    limit: tokens after which a text that goes on counts as harvested. often: whether to commit every commit_seconds.
+    """
+
+    def __init__(self, harvester: Harvester, writer: ShardWriter, limit: int | None = None, often: bool = True) -> None:
         self._harvester, self._writer = harvester, writer
+        self._limit, self._seconds = limit, harvester.config.commit_seconds if often else float("inf")
         self._cursor = writer.cursor
         dropped = writer.index.get("dropped", {})
         self._dropped = np.array([dropped.get(name, 0) for name in DROPPED], dtype=np.int64)
@@ -155,20 +161,24 @@ class _Run:
     def whole(self, progress: bool) -> None:
         writer = self._writer
         try:
-            with _Bar(self._harvester, self._cursor, progress) as bar:
-                for batch in self._harvester.batches(self._cursor):
-                    self._enter(batch.window)
-                    self._feed(batch)
-                    self.tokens += batch.tokens
-                    bar.update(batch)
-            self._leave()
+            with Bar(self._harvester, self._cursor, progress) as bar:
+                self.take(self._harvester.batches(self._cursor), bar.update)
             if not writer.waiting and not writer.index["n_rows"]:
                 raise InputError(f"{self._harvester.name}: no row was kept, {self._dropped.sum()} tokens dropped")
-            self._commit(complete=True)
+            self.commit(complete=True)
         except KeyboardInterrupt:
             if writer.waiting and not self._feeding:
-                self._commit()
+                self.commit()
             raise
+
+    def take(self, batches: Iterable[HarvestBatch], seen: Callable[[HarvestBatch], None]) -> None:
+        """Hands batches to the writer, and each to `seen` after that."""
+        for batch in batches:
+            self._enter(batch.window)
+            self._feed(batch)
+            self.tokens += batch.tokens
+            seen(batch)
+        self._leave()
 
     def _enter(self, window: Window) -> None:
         """At a window's first batch: its tokens are kept, and the cursor moves to its beginning."""
@@ -211,7 +221,7 @@ class _Run:
             room = self._writer.room(batch.split)
             last = int(np.searchsorted(ends, ends[first] + room, side="right")) - 1
             if last == first and self._writer.waiting:
-                self._commit()
+                self.commit()
                 continue
             last = max(last, first + 1)
             part = slice(int(ends[first]), int(ends[last]))
@@ -221,11 +231,11 @@ class _Run:
             first = last
             if self._cursor is not None:
                 self._cursor["done"] = batch.done - (n - last)
-        if time.monotonic() - self._committed_at > self._harvester.config.commit_seconds:
-            self._commit()
+        if time.monotonic() - self._committed_at > self._seconds:
+            self.commit()
         self._feeding = False
 
-    def _commit(self, complete: bool = False) -> None:
+    def commit(self, complete: bool = False) -> None:
         harvester, cursor = self._harvester, dict(self._cursor or {})
         dropped = dict(zip(DROPPED, self._dropped.tolist(), strict=True))
         self._writer.commit(
@@ -234,11 +244,10 @@ class _Run:
         self._committed_at = time.monotonic()
 
     def _end(self, cursor: dict[str, Any]) -> str:
-        limit = self._harvester.config.max_tokens
-        return "text" if limit is None or cursor.get("tokens", 0) < limit else "max_tokens"
+        return "text" if self._limit is None or cursor.get("tokens", 0) < self._limit else "max_tokens"
 
 
-class _Bar:
+class Bar:
     """Progress on the terminal: tokens, tokens per second, time left. tqdm is imported only when it is shown."""
 
     def __init__(self, harvester: Harvester, cursor: dict[str, Any] | None, shown: bool) -> None:
@@ -254,7 +263,7 @@ class _Bar:
             total = None if self._limit is None else max(self._limit - before, 0)
             self._bar = tqdm(desc="harvest", unit=" tokens", unit_scale=True, total=total, dynamic_ncols=True)
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -272,6 +281,11 @@ class _Bar:
                 # The text's length in tokens, judged by what was tokenised so far.
                 self._bar.total = round(self._tokens * max(self._size / self._chars, 1))
         self._bar.update(batch.tokens)
+
+    def waits(self, what: str) -> None:
+        """Says that nothing is left to do but wait for others."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"waiting for {what}")
 
 
 def _settings(config: HarvestConfig, model: Any, text: Any) -> dict[str, Any]:

@@ -415,8 +415,8 @@ def test_folders_that_are_none(tmp_path):
         ShardFolder(tmp_path)
     written(tmp_path / "acts")
     index = json.loads((tmp_path / "acts" / "index.json").read_text())
-    write_sealed_json(tmp_path / "acts" / "index.json", index | {"version": 2})
-    with pytest.raises(InputError, match="has version 2, this saefast reads up to 1: upgrade"):
+    write_sealed_json(tmp_path / "acts" / "index.json", index | {"version": 3})
+    with pytest.raises(InputError, match="has version 3, this saefast reads up to 2: upgrade"):
         ShardFolder(tmp_path / "acts")
 
 
