@@ -1,4 +1,4 @@
-"""A harvest shared by processes: the rows of one process's, each part once, and no kill, wait or wake spoils it."""
+"""A harvest shared by processes: the rows of one process's, each part once, and no kill and no stall spoils it."""
 
 import contextlib
 import itertools
@@ -280,7 +280,7 @@ def test_one_of_many_gets_a_claim(tmp_path):
     assert sorted(got) == list(range(30))
 
 
-def test_who_was_taken_for_gone_and_wakes_spoils_nothing(tmp_path, shared, alone, model):
+def test_who_was_taken_for_gone_and_goes_on_spoils_nothing(tmp_path, shared, alone, model):
     """While this process is at its first part, another takes it over, and is killed in turn."""
     taken = tmp_path / "acts" / "parts" / "00000.1.claim"
 
