@@ -181,6 +181,8 @@ class Harvester:
         # Of each hook, over the text's first tokens: known before the first batch.
         self._median_norms: dict[str, float] = {}
         self._says_identity, self._said_overflow = True, False
+        # Looked at once, however many parts of a text follow.
+        self._first = None if self.sequencer.prefix or self.choice.drop_first else FirstPositions()
 
     @cached_property
     def identity(self) -> Identity:
@@ -270,14 +272,19 @@ class Harvester:
 
     def rows_of(self, windows: Iterator[Window], done: int = 0) -> Generator[HarvestBatch]:
         """Rows of windows, without those of the first `done` sequences in the first window's order."""
+        self.find_norms()
         with self.runner.attached():
-            if self.config.max_norm_multiple is not None and not self._median_norms:
-                self._median_norms = self._first_norms()
             yield from self._watched(in_order(self._run, self._jobs(windows, done), self.runner.workers))
+
+    def find_norms(self) -> None:
+        """Runs the model on the text's first tokens where the usual norm is asked for and not known; see `facts`."""
+        if self.config.max_norm_multiple is not None and not self._median_norms:
+            with self.runner.attached():
+                self._median_norms = self._first_norms()
 
     def _watched(self, batches: Iterator[HarvestBatch]) -> Generator[HarvestBatch]:
         """The batches, with a warning about what is odd in them."""
-        first = None if self.sequencer.prefix or self.choice.drop_first else FirstPositions()
+        first, self._first = self._first, None
         for batch in batches:
             if batch.overflow is not None and not self._said_overflow:
                 self._said_overflow = True

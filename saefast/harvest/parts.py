@@ -24,11 +24,12 @@ from typing import Any, NamedTuple, TypedDict
 
 from saefast.data.parts import join_parts
 from saefast.data.shard_writer import ShardWriter
-from saefast.data.shards import read_index
+from saefast.data.shards import IndexFacts, read_index
 from saefast.errors import InputError
 from saefast.files import SEAL, read_sealed_json, usable, write_sealed_json
 from saefast.harvest.claims import Claim, Holder, latest, take
-from saefast.harvest.harvester import HarvestConfig, Harvester
+from saefast.harvest.harvester import HarvestConfig, Harvester, check_same
+from saefast.harvest.identity import identity_of
 from saefast.harvest.sequences import Window, next_documents
 from saefast.harvest.text import Fingerprint, Text
 from saefast.harvest.to_disk import Bar, HarvestReport, Writing, _finished, _report, _settings
@@ -104,10 +105,11 @@ def harvest_parts(
     folder = usable(out_dir)
     finished = _finished(folder, config, model, text)
     if finished:
+        check_same(read_index(folder).get("identity"), {"weights": None, **identity_of(model, tokenizer)}, folder)
         return finished
     if (folder / "index.json").exists() and not (folder / PARTS).is_dir():
         raise InputError(f"{folder} was begun by one process alone: go on without --data-parallel, or choose another")
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
     started = time.perf_counter()
     try:
         with Bar(harvester, None, progress) as bar:
@@ -326,19 +328,27 @@ class _Shared:
 
 
 def _agree(path: Path, harvester: Harvester, settings: dict[str, Any]) -> None:
-    """Writes the settings that all share, or compares ours with them."""
-    config = harvester.config
-    how = {name: getattr(config, name) for name in ("dtype", "rows_per_shard", "batch_tokens")}
-    ours = json.loads(json.dumps({**settings, **how, **harvester.facts(), "hooks": harvester.runner.hooks}))
-    if _created(path, ours):
-        return
-    theirs = read_sealed_json(path, dict[str, Any])
-    for name in dict.fromkeys([*ours, *(set(theirs) - {SEAL})]):
+    """Writes the settings that all share, or takes them over where they are the same."""
+    if not path.exists():
+        harvester.find_norms()
+        if _created(path, _agreed(harvester, settings)):
+            return
+    theirs, ours = read_sealed_json(path, IndexFacts), _agreed(harvester, settings)
+    for name in [name for name in dict.fromkeys([*ours, *theirs]) if name not in (SEAL, "identity", "median_norms")]:
         if ours.get(name) != theirs.get(name):
             raise InputError(
                 f"{path.parent.parent} is being harvested with {name} = {theirs.get(name)!r}, now {ours.get(name)!r} is"
                 " asked for: choose another folder, or delete it"
             )
+    # Digests are compared, and the usual norm is theirs: another processor's would differ in its last digits.
+    harvester.go_on({**theirs, "cursor": {"docs": 0}}, path.parent.parent)
+
+
+def _agreed(harvester: Harvester, settings: dict[str, Any]) -> dict[str, Any]:
+    config = harvester.config
+    how = {name: getattr(config, name) for name in ("dtype", "rows_per_shard", "batch_tokens")}
+    agreed: dict[str, Any] = {**settings, **how, **harvester.facts(), "hooks": harvester.runner.hooks}
+    return dict(json.loads(json.dumps(agreed)))
 
 
 def _created(path: Path, settings: dict[str, Any]) -> bool:

@@ -333,6 +333,33 @@ def test_ctrl_c_keeps_what_is_done_and_frees_the_rest(tmp_path, shared, alone, m
     assert_same_harvest(folder, alone())
 
 
+def test_one_usual_norm_and_one_model_for_all(tmp_path, shared, model, tokenizer):
+    """Who comes later takes over the norms that it finds, here ones that no process could have measured."""
+    config = changed(max_norm_multiple=1.1)
+
+    def interrupt(n):
+        if (tmp_path / "acts/parts/00001.json").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), watched(model, interrupt):
+        shared(tmp_path / "acts", config)
+    path = tmp_path / "acts/parts/settings.json"
+    settings = json.loads(path.read_text())
+    harvest(tmp_path / "one", config, model=model, tokenizer=tokenizer, text=DOCUMENTS, progress=False)
+    assert settings["median_norms"] == ShardFolder(tmp_path / "one").index["median_norms"]
+    other = tiny_models.model("llama")
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.01)
+    with pytest.raises(InputError, match="was harvested from another model than this one"):
+        shared(tmp_path / "acts", config, model=other)
+    shared(tmp_path / "acts", config)
+    assert_same_harvest(tmp_path / "acts", tmp_path / "one")
+    shutil.rmtree(tmp_path / "acts")
+    path.parent.mkdir(parents=True)
+    write_sealed_json(path, settings | {"median_norms": dict.fromkeys(HOOKS, 1e9)})
+    assert shared(tmp_path / "acts", config).dropped["outlier_norm"] == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
