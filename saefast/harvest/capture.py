@@ -111,11 +111,30 @@ class ModuleRunner(_PlacesRunner):
 
     def run(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
         check_ids(self._model, ids)
+        few = ids[:1, :_FEW], mask[:1, :_FEW]
         with _explained(self._model, ids):
-            few = self._inputs(ids[:1, :_FEW], mask[:1, :_FEW])
-            taken = self._take(self._inputs(ids, mask), few)
+            self._count(lambda: self._pass(self._inputs(*few), self._by_token(*few[0].shape), stops=False))
+            taken = self._pass(self._inputs(ids, mask), self._by_token(*ids.shape), stops=True)
         decoder, length = self._decoder, ids.shape[1]
         return self._rows(taken, lambda value: decoder.of_tokens(value, length) if decoder else value)
+
+    def _by_token(self, batch: int, length: int) -> Shape:
+        """`activations` of a pass over (batch, length) tokens, also of modules that see them in one row (OPT's MLP).
+
+        Raises InputError where they are not by sequence and token (XLNet's are by token and sequence): the first pass,
+        of one sequence, tells even where later ones have as many sequences as tokens.
+        """
+        lengths = (length, length + 1) if self._decoder else (length,)
+
+        def shaped(given: Any, where: str) -> Tensor:
+            if isinstance(given, Tensor) and given.dim() == 2 and len(given) == batch * length:
+                given = given.unflatten(0, (batch, length))
+            found = activations(given, where)
+            if len(found) != batch or found.shape[1] not in lengths:
+                raise InputError(f"hook {where!r} gives shape {tuple(found.shape)} for ({batch}, {length}) tokens")
+            return found
+
+        return shaped
 
     def run_inputs(self, inputs: Mapping[str, Tensor], shaped: Shape = activations) -> dict[str, Tensor]:
         """Activations per hook for arguments of the model's forward by name, moved to its device.
@@ -123,12 +142,8 @@ class ModuleRunner(_PlacesRunner):
         shaped: makes activations (batch, length, d) of what a hooked module gives; see `activations`. Errors of the
         model are raised as they are.
         """
-        return self._rows(self._take(inputs, inputs, shaped))
-
-    def _take(self, inputs: Mapping[str, Tensor], few: Mapping[str, Tensor], shaped: Shape = activations) -> Taken:
-        """A pass as far as the hooks; before the first, one of `few` inputs to the model's end."""
-        self._count(lambda: self._pass(few, shaped, stops=False))
-        return self._pass(inputs, shaped, stops=True)
+        self._count(lambda: self._pass(inputs, shaped, stops=False))
+        return self._rows(self._pass(inputs, shaped, stops=True))
 
     def _pass(self, inputs: Mapping[str, Tensor], shaped: Shape, stops: bool) -> Taken:
         taken, device = Taken(self._places, shaped), self._device()
@@ -148,8 +163,8 @@ class ModuleRunner(_PlacesRunner):
                 raise _Stop
 
     def _inputs(self, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        # Attention is fastest without a mask.
-        inputs = {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask}
+        # Attention is fastest without a mask. Masks are numbers, as tokenizers give them: some models subtract them.
+        inputs = {"input_ids": ids} if bool(mask.all()) else {"input_ids": ids, "attention_mask": mask.long()}
         return inputs | self._decoder.inputs(ids, mask) if self._decoder else inputs
 
     def _device(self) -> torch.device:

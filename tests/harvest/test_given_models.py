@@ -1,5 +1,6 @@
 """Models given as objects: how much they read at most, and nnsight's, which hold a torch module."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import architectures
@@ -32,12 +33,32 @@ def test_what_is_no_length_is_no_limit():
     assert context_limit(SimpleNamespace(cfg=SimpleNamespace(n_ctx=48))) == 48
 
 
-def test_rows_that_are_not_by_sequence_and_token_are_refused():
-    # XLNet, which names no limit, works on (length, batch, width).
+@pytest.mark.parametrize("sequences", [1, 3, 16])
+def test_rows_that_are_not_by_sequence_and_token_are_refused(sequences):
+    # XLNet, which names no limit, works on (length, batch, width): 16 sequences of 16 tokens would pass for rows.
     model, tokenizer = architectures.build("xlnet"), tiny_models.tokenizer(special=False)
-    text = [" ".join(f"w{n}" for n in range(first, first + 16)) for first in range(9)]
-    with pytest.raises(InputError, match=r"hook 'layers.1' gives shape \(16, 1, 16\) for \(1, 16\) tokens"):
+    text = [" ".join(f"w{n}" for n in range(first, first + 16)) for first in range(sequences)]
+    with pytest.raises(InputError, match=r"hook 'layer.1' gives shape \(16, 1, 16\) for \(1, 16\) tokens"):
         list(harvest_batches(CONFIG, model=model, tokenizer=tokenizer, text=text))
+    # Nor does it matter which module it is, and whether there is a mask.
+    inner = dataclasses.replace(CONFIG, hooks=("layer.0.ff",))
+    with pytest.raises(InputError, match=r"hook 'layer.0.ff' gives shape \(\d+, 1, 16\) for \(1, \d+\) tokens"):
+        list(harvest_batches(inner, model=model, tokenizer=tokenizer, text=[*text, "w1 w2"]))
+
+
+def test_modules_that_see_all_tokens_in_one_row_give_them_by_sequence():
+    """OPT's MLP: what it adds is what lies between the residual stream before and after, in every row of a batch."""
+    model, tokenizer = architectures.build("opt"), tiny_models.tokenizer(special=False)
+    hooks = ("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post")
+    batches = harvest_batches(
+        dataclasses.replace(CONFIG, hooks=hooks), model=model, tokenizer=tokenizer, text=tiny_models.documents(20)
+    )
+    n = 0
+    for batch in batches:
+        mid, added, post = (batch.rows[hook] for hook in hooks)
+        assert torch.allclose(mid + added, post, atol=1e-4)
+        n += len(mid)
+    assert n > 100
 
 
 # As much of nnsight's classes as anything outside them sees. Both keep the torch module in an attribute and hand on
