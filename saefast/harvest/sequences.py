@@ -1,6 +1,5 @@
 """Documents to token sequences: cut to the context length, held out by document, sorted by length."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from saefast.errors import InputError
-from saefast.harvest.text import Fingerprint
+from saefast.harvest.documents import Document, Fingerprint, digest, weight
 
 # Characters tokenised together. Within such a window sequences are sorted by length, which leaves little padding.
 WINDOW_CHARS = 1 << 20
@@ -19,7 +18,8 @@ class Window:
     """Sequences of some consecutive documents. Lists run over sequences, numbered from first_seq.
 
     first_doc, n_docs: the documents; before, after: fingerprints of the text up to and with them; chars: their length;
-    ids: token ids, special tokens included; docs: the document of each; held: whether it is held out.
+    tokens: those of the documents, without what is put before and after sequences. ids: token ids, special tokens
+    included; docs: the document of each; held: whether it is held out.
     """
 
     first_doc: int
@@ -28,6 +28,7 @@ class Window:
     before: str
     after: str
     chars: int
+    tokens: int
     ids: list[list[int]]
     docs: list[int]
     held: list[bool]
@@ -51,13 +52,23 @@ class Sequencer:
 
     prepend_bos: None does as the tokenizer does; True puts the BOS token before every sequence, False leaves out what
     the tokenizer puts there. share, seed: a document is held out when a hash of its text says so, so that two copies of
-    a document are never on both sides.
+    a document are never on both sides. vocabulary: how many token ids the model knows; None where it does not say.
+
+    Documents that are token ids already are cut, and nothing is put before or after them.
     """
 
     def __init__(
-        self, tokenizer: Any, ctx_len: int, *, prepend_bos: bool | None = None, share: float = 0.05, seed: int = 0
+        self,
+        tokenizer: Any,
+        ctx_len: int,
+        *,
+        prepend_bos: bool | None = None,
+        share: float = 0.05,
+        seed: int = 0,
+        vocabulary: int | None = None,
     ) -> None:
         self.tokenizer, self.ctx_len, self.share, self.seed = tokenizer, ctx_len, share, seed
+        self.vocabulary = vocabulary
         self.prefix, self.suffix = _affixes(tokenizer)
         bos = tokenizer.bos_token_id
         if prepend_bos and (not self.prefix or self.prefix[0] not in (bos, tokenizer.cls_token_id)):
@@ -73,7 +84,7 @@ class Sequencer:
 
     def windows(
         self,
-        documents: Iterator[str],
+        documents: Iterator[Document],
         fingerprint: Fingerprint,
         first_seq: int = 0,
         first_size: int | None = None,
@@ -91,20 +102,14 @@ class Sequencer:
                 return
             window = self._window(group, fingerprint, first_seq, None if first_size else left)
             if left is not None:
-                left -= sum(self.count(ids) for ids in window.ids)
+                left -= window.tokens
             first_size = None
             first_seq += len(window.ids)
             yield window
 
-    def count(self, ids: list[int]) -> int:
-        """Tokens of a sequence that are neither prefix nor suffix."""
-        return len(ids) - len(self.prefix) - len(self.suffix)
-
-    def _window(self, group: list[str], fingerprint: Fingerprint, first_seq: int, left: int | None) -> Window:
+    def _window(self, group: list[Document], fingerprint: Fingerprint, first_seq: int, left: int | None) -> Window:
         first_doc, before = fingerprint.count, fingerprint.value
-        encoded = self.tokenizer(
-            group, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
+        encoded = self._encoded(group)
         if left is not None:
             # The document that reaches the limit is the last one.
             reached = np.searchsorted(np.cumsum([len(ids) for ids in encoded]), left)
@@ -116,19 +121,58 @@ class Sequencer:
             held[hashes.index(min(hashes))] = True
         for document in group:
             fingerprint.add(document)
-        chars = sum(map(len, group))
-        out = Window(first_doc, len(group), first_seq, before, fingerprint.value, chars, [], [], [])
-        for number, ids in enumerate(encoded):
-            for start in range(0, len(ids), self.body):
-                out.ids.append([*self.prefix, *ids[start : start + self.body], *self.suffix])
+        chars, tokens = sum(map(weight, group)), sum(map(len, encoded))
+        out = Window(first_doc, len(group), first_seq, before, fingerprint.value, chars, tokens, [], [], [])
+        for number, (document, ids) in enumerate(zip(group, encoded, strict=True)):
+            for sequence in self._cut(document, ids):
+                out.ids.append(sequence)
                 out.docs.append(first_doc + number)
                 out.held.append(held[number])
         return out
 
-    def _hash(self, document: str) -> float:
+    def _encoded(self, group: list[Document]) -> list[list[int]]:
+        """The token ids of each document: the tokenizer's for strings, and those that were given."""
+        texts = [document for document in group if isinstance(document, str)]
+        tokenised: Iterator[list[int]] = iter(())
+        if texts:
+            tokenised = iter(
+                self.tokenizer(
+                    texts,
+                    add_special_tokens=False,
+                    return_attention_mask=False,
+                    return_token_type_ids=False,
+                    verbose=False,
+                )["input_ids"]
+            )
+        encoded = [next(tokenised) if isinstance(document, str) else document.tolist() for document in group]
+        for document, ids in zip(group, encoded, strict=True):
+            self._check_known(document, ids)
+        return encoded
+
+    def _check_known(self, document: Document, ids: list[int]) -> None:
+        """Raises InputError for ids that the model has no embedding of."""
+        n = self.vocabulary if self.vocabulary is not None or isinstance(document, str) else len(self.tokenizer)
+        if n is None or not ids or (min(ids) >= 0 and max(ids) < n):
+            return
+        strange = next(token for token in ids if not 0 <= token < n)
+        whose = "the tokenizer gives" if isinstance(document, str) else "the text holds"
+        raise InputError(
+            f"{whose} token id {strange}, but the model's vocabulary ends at {n - 1}: take the tokenizer that belongs"
+            " to the model"
+        )
+
+    def _cut(self, document: Document, ids: list[int]) -> Iterator[list[int]]:
+        """Sequences of a document: what was tokenised before is as it should be, text gets its special tokens."""
+        if isinstance(document, str):
+            for start in range(0, len(ids), self.body):
+                yield [*self.prefix, *ids[start : start + self.body], *self.suffix]
+        else:
+            for start in range(0, len(ids), self.ctx_len):
+                yield ids[start : start + self.ctx_len]
+
+    def _hash(self, document: Document) -> float:
         key = self.seed.to_bytes(8, "little", signed=True)
-        digest = hashlib.blake2b(document.encode("utf-8", "replace"), digest_size=8, key=key).digest()
-        return int.from_bytes(digest, "little") / 2.0**64
+        return int.from_bytes(digest(document, 8, key), "little") / 2.0**64
 
 
 def batches_of(lengths: list[int], batch_tokens: int, equal: bool) -> Iterator[tuple[int, int]]:
@@ -159,16 +203,16 @@ def pad(ids: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     return out, mask
 
 
-def next_documents(documents: Iterator[str], count: int | None = None) -> list[str]:
+def next_documents(documents: Iterator[Document], count: int | None = None) -> list[Document]:
     """The next `count` documents, or as many as make up a window; none at the end."""
-    group: list[str] = []
+    group: list[Document] = []
     size = 0
     while (size < WINDOW_CHARS) if count is None else (len(group) < count):
         document = next(documents, None)
         if document is None:
             break
         group.append(document)
-        size += len(document)
+        size += weight(document)
     return group
 
 

@@ -35,7 +35,7 @@ class HarvestReport:
 
     rows, heldout_rows: of the two shares; sequences, documents: harvested; dropped: tokens left out, by reason;
     complete: the end of the text, or max_tokens, is reached. seconds and tokens (run through the model): of this call;
-    skipped: files and lines of the text that could not be read.
+    skipped, n_skipped: files and lines of the text that could not be read, the first thousand, and how many.
     """
 
     folder: Path
@@ -48,6 +48,7 @@ class HarvestReport:
     seconds: float = 0.0
     tokens: int = 0
     skipped: list[str] = field(default_factory=list)
+    n_skipped: int = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -108,7 +109,7 @@ def harvest(
         ) from None
     report = _report(folder, read_index(folder))
     report.seconds, report.tokens = time.perf_counter() - started, writing.tokens
-    report.skipped = harvester.skipped
+    report.skipped, report.n_skipped = harvester.skipped, harvester.n_skipped
     return report
 
 

@@ -18,9 +18,9 @@ from saefast.harvest import harvester as harvester_module
 from saefast.harvest import sequences as sequences_module
 from saefast.harvest import to_disk as harvest_module
 from saefast.harvest.capture import runner_for
+from saefast.harvest.documents import Fingerprint
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.sequences import Sequencer, batches_of, pad
-from saefast.harvest.text import Fingerprint
 from saefast.harvest.to_disk import HarvestConfig, Harvester, harvest, harvest_batches
 
 BLOCKS = {"bert": "encoder.layer", "gpt2": "h", "llama": "layers"}

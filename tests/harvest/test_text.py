@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from saefast.errors import InputError
-from saefast.harvest.text import DOCUMENT_CHARS, Docstrings, Fingerprint, _library_docstrings, open_text, skip_documents
+from saefast.harvest.docstrings import Docstrings, library_docstrings
+from saefast.harvest.documents import Fingerprint, skip_documents
+from saefast.harvest.text import open_text
+from saefast.harvest.text_formats import DOCUMENT_CHARS
 
 
 def test_folder_is_read_in_path_order_and_hidden_files_are_not(tmp_path):
@@ -138,7 +141,7 @@ def test_docstrings_of_a_tree_each_once_in_path_order_without_tests(tmp_path):
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(code)
-    assert _library_docstrings(tmp_path) == ("Twice.", "Async h.", "Module b.", "Class C.")
+    assert library_docstrings(tmp_path) == ("Twice.", "Async h.", "Module b.", "Class C.")
 
 
 def test_skipping_checks_that_the_text_is_the_same():
