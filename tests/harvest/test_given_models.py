@@ -131,3 +131,25 @@ def test_a_model_of_nnsight_without_weights_is_refused():
     model = _Skeleton(tiny_models.model("gpt2").to("meta"))
     with pytest.raises(InputError, match="_Skeleton of nnsight without weights"):
         list(harvest_batches(CONFIG, model=model, tokenizer=tiny_models.tokenizer(), text=["w1 w2"]))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_models_of_the_installed_nnsight_are_harvested(tmp_path, monkeypatch, lazy):
+    nnsight = pytest.importorskip("nnsight")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model, tokenizer = tiny_models.model("gpt2", head=True), tiny_models.tokenizer(special=False)
+    if lazy:
+        if not hasattr(nnsight.LanguageModel, "dispatch"):
+            pytest.skip("this nnsight is older than transformers 5, and loads no weights with it")
+        model.save_pretrained(tmp_path / "m")
+        wrapped, own = nnsight.LanguageModel(str(tmp_path / "m"), tokenizer=tokenizer), None
+    else:
+        wrapped, own = nnsight.NNsight(model), tokenizer
+    text = tiny_models.documents(20)
+    rows = [
+        torch.cat([batch.rows["layers.1"] for batch in harvest_batches(CONFIG, model=given, tokenizer=own, text=text)])
+        for given, own in ((wrapped, own), (model, tokenizer))
+    ]
+    assert len(rows[0]) > 100
+    assert torch.equal(*rows)
