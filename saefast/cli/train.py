@@ -161,6 +161,8 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
         check_names(args.hooks.split(","))
         if args.hook is not None:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
+    if args.hook is not None and "*" in args.hook:
+        raise InputError(f"--hook {args.hook} means several hooks: --hooks {args.hook} trains an SAE for each of them")
     args = _as_recorded(args)
     # Before a model is loaded and an hour harvested.
     args.widest()

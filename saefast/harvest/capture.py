@@ -131,7 +131,10 @@ class ModuleRunner(_PlacesRunner):
                 given = given.unflatten(0, (batch, length))
             found = activations(given, where)
             if len(found) != batch or found.shape[1] not in lengths:
-                raise InputError(f"hook {where!r} gives shape {tuple(found.shape)} for ({batch}, {length}) tokens")
+                raise InputError(
+                    f"hook {where!r} gives shape {tuple(found.shape)} for ({batch}, {length}) tokens: "
+                    "expected (sequences, tokens, width)"
+                )
             return found
 
         return shaped

@@ -17,6 +17,7 @@ from saefast.harvest.capture import runner_for
 
 pytest.importorskip("transformers")
 CONFIG = HarvestConfig(hooks=("layers.*",), ctx_len=16, dtype="float32", forward="float32", heldout=0.2)
+MIDDLE = "blocks.1.hook_resid_mid"
 LAYERS = ["layers.0", "layers.1", "layers.2"]
 
 
@@ -118,15 +119,17 @@ def test_the_command_line_harvests_trains_and_looks_at_all_blocks(tmp_path, monk
     lines = [json.dumps({"text": document}) for document in tiny_models.documents(300)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     text = ["--model", "m", "--text", "t.jsonl"]
-    assert main(["harvest", *text, "--hook", "layers.*", "--ctx-len", "32", "--out", "acts"]) == 0
-    assert "next: saefast train acts --hooks 'layers.*' --out" in capsys.readouterr().out
+    assert main(["harvest", *text, "--hook", "layers.*", MIDDLE, "--ctx-len", "32", "--out", "acts"]) == 0
+    assert f"next: saefast train acts --hooks 'layers.*,{MIDDLE}' --out" in capsys.readouterr().out
     small = ["--k", "4", "--n-latents", "32", "--n-tokens", "2000"]
     assert main(["train", "acts", "--hooks", "layers.*", "--out", "runs", *small]) == 0
     assert sorted(path.name for path in (tmp_path / "runs").iterdir() if path.is_dir()) == LAYERS
     assert main(["eval", "runs/layers.1"]) == 0
     assert "ce_sae" in capsys.readouterr().out
     assert main(["features", "runs/layers.2"]) == 0
-    assert main(["train", "acts", "--hook", "layers.1", "--out", "one", *small]) == 0
+    assert main(["train", "acts", "--hook", MIDDLE, "--out", "one", *small]) == 0
+    assert main(["eval", "one"]) == 0
+    assert "ce_sae" in capsys.readouterr().out
     assert main(["train", "--live", *text, "--hooks", "blocks.*.hook_mlp_out", "--out", "live", *small]) == 0
     found = sorted(path.name for path in (tmp_path / "live").iterdir() if path.is_dir())
     assert found == [f"blocks.{n}.hook_mlp_out" for n in range(3)]
@@ -134,5 +137,7 @@ def test_the_command_line_harvests_trains_and_looks_at_all_blocks(tmp_path, monk
     longer = [*small[:4], "--n-tokens", "3000"]
     assert main(["train", "--hooks", "layers.*", "--out", "runs", "--resume", *longer]) == 0
     capsys.readouterr()
+    assert main(["train", *text, "--hook", "layers.*", "--out", "none", *small]) == 2
+    assert "--hook layers.* means several hooks: --hooks layers.* trains an SAE for each" in capsys.readouterr().err
     assert main(["train", "acts", "--hooks", "heads.*", "--out", "none", *small]) == 2
-    assert "hook 'heads.*' matches nothing; there are layers.0, layers.1, layers.2" in capsys.readouterr().err
+    assert "hook 'heads.*' matches nothing; there are layers.0, layers.1, layers.2, blocks.1" in capsys.readouterr().err
