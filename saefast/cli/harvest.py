@@ -1,15 +1,17 @@
 """`saefast harvest`: text through a language model, activations into a folder."""
 
 import dataclasses
+import functools
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from saefast.cli.args import parse, watched
+from saefast.cli.processes import harvest_in, places
 from saefast.harvest.harvester import HarvestConfig
 from saefast.harvest.text import Text, open_texts
 from saefast.harvest.to_disk import HarvestReport, harvest
@@ -33,6 +35,12 @@ class HarvestArgs:
     settings: HarvestConfig = field(default_factory=HarvestConfig)
     """A folder begun with other values is refused; --max-tokens, --batch-tokens, --commit-seconds and --device may
     change."""
+    data_parallel: Literal["auto"] | int | None = None
+    """share the harvest with others that run the same command on the same folder, here or on other machines: with so
+    many processes of this one. "auto" is one a GPU, and under torchrun or srun the rank itself"""
+    take_over_after: float = 300.0
+    """of --data-parallel: seconds without a sign of life after which another machine's process counts as gone; one of
+    this machine is known to be gone at once"""
 
 
 def main(argv: list[str]) -> int:
@@ -48,7 +56,12 @@ def run_harvest(args: HarvestArgs) -> HarvestReport:
     """Harvests as the arguments say. Raises InputError; Ctrl-C is raised with what to do next."""
     config, text = harvest_config(args)
     try:
-        report = harvest(args.out, config, text=text, progress=watched())
+        if args.data_parallel is None:
+            report = harvest(args.out, config, text=text, progress=watched())
+        else:
+            where = places(args.data_parallel, config.device)
+            settings = functools.partial(harvest_config, args)
+            report = harvest_in(args.out, settings, where, args.take_over_after, watched())
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped; what is harvested is kept, and the same command goes on") from None
     for line in report.skipped[:5]:

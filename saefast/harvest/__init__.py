@@ -3,6 +3,7 @@
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.live import live_source, live_sources
+from saefast.harvest.parts import harvest_parts
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestReport, harvest, harvest_batches
 
@@ -12,6 +13,7 @@ __all__ = [
     "HarvestReport",
     "harvest",
     "harvest_batches",
+    "harvest_parts",
     "live_source",
     "live_sources",
     "load_model",

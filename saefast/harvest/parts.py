@@ -17,7 +17,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -29,8 +29,9 @@ from saefast.errors import InputError
 from saefast.files import SEAL, read_sealed_json, usable, write_sealed_json
 from saefast.harvest.claims import Claim, Holder, latest, take
 from saefast.harvest.documents import Document, Fingerprint, Text
-from saefast.harvest.harvester import HarvestConfig, Harvester, check_same
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same
 from saefast.harvest.identity import identity_of
+from saefast.harvest.language_models import unwrapped
 from saefast.harvest.sequences import Window, next_documents
 from saefast.harvest.to_disk import Bar, HarvestReport, Writing, _finished, _report, _settings
 from saefast.schema import Count
@@ -83,7 +84,7 @@ def harvest_parts(
     model: Any = None,
     tokenizer: Any = None,
     text: Any = None,
-    progress: bool = True,
+    progress: bool | Callable[[int], object] = True,
     take_over_after: float = 300.0,
 ) -> HarvestReport:
     """Takes part in a harvest into out_dir that other processes, here or elsewhere, may be taking part in; see above.
@@ -93,8 +94,9 @@ def harvest_parts(
     done, after waiting for those that others are at. Ctrl-C gives up the part at hand and keeps those that are done.
 
     Args:
-        out_dir, config, model, tokenizer, text, progress: as `harvest` takes them. The text must be the same each time
-            it is read, and in every process.
+        out_dir, config, model, tokenizer, text: as `harvest` takes them. The text must be the same each time it is
+            read, and in every process.
+        progress: a line on the terminal, none, or a function that is given the number of tokens after each batch.
         take_over_after: seconds without a sign of life (there is one every 10) after which another machine's process
             counts as gone. One of this machine is known to be gone at once.
 
@@ -103,6 +105,9 @@ def harvest_parts(
     """
     config = config or HarvestConfig()
     folder = usable(out_dir)
+    if not take_over_after > 0:
+        raise InputError(f"take_over_after is {take_over_after}, expected a positive number of seconds")
+    model, tokenizer = unwrapped(model, tokenizer)
     finished = _finished(folder, config, model, text)
     if finished:
         check_same(read_index(folder).get("identity"), {"weights": None, **identity_of(model, tokenizer)}, folder)
@@ -112,8 +117,9 @@ def harvest_parts(
     harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
     started = time.perf_counter()
     try:
-        with Bar(harvester, None, progress) as bar:
-            shared = _Shared(harvester, folder, _settings(config, model, text), take_over_after, bar)
+        with Bar(harvester, None, progress is True) as bar:
+            told = progress if callable(progress) else None
+            shared = _Shared(harvester, folder, _settings(config, model, text), take_over_after, bar, told)
             index = shared.whole()
     except OSError as error:
         raise InputError(
@@ -140,12 +146,26 @@ def parts_of(text: Text, tokenizer: Any = None) -> Iterator[Part]:
         yield Part(number, group, before, fingerprint.value)
 
 
+def tokens_done(folder: Path) -> int:
+    """How many tokens are in the parts that are done."""
+    records = [read_sealed_json(path, Record) for path in (folder / PARTS).glob("[0-9]*.json")]
+    return sum(int(record["tokens"]) for record in records)
+
+
 class _Shared:
     """One process's share in a harvest: walks along the parts until all are done."""
 
-    def __init__(self, harvester: Harvester, folder: Path, settings: dict[str, Any], patience: float, bar: Bar) -> None:
+    def __init__(
+        self,
+        harvester: Harvester,
+        folder: Path,
+        settings: dict[str, Any],
+        patience: float,
+        bar: Bar,
+        told: Callable[[int], object] | None,
+    ) -> None:
         self._harvester, self._folder, self._parts = harvester, folder, folder / PARTS
-        self._settings, self._patience, self._bar = settings, patience, bar
+        self._settings, self._patience, self._bar, self._told = settings, patience, bar, told
         self._limit = harvester.config.max_tokens
         self._n_parts = 0
         self.tokens = 0
@@ -233,9 +253,14 @@ class _Shared:
             shuffle_seed=config.seed,
         ) as writer:
             writing = Writing(harvester, writer, left, often=False)
-            writing.take(harvester.rows_of(iter(windows)), self._bar.update)
+            writing.take(harvester.rows_of(iter(windows)), self._seen)
             writing.commit(complete=True)
             self.tokens += writing.tokens
+
+    def _seen(self, batch: HarvestBatch) -> None:
+        self._bar.update(batch)
+        if self._told:
+            self._told(batch.tokens)
 
     def _record_of(self, part: Part, folder: str, windows: list[Window]) -> Record:
         last = windows[-1]
