@@ -28,8 +28,9 @@ def records(file: Path, column: str) -> Iterator[Record]:
     try:
         with opened_anywhere(file) as stream:
             for batch in _batches(arrow, file, stream, column):
+                columns = {name: _checked(arrow, batch.column(name)) for name in batch.schema.names}
                 for i in range(batch.num_rows):
-                    yield f"{file} row {row}", _record(batch, i)
+                    yield f"{file} row {row}", _record(arrow, columns, i)
                     row += 1
     except InputError:
         raise
@@ -88,22 +89,33 @@ def _wanted(file: Path, names: list[str], column: str) -> list[str]:
     return wanted
 
 
-def _record(batch: Any, row: int) -> Any:
+def _checked(arrow: Any, column: Any) -> Any:
+    """A column that is safe to look into, strings as bytes. Raises pyarrow's error for damage that would crash it."""
+    kinds = arrow.types
+    as_bytes = {kinds.is_string: arrow.binary, kinds.is_large_string: arrow.large_binary}
+    for is_kind, make in as_bytes.items():
+        if is_kind(column.type):
+            # Checked as strings, one that is not UTF-8 would cost all those beside it.
+            column = column.view(make())
+    column.validate(full=True)
+    return column
+
+
+def _record(arrow: Any, columns: dict[str, Any], row: int) -> Any:
     """A row by the names of its columns; numbers in lists stay arrays."""
     record = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    for name, column in columns.items():
         value = column[row]
+        numbers: Any = getattr(value, "values", None)
+        if numbers is not None and not numbers.null_count and arrow.types.is_integer(numbers.type):
+            record[name] = numbers.to_numpy(zero_copy_only=False)
+            continue
+        found = value.as_py()
         try:
-            numbers: Any = getattr(value, "values", None)
-            are_ids = numbers is not None and not numbers.null_count and _is_integer(numbers.type)
-            record[name] = numbers.to_numpy(zero_copy_only=False) if are_ids else value.as_py()
+            record[name] = found.decode() if isinstance(found, bytes) else found
         except UnicodeDecodeError:
             return Unreadable("is not UTF-8 text")
     return record
-
-
-def _is_integer(kind: Any) -> bool:
-    return bool(importlib.import_module("pyarrow").types.is_integer(kind))
 
 
 def _pyarrow(file: Path) -> Any:
