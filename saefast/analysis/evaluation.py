@@ -17,14 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast import ambient
+from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
 from saefast.data.source import TARGET, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
+from saefast.harvest.hooks import find_hook
+from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
+from saefast.harvest.language_models import unwrapped
 from saefast.harvest.reharvest import harvest_again
-from saefast.metrics.language_model import LM_METRICS, batch_sequences, lm_scores, why_missing
+from saefast.metrics.language_model import LM_METRICS, TokenBatch, batch_sequences, lm_scores, why_missing
 from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
 from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
 from saefast.models.sae import SAE, WEIGHTS, load, require_real
@@ -148,6 +152,8 @@ def evaluate_run(
     lm_tokens: int = LM_TOKENS,
     max_norm_multiple: float | Literal["auto"] | None = "auto",
     write: bool = True,
+    model: Any = None,
+    tokenizer: Any = None,
     progress: bool = False,
 ) -> Evaluation:
     """Evaluates the SAE in a run's folder on its held-out rows, and where its model is a language model, spliced in.
@@ -158,14 +164,22 @@ def evaluate_run(
         lm_tokens: about how much held-out text the language model reads; 0 leaves it out.
         max_norm_multiple: which rows are ordinary; see `evaluate`.
         progress: show a bar where rows have to be harvested first (a run that trained live).
+        model: the language model that the rows were harvested from, or a folder or name that it loads from; None is the
+            name that the harvest has. Its weights have to be those harvested: then digests agree.
+        tokenizer: the one of the harvest, likewise; needed for harvests without digests alone.
         write: leave eval.json and latents.safetensors (per latent: counts, total_act, max_act) in the folder.
 
     Raises:
-        InputError: no SAE there, its data is gone or of another width, or nothing is held out.
+        InputError: no SAE there, its data is gone or of another width, nothing is held out, or a model or tokenizer
+            that is given is not the one harvested. One that loads by name and is another leaves `lm` empty.
     """
     folder = usable(run)
     sae = load_finished(folder)
-    source = run_source(folder, sae, data, progress)
+    model, tokenizer = unwrapped(model, tokenizer)
+    source = run_source(folder, sae, data, progress, model, tokenizer)
+    if isinstance(source, MappedSource) and source.folder is not None:
+        # Better now than after all rows.
+        check_given(source.folder.index, model, tokenizer)
     if TARGET in source.widths:
         raise InputError(f"{source.source_name} has a target besides x: only reconstructions of x are evaluated so far")
     rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
@@ -176,7 +190,7 @@ def evaluate_run(
     about = _about(folder, source, n_rows) | {"ordinary": _ordinary(metrics)}
     result = Evaluation(metrics.compute(), metrics, about)
     if lm_tokens:
-        _language_model(result, sae, source, lm_tokens)
+        _language_model(result, sae, source, lm_tokens, model, tokenizer)
     else:
         result.lm_left_out = "not asked for"
     if write:
@@ -205,11 +219,13 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
     write_json(folder / EVAL, result.to_dict())
 
 
-def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False) -> Source:
+def run_source(
+    folder: Path, sae: SAE, data: Any = None, progress: bool = False, model: Any = None, tokenizer: Any = None
+) -> Source:
     """The rows a run was trained on, as its config says, or `data`. Raises InputError where they are not to be had.
 
     A run that trained live has none until its model has read its text once more (harvest/reharvest.py), which is done
-    here; progress shows a bar.
+    here; progress shows a bar, model and tokenizer are harvest_again's.
     """
     kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
@@ -218,7 +234,7 @@ def run_source(folder: Path, sae: SAE, data: Any = None, progress: bool = False)
     if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
     if "live" in kept:
-        harvest_again(folder, kept, progress)
+        harvest_again(folder, kept, progress, model, tokenizer)
     here = folder / kept["path"]
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
@@ -253,35 +269,50 @@ def _ordinary(metrics: SAEMetrics) -> dict[str, float | None]:
     return {"max_norm_multiple": multiple if multiple < math.inf else None, "far": found.n_far}
 
 
-def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int) -> None:
+def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int, model: Any, tokenizer: Any) -> None:
     """Fills result.lm, or says in result.lm_left_out why not."""
-    from saefast.harvest import language_models as models
-    from saefast.harvest.hooks import find_hook
-
     if not (isinstance(source, MappedSource) and source.folder is not None):
         result.lm_left_out = "the data is not a harvest, so no model is known"
         return
     index = source.folder.index
-    name, revision = str(index.get("model", "")), index.get("revision")
     hook = str(sae.config.metadata.get("hook_name") or source.folder.hook(None))
     try:
-        architecture = models.architecture(name, revision=revision)
-        if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
-            result.lm_left_out = f"{name} is a {architecture}, which has no language-model head"
-            return
-        dtype = getattr(torch, str(index.get("forward") or "float32"))
-        model = models.load_model(name, revision=revision, dtype=dtype, device=sae.device, head="AutoModelForCausalLM")
-        tokenizer = models.load_tokenizer(name, revision=revision)
-        places = find_hook(model, hook).places
+        language_model = causal_language_model(index, model, sae.device)
+        result.lm = lm_scores(
+            language_model,
+            find_hook(language_model, hook).places,
+            lambda x: sae(x.to(sae.device)).x_hat.to(x.device),
+            _scored(source, lm_tokens, _choice(index, model, tokenizer)),
+            (),
+            _ordinary_rows(index, source.hooks[X]),
+        )
+    except OtherModel as error:
+        if model is not None or tokenizer is not None:
+            raise
+        result.lm_left_out = str(error)
     except InputError as error:
         result.lm_left_out = str(error)
-        return
-    special = [] if source.folder.keeps_special_tokens else tokenizer.all_special_ids
-    batches = batch_sequences(_heldout_sequences(source, lm_tokens), batch_size=8, pad_id=tokenizer.pad_token_id or 0)
-    try:
-        result.lm = lm_scores(model, places, lambda x: sae(x).x_hat, batches, special)
-    except InputError as error:
-        result.lm_left_out = str(error)
+
+
+def _choice(index: dict[str, Any], model: Any, tokenizer: Any) -> TokenChoice:
+    """Which tokens the harvest kept rows of: the others keep their own activations, and no loss is counted at them."""
+    if "special_ids" in index:
+        return TokenChoice.from_index(index)
+    return TokenChoice.from_index(index, harvested_tokenizer(index, tokenizer, model).all_special_ids)
+
+
+def _ordinary_rows(index: dict[str, Any], hook: str) -> Callable[[Tensor], Tensor] | None:
+    """Which rows (n, D) at a hook the harvest's max_norm_multiple kept; None where that is all."""
+    multiple, median = index.get("max_norm_multiple"), index.get("median_norms", {}).get(hook)
+    if multiple is None or median is None:
+        return None
+    return lambda x: norms_of(x) <= multiple_of(multiple) * median
+
+
+def _scored(source: MappedSource, n_tokens: int, choice: TokenChoice) -> Iterator[TokenBatch]:
+    for batch in batch_sequences(_heldout_sequences(source, n_tokens), batch_size=8):
+        _, kept = choice(batch.ids.numpy(), batch.mask.numpy())
+        yield batch._replace(rows=torch.from_numpy(kept))
 
 
 def _heldout_sequences(source: MappedSource, n_tokens: int) -> Iterator[Tensor]:

@@ -32,6 +32,8 @@ class EvalArgs:
     """evaluate on the held-out rows of this folder or file instead of the run's own"""
     lm_tokens: int = LM_TOKENS
     """held-out text the language model reads; 0 leaves it out"""
+    model: str | None = None
+    """language model that was harvested, where it is not found by its name: a folder, or a name that loads it"""
     max_norm_multiple: float | Literal["auto"] | None = "auto"
     """ordinary rows lie up to this many times the median distance from the centre; auto is 5, if few are beyond"""
     batch_size: int = 2048
@@ -50,6 +52,7 @@ def main(argv: list[str]) -> int:
         lm_tokens=args.lm_tokens,
         max_norm_multiple=args.max_norm_multiple,
         progress=watched(),
+        model=args.model,
     )
     print(table(result))
     print(f"\nwritten: {named([args.run / EVAL], lambda: draw_run(args.run, result))}")

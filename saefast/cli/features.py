@@ -1,5 +1,6 @@
 """`saefast features`: what a run's most telling latents respond to, as a page, a table and a picture."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -7,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from torch import Tensor
 
 from saefast.analysis.evaluation import load_finished, run_source
 from saefast.analysis.feature_table import FeatureTable, make_table
 from saefast.analysis.features import collect
+from saefast.analysis.harvested_model import harvested_model, harvested_tokenizer
 from saefast.analysis.plots import draw_features
 from saefast.analysis.report import summary, write_features
 from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.data.mapped_source import Located, MappedSource
 from saefast.errors import InputError
-from saefast.harvest import language_models as models
+from saefast.harvest.language_models import unwrapped
 
 ROWS = 1 << 18
 # Large, because merging a batch into the table of strongest activations costs the same for any size.
@@ -35,6 +38,8 @@ class FeaturesArgs:
     """folder of a run"""
     data: str | None = None
     """harvest to look at, instead of the run's own"""
+    model: str | None = None
+    """language model that was harvested, where it is not found by its name: a folder, or a name that loads it"""
     n: int = 10
     """latents to show"""
     contexts: int = 6
@@ -51,32 +56,50 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def run_features(args: FeaturesArgs) -> tuple[FeatureTable, str]:
+def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -> tuple[FeatureTable, str]:
     """Makes the table and writes it. -> the table, and the files written, in words.
 
+    Args:
+        model, tokenizer: those that were harvested, as objects; None is what args.model says, or the harvest's names.
+
     Raises:
-        InputError: the run's data has no tokens, or its model does not load.
+        InputError: the run's data has no tokens, its tokenizer does not load or is not the one of the harvest, or a
+            model that is given is not the one harvested. One that loads by name and is another is done without.
     """
     for name in ("n", "contexts", "rows"):
         if getattr(args, name) < 1:
             raise InputError(f"{name} is {getattr(args, name)}: expected at least 1")
     sae = load_finished(args.run)
     announce_harvest(args.run, args.data)
-    source = run_source(args.run, sae, args.data, watched())
+    model, tokenizer = unwrapped(args.model if model is None else model, tokenizer)
+    source = run_source(args.run, sae, args.data, watched(), model, tokenizer)
     if not isinstance(source, MappedSource) or source.folder is None:
         raise InputError(f"{source.source_name} holds no tokens: features need a run trained on a harvest")
     index = source.folder.index
-    name, revision = str(index.get("model", "")), index.get("revision")
-    tokenizer = models.load_tokenizer(name, revision=revision)
-    model: Any = models.load_model(name, revision=revision)
-    embedding = model.get_input_embeddings().weight
+    tokenizer = harvested_tokenizer(index, tokenizer, model)
+    embedding = _embedding(index, model)
     batches = _progress(_rows(source, args.rows), args.rows)
-    stats = collect(sae, batches, tokens_of=source.folder.token_ids, vocabulary=len(embedding))
+    vocabulary = len(tokenizer) if embedding is None else len(embedding)
+    stats = collect(sae, batches, tokens_of=source.folder.token_ids, vocabulary=vocabulary)
     table = make_table(sae, source, stats, tokenizer, embedding, args.n, args.contexts)
     hook = sae.config.metadata.get("hook_name", "")
-    title = f"{name} {hook}: what {len(table.features)} of {sae.config.n_latents:,} latents respond to"
+    title = (
+        f"{index.get('model', '')} {hook}: what {len(table.features)} of {sae.config.n_latents:,} latents respond to"
+    )
     pages, picture = write_features(args.run, table, title), args.run / "features.png"
     return table, named(pages, lambda: draw_features(table, picture, title))
+
+
+def _embedding(index: dict[str, Any], given: Any) -> Tensor | None:
+    """The input embedding (V, d) of the model that was harvested; None, with a word, where its name leads elsewhere."""
+    try:
+        weight: Tensor = harvested_model(index, given).get_input_embeddings().weight.detach().float().cpu()
+    except InputError as error:
+        if given is not None:
+            raise
+        warnings.warn(f"latents are chosen without the model's embedding: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    return weight
 
 
 def _rows(source: MappedSource, limit: int) -> Iterator[Located]:

@@ -226,15 +226,19 @@ def _members(args: TrainArgs) -> dict[str, Member]:
 def _live_members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, from a model that is running."""
     from saefast.harvest.live import live_sources
-    from saefast.harvest.reharvest import describe_live
+    from saefast.harvest.reharvest import check_resumed, describe_live
 
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
     config, text = harvest_config(_harvest_args(args))
-    return {
-        hook: Member(source, args.sae_config(source.d_in, describe_live(config, args.text, hook)), args.train)
-        for hook, source in live_sources(config, text=text).items()
-    }
+    sources, members = live_sources(config, text=text), {}
+    folders = list(args.folders().values())
+    for (hook, source), folder in zip(sources.items(), folders, strict=True):
+        if args.resume and (folder / CONFIG).is_file():
+            check_resumed(folder, read_config(folder)[0].metadata, source.identity)
+        metadata = describe_live(config, args.text, hook, source.identity)
+        members[hook] = Member(source, args.sae_config(source.d_in, metadata), args.train)
+    return members
 
 
 def _as_recorded(args: TrainArgs) -> TrainArgs:

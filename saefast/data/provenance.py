@@ -7,7 +7,7 @@ from typing import Any, Literal, TypedDict
 
 from saefast.data.mapped_source import MappedSource
 from saefast.data.shard_buffer import ShardBuffer
-from saefast.data.shards import ShardFolder
+from saefast.data.shards import Identity, ShardFolder
 from saefast.data.source import TARGET, Names, Source, X, by_tensor
 from saefast.files import usable
 from saefast.schema import check
@@ -47,6 +47,8 @@ class Recorded(Place, Choice, total=False):
     heldout: float
     shuffle: Literal["auto", "buffer", "mapped"]
     live: Live
+    # Of the model that a live run trained on, and of its tokenizer.
+    identity: Identity
 
 
 def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:

@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD, Identity
@@ -158,13 +159,10 @@ class Harvester:
         model, tokenizer = unwrapped(model, tokenizer)
         self.config = config
         self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
-        self.forward = _forward_dtype(config.forward, _device(config.device))
         self.model_name = config.model if model is None else given_model_name(model)
         if model is None:
             tokenizer = tokenizer or load_tokenizer(config.model, revision=config.revision)
-            model = load_model(
-                config.model, revision=config.revision, dtype=_FORWARD[self.forward], device=_device(config.device)
-            )
+            model = load_for(config)
         self.model = model
         self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
         if self.tokenizer is None:
@@ -428,6 +426,17 @@ def _without_first(batch: HarvestBatch, n: int) -> HarvestBatch:
         pos=batch.pos[first:],
         counts=batch.counts[n:],
         dropped=batch.dropped[n:],
+    )
+
+
+def load_for(config: HarvestConfig, place: str | Path | None = None) -> nn.Module:
+    """The model of a config, or the one at another place, as a harvest runs it."""
+    device = _device(config.device)
+    return load_model(
+        config.model if place is None else place,
+        revision=config.revision if place is None else None,
+        dtype=_FORWARD[_forward_dtype(config.forward, device)],
+        device=device,
     )
 
 

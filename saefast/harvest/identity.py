@@ -80,21 +80,23 @@ def why_other(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     A head that only one of them has makes no difference: no row of a block depends on it.
     """
     before, after = kept.get("weights"), now.get("weights")
-    if before is not None and after is not None:
+    if before is not None and after is not None and (why := _why_others(before, after)):
         if kept.get("dtype") != now.get("dtype"):
             return f"its weights are {now.get('dtype')}, those harvested from were {kept.get('dtype')}"
-        parts = [part for part in {**before, **after} if _counts(part, before, after)]
-        other = [part for part in parts if before.get(part) != after.get(part)]
-        if other or not before.keys() & after.keys():
-            return f"its weights are others ({len(other)} of {len(parts)} parts, {(other or parts)[0]} first)"
+        return why
     tokenizers = kept.get("tokenizer"), now.get("tokenizer")
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         return "its tokenizer is another (in vocabulary, special tokens, or how it splits text)"
     return ""
 
 
-def _counts(part: str, before: Mapping[str, str], after: Mapping[str, str]) -> bool:
-    return (part in before and part in after) or part[-1].isdigit()
+def _why_others(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    blocks = [[part for part in parts if part[-1].isdigit()] for parts in (before, after)]
+    if all(blocks) and not set(blocks[0]) & set(blocks[1]):
+        return f"its weights have other names ({blocks[1][0]}, not {blocks[0][0]})"
+    parts = [part for part in {**before, **after} if part[-1].isdigit() or (part in before and part in after)]
+    other = [part for part in parts if before.get(part) != after.get(part)]
+    return f"its weights are others ({len(other)} of {len(parts)} parts, {other[0]} first)" if other else ""
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

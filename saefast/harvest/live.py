@@ -10,7 +10,8 @@ import torch
 from saefast.data import live_buffer
 from saefast.data.iterable_source import HELDOUT_ROWS
 from saefast.data.live_buffer import LiveBuffer
-from saefast.data.source import Batch, Device, Names, Source, X, by_tensor, n_rows_of
+from saefast.data.shards import Identity
+from saefast.data.source import Batch, Device, Names, X, by_tensor, n_rows_of
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
 from saefast.typed import typed
@@ -24,7 +25,7 @@ def live_sources(
     tokenizer: Any = None,
     text: Any = None,
     reservoir_rows: int = 1 << 16,
-) -> dict[str, Source]:
+) -> dict[str, "HookBuffer"]:
     """A source per hook of the config, all fed by the same passes of the model over the text.
 
     Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
@@ -38,7 +39,11 @@ def live_sources(
     hooks = [hook["name"] for hook in harvester.runner.hooks]
     shared = Shared(harvester.batches, readers=len(hooks))
     return {
-        hook: HookBuffer(HookStream(shared, reader, {X: hook}, _name(harvester, [hook])), reservoir_rows=reservoir_rows)
+        hook: HookBuffer(
+            HookStream(shared, reader, {X: hook}, _name(harvester, [hook])),
+            reservoir_rows=reservoir_rows,
+            identity=harvester.identity,
+        )
         for reader, hook in enumerate(hooks)
     }
 
@@ -52,7 +57,7 @@ def live_source(
     tokenizer: Any = None,
     text: Any = None,
     reservoir_rows: int = 1 << 16,
-) -> Source:
+) -> "HookBuffer":
     """One source of several hooks of the config: its batches hold a tensor of each, row for row of the same tokens.
 
     hooks: {"x": "layers.3.mlp.in", "target": "layers.3.mlp.out"} names the tensors, a list (None: all hooks of the
@@ -67,7 +72,7 @@ def live_source(
         raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(every)}")
     picked = {tensor: names[hook] for tensor, hook in asked.items()}
     stream = HookStream(Shared(harvester.batches, readers=1), 0, picked, _name(harvester, list(picked.values())))
-    return HookBuffer(stream, reservoir_rows=reservoir_rows)
+    return HookBuffer(stream, reservoir_rows=reservoir_rows, identity=harvester.identity)
 
 
 def _name(harvester: Harvester, hooks: list[str]) -> str:
@@ -193,11 +198,14 @@ class HookStream:
 
 class HookBuffer(LiveBuffer):
     """Shuffled rows of a HookStream. Its held-out rows are those that came before as many rows as were drawn: how far
-    the reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped."""
+    the reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped.
 
-    def __init__(self, stream: HookStream, *, reservoir_rows: int) -> None:
+    identity: digests of the model that reads, and of its tokenizer.
+    """
+
+    def __init__(self, stream: HookStream, *, reservoir_rows: int, identity: Identity) -> None:
         super().__init__(stream, reservoir_rows=reservoir_rows)
-        self._stream = stream
+        self._stream, self.identity = stream, identity
 
     def leave(self) -> None:
         # The pass that feeds the other hooks goes on, and this one can be drawn from once only.

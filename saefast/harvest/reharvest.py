@@ -1,12 +1,16 @@
 """Harvesting anew for a run that trained live and kept no rows: its model reads its text once more."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saefast.data.provenance import DATA, Live, Recorded
+from saefast.data.provenance import DATA, Live, Recorded, recorded_data
+from saefast.data.shards import Identity
+from saefast.data.source import Names, X, by_tensor
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.harvester import HarvestConfig, check_same, load_for
+from saefast.harvest.language_models import load_tokenizer
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import harvest
 
@@ -17,25 +21,36 @@ FOLDER, TOKENS = "activations", 1 << 18
 _NOT_KEPT = {"hooks", "text", "max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device"}
 
 
-def describe_live(config: HarvestConfig, texts: tuple[str, ...], hook: str) -> dict[str, Any]:
-    """SAEConfig.metadata of a run that trains on `hook` while the model reads: all it takes to harvest the rows again.
+def describe_live(
+    config: HarvestConfig, texts: tuple[str, ...], hook: str | Names, identity: Identity | None = None
+) -> dict[str, Any]:
+    """SAEConfig.metadata of a run that trains while the model reads: all it takes to harvest the rows again.
 
-    Paths are made absolute, names of models and data sets stay.
+    hook: the one trained on, or those of live_source, by tensor. identity: of the model and tokenizer, as live sources
+    have it. Paths are made absolute, names of models and data sets stay.
     """
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
     kept |= {"model": _place(config.model), "text": [_place(text) for text in texts]}
-    data = {"path": FOLDER, "hook": hook, "heldout": config.heldout, "live": kept}
+    data: dict[str, Any] = {"path": FOLDER, "heldout": config.heldout, "live": kept}
+    hooks = {} if isinstance(hook, str) else by_tensor(hook)
+    data |= {"hooks": hooks} if hooks else {"hook": hook}
+    data |= {"identity": identity} if identity is not None else {}
+    first = hooks.get(X, next(iter(hooks.values()))) if hooks else hook
     names = ", ".join(texts) or "stdlib docstrings"
-    return {DATA: data, "model_name": config.model, "dataset_path": names, "hook_name": hook}
+    return {DATA: data, "model_name": config.model, "dataset_path": names, "hook_name": first}
 
 
-def harvest_again(run: Path, kept: Recorded, progress: bool = False) -> None:
+def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any = None, tokenizer: Any = None) -> None:
     """Harvests into the run's folder what `describe_live` says, at most TOKENS tokens; nothing is done twice.
 
     The documents that were held out are held out again: a hash of their text decides.
 
+    Args:
+        model, tokenizer: those of the run, or where they load from, instead of the names that it knows.
+
     Raises:
-        InputError: the model or the text is gone, or the folder holds another harvest.
+        InputError: the model or the text is gone, the model is not the one that the run trained on, or the folder holds
+            another harvest.
     """
     live = kept["live"]
     known = {field.name for field in dataclasses.fields(HarvestConfig)}
@@ -43,11 +58,27 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False) -> None:
         raise InputError(f"{run} was harvested with {', '.join(unknown)}, which this version of saefast does not know")
     settings: dict[str, Any] = {name: value for name, value in live.items() if name != "text"}
     texts = live["text"]
-    config = HarvestConfig(
-        hooks=(str(kept["hook"]),), text=texts[0] if len(texts) == 1 else None, max_tokens=TOKENS, **settings
-    )
+    # JSON has lists for tuples.
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    hooks = tuple(dict.fromkeys(kept["hooks"].values())) if kept.get("hooks") else (str(kept.get("hook")),)
+    config = HarvestConfig(hooks=hooks, text=texts[0] if len(texts) == 1 else None, max_tokens=TOKENS, **settings)
     text = open_texts(texts, config.text_column, config.seed) if len(texts) > 1 else None
-    harvest(run / kept["path"], config, text=text, progress=progress)
+    if isinstance(model, str | Path):
+        tokenizer = model if tokenizer is None else tokenizer
+        model = load_for(config, model)
+    if model is not None and tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None) or config.model
+    if isinstance(tokenizer, str | Path):
+        tokenizer = load_tokenizer(tokenizer)
+    given = {"model": model, "tokenizer": tokenizer, "text": text, "identity": kept.get("identity")}
+    harvest(run / kept["path"], config, progress=progress, **given)
+
+
+def check_resumed(run: Path, metadata: Mapping[str, Any], identity: Identity) -> None:
+    """Raises InputError where a run's metadata says that it trained live on another model or tokenizer."""
+    kept = recorded_data(dict(metadata), run)
+    if kept is not None and "live" in kept:
+        check_same(kept.get("identity"), identity, run)
 
 
 def what_is_missing(run: Path, kept: Recorded | None) -> Live | None:

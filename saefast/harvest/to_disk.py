@@ -80,10 +80,13 @@ def harvest(
     config = config or HarvestConfig()
     folder = usable(out_dir)
     model, tokenizer = unwrapped(model, tokenizer)
-    finished = _finished(folder, config, model, text)
+    # Where digests say which model it is, its name is no setting.
+    named = model if identity is None else None
+    finished = _finished(folder, config, named, text)
     if finished:
-        given = {"weights": None, **identity_of(model, tokenizer)}
-        check_same(read_index(folder).get("identity"), given, folder)
+        kept = read_index(folder).get("identity") or {}
+        for expected in (identity, identity_of(model, tokenizer)):
+            check_same(kept, expected or {}, folder)
         clear_finished(folder)
         return finished
     if (folder / "parts").is_dir():
@@ -96,7 +99,7 @@ def harvest(
             folder,
             harvester.runner.hooks,
             config.dtype,
-            settings=_settings(config, model, text),
+            settings=_settings(config, named, text),
             rows_per_shard=config.rows_per_shard,
             shuffle_seed=config.seed,
         ) as writer:

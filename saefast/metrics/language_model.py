@@ -35,10 +35,12 @@ LM_METRICS: dict[str, Metric] = {
 
 
 class TokenBatch(NamedTuple):
-    """Sequences padded to one length: ids (B, T) int64, mask (B, T) bool, True where a token stands."""
+    """Sequences padded to one length: ids (B, T) int64, mask (B, T) bool, True where a token stands. rows (B, T) bool:
+    where tokens are whose activations are replaced; None is all."""
 
     ids: Tensor
     mask: Tensor
+    rows: Tensor | None = None
 
 
 def batch_sequences(sequences: Iterable[Tensor], batch_size: int, pad_id: int = 0) -> Iterator[TokenBatch]:
@@ -91,6 +93,7 @@ def lm_scores(
     reconstruct: Callable[[Tensor], Tensor],
     batches: Iterable[TokenBatch],
     special_ids: Iterable[int] = (),
+    replaces: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
     """Clean, spliced and zero-ablated loss of a causal language model, named as in LM_METRICS.
 
@@ -102,7 +105,8 @@ def lm_scores(
             by side, as the untouched model has them, and each is replaced by its own part of x̂.
         reconstruct: x (n, D) -> x̂ (n, D).
         batches: the text.
-        special_ids: token ids kept out of the replacement and of the averages.
+        special_ids: token ids kept out of the replacement and of the averages, as are those outside a batch's rows.
+        replaces: x (n, D) -> (n,) bool, which of these rows are replaced, by x̂ and by zeros alike; None is all.
 
     Raises:
         InputError: an encoder-decoder model; ids beyond the model's embedding; a place whose turn does not come, or of
@@ -120,12 +124,14 @@ def lm_scores(
     with eval_mode(model):
         for batch in batches:
             ordinary = batch.mask & ~torch.isin(batch.ids, special)
+            if batch.rows is not None:
+                ordinary &= batch.rows
             keep = (ordinary[:, :-1] & ordinary[:, 1:]).to(device)
             if not keep.any():
                 continue
             check_ids(model, batch.ids)
             on_device = TokenBatch(batch.ids.to(device), batch.mask.to(device))
-            sums += _batch_sums(model, places, reconstruct, on_device, ordinary.to(device), keep)
+            sums += _batch_sums(model, places, reconstruct, replaces, on_device, ordinary.to(device), keep)
             n_tokens += int(keep.sum())
     if n_tokens == 0:
         raise InputError("no text to score: no sequence holds two ordinary tokens in a row")
@@ -137,6 +143,7 @@ def _batch_sums(
     model: nn.Module,
     places: Sequence[Place],
     reconstruct: Callable[[Tensor], Tensor],
+    replaces: Callable[[Tensor], Tensor] | None,
     batch: TokenBatch,
     where: Tensor,
     keep: Tensor,
@@ -155,9 +162,12 @@ def _batch_sums(
     with visited(model, places, taken.take):
         clean = log_probs()
     parts = [_rows_of(taken.value(place), place, where) for place in places]
-    x_hat = reconstruct(torch.cat(parts, -1)).split([part.shape[-1] for part in parts], -1)
+    x = torch.cat(parts, -1)
     entropies, divergences = [cross_entropy(clean)], []
-    for others in (x_hat, list(map(torch.zeros_like, parts))):
+    for other in (reconstruct(x).to(x.dtype), torch.zeros_like(x)):
+        if replaces is not None:
+            other = torch.where(replaces(x)[:, None], other, x)
+        others = other.split([part.shape[-1] for part in parts], -1)
         with contextlib.ExitStack() as stack:
             for place, part in zip(places, others, strict=True):
                 stack.enter_context(spliced(model, place, _always(part), where, taken.calls))
