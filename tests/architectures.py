@@ -107,6 +107,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"text_config": {"model_type": "llama", **_GROUPED},
          "vision_config": {"model_type": "clip_vision_model", **_VISION}, "image_token_index": 7},
     ),
+    "wav2vec2": (
+        "Wav2Vec2Model", "Wav2Vec2",
+        {**_SIZES, "conv_dim": (8, 8, 8), "conv_stride": (2, 2, 2), "conv_kernel": (2, 2, 2),
+         "num_feat_extract_layers": 3, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+    ),
+    "vit": ("ViTModel", "ViT", _VISION),
     "clip": ("CLIPModel", "CLIP", {"text_config": _SIZES, "vision_config": _VISION}),
 }  # fmt: skip
 

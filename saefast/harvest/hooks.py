@@ -198,8 +198,11 @@ def _stacks(model: nn.Module) -> _Stacks:
     # Lists in lists are experts and the like.
     outer = {path: n for path, n in lists.items() if not any(path.startswith(other + ".") for other in lists)}
 
+    # Convolutions in front of the blocks can be more than these.
+    attends = {path for path in outer if any("att" in name for name, _ in model.get_submodule(path).named_modules())}
+
     def longest(part: str | None) -> str:
-        return max(_below(part, outer), key=lambda path: outer[path], default="")
+        return max(_below(part, outer), key=lambda path: (path in attends, outer[path]), default="")
 
     encoder, decoder = (_part(model, name) for name in ("get_encoder", "get_decoder"))
     first, second = longest(encoder), longest(decoder)
@@ -209,7 +212,7 @@ def _stacks(model: nn.Module) -> _Stacks:
         return _Stacks("", list(outer), (first, second))
     named = [path for path, _ in model.named_modules() if path.split(".")[-1] in ("language_model", "text_model")]
     text = next((found for part in (decoder, *named, "") if (found := longest(part))), "")
-    return _Stacks(text, list(outer), None)
+    return _Stacks(text, [path for path in outer if path in attends or text not in attends], None)
 
 
 def _below(part: str | None, paths: Iterable[str]) -> list[str]:

@@ -15,12 +15,34 @@ from saefast.errors import InputError
 from saefast.places import Place
 
 # The projections of a block, by their names in it: the first that is there counts.
-_QUERY = ("self_attn.q_proj", "attn.q_proj", "attn.attention.q_proj", "attention.self.query", "attention.q_lin")
-_KEY = ("self_attn.k_proj", "attn.k_proj", "attn.attention.k_proj", "attention.self.key", "attention.k_lin")
-_VALUE = ("self_attn.v_proj", "attn.v_proj", "attn.attention.v_proj", "attention.self.value", "attention.v_lin")
+_QUERY = (
+    "self_attn.q_proj",
+    "attn.q_proj",
+    "attn.attention.q_proj",
+    "attention.self.query",
+    "attention.q_lin",
+    "attention.q_proj",
+)
+_KEY = (
+    "self_attn.k_proj",
+    "attn.k_proj",
+    "attn.attention.k_proj",
+    "attention.self.key",
+    "attention.k_lin",
+    "attention.k_proj",
+)
+_VALUE = (
+    "self_attn.v_proj",
+    "attn.v_proj",
+    "attn.attention.v_proj",
+    "attention.self.value",
+    "attention.v_lin",
+    "attention.v_proj",
+)
 _ATTENTION_OUT = (
     "self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj", "attn.Wo",
-    "attn.attention.out_proj", "attention.dense", "attention.output.dense", "attention.out_lin", "self_attention.dense",
+    "attn.attention.out_proj", "attention.o_proj", "attention.dense", "attention.output.dense", "attention.out_lin",
+    "self_attention.dense",
 )  # fmt: skip
 _MLP_IN = (
     "mlp.gate_proj", "mlp.up_proj", "mlp.c_fc", "mlp.fc_in", "mlp.fc1", "mlp.dense_h_to_4h", "fc1", "ffn.up_proj",
@@ -106,8 +128,8 @@ LAYOUTS = (
     Layout("DistilBERT", ("sa_layer_norm", "output_layer_norm"), None, missing=_NO_SUMS, why=_TWO_MEANINGS),
 )  # fmt: skip
 _PARTS = {
-    "self_attn", "attn", "attention", "self_attention", "mlp", "ffn", "fc1", "fc2", "intermediate", "output", "act",
-    "activation_fn",
+    "self_attn", "attn", "attention", "self_attention", "mlp", "block_sparse_moe", "ffn", "fc1", "fc2",
+    "intermediate", "output", "act", "activation_fn",
 }  # fmt: skip
 
 
@@ -129,10 +151,11 @@ def embedding_place(model: nn.Module, blocks: str) -> Place:
     positions, or else what enters the first block.
 
     (BLOOM has a norm and Gemma a factor between the table and that; TransformerLens counts both as the embedding.)
-    Raises InputError where a norm stands between positions and the first block.
+    Raises InputError where tokens and positions are joined before either can be seen.
     """
     modules = dict(model.named_modules())
-    holder = next((path for path in map(_position_holder, modules) if path is not None and _around(path, blocks)), None)
+    paths = (*modules, *(path for path, _ in model.named_parameters()))
+    holder = next((found for path in paths if (found := _positions(path, blocks)) is not None), None)
     if holder is None:
         return Place(f"{blocks}.0", "in")
     for name in ("wte", "embed_tokens"):
@@ -140,21 +163,18 @@ def embedding_place(model: nn.Module, blocks: str) -> Place:
         if path in modules:
             return Place(path)
     raise InputError(
-        f"hook 'hook_embed' has no place in {type(model).__name__}: {_TWO_MEANINGS};"
-        f" nearest: {blocks}.0:in, which is all that enters the first block"
+        f"hook 'hook_embed' has no place in {type(model).__name__}: {holder} joins tokens and positions, and what is"
+        f" meant differs between TransformerLens' classes; nearest: {blocks}.0:in, which is all that enters the first block"
     )
 
 
-def _position_holder(path: str) -> str | None:
-    """Path of the module that holds a table of learned positions, if `path` is such a table."""
+def _positions(path: str, blocks: str) -> str | None:
+    """Path of the module that adds positions for these blocks, not for another stack's, if they are at `path`."""
     holder, _, name = path.rpartition(".")
-    return holder if name in ("wpe", "embed_positions", "position_embeddings") else None
-
-
-def _around(holder: str, blocks: str) -> bool:
-    """Whether these embeddings are those of these blocks, not of another stack beside them."""
+    if not re.fullmatch(r"wpe|embed_positions|pos(ition)?_(conv_)?embed(ding)?s?", name):
+        return None
     outer = re.sub(r"(^|\.)embeddings$", "", holder)
-    return not outer or blocks.startswith(outer + ".")
+    return holder if not outer or blocks.startswith(outer + ".") else None
 
 
 def _in_block(block: nn.Module, name: str) -> Place | str:
@@ -187,7 +207,7 @@ def _by_layout(modules: Mapping[str, nn.Module], layout: Layout, name: str) -> P
         paths = (layout.attn_out,) if layout.attn_out else _ATTENTION_OUT
     else:
         # Experts have no last projection of all; the whole MLP puts out their sum.
-        paths = (layout.mlp_out,) if layout.mlp_out else (*_MLP_OUT, "mlp")
+        paths = (layout.mlp_out,) if layout.mlp_out else (*_MLP_OUT, "mlp", "block_sparse_moe")
     return _first(modules, paths, "out") or _NO_PART
 
 

@@ -87,6 +87,14 @@ def test_experts_and_towers_are_not_taken_for_the_blocks():
         find_hook(model, "layers.3")
 
 
+def test_convolutions_before_the_blocks_are_not_taken_for_them():
+    model = architectures.build("wav2vec2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_hook(model, "layers.-1").path == "encoder.layers.1"
+    assert len(model.feature_extractor.conv_layers) == 3
+
+
 @pytest.mark.parametrize(
     ("name", "block", "other"),
     [
@@ -243,7 +251,11 @@ def test_the_embedding_is_what_positions_are_added_to_or_what_enters_the_first_b
         ),
         ("bert", "blocks.0.hook_attn_out", "HookedEncoder and TransformerBridge differ"),
         ("distilbert", "blocks.0.hook_attn_out", "HookedEncoder and TransformerBridge differ"),
-        ("bert", "hook_embed", "HookedEncoder and TransformerBridge differ .* nearest: bert.encoder.layer.0:in"),
+        ("bert", "hook_embed", "bert.embeddings joins tokens and positions, .* nearest: bert.encoder.layer.0:in"),
+        ("esm", "hook_embed", "esm.embeddings joins tokens and positions"),
+        ("vit", "hook_embed", "embeddings joins tokens and positions"),
+        ("clip", "hook_embed", "text_model.embeddings joins tokens and positions"),
+        ("wav2vec2", "hook_embed", "encoder joins tokens and positions"),
         ("opt with late norms", "blocks.0.hook_resid_mid", "do not say whether their norms come before or after"),
         ("granite", "blocks.0.hook_attn_out", "multiply it by 0.5 before it is added"),
         ("granite", "blocks.0.hook_mlp_out", "multiply it by 0.5 before it is added"),
