@@ -9,6 +9,9 @@ typeguard, which tyro brings, takes True for an int and looks at the first eleme
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+import numpy as np
+import torch
+
 from saefast.errors import InputError
 
 # A number of things, or a place in a file; what torch and numpy can address.
@@ -42,9 +45,25 @@ def check_argument(name: str, value: object, declared: Any) -> None:
 
 
 def check_fields(config: Any) -> None:
-    """Raises InputError naming the first field of a dataclass whose value is not of its annotation."""
+    """Makes the values of a dataclass plain, as `for_json` does, and checks them against its annotations.
+
+    Raises:
+        InputError: naming the first field whose value is not of its annotation.
+    """
     for name, declared in get_type_hints(type(config), include_extras=True).items():
-        check_argument(name, getattr(config, name), declared)
+        value = for_json(getattr(config, name))
+        check_argument(name, value, declared)
+        # Configs are frozen once they are made, which they are just now.
+        object.__setattr__(config, name, value)
+
+
+def for_json(value: Any) -> Any:
+    """numpy's numbers as Python's, and torch's devices and dtypes by their names: what JSON can hold."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
+    return tuple(map(for_json, value)) if type(value) is tuple else value
 
 
 def fits(value: object, declared: Any) -> bool:
