@@ -164,7 +164,7 @@ def embedding_place(model: nn.Module, blocks: str) -> Place:
             return Place(path)
     raise InputError(
         f"hook 'hook_embed' has no place in {type(model).__name__}: {holder} joins tokens and positions, and what is"
-        f" meant differs between TransformerLens' classes; nearest: {blocks}.0:in, which is all that enters the first block"
+        f" meant differs between TransformerLens' classes; nearest: {blocks}.0:in, all that enters the first block"
     )
 
 
