@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
+from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
@@ -258,7 +259,7 @@ def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
         about["training"] = {name: last[name] for name in ("tokens", "dead_share", *SILENT) if name in last}
     if isinstance(source, MappedSource) and source.folder is not None:
         index = source.folder.index
-        about |= {key: index[key] for key in ("model", "text", "ctx_len", "dropped") if key in index}
+        about |= {key: index[key] for key in ("model", "text", "data", "kind", "ctx_len", "dropped") if key in index}
     return about
 
 
@@ -273,6 +274,9 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
     """Fills result.lm, or says in result.lm_left_out why not."""
     if not (isinstance(source, MappedSource) and source.folder is not None):
         result.lm_left_out = "the data is not a harvest, so no model is known"
+        return
+    if source.folder.kind != "text":
+        result.lm_left_out = f"the folder holds {what_of(source.folder.kind)}, not of text"
         return
     index = source.folder.index
     hook = str(sae.config.metadata.get("hook_name") or source.folder.hook(None))

@@ -75,6 +75,7 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
     source = run_source(args.run, sae, args.data, watched(), model, tokenizer)
     if not isinstance(source, MappedSource) or source.folder is None:
         raise InputError(f"{source.source_name} holds no tokens: features need a run trained on a harvest")
+    source.folder.require_text()
     index = source.folder.index
     tokenizer = harvested_tokenizer(index, tokenizer, model)
     embedding = _embedding(index, model)

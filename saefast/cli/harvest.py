@@ -19,7 +19,8 @@ from saefast.harvest.to_disk import HarvestReport, harvest
 
 @dataclass
 class HarvestArgs:
-    """Run text through a language model and keep the activations of one or more of its modules in a folder.
+    """Run text through a language model and keep the activations of one or more of its modules in a folder; or images
+    (--images) or audio (--audio) through a model of these.
 
     The same command goes on where a stopped one left off. With no --model and no --text, a small real model from
     PyPI reads the docstrings of Python's standard library: nothing is downloaded.
@@ -34,7 +35,7 @@ class HarvestArgs:
     (docs/hooks.md)"""
     settings: HarvestConfig = field(default_factory=HarvestConfig)
     """A folder begun with other values is refused; --max-tokens, --batch-tokens, --commit-seconds and --device may
-    change."""
+    change, as may --max-items and --batch-items."""
     data_parallel: Literal["auto"] | int | None = None
     """share the harvest with others that run the same command on the same folder, here or on other machines: with so
     many processes of this one. "auto" is one a GPU, and under torchrun or srun the rank itself"""
@@ -87,4 +88,5 @@ def describe(report: HarvestReport) -> str:
     done += f", left out {', '.join(left_out)}" if left_out else ""
     if not report.tokens:
         return f"{done}: already complete, nothing to do"
-    return f"{done}: {report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s"
+    unit = {"text": "tokens", "images": "patches", "audio": "frames"}.get(report.kind, "positions")
+    return f"{done}: {report.seconds:.0f} s, {report.tokens_per_second:,.0f} {unit}/s"

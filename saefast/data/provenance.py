@@ -100,7 +100,7 @@ def _shard_facts(folder: ShardFolder, hooks: Mapping[str, str]) -> dict[str, Any
         "hf_hook_name": entry.get("hf_name"),
         "hook_name_out": hooks.get(TARGET),
         "context_size": index.get("ctx_len"),
-        "dataset_path": index.get("text"),
+        "dataset_path": index.get("text") or index.get("data"),
         "exclude_special_tokens": not folder.keeps_special_tokens,
     }
     return {key: value for key, value in facts.items() if value is not None}

@@ -143,17 +143,21 @@ class ModuleRunner(_PlacesRunner):
         """Activations per hook for arguments of the model's forward by name, moved to its device.
 
         shaped: makes activations (batch, length, d) of what a hooked module gives; see `activations`. Errors of the
-        model are raised as they are.
+        model are raised as they are. What comes after the hooks may need other inputs, as a decoder does.
         """
-        self._count(lambda: self._pass(inputs, shaped, stops=False))
+        self._count(lambda: self._pass(inputs, shaped, stops=False, may_fail=True))
         return self._rows(self._pass(inputs, shaped, stops=True))
 
-    def _pass(self, inputs: Mapping[str, Tensor], shaped: Shape, stops: bool) -> Taken:
+    def _pass(self, inputs: Mapping[str, Tensor], shaped: Shape, stops: bool, may_fail: bool = False) -> Taken:
+        """may_fail: an error after all places had their turn is none."""
         taken, device = Taken(self._places, shaped), self._device()
         self._running.taken, self._running.stops = taken, stops
         try:
             with torch.inference_mode(), contextlib.suppress(_Stop):
                 self._model(**{name: value.to(device) for name, value in inputs.items()}, **self._extra)
+        except Exception:
+            if not (may_fail and taken.complete()):
+                raise
         finally:
             self._running.taken = None
         return taken

@@ -35,6 +35,8 @@ from saefast.harvest.language_models import (
     context_limit,
     load_model,
     load_tokenizer,
+    model_class,
+    require_token_ids,
     unwrapped,
     vocabulary_size,
 )
@@ -57,6 +59,12 @@ class HarvestConfig:
         text: a file, a folder, a `datasets` name (owner/name[:config[:split]]), or None for the docstrings of Python's
             standard library. The ending says what a file is: .jsonl, .json, .csv, .tsv, .parquet, .arrow or prose, each
             also .gz or .zst.
+        images: a folder of images (or one), harvested instead of text through the model's own image processor.
+        audio: a folder of wav files (or one), likewise, through the model's own feature extractor.
+        audio_seconds: longer files are cut into stretches of equal length, at most so long; None is as long as the
+            feature extractor takes, at most 30.
+        feature_maps: what a hook gives that has more than three dimensions: channels_first (B, C, H, W), as of
+            convolutions, or channels_last (B, H, W, C). None refuses it.
         text_column: field or column that holds the text, token ids (input_ids), or chats (messages), which the
             tokenizer's template writes out.
         hooks: modules to listen to: layers.4, model.layers.12.mlp, blocks.4.hook_resid_mid; "layers.*" is one hook for
@@ -65,8 +73,9 @@ class HarvestConfig:
             model can.
         dtype: of the stored rows.
         forward: dtype the model runs in; "auto" is bfloat16 where the processor is fast at it, else float32.
-        heldout: share of the documents that is never trained on, but kept for evaluation.
-        keep_special_tokens: keep the rows of beginning, end and other special tokens.
+        heldout: share of the documents, images or files that is never trained on, but kept for evaluation.
+        keep_special_tokens: keep the rows of beginning, end and other special tokens; of images, those of the CLS token
+            and of registers.
         exclude_tokens: drop the rows of these tokens too, wherever they stand: ids, or names or texts of single tokens.
         drop_first: drop the rows of so many tokens at the beginning of each sequence, special ones in front of them not
             counted (attention sinks of models without BOS stand there; SAELens' seqpos_slice=(n,)).
@@ -75,6 +84,8 @@ class HarvestConfig:
         prepend_bos: begin sequences with BOS; None does as the tokenizer does.
         seed: of the held-out choice, the default text's order, and the order of rows inside a shard.
 
+        max_items: stop after so many images or stretches of audio; a later call with more goes on.
+        batch_items: images or stretches of audio per forward pass.
         max_tokens: stop after the document that reaches this many; a later call with more goes on. None reads all.
         batch_tokens: tokens per forward pass, padding included.
         rows_per_shard: at most so many rows in a shard; a sequence is never torn apart.
@@ -85,6 +96,10 @@ class HarvestConfig:
     model: str = DEFAULT_MODEL
     revision: str | None = None
     text: str | None = None
+    images: str | None = None
+    audio: str | None = None
+    audio_seconds: float | None = None
+    feature_maps: Literal["channels_first", "channels_last"] | None = None
     text_column: str = "text"
     hooks: tuple[str, ...] = ("layers.4",)
     ctx_len: int | None = None
@@ -98,6 +113,8 @@ class HarvestConfig:
     prepend_bos: bool | None = None
     seed: Seed = 0
 
+    max_items: int | None = None
+    batch_items: int = 16
     max_tokens: int | None = None
     batch_tokens: int = 8192
     rows_per_shard: int = ROWS_PER_SHARD
@@ -139,53 +156,28 @@ class _Job(NamedTuple):
     known: int
 
 
-class Harvester:
-    """A model, its tokenizer and a text, ready to be run. `model`, `tokenizer` and `text` override the names in config.
+class Reader:
+    """A model and the places in it whose rows are harvested, whatever it reads. `model` overrides the name in config.
 
-    stored: rows will be stored in config.dtype, and have to be finite in it. Raises InputError for anything that does
-    not load, an unknown hook or token, or an impossible length.
+    stored: rows will be stored in config.dtype, and have to be finite in it. Raises InputError for a model that does
+    not load and an unknown hook.
     """
 
-    def __init__(
-        self,
-        config: HarvestConfig,
-        *,
-        model: Any = None,
-        tokenizer: Any = None,
-        text: Any = None,
-        stored: bool = False,
-    ) -> None:
+    tokenizer: Any = None
+
+    def __init__(self, config: HarvestConfig, model: Any, stored: bool) -> None:
         check_config(config)
-        model, tokenizer = unwrapped(model, tokenizer)
         self.config = config
-        self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
         self.model_name = config.model if model is None else given_model_name(model)
         if model is None:
-            tokenizer = tokenizer or load_tokenizer(config.model, revision=config.revision)
             model = load_for(config)
         self.model = model
-        self.tokenizer: Any = tokenizer or getattr(model, "tokenizer", None)
-        if self.tokenizer is None:
-            raise InputError("tokenizer is missing: pass the one that belongs to the model")
         self.runner: Runner = runner_for(model, config.hooks)
-        self.ctx_len = _context(config, model, self.tokenizer)
-        self.sequencer = Sequencer(
-            self.tokenizer,
-            self.ctx_len,
-            prepend_bos=_prepend_bos(config, model),
-            share=config.heldout,
-            seed=config.seed,
-            vocabulary=vocabulary_size(model),
-        )
-        excluded = np.array(token_ids(self.tokenizer, config.exclude_tokens), dtype=np.int64)
-        self.choice = TokenChoice(self.sequencer.special, excluded, config.keep_special_tokens, config.drop_first)
         # int8 has a scale per row, and no overflow.
         self._stored = ACT_DTYPES[config.dtype] if stored and config.dtype != "int8" else None
-        # Of each hook, over the text's first tokens: known before the first batch.
+        # Of each hook, over the first rows: known before the first batch.
         self._median_norms: dict[str, float] = {}
         self._says_identity, self._said_overflow = True, False
-        # Looked at once, however many parts of a text follow.
-        self._first = None if self.sequencer.prefix or self.choice.drop_first else FirstPositions()
 
     @cached_property
     def identity(self) -> Identity:
@@ -217,19 +209,80 @@ class Harvester:
                 )
             self._median_norms = dict(medians)
 
-    def facts(self) -> dict[str, Any]:
-        """What the index says about where the rows came from."""
+    def model_facts(self) -> dict[str, Any]:
+        """What the index says of the model and of the rows that were kept."""
         return {
             "model": self.model_name,
             "revision": getattr(getattr(self.model, "config", None), "_commit_hash", None) or self.config.revision,
             "model_class": type(self.model).__name__,
             "forward": dtype_of(self.model),
-            "tokenizer": str(getattr(self.tokenizer, "name_or_path", "")),
-            "ctx_len": self.ctx_len,
-            "text": self.text.name,
             "max_norm_multiple": self.config.max_norm_multiple,
             **({"median_norms": self._median_norms} if self._median_norms else {}),
             **({"identity": self.identity} if self._says_identity else {}),
+        }
+
+    def _limits(self) -> dict[str, float]:
+        """The largest norm at each hook that is kept."""
+        multiple = multiple_of(self.config.max_norm_multiple or "auto")
+        return {hook: multiple * median for hook, median in self._median_norms.items()}
+
+    def _say_overflow(self, batch: HarvestBatch) -> None:
+        """Once: a warning about rows that are not finite."""
+        if batch.overflow is not None and not self._said_overflow:
+            self._said_overflow = True
+            say_overflow(*batch.overflow, dtype_of(self.model), self._stored)
+
+
+class Harvester(Reader):
+    """A model, its tokenizer and a text, ready to be run. `model`, `tokenizer` and `text` override the names in config.
+
+    stored: rows will be stored in config.dtype, and have to be finite in it. Raises InputError for anything that does
+    not load, an unknown hook or token, or an impossible length.
+    """
+
+    def __init__(
+        self,
+        config: HarvestConfig,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        text: Any = None,
+        stored: bool = False,
+    ) -> None:
+        check_config(config)
+        model, tokenizer = unwrapped(model, tokenizer)
+        self.text: Text = open_text(config.text if text is None else text, config.text_column, config.seed)
+        if model is None:
+            require_token_ids(model_class(config.model, revision=config.revision))
+            tokenizer = tokenizer or load_tokenizer(config.model, revision=config.revision)
+        else:
+            require_token_ids(type(model))
+        super().__init__(config, model, stored)
+        model = self.model
+        self.tokenizer = tokenizer or getattr(model, "tokenizer", None)
+        if self.tokenizer is None:
+            raise InputError("tokenizer is missing: pass the one that belongs to the model")
+        self.ctx_len = _context(config, model, self.tokenizer)
+        self.sequencer = Sequencer(
+            self.tokenizer,
+            self.ctx_len,
+            prepend_bos=_prepend_bos(config, model),
+            share=config.heldout,
+            seed=config.seed,
+            vocabulary=vocabulary_size(model),
+        )
+        excluded = np.array(token_ids(self.tokenizer, config.exclude_tokens), dtype=np.int64)
+        self.choice = TokenChoice(self.sequencer.special, excluded, config.keep_special_tokens, config.drop_first)
+        # Looked at once, however many parts of a text follow.
+        self._first = None if self.sequencer.prefix or self.choice.drop_first else FirstPositions()
+
+    def facts(self) -> dict[str, Any]:
+        """What the index says about where the rows came from."""
+        return {
+            **self.model_facts(),
+            "tokenizer": str(getattr(self.tokenizer, "name_or_path", "")),
+            "ctx_len": self.ctx_len,
+            "text": self.text.name,
             **self.choice.facts(),
             **({"hook_patterns": list(self.config.hooks)} if "*" in "".join(self.config.hooks) else {}),
         }
@@ -294,9 +347,7 @@ class Harvester:
         """The batches, with a warning about what is odd in them."""
         first, self._first = self._first, None
         for batch in batches:
-            if batch.overflow is not None and not self._said_overflow:
-                self._said_overflow = True
-                say_overflow(*batch.overflow, dtype_of(self.model), self._stored)
+            self._say_overflow(batch)
             if first is not None and first.see(batch.rows, batch.pos):
                 first.say()
                 first = None
@@ -399,11 +450,6 @@ class Harvester:
             None if overflow is None else (overflow, _where(window, numbers, int(places[overflow.row]), width)),
         )
         return _without_first(batch, known)
-
-    def _limits(self) -> dict[str, float]:
-        """The largest norm at each hook that is kept."""
-        multiple = multiple_of(self.config.max_norm_multiple or "auto")
-        return {hook: multiple * median for hook, median in self._median_norms.items()}
 
 
 def check_same(kept: Mapping[str, Any] | None, now: Mapping[str, Any], folder: Any) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,37 @@ def load_tokenizer(name: str | Path | None = None, *, revision: str | None = Non
     with _quiet(transformers), _one_line("tokenizer", path):
         folder, gguf = _file_of(path)
         return transformers.AutoTokenizer.from_pretrained(folder, revision=revision, **gguf)
+
+
+def load_processor(name: str | Path | None, kind: str, *, revision: str | None = None) -> Any:
+    """What makes a model's input of images ("AutoImageProcessor") or sound ("AutoFeatureExtractor"), as its folder has
+    it. Raises InputError in one line for a name or folder that has none."""
+    path = model_path(name)
+    transformers = _transformers()
+    with _quiet(transformers), _one_line("processor of", path):
+        return getattr(transformers, kind).from_pretrained(path, revision=revision)
+
+
+def model_class(name: str | Path | None, *, revision: str | None = None) -> type | None:
+    """The class that load_model makes of a name or folder, None where it is not known. Only its config is read."""
+    path = model_path(name)
+    transformers = _transformers()
+    with _quiet(transformers), _one_line("model", path):
+        folder, gguf = _file_of(path)
+        config = transformers.AutoConfig.from_pretrained(folder, revision=revision, **gguf)
+        found: Any = transformers.MODEL_MAPPING.get(type(config), None)
+        return found if isinstance(found, type) else None
+
+
+def require_token_ids(kind: type | None) -> None:
+    """Raises InputError for a class of models that read something else than token ids."""
+    main = getattr(kind, "main_input_name", "input_ids")
+    if kind is None or main == "input_ids" or "input_ids" in inspect.signature(kind.forward).parameters:  # type: ignore[attr-defined]
+        return
+    raise InputError(
+        f"{kind.__name__} reads {main} (its main_input_name), not token ids: give a folder of images or audio (images,"
+        " audio) instead of text, or any inputs as items"
+    )
 
 
 def architecture(name: str | Path | None = None, *, revision: str | None = None) -> str:

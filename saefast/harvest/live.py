@@ -1,5 +1,6 @@
 """Training while harvesting: one pass of a model, a shuffled source of rows for each of its hooks."""
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -14,6 +15,7 @@ from saefast.data.shards import Identity
 from saefast.data.source import Batch, Device, Names, X, by_tensor, n_rows_of
 from saefast.errors import InputError
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
+from saefast.harvest.item_harvester import ItemHarvester, harvester_for
 from saefast.typed import typed
 
 
@@ -24,6 +26,8 @@ def live_sources(
     model: Any = None,
     tokenizer: Any = None,
     text: Any = None,
+    items: Any = None,
+    processor: Any = None,
     reservoir_rows: int = 1 << 16,
 ) -> dict[str, "HookBuffer"]:
     """A source per hook of the config, all fed by the same passes of the model over the text.
@@ -35,9 +39,9 @@ def live_sources(
 
     Arguments are `harvest`'s; raises InputError as it does.
     """
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    harvester = harvester_for(config, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor)
     hooks = [hook["name"] for hook in harvester.runner.hooks]
-    shared = Shared(harvester.batches, readers=len(hooks))
+    shared = Shared(lambda: _with_rows(harvester.batches()), readers=len(hooks))
     return {
         hook: HookBuffer(
             HookStream(shared, reader, {X: hook}, _name(harvester, [hook])),
@@ -56,6 +60,8 @@ def live_source(
     model: Any = None,
     tokenizer: Any = None,
     text: Any = None,
+    items: Any = None,
+    processor: Any = None,
     reservoir_rows: int = 1 << 16,
 ) -> "HookBuffer":
     """One source of several hooks of the config: its batches hold a tensor of each, row for row of the same tokens.
@@ -64,18 +70,26 @@ def live_source(
     config) leaves them the hooks' names. The rest is as in live_sources. Raises InputError for a hook that the config
     does not name.
     """
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text)
+    harvester = harvester_for(config, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor)
     names = {name: hook["name"] for hook in harvester.runner.hooks for name in (hook["hf_name"], hook["name"])}
     every = [hook["name"] for hook in harvester.runner.hooks]
     asked = by_tensor(every if hooks is None else hooks)
     if missing := [hook for hook in asked.values() if hook not in names]:
         raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(every)}")
     picked = {tensor: names[hook] for tensor, hook in asked.items()}
-    stream = HookStream(Shared(harvester.batches, readers=1), 0, picked, _name(harvester, list(picked.values())))
+    stream = HookStream(
+        Shared(lambda: _with_rows(harvester.batches()), readers=1), 0, picked, _name(harvester, list(picked.values()))
+    )
     return HookBuffer(stream, reservoir_rows=reservoir_rows, identity=harvester.identity)
 
 
-def _name(harvester: Harvester, hooks: list[str]) -> str:
+def _with_rows(batches: Generator[HarvestBatch]) -> Generator[HarvestBatch]:
+    """The batches but those of items that could not be read, which have no rows at any hook."""
+    with contextlib.closing(batches):
+        yield from (batch for batch in batches if batch.rows)
+
+
+def _name(harvester: Harvester | ItemHarvester, hooks: list[str]) -> str:
     return f"{harvester.model_name} on {harvester.name}, {', '.join(hooks)}"
 
 

@@ -104,11 +104,13 @@ def harvest_parts(
         InputError: as `harvest`; other settings or another text than the others have.
     """
     config = config or HarvestConfig()
+    if config.images is not None or config.audio is not None:
+        raise InputError("images and audio are harvested by one process so far: leave out --data-parallel")
     folder = usable(out_dir)
     if not take_over_after > 0:
         raise InputError(f"take_over_after is {take_over_after}, expected a positive number of seconds")
     model, tokenizer = unwrapped(model, tokenizer)
-    finished = _finished(folder, config, model, text)
+    finished = _finished(folder, config, model, text, None)
     if finished:
         check_same(read_index(folder).get("identity"), {"weights": None, **identity_of(model, tokenizer)}, folder)
         return finished

@@ -18,7 +18,17 @@ from saefast.harvest.to_disk import harvest
 # `saefast features` looks at.
 FOLDER, TOKENS = "activations", 1 << 18
 # Settings of a harvest that do not determine the rows, or that are said elsewhere.
-_NOT_KEPT = {"hooks", "text", "max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device"}
+_NOT_KEPT = {
+    "hooks",
+    "text",
+    "max_tokens",
+    "batch_tokens",
+    "max_items",
+    "batch_items",
+    "rows_per_shard",
+    "commit_seconds",
+    "device",
+}
 
 
 def describe_live(

@@ -15,6 +15,7 @@ from saefast.errors import InputError
 from saefast.files import usable
 from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name
 from saefast.harvest.identity import identity_of
+from saefast.harvest.item_harvester import ItemHarvester, harvester_for, reads_items, settings_of
 from saefast.harvest.kept import DROPPED
 from saefast.harvest.language_models import unwrapped
 from saefast.harvest.sequences import Window
@@ -24,7 +25,17 @@ from saefast.typed import typed
 __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
 
 # These change how a harvest runs and how far, not what its rows are.
-_HOW = ("max_tokens", "batch_tokens", "rows_per_shard", "commit_seconds", "device", "dtype", "hooks")
+_HOW = (
+    "max_tokens",
+    "batch_tokens",
+    "max_items",
+    "batch_items",
+    "rows_per_shard",
+    "commit_seconds",
+    "device",
+    "dtype",
+    "hooks",
+)
 # Settings that came later: written where they are not the default, so that folders begun without them can go on.
 _LATER = {"exclude_tokens": (), "drop_first": 0}
 
@@ -33,9 +44,10 @@ _LATER = {"exclude_tokens": (), "drop_first": 0}
 class HarvestReport:
     """What lies in the folder, and how this call went.
 
-    rows, heldout_rows: of the two shares; sequences, documents: harvested; dropped: tokens left out, by reason;
-    complete: the end of the text, or max_tokens, is reached. seconds and tokens (run through the model): of this call;
-    skipped, n_skipped: files and lines of the text that could not be read, the first thousand, and how many.
+    kind: what the rows are of, "text", "images", "audio" or "inputs"; of the last three, sequences and documents are
+    items, and tokens positions. rows, heldout_rows: of the two shares; sequences, documents: harvested; dropped: tokens
+    left out, by reason; complete: the end of the text, or max_tokens, is reached. seconds and tokens (run through the
+    model): of this call; skipped, n_skipped: files and lines that could not be read, the first thousand, and how many.
     """
 
     folder: Path
@@ -49,6 +61,7 @@ class HarvestReport:
     tokens: int = 0
     skipped: list[str] = field(default_factory=list)
     n_skipped: int = 0
+    kind: str = "text"
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,13 +76,20 @@ def harvest(
     model: Any = None,
     tokenizer: Any = None,
     text: Any = None,
+    items: Any = None,
+    processor: Any = None,
     progress: bool = True,
     identity: Mapping[str, Any] | None = None,
 ) -> HarvestReport:
     """Harvests into out_dir, going on where an earlier call with the same settings stopped.
 
     model, tokenizer, text: objects to use instead of the names in config (a model with its hooks, any iterable of
-    strings). The folder keeps digests of model and tokenizer, and goes on with those alone, whatever they are called;
+    strings). items: what a model reads that takes no token ids (ViT, Whisper ...): an iterable, or a function that
+    returns one, of mappings of tensors as the model's forward takes them, a row of each per item
+    ({"pixel_values": (B, C, H, W)}); of pairs of such a mapping and a mask (B, T) of the positions to keep; "names", a
+    list of strings, may lie beside the tensors. processor: of a model object that reads config's images or audio.
+
+    The folder keeps digests of model and tokenizer, and goes on with those alone, whatever they are called;
     only where nothing is left to do, a model that config names is not loaded, and so not looked at. identity: what
     another folder's index.json or a run keeps of the model and tokenizer that these have to be.
 
@@ -82,7 +102,7 @@ def harvest(
     model, tokenizer = unwrapped(model, tokenizer)
     # Where digests say which model it is, its name is no setting.
     named = model if identity is None else None
-    finished = _finished(folder, config, named, text)
+    finished = _finished(folder, config, named, text, items)
     if finished:
         kept = read_index(folder).get("identity") or {}
         for expected in (identity, identity_of(model, tokenizer)):
@@ -91,7 +111,9 @@ def harvest(
         return finished
     if (folder / "parts").is_dir():
         raise InputError(f"{folder} is harvested in parts: go on with --data-parallel, or choose another folder")
-    harvester = Harvester(config, model=model, tokenizer=tokenizer, text=text, stored=True)
+    harvester = harvester_for(
+        config, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor, stored=True
+    )
     check_same(identity, harvester.identity, folder)
     started = time.perf_counter()
     try:
@@ -99,7 +121,7 @@ def harvest(
             folder,
             harvester.runner.hooks,
             config.dtype,
-            settings=_settings(config, named, text),
+            settings=_settings(config, named, text, items),
             rows_per_shard=config.rows_per_shard,
             shuffle_seed=config.seed,
         ) as writer:
@@ -117,14 +139,23 @@ def harvest(
 
 
 def harvest_batches(
-    config: HarvestConfig | None = None, *, model: Any = None, tokenizer: Any = None, text: Any = None
+    config: HarvestConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    text: Any = None,
+    items: Any = None,
+    processor: Any = None,
 ) -> Iterator[HarvestBatch]:
     """The rows of a harvest as they are made, nothing written: for training while harvesting.
 
     Each batch has rows (per hook (n, d), on the model's device and in its dtype), seq, pos and split; batches whose
     split is "heldout" are not to be trained on. Neighbouring rows are of one sequence: shuffle them through a buffer.
     """
-    return Harvester(config or HarvestConfig(), model=model, tokenizer=tokenizer, text=text).batches()
+    harvester = harvester_for(
+        config or HarvestConfig(), model=model, tokenizer=tokenizer, text=text, items=items, processor=processor
+    )
+    return harvester.batches()
 
 
 class Cursor(TypedDict):
@@ -149,7 +180,13 @@ class Writing:
     limit: tokens after which a text that goes on counts as harvested. often: whether to commit every commit_seconds.
     """
 
-    def __init__(self, harvester: Harvester, writer: ShardWriter, limit: int | None = None, often: bool = True) -> None:
+    def __init__(
+        self,
+        harvester: Harvester | ItemHarvester,
+        writer: ShardWriter,
+        limit: int | None = None,
+        often: bool = True,
+    ) -> None:
         self._harvester, self._writer = harvester, writer
         self._limit, self._seconds = limit, harvester.config.commit_seconds if often else float("inf")
         self._cursor = writer.cursor
@@ -230,7 +267,9 @@ class Writing:
             last = max(last, first + 1)
             part = slice(int(ends[first]), int(ends[last]))
             rows = {name: values[part] for name, values in batch.rows.items()}
-            self._writer.add(batch.split, rows, batch.seq[part], batch.pos[part])
+            # Of images that could not be read there is not even the width.
+            if rows:
+                self._writer.add(batch.split, rows, batch.seq[part], batch.pos[part])
             self._dropped += batch.dropped[first:last].sum(0)
             first = last
             if self._cursor is not None:
@@ -248,13 +287,16 @@ class Writing:
         self._committed_at = time.monotonic()
 
     def _end(self, cursor: dict[str, Any]) -> str:
-        return "text" if self._limit is None or cursor.get("tokens", 0) < self._limit else "max_tokens"
+        if self._limit is not None and cursor.get("tokens", 0) >= self._limit:
+            return "max_tokens"
+        items = self._harvester.config.max_items
+        return "max_items" if items is not None and cursor.get("docs", 0) >= items else "text"
 
 
 class Bar:
     """Progress on the terminal: tokens, tokens per second, time left. tqdm is imported only when it is shown."""
 
-    def __init__(self, harvester: Harvester, cursor: dict[str, Any] | None, shown: bool) -> None:
+    def __init__(self, harvester: Harvester | ItemHarvester, cursor: dict[str, Any] | None, shown: bool) -> None:
         self._limit = harvester.config.max_tokens
         self._size = harvester.size() if shown and self._limit is None else None
         self._window: Window | None = None
@@ -292,27 +334,36 @@ class Bar:
             self._bar.set_postfix_str(f"waiting for {what}")
 
 
-def _settings(config: HarvestConfig, model: Any, text: Any) -> dict[str, Any]:
+def _settings(config: HarvestConfig, model: Any, text: Any, items: Any = None) -> dict[str, Any]:
     """What determines the rows, as JSON keeps it."""
     out = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    out = settings_of(out, reads_items(config, items))
     out = {key: value for key, value in out.items() if key not in _LATER or value != _LATER[key]}
     if model is not None:
         out["model"] = given_model_name(model)
     if text is not None:
         out["text"] = getattr(text, "name", None) or (str(text) if isinstance(text, str | Path) else "given")
+    if items is not None:
+        out["items"] = "given"
     kept: dict[str, Any] = json.loads(json.dumps(out))
     return kept
 
 
-def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any) -> HarvestReport | None:
+def _enough(config: HarvestConfig, cursor: Mapping[str, Any]) -> bool:
+    """Whether as much is harvested as max_tokens, or max_items, asks for."""
+    wanted = ((config.max_tokens, "tokens"), (config.max_items, "docs"))
+    return any(limit is not None and cursor.get(name, 0) >= limit for limit, name in wanted)
+
+
+def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any, items: Any) -> HarvestReport | None:
     """The report on a folder in which nothing is left to do, before any model is loaded."""
     if not (folder / "index.json").is_file():
         return None
     index = read_index(folder)
     hooks = index.get("hook_patterns") or [hook["name"] for hook in index["hooks"]]
     cursor = index.get("cursor") or {}
-    same = index.get("settings") == _settings(config, model, text) and hooks == list(config.hooks)
-    enough = config.max_tokens is not None and cursor.get("tokens", 0) >= config.max_tokens
+    same = index.get("settings") == _settings(config, model, text, items) and hooks == list(config.hooks)
+    enough = _enough(config, cursor)
     if not (index.get("complete") and same and index["dtype"] == config.dtype):
         return None
     return _report(folder, index) if index.get("end") == "text" or enough else None
@@ -329,4 +380,5 @@ def _report(folder: Path, index: dict[str, Any]) -> HarvestReport:
         documents=cursor["docs"],
         dropped=done["dropped"],
         complete=done["complete"],
+        kind=index.get("kind", "text"),
     )

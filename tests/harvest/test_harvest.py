@@ -454,7 +454,7 @@ def test_a_finished_folder_loads_no_model(tmp_path, models, tokenizer, monkeypat
     def never(*args, **kwargs):
         raise AssertionError("nothing is left to do")
 
-    monkeypatch.setattr(harvest_module, "Harvester", never)
+    monkeypatch.setattr(harvest_module, "harvester_for", never)
     again = harvest(tmp_path, CONFIG, **options)
     assert (again.rows, again.heldout_rows, again.dropped, again.tokens) == (
         first.rows,
