@@ -232,8 +232,8 @@ def _live_members(args: TrainArgs) -> dict[str, Member]:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
     config, text = harvest_config(_harvest_args(args))
     sources, members = live_sources(config, text=text), {}
-    folders = list(args.folders().values())
-    for (hook, source), folder in zip(sources.items(), folders, strict=True):
+    for hook, source in sources.items():
+        folder = args.out if args.hooks is None else args.out / hook
         if args.resume and (folder / CONFIG).is_file():
             check_resumed(folder, read_config(folder)[0].metadata, source.identity)
         metadata = describe_live(config, args.text, hook, source.identity)

@@ -133,9 +133,12 @@ def test_the_command_line_harvests_trains_and_looks_at_all_blocks(tmp_path, monk
     assert main(["train", "--live", *text, "--hooks", "blocks.*.hook_mlp_out", "--out", "live", *small]) == 0
     found = sorted(path.name for path in (tmp_path / "live").iterdir() if path.is_dir())
     assert found == [f"blocks.{n}.hook_mlp_out" for n in range(3)]
+    assert main(["eval", "live/blocks.1.hook_mlp_out"]) == 0
+    assert "ce_sae" in capsys.readouterr().out
     # What was begun is gone on with, by the same pattern.
     longer = [*small[:4], "--n-tokens", "3000"]
     assert main(["train", "--hooks", "layers.*", "--out", "runs", "--resume", *longer]) == 0
+    assert main(["train", "--hooks", "blocks.*.hook_mlp_out", "--out", "live", "--resume", *longer]) == 0
     capsys.readouterr()
     assert main(["train", *text, "--hook", "layers.*", "--out", "none", *small]) == 2
     assert "--hook layers.* means several hooks: --hooks layers.* trains an SAE for each" in capsys.readouterr().err
