@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from saefast.errors import InputError
 from saefast.harvest import language_models as models
@@ -39,6 +40,8 @@ def harvested_model(
     if isinstance(model, str | Path):
         dtype = getattr(torch, str(index.get("forward") or "float32"))
         model = models.load_model(model, revision=revision, dtype=dtype, device=device, head=head)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}: expected a model of transformers, a folder or a name")
     _check(index, given, "model", model=model)
     if (index.get("identity") or {}).get("weights") is None:
         warnings.warn(

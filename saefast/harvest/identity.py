@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saefast.data.shards import Identity
+from saefast.errors import InputError
 
 # A name up to its first number: "encoder.layer.3.output.dense.weight" is of the part "encoder.layer.3".
 _BLOCK = re.compile(r"(.*?\.\d+)(\.|$)")
@@ -67,7 +68,9 @@ def weights_digest(model: Any) -> dict[str, str] | None:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """A digest of what a tokenizer makes of text: its vocabulary, merges or scores, special tokens, what it puts
-    around a text, and the ids of a text in which tokenizers differ."""
+    around a text, and the ids of a text in which tokenizers differ. Raises InputError for what is no tokenizer."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "all_special_ids"):
+        raise InputError(f"tokenizer is a {type(tokenizer).__name__}: expected the one that belongs to the model")
     facts: list[Any] = [sorted(getattr(tokenizer, "get_vocab", dict)().items()), sorted(tokenizer.all_special_ids)]
     facts.append(_merges(tokenizer))
     facts += [list(tokenizer(_PROBE, add_special_tokens=add, verbose=False)["input_ids"]) for add in (False, True)]

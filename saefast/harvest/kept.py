@@ -1,5 +1,6 @@
 """Which tokens' rows are kept: by what the token is and where it stands, and by the row itself."""
 
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,10 @@ def token_ids(tokenizer: Any, tokens: Sequence[int | str]) -> list[int]:
 
 
 def _token_id(tokenizer: Any, token: int | str) -> int:
-    if isinstance(token, int):
+    if isinstance(token, numbers.Integral):
         if not 0 <= token < len(tokenizer):
             raise InputError(f"exclude_tokens names {token}: expected ids of tokens, 0 to {len(tokenizer) - 1}")
-        return token
+        return int(token)
     vocabulary = tokenizer.get_vocab()
     if token in vocabulary:
         return int(vocabulary[token])

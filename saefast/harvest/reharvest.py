@@ -1,6 +1,7 @@
 """Harvesting anew for a run that trained live and kept no rows: its model reads its text once more."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from saefast.data.provenance import DATA, Live, Recorded, recorded_data
 from saefast.data.shards import Identity
 from saefast.data.source import Names, X, by_tensor
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig, check_same, load_for
+from saefast.harvest.harvester import HarvestConfig, check_same, given_model_name, load_for
 from saefast.harvest.language_models import load_tokenizer
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import harvest
@@ -81,6 +82,13 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any 
     if isinstance(tokenizer, str | Path):
         tokenizer = load_tokenizer(tokenizer)
     given = {"model": model, "tokenizer": tokenizer, "text": text, "identity": kept.get("identity")}
+    if "identity" not in kept and not (run / kept["path"] / "index.json").is_file():
+        name = live["model"] if model is None else given_model_name(model)
+        warnings.warn(
+            f"{run} keeps no digest of the model that it trained on: that {name} is that one is not checked",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     harvest(run / kept["path"], config, progress=progress, **given)
 
 

@@ -132,6 +132,14 @@ def test_given_models_of_other_kinds(family):
         evaluate_run(run, model=copy.deepcopy(child).bfloat16())
     with pytest.raises(InputError, match=r"its weights have other names \(h\.0, not layers\.0\)"):
         evaluate_run(run, model=tiny_models.model("gpt2", head=True))
+    with pytest.raises(InputError, match="tokenizer is a int: expected the one that belongs to the model"):
+        evaluate_run(run, tokenizer=5)
+    for model in (5, object()):
+        assert (
+            "which has no language-model head" in evaluate_run(run, model=model, lm_tokens=64, write=False).lm_left_out
+        )
+        with pytest.raises(InputError, match="expected a model of transformers, a folder or a name"):
+            run_features(FeaturesArgs(run=run, n=3), model=model)
     again = evaluate_run(run, model=torch.compile(child, backend="eager"), lm_tokens=64)
     assert again.lm["ce_clean"] > 0
 
@@ -285,3 +293,17 @@ def test_a_live_run_of_several_hooks_has_them_all_again(family, tmp_path):
     assert ShardFolder(tmp_path / kept["path"]).hooks == ["layers.0", "layers.1"]
     again = open_source(tmp_path / kept["path"], hooks=kept["hooks"])
     assert again.widths == {"x": 16, "target": 16}
+
+
+def test_a_live_run_of_before_is_harvested_again_with_a_word(live_run):
+    run, place, _, _ = live_run
+    metadata = load(run).config.metadata
+    del metadata["data"]["identity"]
+    make_run(run, None, metadata)
+    with pytest.warns(
+        RuntimeWarning, match=f"run keeps no digest of the model that it trained on: that {place} is that"
+    ):
+        evaluate_run(run, lm_tokens=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        evaluate_run(run, lm_tokens=0)

@@ -9,7 +9,8 @@ import tiny_models
 import torch
 from batches import xs
 
-from saefast.cli.harvest import describe
+from saefast.cli.args import parse
+from saefast.cli.harvest import HarvestArgs, describe, harvest_config
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.files import SEAL
@@ -230,6 +231,10 @@ def test_a_token_is_an_id_a_name_or_a_text():
         token_ids(tiny_models.tokenizer(), ["nonsense"])
     with pytest.raises(InputError, match="exclude_tokens is "):
         HarvestConfig(exclude_tokens=(1.5,))
+    flags = ["--out", "x", "--exclude-tokens", "13", "w3", "<s>", "--drop-first", "1", "--max-norm-multiple", "auto"]
+    config, _ = harvest_config(parse(HarvestArgs, flags, "harvest"))
+    assert (config.exclude_tokens, config.drop_first) == ((13, "w3", "<s>"), 1)
+    assert config.max_norm_multiple == "auto"
 
 
 def test_the_first_tokens_of_a_sequence_can_be_left_out(tmp_path):
