@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -92,6 +92,33 @@ def activations(given: Any, where: str) -> Tensor:
     return hidden.flatten(2)
 
 
+def by_token(batch: int, lengths: Sequence[int], turned: set[str] | None = None) -> Shape:
+    """`activations` of a pass over sequences of tokens, also of modules that see all tokens in one row (OPT's MLP).
+
+    lengths: how many positions each of the `batch` sequences may have. turned: places that have (length, batch, d)
+    instead, as XLNet's do, and are put right; one sequence of several tokens tells, and a pass over one adds them.
+
+    Raises InputError for activations that are not by sequence and token.
+    """
+
+    def shaped(given: Any, where: str) -> Tensor:
+        if isinstance(given, Tensor) and given.dim() == 2 and len(given) == batch * lengths[0]:
+            given = given.unflatten(0, (batch, lengths[0]))
+        found = activations(given, where)
+        if turned is not None:
+            if batch == found.shape[1] == 1 < found.shape[0] and found.shape[0] in lengths:
+                turned.add(where)
+            found = found.transpose(0, 1) if where in turned else found
+        if len(found) != batch or found.shape[1] not in lengths:
+            raise InputError(
+                f"hook {where!r} gives shape {tuple(found.shape)} for ({batch}, {lengths[0]}) tokens: "
+                "expected (sequences, tokens, width)"
+            )
+        return found
+
+    return shaped
+
+
 def _with_activations(given: Any, hidden: Tensor) -> Any:
     """What a module took or gave, with other activations (batch, length, d) in it."""
     if isinstance(given, Tensor):
@@ -160,13 +187,16 @@ class Taken(_Turns):
 
 @contextlib.contextmanager
 def replaced(
-    model: nn.Module, replace: Mapping[Place, Callable[[Tensor], Tensor]], calls: Mapping[Place, int] | None = None
+    model: nn.Module,
+    replace: Mapping[Place, Callable[[Tensor], Tensor]],
+    calls: Mapping[Place, int] | None = None,
+    shaped: Shape = activations,
 ) -> Iterator[None]:
     """While open, for one forward pass: the activations x (batch, length, d) of each place are replace[place](x).
 
     A tuple or list has its first element replaced and stays one. calls: of each place in such a pass (`Taken.calls`);
-    turns that are counted from the last need it. Raises InputError at the end where a place's turn did not come, or no
-    turn is named and there were several.
+    turns that are counted from the last need it. shaped: as in Taken. Raises InputError at the end where a place's turn
+    did not come, or no turn is named and there were several.
     """
     turns = _Turns(replace)
     wanted = {p: (p.turn or 0) + ((calls or {}).get(p, 0) if (p.turn or 0) < 0 else 0) for p in replace}
@@ -174,7 +204,7 @@ def replaced(
     def visit(place: Place, given: Any) -> Any:
         if turns.next(place) != wanted[place]:
             return None
-        return _with_activations(given, replace[place](activations(given, str(place))))
+        return _with_activations(given, replace[place](shaped(given, str(place))))
 
     with visited(model, replace, visit):
         yield

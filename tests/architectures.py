@@ -85,6 +85,21 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ModernBertForMaskedLM", "ModernBert",
         {**_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
     ),
+    "roberta": ("RobertaForMaskedLM", "Roberta", {**_SIZES, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}),
+    "albert": ("AlbertForMaskedLM", "Albert", {**_SIZES, "embedding_size": 8}),
+    "deberta": (
+        "DebertaV2ForMaskedLM", "DebertaV2",
+        {**_SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
+    ),
+    "bart with a head": (
+        "BartForConditionalGeneration", "Bart",
+        {**_BART, "encoder_layers": 2, "decoder_layers": 2, "pad_token_id": 1, "decoder_start_token_id": 2},
+    ),
+    "t5 with a head": (
+        "T5ForConditionalGeneration", "T5",
+        {"vocab_size": 66, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
+         "decoder_start_token_id": 0},
+    ),
     "bart": ("BartModel", "Bart", {**_BART, "encoder_layers": 2, "decoder_layers": 4}),
     "t5": ("T5Model", "T5", {"vocab_size": 66, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}),
     "whisper": (

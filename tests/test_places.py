@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from saefast.errors import InputError
-from saefast.places import Place, Taken, activations, replaced, visited
+from saefast.places import Place, Taken, activations, by_token, replaced, visited
 
 
 @pytest.mark.parametrize(
@@ -226,3 +226,27 @@ def test_heads_and_tuples_are_flattened_alike_and_put_back_as_they_were(make: An
 def test_what_is_no_activation_is_refused_in_one_line(given: Any) -> None:
     with pytest.raises(InputError, match=r"hook 'h' gives .*expected activations of shape \(batch, length, width\)"):
         activations(given, "h")
+
+
+def test_activations_by_token_are_put_right_or_refused() -> None:
+    x = torch.randn(3, 4, 5)
+    shaped = by_token(3, (4,))
+    for given in (x, x.flatten(0, 1), x.unflatten(2, (5, 1)), (x, "kept")):
+        assert torch.equal(shaped(given, "h"), x)
+    for given in (x[:2], x[:, :3], x.transpose(0, 1), x.flatten(0, 1)[:-1], (x.flatten(0, 1), "kept")):
+        with pytest.raises(InputError, match=r"hook 'h' gives .*expected"):
+            shaped(given, "h")
+    # A decoder has a start token more.
+    longer = by_token(3, (4, 5))
+    assert longer(torch.zeros(3, 5, 2), "h").shape == (3, 5, 2)
+    assert longer(torch.zeros(3, 4, 2), "h").shape == (3, 4, 2)
+
+
+def test_one_sequence_tells_that_length_stands_before_batch_where_as_many_sequences_as_tokens_would_not() -> None:
+    turned: set[str] = set()
+    square, x = torch.randn(4, 4, 5), torch.randn(4, 1, 5)
+    assert torch.equal(by_token(1, (4,), turned)(x.transpose(0, 1), "usual"), x.transpose(0, 1))
+    assert torch.equal(by_token(1, (4,), turned)(x, "turned"), x.transpose(0, 1))
+    assert turned == {"turned"}
+    assert torch.equal(by_token(4, (4,), turned)(square, "turned"), square.transpose(0, 1))
+    assert torch.equal(by_token(4, (4,), turned)(square, "usual"), square)

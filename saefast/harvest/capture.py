@@ -14,7 +14,7 @@ from saefast.forward import check_ids, eval_mode
 from saefast.harvest.decoders import decoder_of
 from saefast.harvest.hooks import Hook, expand_hooks, expand_names
 from saefast.harvest.workers import workers_for
-from saefast.places import Place, Shape, Taken, activations, visited
+from saefast.places import Place, Shape, Taken, activations, by_token, visited
 
 # Tokens that are run to the model's end before the first batch.
 _FEW = 64
@@ -100,6 +100,8 @@ class ModuleRunner(_PlacesRunner):
         # Keys and values for generating more text are of no use here.
         self._extra = {"use_cache": False} if "use_cache" in takes else {}
         self._decoder = decoder_of(model, self._places)
+        # Places that have (length, batch, d), as the first pass shows.
+        self._turned: set[str] = set()
         self.workers = workers_for(self._device())
         # What this thread's forward pass takes; on threads that are not in run(), hooks do nothing.
         self._running = threading.local()
@@ -119,25 +121,8 @@ class ModuleRunner(_PlacesRunner):
         return self._rows(taken, lambda value: decoder.of_tokens(value, length) if decoder else value)
 
     def _by_token(self, batch: int, length: int) -> Shape:
-        """`activations` of a pass over (batch, length) tokens, also of modules that see them in one row (OPT's MLP).
-
-        Raises InputError where they are not by sequence and token (XLNet's are by token and sequence): the first pass,
-        of one sequence, tells even where later ones have as many sequences as tokens.
-        """
-        lengths = (length, length + 1) if self._decoder else (length,)
-
-        def shaped(given: Any, where: str) -> Tensor:
-            if isinstance(given, Tensor) and given.dim() == 2 and len(given) == batch * length:
-                given = given.unflatten(0, (batch, length))
-            found = activations(given, where)
-            if len(found) != batch or found.shape[1] not in lengths:
-                raise InputError(
-                    f"hook {where!r} gives shape {tuple(found.shape)} for ({batch}, {length}) tokens: "
-                    "expected (sequences, tokens, width)"
-                )
-            return found
-
-        return shaped
+        # A decoder has one position more.
+        return by_token(batch, (length, length + 1) if self._decoder else (length,), self._turned)
 
     def run_inputs(self, inputs: Mapping[str, Tensor], shaped: Shape = activations) -> dict[str, Tensor]:
         """Activations per hook for arguments of the model's forward by name, moved to its device.

@@ -39,10 +39,10 @@ class Decoder:
         Raises InputError where that is more than the model has positions.
         """
         first = torch.full((len(ids), 1), self._start, dtype=ids.dtype, device=ids.device)
-        own = torch.ones((len(ids), 1), dtype=torch.bool, device=mask.device)
+        own = torch.ones((len(ids), 1), dtype=torch.int64, device=mask.device)
         if not self._alone:
             self._check_length(ids.shape[1] + 1)
-            first, own = torch.cat([first, ids], 1), torch.cat([own, mask], 1)
+            first, own = torch.cat([first, ids], 1), torch.cat([own, mask.long()], 1)
         # The start token is often the padding token, which a model may leave out where it is given no mask.
         return {"decoder_input_ids": first, "decoder_attention_mask": own}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saefast.errors import InputError
 from saefast.forward import check_ids, eval_mode
 from saefast.metrics.streaming import Metric
-from saefast.places import Place, Taken, replaced, visited
+from saefast.places import Place, Taken, by_token, replaced, visited
 
 LM_METRICS: dict[str, Metric] = {
     "ce_clean": Metric("cross-entropy of the untouched model, nats per token", "special tokens masked"),
@@ -80,10 +80,10 @@ def spliced(
 
     def splice(x: Tensor) -> Tensor:
         out = x.clone()
-        out[where] = replace(_rows_of(x, place, where)).to(x.dtype)
+        out[where] = replace(x[where]).to(x.dtype)
         return out
 
-    with replaced(model, {place: splice}, calls):
+    with replaced(model, {place: splice}, calls, by_token(len(where), (where.shape[1],))):
         yield
 
 
@@ -158,10 +158,10 @@ def _batch_sums(
     def cross_entropy(log_p: Tensor) -> Tensor:
         return -log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
-    taken = Taken(places)
+    taken = Taken(places, by_token(len(where), (where.shape[1],)))
     with visited(model, places, taken.take):
         clean = log_probs()
-    parts = [_rows_of(taken.value(place), place, where) for place in places]
+    parts = [taken.value(place)[where] for place in places]
     x = torch.cat(parts, -1)
     entropies, divergences = [cross_entropy(clean)], []
     for other in (reconstruct(x).to(x.dtype), torch.zeros_like(x)):
@@ -179,13 +179,6 @@ def _batch_sums(
 
 def _always(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _x: value
-
-
-def _rows_of(x: Tensor, place: Place, where: Tensor) -> Tensor:
-    """Of the activations x (B, T, D) of a place those at the positions `where` (B, T): (n, D)."""
-    if x.shape[:2] != where.shape:
-        raise InputError(f"hook {str(place)!r} gives {tuple(x.shape)} for {tuple(where.shape)} tokens")
-    return x[where]
 
 
 def _scores(means: list[float]) -> dict[str, float]:

@@ -33,17 +33,39 @@ def test_what_is_no_length_is_no_limit():
     assert context_limit(SimpleNamespace(cfg=SimpleNamespace(n_ctx=48))) == 48
 
 
-@pytest.mark.parametrize("sequences", [1, 3, 16])
-def test_rows_that_are_not_by_sequence_and_token_are_refused(sequences):
-    # XLNet, which names no limit, works on (length, batch, width): 16 sequences of 16 tokens would pass for rows.
+def test_rows_of_a_model_that_works_on_length_by_batch_are_put_right():
+    # XLNet, which names no limit. With as many texts as tokens in each, the shape alone would not tell.
     model, tokenizer = architectures.build("xlnet"), tiny_models.tokenizer(special=False)
-    text = [" ".join(f"w{n}" for n in range(first, first + 16)) for first in range(sequences)]
-    with pytest.raises(InputError, match=r"hook 'layer.1' gives shape \(16, 1, 16\) for \(1, 16\) tokens"):
-        list(harvest_batches(CONFIG, model=model, tokenizer=tokenizer, text=text))
-    # Nor does it matter which module it is, and whether there is a mask.
-    inner = dataclasses.replace(CONFIG, hooks=("layer.0.ff",))
-    with pytest.raises(InputError, match=r"hook 'layer.0.ff' gives shape \(\d+, 1, 16\) for \(1, \d+\) tokens"):
-        list(harvest_batches(inner, model=model, tokenizer=tokenizer, text=[*text, "w1 w2"]))
+    text = [" ".join(f"w{n}" for n in range(first, first + 16)) for first in range(16)]
+    config = dataclasses.replace(CONFIG, batch_tokens=256, heldout=0.0)
+    batches = list(harvest_batches(config, model=model, tokenizer=tokenizer, text=text))
+    assert max(len(batch.counts) for batch in batches) == 16
+    for batch in batches:
+        for seq in batch.seq.unique().tolist():
+            ids = torch.tensor([batch.window.ids[seq]])
+            with torch.no_grad():
+                state = model(input_ids=ids, output_hidden_states=True).hidden_states[2][0]
+            rows = batch.seq == seq
+            assert torch.allclose(batch.rows["layers.1"][rows], state[batch.pos[rows]], atol=1e-5)
+
+
+class Halved(torch.nn.Module):
+    """Keeps every second token."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.block = torch.nn.Embedding(66, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.block(self.table(input_ids)[:, ::2])
+
+
+def test_rows_that_are_not_by_sequence_and_token_are_refused():
+    tokenizer = tiny_models.tokenizer(special=False)
+    text = [" ".join(f"w{n}" for n in range(first, first + 16)) for first in range(9)]
+    config = dataclasses.replace(CONFIG, hooks=("block",))
+    with pytest.raises(InputError, match=r"hook 'block' gives shape \(1, 8, 8\) for \(1, 16\) tokens"):
+        list(harvest_batches(config, model=Halved(), tokenizer=tokenizer, text=text))
 
 
 def test_modules_that_see_all_tokens_in_one_row_give_them_by_sequence():
