@@ -54,21 +54,23 @@ def _give_back(before: list[tuple[nn.Module, bool]]) -> None:
             module.train(training)
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """How many token ids a model has embeddings of, None where it does not say."""
+    try:
+        embeddings = model.get_input_embeddings()
+    # A model of another kind may have no such method, or raise whatever it likes.
+    except Exception:
+        embeddings = getattr(model, "embed", None)
+    size = getattr(embeddings, "num_embeddings", None) or getattr(getattr(model, "cfg", None), "d_vocab", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def check_ids(model: Any, ids: Tensor) -> None:
     """Raises InputError where token ids (batch, length) go beyond the model's embedding, as far as it says its size."""
-    size = _embedding_size(model)
+    size = vocabulary_size(model)
     largest = int(ids.max()) if ids.numel() else 0
     if size is not None and largest >= size:
         raise InputError(
-            f"the tokenizer gives token id {largest}, but the embedding of this {type(model).__name__} has {size} rows "
-            f"(ids up to {size - 1}): pass the tokenizer that belongs to the model, or resize its embedding"
+            f"token id {largest} is given to a {type(model).__name__} whose vocabulary ends at {size - 1}: "
+            "take the tokenizer that belongs to the model (padding, too, needs an id that the model has)"
         )
-
-
-def _embedding_size(model: Any) -> int | None:
-    # A model of another kind may have no such method, or raise whatever it likes.
-    with contextlib.suppress(Exception):
-        embedding = model.get_input_embeddings()
-        return int(embedding.num_embeddings) if isinstance(embedding, nn.Embedding) else None
-    size = getattr(getattr(model, "cfg", None), "d_vocab", None)
-    return size if isinstance(size, int) and size > 0 else None

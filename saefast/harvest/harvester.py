@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import ACT_DTYPES, ROWS_PER_SHARD, Identity
 from saefast.errors import InputError
+from saefast.forward import vocabulary_size
 from saefast.harvest.capture import Runner, runner_for
 from saefast.harvest.documents import Fingerprint, skip_documents
 from saefast.harvest.identity import dtype_of, identity_of, why_other
@@ -38,7 +39,6 @@ from saefast.harvest.language_models import (
     model_class,
     require_token_ids,
     unwrapped,
-    vocabulary_size,
 )
 from saefast.harvest.sequences import Sequencer, Window, batches_of, pad
 from saefast.harvest.text import Text, open_text

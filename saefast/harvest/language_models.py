@@ -200,16 +200,6 @@ def _on_meta(module: nn.Module) -> bool:
     return all(parameter.is_meta for parameter in module.parameters())
 
 
-def vocabulary_size(model: Any) -> int | None:
-    """How many token ids a model has embeddings of, None where it does not say."""
-    try:
-        embeddings = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        embeddings = getattr(model, "embed", None)
-    size = getattr(embeddings, "num_embeddings", None) or getattr(getattr(model, "cfg", None), "d_vocab", None)
-    return size if isinstance(size, int) and size > 0 else None
-
-
 def _transformers() -> Any:
     try:
         return importlib.import_module("transformers")

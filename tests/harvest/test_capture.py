@@ -457,7 +457,10 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_one_line_before_the_
     model, passes = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=30, **sizes)), []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     options = {"model": model, "tokenizer": tokenizer, "text": ["w1 w2 w50"]}
-    message = r"token id 55, but the embedding of this LlamaModel has 30 rows \(ids up to 29\): pass the tokenizer"
+    message = "the tokenizer gives token id 55, but the model's vocabulary ends at 29: take the tokenizer that belongs"
     with pytest.raises(InputError, match=message):
         list(harvest_batches(config("layers.1", prepend_bos=False), **options))
+    # Padding that a tokenizer has added, and whoever runs a model themselves.
+    with pytest.raises(InputError, match="token id 30 is given to a LlamaModel whose vocabulary ends at 29"):
+        ran(model, "layers.1", ids=torch.tensor([[3, 30]]), mask=torch.tensor([[True, False]]))
     assert passes == []

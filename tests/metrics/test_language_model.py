@@ -236,7 +236,7 @@ def test_what_cannot_be_scored_is_one_line() -> None:
     model = Looped()
     model.get_input_embeddings = lambda: nn.Embedding(50, 8)
     large = [TokenBatch(torch.tensor([[1, 60, 2]]), torch.ones(1, 3, dtype=torch.bool))]
-    with pytest.raises(InputError, match="token id 60, but the embedding of this Looped has 50 rows"):
+    with pytest.raises(InputError, match="token id 60 is given to a Looped whose vocabulary ends at 49"):
         lm_scores(model, [Place("block", turn=0)], lambda x: x, large)
 
 
