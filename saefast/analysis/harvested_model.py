@@ -62,6 +62,11 @@ def causal_language_model(index: Mapping[str, Any], given: Any = None, device: t
     else:
         # What torch.compile gives has the model inside.
         kinds = [kind.__name__ for kind in type(getattr(given, "_orig_mod", given)).__mro__]
+    if kinds[0].endswith("ForConditionalGeneration"):
+        raise InputError(
+            f"{_called(index, given)} is a {kinds[0]}, which writes after another text, or images or sound: "
+            "there is no next-token loss of a text alone"
+        )
     if not any(kind.endswith(_CAUSAL) for kind in kinds):
         raise InputError(f"{_called(index, given)} is a {kinds[0]}, which has no language-model head")
     return harvested_model(index, given, head="AutoModelForCausalLM", device=device)
