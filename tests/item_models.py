@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from saefast.data.shards import ShardFolder
 
 SIDE, PATCH, MELS, FRAMES, RATE = 32, 8, 16, 100, 16_000
 _SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -104,3 +107,28 @@ def sound(file: Path, seconds: float, rate: int = RATE, width: int = 2, channels
         coded = whole + (128 if width == 1 else 0)
         out.writeframes(coded.astype("<i8").reshape(-1, 1).view(np.uint8)[:, :width].tobytes())
     return whole / half
+
+
+def rows_of(folder: Path, hook: str) -> dict[tuple[int, int], Tensor]:
+    """Each row by its item and position, of both shares."""
+    opened, found = ShardFolder(folder), {}
+    assert not opened.verify()
+    for split in ("train", "heldout"):
+        for info in opened.shards(split, hook):
+            shard = opened.open(info, hook)
+            for row, seq, pos in zip(shard.acts, shard.seq.tolist(), shard.pos.tolist(), strict=True):
+                assert (seq, pos) not in found
+                found[seq, pos] = row.float()
+    return found
+
+
+def blocks(found: Any, module: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """What a module of the model gives in a plain forward pass, by a hook of the test's own."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        with torch.no_grad():
+            found(**inputs)
+    finally:
+        handle.remove()
+    return seen[0]

@@ -1,6 +1,7 @@
 """Folders of images, read with Pillow and made a model's input by its own image processor."""
 
 import hashlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ class ImageFolder(FileItems):
 
     def __init__(self, path: str | Path, processor: Any) -> None:
         super().__init__()
+        if importlib.util.find_spec("PIL") is None:
+            raise InputError("images are read with Pillow, which is not installed: pip install pillow")
         self._root, self._processor = usable(path), processor
         self._files = files_below(self._root, ENDINGS, "images")
         self.name = str(self._root)
@@ -45,11 +48,14 @@ class ImageFolder(FileItems):
 
     def read(self, ref: Ref) -> tuple[dict[str, Tensor], Tensor | None]:
         try:
-            image = _opened(ref.place.read_bytes())
+            content = ref.place.read_bytes()
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror or error})") from None
+        try:
+            image = _opened(content)
         except Exception as error:  # each of Pillow's formats has errors of its own
-            raise Unreadable(f"is no image that opens ({type(error).__name__}: {str(error)[:80]})") from None
+            why = str(error).partition(" <")[0]
+            raise Unreadable(f"is no image that opens ({type(error).__name__}: {why[:80]})") from None
         return tensors_of(self._processor(images=image, return_tensors="pt")), None
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import item_models
 import pytest
 import torch
+from item_models import blocks, rows_of
 from tiny_models import documents, tokenizer
 from tiny_models import model as text_model
-from torch import Tensor
 
 import saefast
 from saefast.data.shards import ShardFolder
@@ -28,31 +28,6 @@ def images(n: int = N_BATCHES, seed: int = 0) -> list[dict[str, Any]]:
 
 def config(hook: str = "layers.1", **other: Any) -> HarvestConfig:
     return HarvestConfig(**{"hooks": (hook,), "dtype": "float32", "device": "cpu", "heldout": 0.2, **other})
-
-
-def rows_of(folder: Path, hook: str) -> dict[tuple[int, int], Tensor]:
-    """Each row by its item and position, of both shares."""
-    opened, found = ShardFolder(folder), {}
-    assert not opened.verify()
-    for split in ("train", "heldout"):
-        for info in opened.shards(split, hook):
-            shard = opened.open(info, hook)
-            for row, seq, pos in zip(shard.acts, shard.seq.tolist(), shard.pos.tolist(), strict=True):
-                assert (seq, pos) not in found
-                found[seq, pos] = row.float()
-    return found
-
-
-def blocks(found: Any, module: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """What a module of the model gives in a plain forward pass, by a hook of the test's own."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    try:
-        with torch.no_grad():
-            found(**inputs)
-    finally:
-        handle.remove()
-    return seen[0]
 
 
 # Kind of model, and how many positions are in front of the patches.
