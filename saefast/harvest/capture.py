@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from saefast.errors import InputError
 from saefast.forward import check_ids, eval_mode
 from saefast.harvest.decoders import decoder_of
-from saefast.harvest.hooks import Hook, expand_hooks, expand_names
+from saefast.harvest.hooks import Hook, expand_hooks, expand_names, known_place
 from saefast.harvest.workers import workers_for
 from saefast.places import Place, Shape, Taken, activations, by_token, visited
 
@@ -174,8 +174,8 @@ class HookedRunner(_PlacesRunner):
 
     def __init__(self, model: Any, hooks: Sequence[str]) -> None:
         known = getattr(model, "hook_dict", None)
-        names = hooks if known is None else expand_names(list(known), hooks)
-        super().__init__(model, [Hook(name, tuple(map(Place.read, name.split("+")))) for name in names])
+        names, every = (hooks, []) if known is None else (expand_names(list(known), hooks), list(known))
+        super().__init__(model, [Hook(name, tuple(known_place(every, p) for p in name.split("+"))) for name in names])
         for place in self._places:
             name = place.path
             if known is not None and name not in known:

@@ -89,6 +89,17 @@ def expand_names(known: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(out))
 
 
+def known_place(known: Sequence[str], written: str) -> Place:
+    """A place whose path is one of the known names; -1 in it is the last number that there is of such names."""
+    place = Place.read(written)
+    match = re.search(r"(?<=\.)-\d+(?=\.|$)", place.path)
+    if match is None or place.path in known:
+        return place
+    pattern = f"{place.path[: match.start()]}*{place.path[match.end() :]}"
+    numbers, back = sorted(_numbers(known, pattern)), -int(match[0])
+    return replace(place, path=pattern.replace("*", str(numbers[-back]))) if 0 < back <= len(numbers) else place
+
+
 def _numbers(known: Sequence[str], pattern: str) -> set[int]:
     """The numbers that, put in the place of each * of a pattern, give a known name."""
     first, *others = map(re.escape, pattern.split("*"))

@@ -106,6 +106,10 @@ def test_a_pattern_over_the_hook_points_of_a_model_with_run_with_hooks():
     with runner.attached():
         rows = runner.run(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.bool))
     assert {name: float(row[0, 0, 0]) for name, row in rows.items()} == {name: len(name) for name in names}
+    back = runner_for(model, ["blocks.-1.hook_resid_post+blocks.-2.attn.hook_z"])
+    assert back.hooks[0]["hf_name"] == "blocks.1.hook_resid_post+blocks.0.attn.hook_z"
+    with pytest.raises(InputError, match=r"hook 'blocks.-3.hook_resid_post' is not in this model; there are blocks.0"):
+        runner_for(model, ["blocks.-3.hook_resid_post"])
     with pytest.raises(InputError, match=r"hook 'blocks.\*.hook_q' matches nothing; there are hook_embed"):
         runner_for(model, ["blocks.*.hook_q"])
 
