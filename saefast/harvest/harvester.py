@@ -496,6 +496,7 @@ def check_config(config: HarvestConfig) -> None:
     """Raises InputError for a value that no harvest can have."""
     if not 0 <= config.heldout < 1:
         raise InputError(f"heldout is {config.heldout}, expected a share of at least 0 and less than 1")
+    _device(config.device)
     multiple = config.max_norm_multiple
     if multiple is not None and not 0 < multiple_of(multiple) < float("inf"):
         raise InputError(f"max_norm_multiple is {multiple}, expected a positive number, 'auto' or None")
