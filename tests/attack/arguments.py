@@ -148,7 +148,7 @@ def api() -> list[Call]:
              dict(sae=odd.VALUES, batches=odd.VALUES | BATCHES | odd.tensors(x), max_norm_multiple=odd.VALUES)),
         Call("evaluate_run", evaluate_run, dict(run=lambda: "run", lm_tokens=lambda: 0),
              dict(run=path, data=data, batch_size=odd.VALUES, lm_tokens=odd.VALUES, write=odd.VALUES,
-                  max_norm_multiple=odd.VALUES),
+                  max_norm_multiple=odd.VALUES, model=odd.VALUES, tokenizer=odd.VALUES),
              ("run/eval.json", "run/latents.safetensors")),
         Call("harvest", functools.partial(harvest, progress=False, **readers.language_model()),
              dict(out_dir=lambda: "out", config=lambda: SHORT, text=lambda: tiny_models.documents(9)),
