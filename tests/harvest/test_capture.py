@@ -298,6 +298,24 @@ def test_hook_points_that_are_met_several_times_need_a_turn_too(tokenizer: Any, 
         ran(model, "hook_embed:in", ids=ids)
 
 
+class Dropping(nn.Module):
+    """A torch module with TransformerLens' interface, and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.drop, self.hook_dict = nn.Embedding(66, 8), nn.Dropout(0.5), {"hook_embed": None}
+
+    def run_with_hooks(self, tokens: Tensor, fwd_hooks: Any = ()) -> None:
+        for _, function in fwd_hooks:
+            function(self.drop(self.table(tokens)), hook=None)
+
+
+def test_hook_points_are_harvested_in_eval_mode_too() -> None:
+    model, ids = Dropping().train(), torch.randint(4, 60, (2, 3))
+    assert torch.equal(ran(model, "hook_embed", ids=ids)[0], model.table(ids))
+    assert model.drop.training
+
+
 # Encoders with decoders
 
 _BART = {
@@ -309,13 +327,21 @@ _T5 = {
     "vocab_size": 66, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2,
     "decoder_start_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
-# Name -> class, config, settings, the padding token, paths of the encoder and decoder.
+# Inside it works on (length, batch, width).
+_FSMT = {k: v for k, v in _BART.items() if k != "vocab_size"} | {
+    "langs": ["a", "b"], "src_vocab_size": 66, "tgt_vocab_size": 66
+}  # fmt: skip
+# Name -> class, config, settings, and what stands before the paths of encoder and decoder.
 TRANSLATORS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bart": ("BartForConditionalGeneration", "BartConfig", _BART, "model."),
     "bart without a head": ("BartModel", "BartConfig", _BART, ""),
     "t5": ("T5ForConditionalGeneration", "T5Config", _T5, ""),
     "t5 without a head": ("T5Model", "T5Config", _T5, ""),
     "mt5": ("MT5ForConditionalGeneration", "MT5Config", _T5, ""),
+    "umt5": ("UMT5ForConditionalGeneration", "UMT5Config", _T5, ""),
+    "longt5": ("LongT5ForConditionalGeneration", "LongT5Config", _T5, ""),
+    "switch of t5": ("SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig", _T5, ""),
+    "fsmt": ("FSMTForConditionalGeneration", "FSMTConfig", _FSMT, "model."),
     "marian": ("MarianMTModel", "MarianConfig", _BART | {"decoder_start_token_id": 1}, "model."),
     "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", _BART | {"decoder_start_token_id": 1}, "model."),
     "m2m100": ("M2M100ForConditionalGeneration", "M2M100Config", _BART, "model."),
