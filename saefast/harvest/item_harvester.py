@@ -384,7 +384,7 @@ def _refuse_decoder(model: Any, paths: Mapping[str, str]) -> None:
             module = part.partition("@")[0].partition(":")[0]
             if id(model.get_submodule(module)) not in inside:
                 raise InputError(
-                    f"hook {name!r} is {path}, outside the encoder of {type(model).__name__}; the decoder reads token"
+                    f"hook {name!r} is outside the encoder of this {type(model).__name__}, whose decoder reads token"
                     " ids: name a module of the encoder, as in encoder.layers.0"
                 )
 

@@ -384,7 +384,7 @@ def test_a_model_of_text_is_not_given_images(tmp_path: Path) -> None:
 
 def test_hooks_in_a_decoder_are_refused(tmp_path: Path) -> None:
     given = [{"input_features": torch.zeros(2, item_models.MELS, item_models.FRAMES)}]
-    with pytest.raises(InputError, match="outside the encoder of WhisperModel; the decoder reads token ids"):
+    with pytest.raises(InputError, match="is outside the encoder of this WhisperModel, whose decoder reads token ids"):
         harvest(
             tmp_path / "h", config("decoder.layers.1"), model=item_models.model("whisper"), items=given, progress=False
         )
