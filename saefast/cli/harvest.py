@@ -12,6 +12,7 @@ import tyro
 
 from saefast.cli.args import parse, watched
 from saefast.cli.processes import harvest_in, places
+from saefast.data.item_names import unit_of
 from saefast.harvest.harvester import HarvestConfig
 from saefast.harvest.text import Text, open_texts
 from saefast.harvest.to_disk import HarvestReport, harvest
@@ -88,5 +89,4 @@ def describe(report: HarvestReport) -> str:
     done += f", left out {', '.join(left_out)}" if left_out else ""
     if not report.tokens:
         return f"{done}: already complete, nothing to do"
-    unit = {"text": "tokens", "images": "patches", "audio": "frames"}.get(report.kind, "positions")
-    return f"{done}: {report.seconds:.0f} s, {report.tokens_per_second:,.0f} {unit}/s"
+    return f"{done}: {report.seconds:.0f} s, {report.tokens_per_second:,.0f} {unit_of(report.kind)}/s"

@@ -21,10 +21,16 @@ ITEMS = "items"
 
 # What the rows of a folder may be of besides text, in words.
 _KINDS = {"images": "rows of images", "audio": "rows of audio"}
+# What a position is called.
+_UNITS = {"text": "tokens", "images": "patches", "audio": "frames"}
 
 
 def what_of(kind: str) -> str:
     return _KINDS.get(kind, "rows of inputs that are no text")
+
+
+def unit_of(kind: str) -> str:
+    return _UNITS.get(kind, "positions")
 
 
 class ItemsEntry(TypedDict):

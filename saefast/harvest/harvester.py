@@ -164,6 +164,7 @@ class Reader:
     """
 
     tokenizer: Any = None
+    kind = "text"
 
     def __init__(self, config: HarvestConfig, model: Any, stored: bool) -> None:
         check_config(config)

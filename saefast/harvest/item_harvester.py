@@ -105,6 +105,7 @@ class ItemHarvester(Reader):
             raise InputError(f"model is a {type(self.model).__name__}, expected a torch module to run {kind} through")
         self.processor = processor
         self.items = _items(config, processor, items, str(getattr(self.model, "main_input_name", "the model's input")))
+        self.kind = self.items.kind
         self._takes = inspect.signature(self.model.forward).parameters
         self._takes_any = any(p.kind == p.VAR_KEYWORD for p in self._takes.values())
         if kind in _PROCESSORS and self.items.input not in self._takes:
@@ -147,7 +148,7 @@ class ItemHarvester(Reader):
         made_by = {} if self.processor is None else {"processor": type(self.processor).__name__}
         return {
             **self.model_facts(),
-            "kind": self.items.kind,
+            "kind": self.kind,
             "data": self.items.name,
             "input": self.items.input,
             **made_by,

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from saefast.data.item_names import unit_of
 from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
@@ -205,7 +206,10 @@ class Writing:
             with Bar(self._harvester, self._cursor, progress) as bar:
                 self.take(self._harvester.batches(self._cursor), bar.update)
             if not writer.waiting and not writer.index["n_rows"]:
-                raise InputError(f"{self._harvester.name}: no row was kept, {self._dropped.sum()} tokens dropped")
+                harvester, n = self._harvester, self._harvester.n_skipped
+                why = f"; {harvester.skipped[0]} ({n} skipped)" if n else ""
+                unit = unit_of(harvester.kind)
+                raise InputError(f"{harvester.name}: no row was kept, {self._dropped.sum()} {unit} dropped{why}")
             self.commit(complete=True)
         except KeyboardInterrupt:
             if writer.waiting and not self._feeding:
@@ -307,7 +311,9 @@ class Bar:
 
             before = cursor["tokens"] if cursor else 0
             total = None if self._limit is None else max(self._limit - before, 0)
-            self._bar = tqdm(desc="harvest", unit=" tokens", unit_scale=True, total=total, dynamic_ncols=True)
+            self._bar = tqdm(
+                desc="harvest", unit=f" {unit_of(harvester.kind)}", unit_scale=True, total=total, dynamic_ncols=True
+            )
 
     def __enter__(self) -> "Bar":
         return self

@@ -308,3 +308,14 @@ def test_without_pillow_images_are_refused(pictures: Path, monkeypatch: pytest.M
             tmp_path / "h", config("layers.1", images=str(pictures)), model=item_models.model("vit"),
             processor=item_models.processor("vit"), progress=False,
         )  # fmt: skip
+
+
+def test_a_folder_without_one_image_that_opens_leaves_nothing(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(b"no picture")
+    model, processor = item_models.model("vit"), item_models.processor("vit")
+    with pytest.raises(InputError, match=r"no row was kept, 0 patches dropped; a.png is no image.* \(3 skipped\)"):
+        harvest(
+            tmp_path / "h", config("layers.1", images=str(tmp_path)), model=model, processor=processor, progress=False
+        )
+    assert not (tmp_path / "h").exists()
