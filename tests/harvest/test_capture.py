@@ -474,6 +474,27 @@ def test_a_text_as_long_as_the_decoder_has_positions_is_refused_but_not_for_the_
     assert ran(model, "model.decoder.layers.1", ids=ids[:, :31])[0].shape == (1, 31, 16)
 
 
+_LED = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 8}
+_PROPHET = {
+    "vocab_size": 66, "hidden_size": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_encoder_layers": 1,
+    "num_decoder_layers": 1, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2,
+    "max_position_embeddings": 64, "decoder_start_token_id": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "hook", "shape"),
+    [("LED", _BART | _LED, "encoder.layers.0", "1, 16, 16"), ("ProphetNet", _PROPHET, "decoder.layers.0", "1, 30, 16")],
+)
+def test_positions_that_are_no_tokens_of_the_text_are_refused(
+    name: str, settings: dict[str, Any], hook: str, shape: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**settings)).eval()
+    with pytest.raises(InputError, match=rf"hook '{hook}' gives shape \({shape}\) for \(1, 9\) tokens"):
+        ran(model, hook, ids=padded()[0])
+
+
 # Ids
 
 
