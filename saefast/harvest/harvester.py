@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -474,6 +474,11 @@ def _without_first(batch: HarvestBatch, n: int) -> HarvestBatch:
         counts=batch.counts[n:],
         dropped=batch.dropped[n:],
     )
+
+
+def in_dtype(config: HarvestConfig, dtype: Any) -> HarvestConfig:
+    """The config with "auto", which means another dtype on other machines, as the dtype that a harvest began in."""
+    return replace(config, forward=dtype) if config.forward == "auto" and dtype in _FORWARD else config
 
 
 def load_for(config: HarvestConfig, place: str | Path | None = None) -> nn.Module:

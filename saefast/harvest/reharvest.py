@@ -10,7 +10,7 @@ from saefast.data.provenance import DATA, Live, Recorded, recorded_data
 from saefast.data.shards import Identity
 from saefast.data.source import Names, X, by_tensor
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig, check_same, given_model_name, load_for
+from saefast.harvest.harvester import HarvestConfig, check_same, given_model_name, in_dtype, load_for
 from saefast.harvest.language_models import load_tokenizer
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import harvest
@@ -73,6 +73,7 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any 
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     hooks = tuple(dict.fromkeys(kept["hooks"].values())) if kept.get("hooks") else (str(kept.get("hook")),)
     config = HarvestConfig(hooks=hooks, text=texts[0] if len(texts) == 1 else None, max_tokens=TOKENS, **settings)
+    config = in_dtype(config, (kept.get("identity") or {}).get("dtype"))
     text = open_texts(texts, config.text_column, config.seed) if len(texts) > 1 else None
     if isinstance(model, str | Path):
         tokenizer = model if tokenizer is None else tokenizer

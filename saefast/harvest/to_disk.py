@@ -14,7 +14,7 @@ from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name
+from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name, in_dtype
 from saefast.harvest.identity import identity_of
 from saefast.harvest.item_harvester import ItemHarvester, harvester_for, reads_items, settings_of
 from saefast.harvest.kept import DROPPED
@@ -112,8 +112,9 @@ def harvest(
         return finished
     if (folder / "parts").is_dir():
         raise InputError(f"{folder} is harvested in parts: go on with --data-parallel, or choose another folder")
+    begun = in_dtype(config, _begun_in(folder))
     harvester = harvester_for(
-        config, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor, stored=True
+        begun, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor, stored=True
     )
     check_same(identity, harvester.identity, folder)
     started = time.perf_counter()
@@ -359,6 +360,12 @@ def _enough(config: HarvestConfig, cursor: Mapping[str, Any]) -> bool:
     """Whether as much is harvested as max_tokens, or max_items, asks for."""
     wanted = ((config.max_tokens, "tokens"), (config.max_items, "docs"))
     return any(limit is not None and cursor.get(name, 0) >= limit for limit, name in wanted)
+
+
+def _begun_in(folder: Path) -> str | None:
+    """The dtype that the model ran in for the rows in a folder, None where there are none."""
+    index = read_index(folder) if (folder / "index.json").is_file() else {}
+    return index.get("forward") if index.get("cursor") else None
 
 
 def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any, items: Any) -> HarvestReport | None:

@@ -11,6 +11,7 @@ import torch
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.files import SEAL
+from saefast.harvest import harvester
 from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of, tokenizer_digest, weights_digest, why_other
 from saefast.harvest.language_models import load_model, load_tokenizer
@@ -193,6 +194,24 @@ def test_a_folder_of_a_model_that_was_overwritten_is_refused(tmp_path):
     # With nothing left to do no model is loaded.
     again = harvest(tmp_path / "acts", HarvestConfig(**config, max_tokens=300), text=TEXTS, progress=False)
     assert (again.rows, again.tokens) == (first.rows, 0)
+
+
+def test_another_machine_goes_on_in_the_dtype_that_was_begun_in(tmp_path, monkeypatch):
+    """What "auto" means depends on the processor; rows of two dtypes are of two models."""
+    tiny_models.model("llama").save_pretrained(tmp_path / "model")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "model")
+    settings = dict(CONFIG, forward="auto", model=str(tmp_path / "model"))
+    for chosen, tokens in (("bfloat16", 300), ("float32", None)):
+        monkeypatch.setattr(
+            harvester, "_forward_dtype", lambda name, device, chosen=chosen: chosen if name == "auto" else name
+        )
+        harvest(tmp_path / "acts", HarvestConfig(**settings, max_tokens=tokens), text=TEXTS, progress=False)
+        assert ShardFolder(tmp_path / "acts").index["forward"] == "bfloat16"
+    assert ShardFolder(tmp_path / "acts").index["settings"]["forward"] == "auto"
+    model, tokenizer = tiny_models.model("llama"), tiny_models.tokenizer()
+    begun(tmp_path / "given", model, tokenizer)
+    message = "its weights are bfloat16, those harvested from were float32"
+    refused(tmp_path / "given", message, model=model.bfloat16(), tokenizer=tokenizer)
 
 
 def test_a_folder_of_before_goes_on_with_a_word_and_claims_nothing(tmp_path):
