@@ -226,11 +226,16 @@ def _members(args: TrainArgs) -> dict[str, Member]:
 def _live_members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, from a model that is running."""
     from saefast.harvest.live import live_sources
-    from saefast.harvest.reharvest import check_resumed, describe_live
+    from saefast.harvest.reharvest import as_begun, check_resumed, describe_live
 
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
     config, text = harvest_config(_harvest_args(args))
+    if args.resume:
+        for place in [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))]:
+            config = (
+                as_begun(config, place.parent, read_config(place.parent)[0].metadata) if place.is_file() else config
+            )
     sources, members = live_sources(config, text=text), {}
     for hook, source in sources.items():
         folder = args.out if args.hooks is None else args.out / hook

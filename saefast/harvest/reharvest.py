@@ -93,6 +93,12 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any 
     harvest(run / kept["path"], config, progress=progress, **given)
 
 
+def as_begun(config: HarvestConfig, run: Path, metadata: Mapping[str, Any]) -> HarvestConfig:
+    """The config of a run that goes on training live, with the dtype that its model ran in before for "auto"."""
+    kept = recorded_data(dict(metadata), run) or {}
+    return in_dtype(config, (kept.get("identity") or {}).get("dtype"))
+
+
 def check_resumed(run: Path, metadata: Mapping[str, Any], identity: Identity) -> None:
     """Raises InputError where a run's metadata says that it trained live on another model or tokenizer."""
     kept = recorded_data(dict(metadata), run)

@@ -331,3 +331,6 @@ def test_the_command_line_trains_on_live_and_checks_the_same_model(family, tmp_p
     monkeypatch.setattr(harvester, "_forward_dtype", lambda name, device: "float32" if name == "auto" else name)
     assert cli.main(["eval", str(run), "--model", str(folder / "child")]) == 0
     assert "spliced into" in capsys.readouterr().out
+    child.save_pretrained(tmp_path / "model")
+    assert cli.main([*live, "--n-tokens", "512", "--resume"]) == 0
+    assert load(run).config.metadata["data"]["identity"]["dtype"] == "bfloat16"
