@@ -231,11 +231,10 @@ def _live_members(args: TrainArgs) -> dict[str, Member]:
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
     config, text = harvest_config(_harvest_args(args))
-    if args.resume:
-        for place in [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))]:
-            config = (
-                as_begun(config, place.parent, read_config(place.parent)[0].metadata) if place.is_file() else config
-            )
+    # Of several runs the folders are not known yet: a hook may be a pattern.
+    configs = [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))] if args.resume else []
+    for run in [place.parent for place in configs if place.is_file()]:
+        config = as_begun(config, run, read_config(run)[0].metadata)
     sources, members = live_sources(config, text=text), {}
     for hook, source in sources.items():
         folder = args.out if args.hooks is None else args.out / hook

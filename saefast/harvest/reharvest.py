@@ -95,8 +95,8 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any 
 
 def as_begun(config: HarvestConfig, run: Path, metadata: Mapping[str, Any]) -> HarvestConfig:
     """The config of a run that goes on training live, with the dtype that its model ran in before for "auto"."""
-    kept = recorded_data(dict(metadata), run) or {}
-    return in_dtype(config, (kept.get("identity") or {}).get("dtype"))
+    kept = recorded_data(dict(metadata), run)
+    return config if kept is None else in_dtype(config, kept.get("identity", {}).get("dtype"))
 
 
 def check_resumed(run: Path, metadata: Mapping[str, Any], identity: Identity) -> None:
