@@ -12,12 +12,14 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.image_folder import files_below, name_below, size_of, tensors_of
+from saefast.harvest.image_folder import files_below, name_below, processed, size_of, tensors_of
 from saefast.harvest.items import FileItems, Ref, Unreadable
 from saefast.harvest.sound import OTHERS, WAV, length_of, resampled, samples_of
 
 # A stretch where nothing else says how long: attention takes memory that grows with the square of it.
 SECONDS = 30.0
+# What wav2vec2 and Whisper make their first frame of, in seconds.
+LEAST = 0.025
 
 
 class _Stretch(NamedTuple):
@@ -81,8 +83,10 @@ class AudioFolder(FileItems):
         file, rate, start, stop, why = ref.place
         if why:
             raise Unreadable(why)
+        if stop - start < LEAST * rate:
+            raise Unreadable(f"is shorter than {LEAST} seconds, which models of sound take for a frame")
         samples = resampled(samples_of(file, start, stop), rate, self._rate, file)
-        made = self._processor(samples, sampling_rate=self._rate, return_tensors="pt", return_attention_mask=True)
+        made = processed(self._processor, samples, sampling_rate=self._rate, return_attention_mask=True)
         inputs = tensors_of(made)
         # One that leaves nothing out says nothing, and some models were trained without.
         mask = inputs.get("attention_mask")

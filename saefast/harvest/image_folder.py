@@ -56,7 +56,7 @@ class ImageFolder(FileItems):
         except Exception as error:  # each of Pillow's formats has errors of its own
             why = str(error).partition(" <")[0]
             raise Unreadable(f"is no image that opens ({type(error).__name__}: {why[:80]})") from None
-        return tensors_of(self._processor(images=image, return_tensors="pt")), None
+        return tensors_of(processed(self._processor, images=image)), None
 
 
 def _opened(content: bytes) -> Any:
@@ -67,6 +67,15 @@ def _opened(content: bytes) -> Any:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(content)) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def processed(processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a processor makes of an item. Raises Unreadable where it fails."""
+    try:
+        return processor(*args, **kwargs, return_tensors="pt")
+    except Exception as error:
+        why = " ".join(str(error).split())[:120]
+        raise Unreadable(f"is refused by the {type(processor).__name__} ({type(error).__name__}: {why})") from None
 
 
 def tensors_of(made: Any) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ from saefast.errors import InputError
 from saefast.harvest.items import Unreadable
 
 WAV = (".wav", ".wave")
+# Samples a second that no recording has more of: a damaged header would ask for a filter as long.
+FASTEST = 1_000_000
 # What soundfile reads besides.
 OTHERS = (".flac", ".ogg", ".mp3", ".aif", ".aiff")
 
@@ -27,15 +29,19 @@ def length_of(file: Path) -> Length:
     """What a file's header says. Raises Unreadable, or InputError where a package is missing to read such files."""
     try:
         if file.suffix.lower() in WAV:
-            return _wav_length(file)
-        found = _soundfile(file).info(str(file))
-        return Length(int(found.samplerate), int(found.frames))
+            found = _wav_length(file)
+        else:
+            info = _soundfile(file).info(str(file))
+            found = Length(int(info.samplerate), int(info.frames))
     except (Unreadable, InputError):
         raise
     except OSError as error:
         raise Unreadable(f"cannot be read ({error.strerror or error})") from None
     except Exception as error:  # soundfile's and scipy's own
         raise Unreadable(f"is no sound that opens ({type(error).__name__}: {str(error)[:80]})") from None
+    if not 0 < found.rate <= FASTEST:
+        raise Unreadable(f"claims to have {found.rate} samples a second")
+    return found
 
 
 def samples_of(file: Path, start: int, stop: int) -> np.ndarray:

@@ -210,11 +210,17 @@ def test_sound_that_cannot_be_read_is_skipped_and_named(tmp_path: Path) -> None:
     (tmp_path / "s/0.wav").write_bytes(b"RIFF nothing")
     whole = (tmp_path / "s/a.wav").read_bytes()
     (tmp_path / "s/d.wav").write_bytes(whole[:2000])
+    item_models.sound(tmp_path / "s/e.wav", 0.01)
+    (tmp_path / "s/f.wav").write_bytes(whole[:24] + (2**31).to_bytes(4, "little") + whole[28:])
     model, processor = item_models.model("wav2vec2"), item_models.processor("wav2vec2")
     settings = config("encoder.layers.1", audio=str(tmp_path / "s"))
     report = harvest(tmp_path / "h", settings, model=model, processor=processor, progress=False)
-    assert [line.split(" ")[0] for line in report.skipped] == ["0.wav", "d.wav"]
-    assert report.skipped[1] == "d.wav holds 978 samples where its header says 6400"
+    assert report.skipped[0].startswith("0.wav is no ")
+    assert report.skipped[1:] == [
+        "d.wav holds 978 samples where its header says 6400",
+        "e.wav is shorter than 0.025 seconds, which models of sound take for a frame",
+        "f.wav claims to have 2147483648 samples a second",
+    ]
 
 
 def test_other_rates_without_scipy_are_refused_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,3 +325,21 @@ def test_a_folder_without_one_image_that_opens_leaves_nothing(tmp_path: Path) ->
             tmp_path / "h", config("layers.1", images=str(tmp_path)), model=model, processor=processor, progress=False
         )
     assert not (tmp_path / "h").exists()
+
+
+def test_images_that_the_processor_refuses_are_skipped(pictures: Path, tmp_path: Path) -> None:
+    model, processor = item_models.model("vit"), item_models.processor("vit")
+
+    class Picky:
+        model_input_names = ("pixel_values",)
+
+        def __call__(self, images: Any, **other: Any) -> Any:
+            if images.width > 40:
+                raise ValueError("too wide")
+            return processor(images=images, **other)
+
+    settings = config("layers.1", images=str(pictures))
+    report = harvest(tmp_path / "h", settings, model=model, processor=Picky(), progress=False)
+    assert 0 < report.n_skipped < N
+    assert all(line.endswith("is refused by the Picky (ValueError: too wide)") for line in report.skipped)
+    assert len({i for i, _ in rows_of(tmp_path / "h", "layers.1")}) == N - report.n_skipped
