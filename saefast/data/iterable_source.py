@@ -1,19 +1,33 @@
 """IterableSource: batches out of a Python iterable: a list, a generator, a DataLoader, a model that is running."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import warnings
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain
 from typing import Any
 
 import torch
 
 from saefast import ambient
-from saefast.data.segments import from_array
-from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity, joined, n_rows_of
+from saefast.data.iterable_batches import is_empty, n_bytes, start_of, tensors_of
+from saefast.data.source import (
+    Batch,
+    Device,
+    Source,
+    X,
+    check_batch_size,
+    check_state,
+    identity,
+    joined,
+    n_rows_of,
+)
 from saefast.errors import InputError
 
-# Held-out rows of an iterable live in memory; once there are this many, all other batches are trained on.
-HELDOUT_ROWS = 1 << 16
+# Held-out rows of an iterable live in memory; once there are this many of them, or they take so many bytes, all other
+# batches are trained on.
+HELDOUT_ROWS, HELDOUT_BYTES = 1 << 16, 1 << 28
 
 
 def _needs_nothing(function: Callable[..., Any]) -> bool:
@@ -31,13 +45,15 @@ class IterableSource(Source):
     """A source over tensors (B, d_in) in the order the iterable gives them, re-cut to the batch size asked for.
 
     Each may be a mapping of tensors (B, width) too, {"x": ..., "target": ...}: the same names, widths and dtypes every
-    time, and row i of each of one token.
+    time, and row i of each of one token; or a tuple or list of one tensor, as a DataLoader over a TensorDataset gives.
 
     The iterable is started again for every epoch: pass something that can be (a list, a DataLoader, an object with
-    __iter__), or a function that returns a new iterator, and let it give the same batches each time. A generator works
-    for one epoch: its batches end when it ends, and it cannot be resumed.
+    __iter__), or a function that returns a new iterator, and let it give the same batches each time: a RuntimeWarning
+    says where it does not, as a DataLoader that shuffles. A generator works for one epoch: its batches end when it
+    ends, and it cannot be resumed.
 
-    Every n-th batch with n = round(1 / heldout), or the last one of a shorter list, is held out until HELDOUT_ROWS are.
+    Every n-th batch with n = round(1 / heldout), or the last one of a shorter list, is held out until there are
+    HELDOUT_ROWS rows or HELDOUT_BYTES bytes of them; rows of such a batch beyond these bytes are not used at all.
     heldout() has those met so far.
     """
 
@@ -57,15 +73,21 @@ class IterableSource(Source):
         self._seed, self._restored = 0, False
         # How many held-out batches the first epoch has set aside, and those of them met in this process.
         self._n_held, self._held = 0, list[Batch]()
+        # How many rows to train on came before each of them; and of each batch to train on, how many came up to its
+        # end, its epoch, and its number there.
+        self._held_at = list[int]()
+        self._ends, self._epochs, self._numbers = array("q"), array("q"), array("q")
         self._last: list[tuple[int, int, int, int]] = []
         self._iterator: Iterator[Any] | None = self._restart()
         first = next(self._iterator, None)
         if first is None:
             raise InputError(f"{name} is empty: no batch came out of it")
-        tensors = _tensors(f"batch 0 of {name}", first)
+        tensors = tensors_of(f"batch 0 of {name}", first)
         self.widths = {tensor: rows.shape[1] for tensor, rows in tensors.items()}
         self._dtypes = {tensor: rows.dtype for tensor, rows in tensors.items()}
         self._iterator = chain([first], self._iterator)
+        # A digest of its first rows, by which another pass is told from it.
+        self.first, self._says_other = start_of(tensors), True
 
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32
@@ -77,6 +99,7 @@ class IterableSource(Source):
                 self._refuse_once("started a second time")
                 self._iterator = None
             self._epoch = self._pulled = self._used = self._trained = self._n_held = 0
+            self._ends, self._epochs, self._numbers = array("q"), array("q"), array("q")
         resume = self._restored and self._pulled > 0
         self._seed, self._restored = seed, False
         return self._draw(batch_size, resume, device, dtype)
@@ -126,18 +149,25 @@ class IterableSource(Source):
             self._pulled += 1
             if not held and n_rows_of(rows):
                 self._trained += 1
+                self._ends.append(self._given + n_rows_of(rows))
+                self._epochs.append(self._epoch)
+                self._numbers.append(self._pulled - 1)
                 return rows
+
+    @property
+    def _given(self) -> int:
+        """How many rows to train on there were so far, since batches() or the resume."""
+        return self._ends[-1] if self._ends else 0
 
     def _checked(self, number: int, item: Any) -> Batch:
         """Rows of batch `number`, in the order of `widths`; there may be none."""
         name = f"batch {number} of {self.source_name}"
-        given = _named(item).values()
-        if given and all(getattr(rows, "ndim", 0) >= 2 and 0 in rows.shape for rows in given):
+        if is_empty(item):
             return {
                 tensor: torch.zeros(0, width, dtype=torch.float32, device="cpu")
                 for tensor, width in self.widths.items()
             }
-        batch = _tensors(name, item)
+        batch = tensors_of(name, item)
         if batch.keys() != self.widths.keys():
             raise InputError(f"{name} has the tensors {', '.join(batch)}, those before have {', '.join(self.widths)}")
         for tensor, rows in batch.items():
@@ -146,23 +176,50 @@ class IterableSource(Source):
                 raise InputError(f"{what} has {rows.shape[1]} columns, those before have {self.widths[tensor]}")
             if rows.dtype != self._dtypes[tensor]:
                 raise InputError(f"{what} has dtype {rows.dtype}, those before have {self._dtypes[tensor]}")
+        if number == 0 and start_of(batch) != self.first:
+            self._say_other()
         return {tensor: batch[tensor] for tensor in self.widths}
+
+    def _say_other(self) -> None:
+        """Warns, once, of other rows in a later pass."""
+        if self._says_other:
+            self._says_other = False
+            warnings.warn(
+                f"{self.source_name} gives other rows than the first time, as a DataLoader with shuffle=True does: "
+                "rows held out once may be trained on later, and a run that goes on is not to the bit one that was "
+                "never stopped; let it give the same batches each time",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _hold(self, number: int, rows: Batch) -> bool:
         """Whether batch `number` of an epoch is held out; keeps it the first time it is met."""
         if not self._every or number % self._every != self._every - 1:
             return False
         place = number // self._every
-        if self._epoch == 0 and place == self._n_held and self._held_rows(place) < HELDOUT_ROWS:
+        if self._epoch == 0 and place == self._n_held and self._has_room(place):
             self._n_held += 1
         if place >= self._n_held:
             return False
         if place == len(self._held):
-            self._held.append(_kept(rows))
+            self._keep(rows)
         return True
 
-    def _held_rows(self, n: int) -> int:
-        return sum(n_rows_of(rows) for rows in self._held[:n])
+    def _has_room(self, place: int) -> bool:
+        """Whether further rows will be held out, after those of the first `place` such batches."""
+        held = self._held[:place]
+        return sum(map(n_rows_of, held)) < HELDOUT_ROWS and sum(map(n_bytes, held)) < HELDOUT_BYTES
+
+    def _keep(self, rows: Batch) -> None:
+        """Holds a batch out: a copy on the CPU, as an iterable may yield one buffer again and again."""
+        room, n = HELDOUT_BYTES - sum(map(n_bytes, self._held)), n_rows_of(rows)
+        fit = max(room * n // max(n_bytes(rows), 1), 1)
+        self._held_at.append(self._given)
+        self._held.append({name: tensor[:fit].to("cpu", copy=True) for name, tensor in rows.items()})
+
+    def holds_all(self) -> bool:
+        """Whether no further rows will be held out."""
+        return not self._every or self._epoch > 0 or not self._has_room(len(self._held))
 
     def _skip(self, target: int) -> Batch | None:
         """Goes through the batches of this epoch that were drawn before the resume; the last one if not used up."""
@@ -201,23 +258,37 @@ class IterableSource(Source):
             "rows_used": self._used,
             "trained": self._trained,
             "held_batches": self._n_held,
+            "first": self.first,
         } | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(self.source_name, state, {"kind": "iterable"} | identity(self.widths))
         if state["batches"] or state["epoch"]:
-            self._refuse_once("resumed")
+            self.check_resumable(state)
         self._seed, self._epoch, self._pulled, self._used, self._trained, self._n_held = (
             int(state[k]) for k in ("seed", "epoch", "batches", "rows_used", "trained", "held_batches")
         )
-        self._restored, self._held = True, []
+        self._restored, self._held, self._held_at = True, [], []
         if self._pulled:
             self._iterator = None
 
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+    def check_resumable(self, state: dict[str, Any]) -> None:
+        """Raises InputError for a generator; warns where the first rows are not those of a saved position."""
+        self._refuse_once("resumed")
+        if state.get("first", self.first) != self.first:
+            self._say_other()
+
+    def heldout(
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32, before: int | None = None
+    ) -> Iterator[Batch]:
+        """The held-out rows met so far; with `before`, those that came before so many rows to train on."""
         check_batch_size(batch_size)
-        self._collect_held()
-        for rows in self._held:
+        if before is None:
+            self._collect_held()
+        # Another thread may be drawing, and holding out more.
+        for rows, at in zip(list(self._held), self._held_at, strict=False):
+            if before is not None and at >= before:
+                return
             for start in range(0, n_rows_of(rows), batch_size):
                 cut = slice(start, start + batch_size)
                 yield {name: tensor[cut].to(device=device, dtype=dtype) for name, tensor in rows.items()}
@@ -228,7 +299,7 @@ class IterableSource(Source):
             return
         for number, item in enumerate(self._restart()):
             if number // self._every == len(self._held) and number % self._every == self._every - 1:
-                self._held.append(_kept(self._checked(number, item)))
+                self._keep(self._checked(number, item))
             if len(self._held) == self._n_held:
                 return
 
@@ -244,40 +315,24 @@ class IterableSource(Source):
             i -= n_rows_of(rows)
         raise IndexError(i)
 
+    def describe_number(self, number: int) -> str:
+        """Batch and row of a row to train on, by how many came before it."""
+        batch = bisect_right(self._ends, number)
+        before = self._ends[batch - 1] if batch else 0
+        return self._place(self._epochs[batch], self._numbers[batch], number - before)
+
+    def _place(self, epoch: int, number: int, row: int) -> str:
+        return f"batch {number} of {self.source_name}{f', epoch {epoch + 1}' if epoch else ''}, row {row}"
+
     def describe_row(self, i: int, name: str = X) -> str:
         for epoch, number, start, rows in self._last:
             if i < rows:
-                again = f", epoch {epoch + 1}" if epoch else ""
-                return f"batch {number} of {self.source_name}{again}, row {start + i}"
+                return self._place(epoch, number, start + i)
             i -= rows
         raise IndexError(i)
 
     def stored_dtype(self, name: str = X) -> torch.dtype | None:
         return self._dtypes[name]
-
-
-def _named(item: Any) -> Mapping[Any, Any]:
-    """What an iterable gave, by name: a tensor alone is x."""
-    return item if isinstance(item, Mapping) else {X: item}
-
-
-def _tensors(name: str, item: Any) -> Batch:
-    """The tensors of a batch, each (n, width). Raises InputError where it cannot be one."""
-    if isinstance(item, Mapping) and not (item and all(isinstance(tensor, str) for tensor in item)):
-        raise InputError(f"{name} is a mapping with the keys {list(item)!a}: expected names of tensors, such as {X!r}")
-    of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in _named(item)}
-    batch = {tensor: from_array(of[tensor], given).rows for tensor, given in _named(item).items()}
-    if len({len(rows) for rows in batch.values()}) > 1:
-        sizes = ", ".join(f"{tensor!r} {len(rows)}" for tensor, rows in batch.items())
-        raise InputError(
-            f"{name} has tensors of different numbers of rows ({sizes}): row i of each must be of one token"
-        )
-    return batch
-
-
-def _kept(rows: Batch) -> Batch:
-    """A copy on the CPU: an iterable may yield one buffer again and again."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in rows.items()}
 
 
 def _every(data: object, heldout: float) -> int:

@@ -79,8 +79,10 @@ class Stream(Protocol):
     ) -> Iterator[Batch]: ...
 
     def heldout(
-        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32
+        self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32, before: int | None = None
     ) -> Iterator[Batch]: ...
+
+    def holds_all(self) -> bool: ...
 
     def stored_dtype(self, name: str = X) -> torch.dtype | None: ...
 
@@ -94,6 +96,9 @@ class LiveBuffer(Source):
     the next draw. Batches end when the iterable does; the last one may be short. Resuming draws from the beginning
     again and drops what was trained on, so the iterable must give the same rows each time.
 
+    heldout() has the held-out rows that came before as many rows as were drawn: how far the reading thread is ahead
+    changes no figure, and a run that goes on has those of one that was never stopped.
+
     The thread ends with close(), when the buffer is dropped, and before the interpreter's end; each waits for the batch
     that the iterable is making.
     """
@@ -102,6 +107,8 @@ class LiveBuffer(Source):
         self._data, self._reservoir_rows = data, reservoir_rows
         self.source_name, self.widths, self.n_rows = data.source_name, data.widths, data.n_rows
         self._seed, self._drawn, self._batch_size = 0, 0, 0
+        # What the reservoir holds.
+        self._stored = torch.float32
         # Batches that the run to resume had drawn: as told, and those that are being drawn once more.
         self._skip, self._again = 0, 0
         self._open: Reservoir | None = None
@@ -119,9 +126,12 @@ class LiveBuffer(Source):
             )
         self._stop()
         self._seed, self._batch_size, self._drawn = seed, batch_size, 0
-        rows = self._data.batches(batch_size, seed, "cpu", torch.float32)
+        self._stored = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = self._data.batches(batch_size, seed, "cpu", self._stored)
         reservoir = Reservoir(
-            4 * sum(self.widths.values()), max(self._reservoir_rows, (LAG + 2) * batch_size), batch_size
+            self._stored.itemsize * sum(self.widths.values()),
+            max(self._reservoir_rows, (LAG + 2) * batch_size),
+            batch_size,
         )
         reservoir.read_queue(seed)
         self._open, self._producer = reservoir, Producer(rows, reservoir, self.source_name)
@@ -134,7 +144,7 @@ class LiveBuffer(Source):
     ) -> Iterator[Batch]:
         self._draw_again(reservoir, producer)
         while (raw := self._next(reservoir, producer)) is not None:
-            columns = raw.view(torch.float32).split(list(self.widths.values()), dim=1)
+            columns = raw.view(self._stored).split(list(self.widths.values()), dim=1)
             yield {
                 name: column.to(device, dtype, copy=True).contiguous()
                 for name, column in zip(self.widths, columns, strict=True)
@@ -172,7 +182,10 @@ class LiveBuffer(Source):
         return max(self._drawn, self._again) * self._batch_size
 
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        return self._data.heldout(batch_size, device, dtype)
+        if self._open is not None and self._producer is not None:
+            # A run that goes on may ask before it draws.
+            self._draw_again(self._open, self._producer, self._data.holds_all)
+        return self._data.heldout(batch_size, device, dtype, before=self.rows_drawn)
 
     def describe_row(self, i: int, name: str = X) -> str:
         assert self._open is not None

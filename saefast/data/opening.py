@@ -10,11 +10,13 @@ import numpy as np
 import torch
 
 from saefast.data.foreign import read_foreign
+from saefast.data.iterable_batches import is_empty, tensors_of
 from saefast.data.iterable_source import IterableSource
 from saefast.data.mapped_source import MappedSource, Rows
 from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
+from saefast.data.shuffled_iterable import SHUFFLE_ROWS, ShuffledIterable
 from saefast.data.source import TARGET, Names, Source, X, by_tensor
 from saefast.errors import InputError
 from saefast.extension import available
@@ -40,6 +42,7 @@ def open_source(
     skip_bad_shards: bool = False,
     verify: bool = False,
     shuffle: Shuffle = "auto",
+    shuffle_rows: int = SHUFFLE_ROWS,
 ) -> Source:
     """A Source over `data`, which is one of
 
@@ -54,7 +57,9 @@ def open_source(
       (foreign.py; `hook` as above);
     - a tensor or numpy array (..., d_in). For files and arrays the last `heldout` of the rows is held out, in one
       piece, because neighbouring rows tend to be of one text;
-    - an iterable of tensors (B, d_in), or a function that returns one: see IterableSource;
+    - a list or tuple of tensors (B, d_in), which are the rows of one array;
+    - any other iterable of tensors (B, d_in), or a function that returns one: see IterableSource. Rows are drawn from
+      a reservoir of shuffle_rows of them (ShuffledIterable), 0 leaves them in the order in which they come;
     - a Source, which is passed through.
 
     The source has one tensor, "x". Several, of the same rows, come from
@@ -71,7 +76,9 @@ def open_source(
     if not 0 <= heldout < 1:
         raise InputError(f"heldout is {heldout}, expected a share of at least 0 and less than 1")
     picks = Picks(_picked("hook", hook, hooks), _picked("key", key, keys))
-    source = _open(data, heldout, picks, skip_bad_shards, verify)
+    if shuffle_rows < 0:
+        raise InputError(f"shuffle_rows is {shuffle_rows}, expected at least 0")
+    source = _open(data, heldout, picks, skip_bad_shards, verify, shuffle_rows)
     if isinstance(source, MappedSource) and source.folder is not None and _streams(source, shuffle):
         source = ShardBuffer(source)
     if d_in is not None and source.d_in != d_in:
@@ -121,7 +128,7 @@ def _streams(source: MappedSource, shuffle: Shuffle) -> bool:
     return available() and (large or torch.cuda.is_available())
 
 
-def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify: bool) -> Source:
+def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify: bool, shuffle_rows: int) -> Source:
     if isinstance(data, Source):
         _refuse(data.source_name, hook=picks.hook, key=picks.key)
         return data
@@ -136,12 +143,27 @@ def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify
         return _from_mapping(data, heldout)
     if isinstance(data, torch.Tensor | np.ndarray):
         return _from_segments("the array", {X: [from_array("the array", data)]}, heldout)
+    if isinstance(data, list | tuple) and data and shuffle_rows:
+        return _from_list(data, heldout)
     if isinstance(data, Iterable) or callable(data):
-        return IterableSource(data, heldout)
+        source = IterableSource(data, heldout)
+        return ShuffledIterable(source, shuffle_rows) if shuffle_rows else source
     raise InputError(
         f"a {type(data).__name__} is nothing to train on,"
         " expected a path, an array, a mapping of these, or an iterable of (B, d_in) tensors"
     )
+
+
+def _from_list(data: list[Any] | tuple[Any, ...], heldout: float) -> MappedSource:
+    """A source of the rows of batches that are all there: no order of theirs has to be kept, and none held twice."""
+    tensors: dict[str, list[Segment]] = {}
+    for number, item in enumerate(data):
+        if is_empty(item):
+            continue
+        name = f"batch {number} of the iterable"
+        for tensor, rows in tensors_of(name, item).items():
+            tensors.setdefault(tensor, []).append(Segment(name, rows))
+    return _from_segments("the iterable", tensors, heldout)
 
 
 def _from_mapping(data: Mapping[Any, Any], heldout: float) -> MappedSource:

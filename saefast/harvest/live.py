@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from saefast.data import live_buffer
-from saefast.data.iterable_source import HELDOUT_ROWS
+from saefast.data.iterable_source import HELDOUT_BYTES, HELDOUT_ROWS
 from saefast.data.live_buffer import LiveBuffer
 from saefast.data.shards import Identity
 from saefast.data.source import Batch, Device, Names, X, by_tensor, n_rows_of
@@ -34,7 +34,8 @@ def live_sources(
 
     Rows are shuffled in a reservoir per hook of `reservoir_rows` rows; with one seed and batch size, batches of
     different hooks hold the same tokens. Draw from the sources in step: what the fastest has taken waits in memory for
-    the slowest. heldout() has the held-out rows that came before as many rows as were drawn, up to HELDOUT_ROWS.
+    the slowest. heldout() has the held-out rows that came before as many rows as were drawn, up to HELDOUT_ROWS
+    of them, or HELDOUT_BYTES in memory.
     Resuming runs the model again from the beginning of the text.
 
     Arguments are `harvest`'s; raises InputError as it does.
@@ -157,7 +158,7 @@ class HookStream:
     def __init__(self, shared: Shared, reader: int, hooks: Mapping[str, str], name: str) -> None:
         self._shared, self._reader, self._hooks, self.source_name = shared, reader, hooks, name
         self._held: list[tuple[int, Batch]] = []  # held-out rows, and how many rows to train on came before them
-        self._n_held = 0
+        self._n_held = self._held_bytes = 0
         self._begun = False
         self._first = shared.read(reader, 0)
         first = self._rows(self._first)
@@ -183,6 +184,7 @@ class HookStream:
             elif not self.holds_all():
                 self._held.append((given, {tensor: part.to("cpu") for tensor, part in rows.items()}))
                 self._n_held += n
+                self._held_bytes += sum(part.nbytes for part in rows.values())
             number += 1
             batch = self._shared.read(self._reader, number)
 
@@ -191,7 +193,7 @@ class HookStream:
 
     def holds_all(self) -> bool:
         """Whether no further rows will be held out."""
-        return self._n_held >= HELDOUT_ROWS
+        return self._n_held >= HELDOUT_ROWS or self._held_bytes >= HELDOUT_BYTES
 
     def stored_dtype(self, name: str = X) -> torch.dtype:
         return self._dtypes[name]
@@ -211,22 +213,12 @@ class HookStream:
 
 
 class HookBuffer(LiveBuffer):
-    """Shuffled rows of a HookStream. Its held-out rows are those that came before as many rows as were drawn: how far
-    the reading thread is ahead changes no figure, and a run that goes on has those of one that was never stopped.
-
-    identity: digests of the model that reads, and of its tokenizer.
-    """
+    """Shuffled rows of a HookStream. identity: digests of the model that reads, and of its tokenizer."""
 
     def __init__(self, stream: HookStream, *, reservoir_rows: int, identity: Identity) -> None:
         super().__init__(stream, reservoir_rows=reservoir_rows)
-        self._stream, self.identity = stream, identity
+        self.identity = identity
 
     def leave(self) -> None:
         # The pass that feeds the other hooks goes on, and this one can be drawn from once only.
         self.close()
-
-    def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
-        if self._open is not None and self._producer is not None:
-            # A run that goes on may ask before it draws.
-            self._draw_again(self._open, self._producer, self._stream.holds_all)
-        return self._stream.heldout(batch_size, device, dtype, before=self.rows_drawn)

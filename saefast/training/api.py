@@ -16,6 +16,7 @@ from torch import Tensor
 from saefast import ambient
 from saefast.data.opening import HELDOUT, open_source
 from saefast.data.provenance import describe_data
+from saefast.data.shuffled_iterable import SHUFFLE_ROWS
 from saefast.data.source import Source
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.config import TrainConfig
@@ -67,8 +68,9 @@ def train(
 
     Args:
         batches: a shard folder, a .npy, .pt or .safetensors file, an array, an iterable of (B, d_in) tensors, a
-            function that returns one, or a `Source`. See `saefast.data.opening.open_source`. A Source that is passed
-            in stays open: close() it.
+            function that returns one, or a `Source`. Rows are shuffled (of an iterable through a reservoir;
+            `open_source(batches, shuffle_rows=0)` leaves them in their order). See
+            `saefast.data.opening.open_source`. A Source that is passed in stays open: close() it.
         sae_config: what to train.
         train_config: how; the defaults are the preset "saefast". What it leaves open is chosen from the sizes and the
             tokens (`saefast.engines.recipe.choose`); a resumed run keeps what was chosen at its beginning.
@@ -130,7 +132,9 @@ def opened(
         if config.optimizer == "adam-lean":
             # What it trains; in float32 a huge dictionary would begin with more memory than it trains in.
             sae_config = dataclasses.replace(sae_config, dtype="bfloat16")
-        source = open_source(batches, d_in=sae_config.d_in, hooks=hooks)
+        # No more rows are mixed than are trained on: they may be costly to make.
+        shuffle_rows = SHUFFLE_ROWS if config.n_tokens is None else min(SHUFFLE_ROWS, config.n_tokens)
+        source = open_source(batches, d_in=sae_config.d_in, hooks=hooks, shuffle_rows=shuffle_rows)
         if source is not batches:
             stack.callback(source.close)
         if folder is not None and isinstance(batches, str | Path):

@@ -133,8 +133,8 @@ def test_a_position_of_other_data_or_another_seed_is_refused():
         open_source(numbered(60, d=3)).load_state_dict(state | {"n_rows": 48})
     with pytest.raises(InputError, match="has d_in = 3, this source 4"):
         open_source(numbered(50, d=4)).load_state_dict(state)
-    with pytest.raises(InputError, match="has kind = 'rows', this source 'iterable'"):
-        open_source([numbered(4)]).load_state_dict(state)
+    with pytest.raises(InputError, match="has kind = 'rows', this source 'live'"):
+        open_source(lambda: iter([numbered(4)])).load_state_dict(state)
     source.load_state_dict(state)
     with pytest.raises(InputError, match="reached with seed 3"):
         source.batches(8, 4)

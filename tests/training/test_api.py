@@ -91,9 +91,9 @@ def test_equals_a_plain_loop(tmp_path: Path, changes: dict[str, Any], engine: st
 @pytest.mark.parametrize("kind", ["array", "iterable"])
 def test_rows_that_initialisation_saw_are_trained_on_once(kind: str) -> None:
     config = settings(init_rows=96)
-    sae, _ = plain_loop(train_job.data(kind), config, init_batches=3)
-    assert same(train(train_job.data(kind), CONFIG, config), sae)
-    assert not same(train(train_job.data(kind), CONFIG, settings()), sae)
+    sae, _ = plain_loop(open_source(train_job.data(kind)), config, init_batches=3)
+    assert same(train(open_source(train_job.data(kind)), CONFIG, config), sae)
+    assert not same(train(open_source(train_job.data(kind)), CONFIG, settings()), sae)
 
 
 @pytest.mark.parametrize("apply_b_dec", [True, False])
@@ -264,8 +264,8 @@ def test_deferred_check_names_the_row_where_it_can(kind: str) -> None:
     rows = torch.cat([feed.next(step).x for step in range(6)])[:, 0].long()  # type: ignore[union-attr]
     x[rows[4 * 32 + 7], 1] = torch.inf
     sources = {"array": x, "callable": lambda: iter(x[rows].split(50)), "generator": iter(x[rows].split(50))}
-    feed = Feed(open_source(sources[kind], heldout=0.05 if kind == "array" else 0), recipe(), torch.device("cpu"),
-                torch.float32)  # fmt: skip
+    source = open_source(sources[kind], heldout=0.05 if kind == "array" else 0, shuffle_rows=0)
+    feed = Feed(source, recipe(), torch.device("cpu"), torch.float32)
     feed.deferred = True
     for step in range(3):
         feed.next(step)

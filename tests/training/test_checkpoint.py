@@ -15,6 +15,8 @@ import torch
 import train_job
 
 from saefast.data import shardfile
+from saefast.data.opening import open_source
+from saefast.data.source import Source
 from saefast.engines.config import TrainConfig, preset
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
@@ -276,11 +278,13 @@ def test_data_that_breaks_when_interrupted_does_not_cost_the_checkpoint(tmp_path
                 raise RuntimeError("DataLoader worker exited unexpectedly")
             yield batch
 
+    def whole() -> Source:
+        return open_source(lambda: train_job.rows().split(32), shuffle_rows=0)
+
     with pytest.raises(Stopped, match="stopped at step 7;"):
-        train(fragile, CONFIG, settings(), tmp_path / "run")
-    batches = train_job.rows().split(32)
-    train(lambda: batches, CONFIG, settings(), tmp_path / "run", resume=True)
-    train(lambda: batches, CONFIG, settings(), tmp_path / "whole")
+        train(open_source(fragile, shuffle_rows=0), CONFIG, settings(), tmp_path / "run")
+    train(whole(), CONFIG, settings(), tmp_path / "run", resume=True)
+    train(whole(), CONFIG, settings(), tmp_path / "whole")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 

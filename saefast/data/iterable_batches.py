@@ -1,0 +1,58 @@
+"""What an iterable gives at a time: tensors by name, whose rows are of the same tokens."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from saefast.data.segments import from_array
+from saefast.data.source import TARGET, Batch, X
+from saefast.errors import InputError
+
+# Rows at the beginning of a pass by which another pass is told from it.
+_START = 64
+
+
+def named(item: Any) -> Mapping[Any, Any]:
+    """What an iterable gave, by name: a tensor alone is x, as it is in a tuple or list of it alone."""
+    if isinstance(item, tuple | list) and len(item) == 1:
+        item = item[0]
+    return item if isinstance(item, Mapping) else {X: item}
+
+
+def tensors_of(name: str, item: Any) -> Batch:
+    """The tensors of a batch, each (n, width). Raises InputError where it cannot be one."""
+    if isinstance(item, tuple | list) and len(item) > 1:
+        raise InputError(
+            f"{name} is a {type(item).__name__} of {len(item)}: expected a tensor (rows, d_in), a tuple of one, or a "
+            f"mapping {{{X!r}: ..., {TARGET!r}: ...}}"
+        )
+    if isinstance(item, Mapping) and not (item and all(isinstance(tensor, str) for tensor in item)):
+        raise InputError(f"{name} is a mapping with the keys {list(item)!a}: expected names of tensors, such as {X!r}")
+    of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in named(item)}
+    batch = {tensor: from_array(of[tensor], given).rows for tensor, given in named(item).items()}
+    if len({len(rows) for rows in batch.values()}) > 1:
+        sizes = ", ".join(f"{tensor!r} {len(rows)}" for tensor, rows in batch.items())
+        raise InputError(
+            f"{name} has tensors of different numbers of rows ({sizes}): row i of each must be of one token"
+        )
+    return batch
+
+
+def n_bytes(rows: Batch) -> int:
+    return sum(tensor.nbytes for tensor in rows.values())
+
+
+def start_of(rows: Batch) -> str:
+    """A digest of a batch's first rows."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in rows.values():
+        found.update(tensor[:_START].to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def is_empty(item: Any) -> bool:
+    """Whether what an iterable gave has no rows: nothing to look at."""
+    given = named(item).values()
+    return bool(given) and all(getattr(rows, "ndim", 0) >= 2 and 0 in rows.shape for rows in given)
