@@ -24,6 +24,8 @@ from saefast.harvest.harvester import HarvestConfig
 from saefast.harvest.parts import harvest_parts, tokens_done
 from saefast.harvest.to_disk import HarvestReport
 
+# More processes than these, or than there are cores, only take each other's memory.
+_A_GPU, _ANYWHERE = 4, 8
 # What torchrun and srun call a process's number on its machine, and how many there are of the whole program.
 _RANKS = (("LOCAL_RANK", "WORLD_SIZE"), ("SLURM_LOCALID", "SLURM_NTASKS"))
 
@@ -47,6 +49,9 @@ def places(n: int | Literal["auto"], device: str, environment: Mapping[str, str]
     if n != "auto" and n < 1:
         raise InputError(f"data_parallel is {n}, expected 'auto' or a number of processes")
     gpus = torch.cuda.device_count() if device == "auto" else 0
+    most = max(os.cpu_count() or 1, _A_GPU * gpus, _ANYWHERE)
+    if n != "auto" and n > most:
+        raise InputError(f"data_parallel is {n}, expected at most {most} on this machine")
     rank = next((environment[name] for name, size in _RANKS if int(environment.get(size, "1")) > 1), None)
     first = int(rank or 0)
     wanted = (1 if rank is not None else max(gpus, 1)) if n == "auto" else n

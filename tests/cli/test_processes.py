@@ -81,6 +81,8 @@ def test_where_processes_run(monkeypatch):
     assert len(places("auto", "auto", {"SLURM_LOCALID": "0", "SLURM_NTASKS": "1"})) == 4
     with pytest.raises(InputError, match="data_parallel is 0, expected 'auto' or a number of processes"):
         places(0, "cpu", {})
+    with pytest.raises(InputError, match="data_parallel is 1000000000000, expected at most "):
+        places(10**12, "cpu", {})
 
 
 def test_the_others_do_what_a_killed_process_was_at(tmp_path, lm, monkeypatch):
