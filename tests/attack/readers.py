@@ -6,6 +6,7 @@ that a case can be made again from its number alone.
 
 import contextlib
 import dataclasses
+import gzip
 import importlib.util
 import io
 import itertools
@@ -283,6 +284,10 @@ def make_text(folder: Path) -> None:
         (folder / name).write_text("\n\n".join(tiny_models.documents(20, seed)))
     lines = [json.dumps({"text": text, "n": i}) for i, text in enumerate(tiny_models.documents(20, 2))]
     (folder / "c.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), mtime=0))
+    (folder / "e.json").write_text(f"[{', '.join(lines)}]")
+    table = [f'{i},"{text}"' for i, text in enumerate(tiny_models.documents(20, 3))]
+    (folder / "f.csv").write_text("\n".join(["n,text", *table]) + "\n")
 
 
 def read_text(folder: Path) -> Any:
@@ -406,7 +411,7 @@ READERS = [
         ("run/sae.safetensors",), writes=True,
     ),
     Reader("metrics.jsonl", make_metrics, read_metrics, ("metrics.jsonl",)),
-    Reader("text", make_text, read_text, ("a.txt", "b.md", "c.jsonl"), weight=2),
+    Reader("text", make_text, read_text, ("a.txt", "b.md", "c.jsonl", "d.jsonl.gz", "e.json", "f.csv"), weight=2),
     Reader(
         "harvest, goes on", make_harvest, resume_harvest,
         ("acts/index.json", "acts/stats.safetensors", "acts/*/*.safetensors"), writes=True,
