@@ -16,8 +16,7 @@ _START = 64
 
 def named(item: Any) -> Mapping[Any, Any]:
     """What an iterable gave, by name: a tensor alone is x, as it is in a tuple or list of it alone."""
-    if isinstance(item, tuple | list) and len(item) == 1:
-        item = item[0]
+    item = _alone(item)
     return item if isinstance(item, Mapping) else {X: item}
 
 
@@ -28,6 +27,7 @@ def tensors_of(name: str, item: Any) -> Batch:
             f"{name} is a {type(item).__name__} of {len(item)}: expected a tensor (rows, d_in), a tuple of one, or a "
             f"mapping {{{X!r}: ..., {TARGET!r}: ...}}"
         )
+    item = _alone(item)
     if isinstance(item, Mapping) and not (item and all(isinstance(tensor, str) for tensor in item)):
         raise InputError(f"{name} is a mapping with the keys {list(item)!a}: expected names of tensors, such as {X!r}")
     of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in named(item)}
@@ -40,6 +40,10 @@ def tensors_of(name: str, item: Any) -> Batch:
     return batch
 
 
+def _alone(item: Any) -> Any:
+    return item[0] if isinstance(item, tuple | list) and len(item) == 1 else item
+
+
 def n_bytes(rows: Batch) -> int:
     return sum(tensor.nbytes for tensor in rows.values())
 
@@ -48,7 +52,9 @@ def start_of(rows: Batch) -> str:
     """A digest of a batch's first rows."""
     found = hashlib.blake2b(digest_size=8)
     for tensor in rows.values():
-        found.update(tensor[:_START].to("cpu", torch.float32).contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(
+            tensor[:_START].to("cpu", torch.float32).resolve_neg().contiguous().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()
 
 

@@ -163,6 +163,8 @@ def _from_list(data: list[Any] | tuple[Any, ...], heldout: float) -> MappedSourc
         name = f"batch {number} of the iterable"
         for tensor, rows in tensors_of(name, item).items():
             tensors.setdefault(tensor, []).append(Segment(name, rows))
+    if not tensors:
+        raise InputError("the iterable is empty: no batch with rows is in it")
     return _from_segments("the iterable", tensors, heldout)
 
 

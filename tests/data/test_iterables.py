@@ -294,6 +294,12 @@ def test_a_tuple_of_several_is_named_with_what_would_do() -> None:
         InputError, match=r"batch 0 of the iterable is a list of 2: expected a tensor .* \{'x': \.\.\., 'tar"
     ):
         open_source(labelled)
+    for nothing in ({}, ({},)):
+        with pytest.raises(InputError, match=r"batch 0 of the iterable is a mapping with the keys \[\]"):
+            open_source(lambda: iter([nothing]))  # noqa: B023
+    with pytest.raises(InputError, match="the iterable is empty: no batch with rows is in it"):
+        open_source([torch.zeros(0, 3)] * 2)
+    assert open_source(lambda: iter([torch._neg_view(numbered(4))] * 2), heldout=0).d_in == 3
     with pytest.raises(InputError, match="shuffle_rows is -1, expected at least 0"):
         open_source(labelled, shuffle_rows=-1)
 
