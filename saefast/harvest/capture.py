@@ -228,9 +228,11 @@ def _explained(model: Any, ids: Tensor) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        hint = (
-            "lower batch_tokens or ctx_len" if isinstance(error, torch.OutOfMemoryError) else "does it run by itself?"
-        )
+        hint = "does it run by itself?"
+        if isinstance(error, torch.OutOfMemoryError):
+            hint = "lower batch_tokens or ctx_len"
+        elif isinstance(model, nn.Module) and "pixel_values" in inspect.signature(model.forward).parameters:
+            hint = "for hooks in what it reads images with, give images or items instead of text"
         raise InputError(
             f"the model ({type(model).__name__}) failed on {tuple(ids.shape)} token ids up to {int(ids.max())}: "
             f"{type(error).__name__}: {reason}; {hint}"

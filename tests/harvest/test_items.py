@@ -373,6 +373,17 @@ def test_a_model_of_images_is_not_given_text(tmp_path: Path) -> None:
             )  # fmt: skip
 
 
+def test_hooks_in_a_vision_tower_are_not_given_text(tmp_path: Path) -> None:
+    settings = HarvestConfig(hooks=("vision_model.encoder.layers.1",))
+    with pytest.raises(
+        InputError, match="for hooks in what it reads images with, give images or items instead of text"
+    ):
+        harvest(
+            tmp_path / "h", settings, model=item_models.model("clip"), tokenizer=tokenizer(), text=documents(5),
+            progress=False,
+        )  # fmt: skip
+
+
 def test_a_model_of_text_is_not_given_images(tmp_path: Path) -> None:
     item_models.pictures(tmp_path / "p", 2)
     settings = config(images=str(tmp_path / "p"))
