@@ -23,7 +23,8 @@ from torch import nn
 
 from bench import common
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig, Harvester
+from saefast.harvest.config import HarvestConfig
+from saefast.harvest.harvester import Harvester
 from saefast.harvest.language_models import DEFAULT_MODEL, SMALL_LANGUAGE_MODEL
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import harvest

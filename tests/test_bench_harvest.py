@@ -5,7 +5,7 @@ import torch
 
 from bench import common, harvest
 from saefast.data.shards import ShardFolder
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.to_disk import harvest as harvest_to_disk
 
 CONFIG = HarvestConfig(hooks=("layers.1",), ctx_len=16, batch_tokens=100, dtype="float32", device="cpu")

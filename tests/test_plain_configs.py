@@ -10,7 +10,7 @@ import torch
 
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.models.config import SAEConfig
 from saefast.schema import for_json
 

@@ -18,7 +18,7 @@ from saefast.cli.train import ACTIVATIONS, TrainArgs, run_train
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.language_models import PACKAGED, SMALL_LANGUAGE_MODEL
 from saefast.harvest.to_disk import HarvestReport
 from saefast.models.config import SAEConfig

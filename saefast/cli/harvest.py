@@ -13,7 +13,7 @@ import tyro
 from saefast.cli.args import parse, watched
 from saefast.cli.processes import harvest_in, places
 from saefast.data.item_names import unit_of
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.text import Text, open_texts
 from saefast.harvest.to_disk import HarvestReport, harvest
 

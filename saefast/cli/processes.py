@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.parts import harvest_parts, tokens_done
 from saefast.harvest.to_disk import HarvestReport
 

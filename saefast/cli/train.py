@@ -22,7 +22,7 @@ from saefast.data.shards import read_index
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.engines.recipe import choose, described
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.hooks import expand_names
 from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG, SAE

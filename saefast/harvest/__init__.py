@@ -1,9 +1,10 @@
 """Language models and text in, activations out: to a shard folder or straight into training."""
 
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.live import live_source, live_sources
 from saefast.harvest.parts import harvest_parts
+from saefast.harvest.reader import HarvestBatch
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestReport, harvest, harvest_batches
 

@@ -15,13 +15,15 @@ from saefast.data.shard_writer import ShardWriter
 from saefast.errors import InputError
 from saefast.harvest.audio_folder import AudioFolder
 from saefast.harvest.capture import ModuleRunner
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.documents import Fingerprint
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, Reader
+from saefast.harvest.harvester import Harvester
 from saefast.harvest.image_folder import ImageFolder
 from saefast.harvest.items import GivenItems, Group, Items, Part, Start
 from saefast.harvest.kept import DROPPED, NORM_TOKENS, Overflow, finite_rows, norms_of, ordinary_norms
 from saefast.harvest.language_models import load_processor, unwrapped
 from saefast.harvest.positions import MOST_POSITIONS, in_front, shaper, unmasked
+from saefast.harvest.reader import HarvestBatch, Reader
 from saefast.harvest.sequences import Window
 from saefast.harvest.workers import in_order
 

@@ -14,8 +14,10 @@ from saefast.data.live_buffer import LiveBuffer
 from saefast.data.shards import Identity
 from saefast.data.source import Batch, Device, Names, X, by_tensor, n_rows_of
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester
+from saefast.harvest.config import HarvestConfig
+from saefast.harvest.harvester import Harvester
 from saefast.harvest.item_harvester import ItemHarvester, harvester_for
+from saefast.harvest.reader import HarvestBatch
 from saefast.typed import typed
 
 

@@ -28,10 +28,12 @@ from saefast.data.shards import IndexFacts, read_index
 from saefast.errors import InputError
 from saefast.files import SEAL, read_sealed_json, usable, write_sealed_json
 from saefast.harvest.claims import Claim, Holder, latest, take
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.documents import Document, Fingerprint, Text
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same
+from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of
 from saefast.harvest.language_models import unwrapped
+from saefast.harvest.reader import HarvestBatch, check_same
 from saefast.harvest.sequences import Window, next_documents
 from saefast.harvest.to_disk import Bar, HarvestReport, Writing, _finished, _report, _settings
 from saefast.schema import Count

@@ -10,8 +10,9 @@ from saefast.data.provenance import DATA, Live, Recorded, recorded_data
 from saefast.data.shards import Identity
 from saefast.data.source import Names, X, by_tensor
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig, check_same, given_model_name, in_dtype, load_for
+from saefast.harvest.config import HarvestConfig, in_dtype
 from saefast.harvest.language_models import load_tokenizer
+from saefast.harvest.reader import check_same, given_model_name, load_for
 from saefast.harvest.text import open_texts
 from saefast.harvest.to_disk import harvest
 

@@ -14,11 +14,13 @@ from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvester import HarvestBatch, HarvestConfig, Harvester, check_same, given_model_name, in_dtype
+from saefast.harvest.config import HarvestConfig, in_dtype
+from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of
 from saefast.harvest.item_harvester import ItemHarvester, harvester_for, reads_items, settings_of
 from saefast.harvest.kept import DROPPED
 from saefast.harvest.language_models import unwrapped
+from saefast.harvest.reader import HarvestBatch, check_same, given_model_name
 from saefast.harvest.sequences import Window
 from saefast.schema import Count, check
 from saefast.typed import typed

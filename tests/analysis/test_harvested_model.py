@@ -16,7 +16,7 @@ from saefast.data.provenance import describe_data, recorded_data
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.files import SEAL
-from saefast.harvest import harvester, reharvest
+from saefast.harvest import reader, reharvest
 from saefast.harvest.identity import identity_of
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.live import live_source, live_sources
@@ -317,7 +317,7 @@ def test_the_command_line_trains_on_live_and_checks_the_same_model(family, tmp_p
     text, run = tmp_path / "text.jsonl", tmp_path / "run"
     text.write_text("\n".join(json.dumps({"text": line}) for line in tiny_models.documents(300)), encoding="utf-8")
     live = ["train", "--live", "--model", str(tmp_path / "model"), "--text", str(text), "--hook", "layers.1"]
-    monkeypatch.setattr(harvester, "_forward_dtype", lambda name, device: "bfloat16" if name == "auto" else name)
+    monkeypatch.setattr(reader, "forward_dtype", lambda name, device: "bfloat16" if name == "auto" else name)
     live += ["--n-latents", "32", "--k", "4", "--batch-size", "32", "--device", "cpu", "--out", str(run)]
     assert cli.main([*live, "--n-tokens", "256"]) == 0
     loaded = load_model(tmp_path / "model", dtype=torch.bfloat16)
@@ -328,7 +328,7 @@ def test_the_command_line_trains_on_live_and_checks_the_same_model(family, tmp_p
         assert cli.main(command) == 2
         assert "was harvested from another model than this one, its weights are others" in capsys.readouterr().err
     # Evaluated on a machine on which "auto" is another dtype, the model runs as it did.
-    monkeypatch.setattr(harvester, "_forward_dtype", lambda name, device: "float32" if name == "auto" else name)
+    monkeypatch.setattr(reader, "forward_dtype", lambda name, device: "float32" if name == "auto" else name)
     assert cli.main(["eval", str(run), "--model", str(folder / "child")]) == 0
     assert "spliced into" in capsys.readouterr().out
     child.save_pretrained(tmp_path / "model")

@@ -16,7 +16,7 @@ from saefast.cli.harvest import HarvestArgs, harvest_config
 from saefast.cli.train import TrainArgs, defaults
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.models.config import SAEConfig
 from saefast.training.run_folder import write_config
 

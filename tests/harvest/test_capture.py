@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saefast.errors import InputError
 from saefast.harvest.capture import runner_for
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.live import live_source
 from saefast.harvest.to_disk import harvest_batches
 

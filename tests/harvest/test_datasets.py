@@ -14,8 +14,8 @@ import torch
 
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.documents import Fingerprint, digest, skip_documents
-from saefast.harvest.harvester import HarvestConfig
 from saefast.harvest.sequences import Sequencer, Window
 from saefast.harvest.text import Text, open_text, open_texts
 from saefast.harvest.to_disk import harvest

@@ -14,7 +14,7 @@ from hanging import wait_until
 
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
-from saefast.harvest import harvester as harvester_module
+from saefast.harvest import config as harvest_config
 from saefast.harvest import sequences as sequences_module
 from saefast.harvest import to_disk as harvest_module
 from saefast.harvest.capture import runner_for
@@ -727,8 +727,8 @@ def test_windows_do_not_hang_on_where_reading_began(tokenizer, small_windows):
 def test_bfloat16_only_where_it_is_fast(monkeypatch, kind, supported, expected):
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: supported, raising=False)
-    assert harvester_module._forward_dtype("auto", torch.device(kind)) == expected
-    assert harvester_module._forward_dtype("float16", torch.device(kind)) == "float16"
+    assert harvest_config.forward_dtype("auto", torch.device(kind)) == expected
+    assert harvest_config.forward_dtype("float16", torch.device(kind)) == "float16"
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.files import SEAL
-from saefast.harvest import harvester
+from saefast.harvest import reader
 from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of, tokenizer_digest, weights_digest, why_other
 from saefast.harvest.language_models import load_model, load_tokenizer
@@ -203,7 +203,7 @@ def test_another_machine_goes_on_in_the_dtype_that_was_begun_in(tmp_path, monkey
     settings = dict(CONFIG, forward="auto", model=str(tmp_path / "model"))
     for chosen, tokens in (("bfloat16", 300), ("float32", None)):
         monkeypatch.setattr(
-            harvester, "_forward_dtype", lambda name, device, chosen=chosen: chosen if name == "auto" else name
+            reader, "forward_dtype", lambda name, device, chosen=chosen: chosen if name == "auto" else name
         )
         harvest(tmp_path / "acts", HarvestConfig(**settings, max_tokens=tokens), text=TEXTS, progress=False)
         assert ShardFolder(tmp_path / "acts").index["forward"] == "bfloat16"

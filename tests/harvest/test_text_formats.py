@@ -20,7 +20,7 @@ from saefast.cli.main import main
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.harvest import text_formats, unpack
-from saefast.harvest.harvester import HarvestConfig
+from saefast.harvest.config import HarvestConfig
 from saefast.harvest.text import open_text, open_texts
 from saefast.harvest.to_disk import harvest
 
