@@ -1,4 +1,4 @@
-"""Language models and text in, activations out: to a shard folder or straight into training."""
+"""A model and what it reads in, activations out: to a shard folder or straight into training."""
 
 from saefast.harvest.config import HarvestConfig
 from saefast.harvest.language_models import load_model, load_tokenizer
