@@ -180,6 +180,16 @@ def line(what: str, taken: common.Spread, tokens: int, taken_by_cut: common.Spre
     return {"what": what} | rate | {"of the cut pass": taken_by_cut.median / taken.median, "seconds": list(taken)}
 
 
+def measured(case: Case, device: str, size: int, compiled: bool) -> dict[str, Any]:
+    config = HarvestConfig(model=case.model, hooks=(case.hook,), batch_tokens=case.batch_tokens, device=device)
+    facts, calls = contenders(case, config, documents(case.chars[size]), compiled)
+    taken = common.interleaved(calls, ROUNDS[size])
+    lines = [line(what, spread, facts["tokens"], taken["cut pass"]) for what, spread in taken.items()]
+    common.print_table(facts)
+    common.print_timed(lines)
+    return facts | {"asked": ASKED, "contenders": lines}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     options = common.arguments(
         "bench.harvest", __doc__, argv,
@@ -189,17 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.check(options.device, "harvest/test_parallel.py")
     size = 2 if options.rehearse else 1 if options.quick else 0
     results = []
-    for case in (CASES[name] for name in options.models):
-        config = HarvestConfig(
-            model=case.model, hooks=(case.hook,), batch_tokens=case.batch_tokens, device=options.device
-        )  # fmt: skip
-        facts, calls = contenders(case, config, documents(case.chars[size]), options.compile)
-        taken = common.interleaved(calls, ROUNDS[size])
-        lines = [line(what, spread, facts["tokens"], taken["cut pass"]) for what, spread in taken.items()]
-        common.print_table(facts)
-        common.print_timed(lines)
-        results.append(facts | {"asked": ASKED, "contenders": lines})
-        common.write_results(options.out, options.device, "harvest", results)
+    for name in options.models:
+        found = common.attempt(name, partial(measured, CASES[name], options.device, size, options.compile))
+        if found is not None:
+            results.append(found)
+            common.write_results(options.out, options.device, "harvest", results)
 
 
 if __name__ == "__main__":

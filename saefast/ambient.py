@@ -183,13 +183,30 @@ def plainly(grad: bool | None = None) -> Callable[[Callable[P, T]], Callable[P, 
     return decorate
 
 
+def caller() -> Modes:
+    """The modes in which this thread called saefast, or that are in force outside of it; for `anywhere`."""
+    return _in_force() if _thread.theirs is None else _thread.theirs
+
+
 @contextlib.contextmanager
-def _handed_over(modes: Modes) -> Iterator[None]:
+def anywhere(modes: Modes) -> Iterator[None]:
+    """Runs the caller's code in its own modes on any thread, also one that saefast has started.
+
+    All but the precision of float32 products: that is one for the process, and while one thread draws another trains.
+    It stays full, so that what is drawn does not depend on when it is.
+    """
+    with _handed_over(modes, precision=False), _precision.full():
+        yield
+
+
+@contextlib.contextmanager
+def _handed_over(modes: Modes, precision: bool = True) -> Iterator[None]:
     """Runs the caller's code in its own modes, in the middle of ours."""
     kept = _thread.theirs
     _thread.theirs = None
+    gives_back = precision and kept is not None
     try:
-        with _under(modes), contextlib.nullcontext() if kept is None else _precision.as_it_was():
+        with _under(modes), _precision.as_it_was() if gives_back else contextlib.nullcontext():
             yield
     finally:
         _thread.theirs = kept
@@ -209,18 +226,19 @@ def theirs() -> Iterator[None]:
 _END = object()
 
 
-def drawn(given: Iterable[T]) -> Iterator[T]:
-    """Iterates over what the caller gave, running their code in their modes.
+def drawn(given: Iterable[T], modes: Modes | None = None) -> Iterator[T]:
+    """Iterates over what the caller gave, running their code in their modes; with those of `caller`, on any thread.
 
     A generator that yields inside `with torch.no_grad():` leaves that mode on for the loop that draws from it. Here the
     mode is taken away after each draw and put back for the next one, so that it never reaches saefast's code.
     """
-    modes, iterator = _thread.theirs, None
+    hand_over = _handed_over if modes is None else anywhere
+    modes, iterator = _thread.theirs if modes is None else modes, None
     if modes is None:
         yield from given
         return
     while True:
-        with _handed_over(modes):
+        with hand_over(modes):
             iterator = iter(given) if iterator is None else iterator
             item = next(iterator, _END)
             modes = _in_force()

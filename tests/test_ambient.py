@@ -187,9 +187,10 @@ class Spy:
 
     def __init__(self) -> None:
         self.seen: list[tuple[bool, bool, bool, str]] = []
+        self.told: list[tuple[bool, bool, bool, str]] = []
 
-    def look(self) -> None:
-        self.seen.append(
+    def look(self, told: bool = False) -> None:
+        (self.told if told else self.seen).append(
             (
                 torch.is_grad_enabled(),
                 torch.is_inference_mode_enabled(),
@@ -210,7 +211,7 @@ def test_data_is_drawn_and_logs_are_told_in_the_modes_of_the_caller(use: str) ->
     with torch.autocast("cpu"), torch.inference_mode(), MODES["matmul precision"]():
         if use == "train":
             config = TrainConfig(**COMMON, n_tokens=1024, engine="autograd")
-            sae = train(spy, CONFIG, config, on_log=lambda line: spy.look())
+            sae = train(spy, CONFIG, config, on_log=lambda line: spy.look(told=True))
             assert not sae.W_enc.is_inference()
         else:
             evaluate(SAE(CONFIG), spy)
@@ -218,7 +219,9 @@ def test_data_is_drawn_and_logs_are_told_in_the_modes_of_the_caller(use: str) ->
         assert torch.is_inference_mode_enabled()
         assert torch.get_float32_matmul_precision() == "medium"
     assert len(spy.seen) > 10
-    assert set(spy.seen) == {(False, True, True, "medium")}
+    # Beside training rows are drawn at full precision: that is one setting for all threads.
+    assert set(spy.seen) == {(False, True, True, "medium" if use == "evaluate" else "highest")}
+    assert {modes[:3] for modes in spy.told} == ({(False, True, True)} if use == "train" else set())
 
 
 def test_a_mode_that_a_generator_yields_in_stays_its_own() -> None:

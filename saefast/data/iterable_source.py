@@ -68,6 +68,8 @@ class IterableSource(Source):
             raise InputError(f"{name} is a function that needs arguments: expected one that is called with none")
         self._data = data
         self._once = isinstance(data, Iterator)
+        # Rows may be drawn on a thread that shuffles them.
+        self._caller = ambient.caller()
         self._every = _every(data, heldout)
         self._epoch, self._pulled, self._used, self._trained = 0, 0, 0, 0
         self._seed, self._restored = 0, False
@@ -236,11 +238,11 @@ class IterableSource(Source):
         return rows if self._used else None
 
     def _restart(self) -> Iterator[Any]:
-        with ambient.theirs():
+        with ambient.anywhere(self._caller):
             data = self._data if isinstance(self._data, Iterable) else self._data()
         if not isinstance(data, Iterable):
             raise InputError(f"{self.source_name}: the function returned a {type(data).__name__}, expected an iterator")
-        return ambient.drawn(data)
+        return ambient.drawn(data, self._caller)
 
     def _refuse_once(self, what: str) -> None:
         if self._once:

@@ -34,7 +34,8 @@ from saefast.data.iterable_source import IterableSource
 
 torch.set_num_threads(1)
 def rows():
-    w, x = torch.randn(300, 300), torch.randn(300, 300)
+    g = torch.Generator().manual_seed(0)
+    w, x = torch.randn(300, 300, generator=g), torch.randn(300, 300, generator=g)
     while True:
         for _ in range(3):
             x = torch.tanh(x @ w)
