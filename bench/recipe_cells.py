@@ -27,17 +27,20 @@ CELLS = (
     Cell("minilm-4", 8192, 32, 400_000, seed=1),
     Cell("minilm-4", 8192, 64, 400_000),
     Cell("minilm-4", 32768, 64, 400_000),
-    Cell("minilm-4", 131072, 64, 200_000),
     Cell("minilm-2", 2048, 16, 1_200_000, seed=1),
     Cell("minilm-2", 8192, 32, 400_000),
     Cell("causal", 4096, 64, 200_000),
     Cell("causal", 4096, 32, 400_000),
+    Cell("causal", 4096, 32, 400_000, seed=1),
     Cell("causal", 16384, 32, 400_000),
     Cell("one-layer", 1024, 16, 400_000),
+    Cell("one-layer", 1024, 16, 400_000, seed=1),
     Cell("one-layer", 4096, 16, 400_000),
     Cell("world", 1024, 8, 400_000),
     Cell("world", 4096, 8, 400_000),
     Cell("world", 4096, 8, 2_000_000, seed=1),
+    Cell("world", 4096, 8, 5_000_000),
+    Cell("minilm-4", 131072, 64, 200_000),
 )
 QUICK = tuple(cell for cell in CELLS if cell.n_latents <= 2048 and cell.tokens <= 400_000)
 # Beyond so many latents times tokens a run takes a minute or more, and a cell gets no variants but ALWAYS.
@@ -45,6 +48,8 @@ LIGHT = 6e9
 
 # Every cell tries these; of the others, some.
 ALWAYS = ("lr × 1/2", "lr × 2")
+# What the same rule has to suit as well; at cells that are quick.
+LIKE_DEFAULT: dict[str, dict[str, Any]] = {"adam-lean": {"optimizer": "adam-lean"}, "autograd": {"engine": "autograd"}}
 INITS = ("tied", "tied_0.1", "kaiming")
 # What hand-set runs of such lengths have used: points that do not depend on what the default chooses.
 BY_HAND: dict[str, dict[str, Any]] = {
@@ -56,14 +61,16 @@ BY_HAND: dict[str, dict[str, Any]] = {
 
 
 def variants(cell: Cell, default: Mapping[str, Any], others: int) -> dict[str, dict[str, Any]]:
-    """What to override at a cell, by name: ALWAYS, and at a light one as many `others`, drawn by the cell.
+    """What to override at a cell, by name: ALWAYS, at a light one as many `others`, drawn by the cell, and at a quick
+    one LIKE_DEFAULT.
 
     default: the settings that the default chose there, of SAEConfig and TrainConfig.
     """
     every = all_variants(cell, default)
     drawn = random.Random(repr(cell)).sample([name for name in every if name not in ALWAYS], len(every) - len(ALWAYS))
     light = cell.n_latents * cell.tokens < LIGHT
-    return {name: every[name] for name in (*ALWAYS, *drawn[: others * light])}
+    found = {name: every[name] for name in (*ALWAYS, *drawn[: others * light])}
+    return found | (LIKE_DEFAULT if cell in QUICK else {})
 
 
 def all_variants(cell: Cell, default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,11 +6,11 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from bench.recipe_cells import Cell
+from bench.recipe_cells import LIKE_DEFAULT, Cell
 
 Result = Mapping[str, Any]
 
-WORSE_THAN_BEST, SILENT, WORSE_THAN_SMALLER = 1.05, 0.02, 1.02
+WORSE_THAN_BEST, SILENT, WORSE_THAN_SMALLER, WORSE_THAN_DEFAULT = 1.05, 0.02, 1.02, 1.05
 # Tokens for each latent's share of the code from which on latents have had time to come alive.
 TOKENS_A_LATENT = 1000
 PEERS = ("SAELens", "sparsify", "dictionary_learning")
@@ -66,6 +66,11 @@ def _cell_row(cell: Cell, found: Sequence[Result]) -> dict[str, Any]:
         "best": best.get("fvu", float("inf")),
         "best is": best["name"],
         "FVU / best": fvu / best["fvu"] if "fvu" in best else 1.0,
+        **{
+            f"{result['name']} / FVU": result.get("fvu", float("inf")) / fvu
+            for result in found
+            if result["name"] in LIKE_DEFAULT
+        },
         "runs": len([result for result in found if result["asked"]["what"] != "peer"]),
         "silent": default.get("silent", 1.0),
         "silent in training": default.get("silent_in_training"),
@@ -108,6 +113,9 @@ def checks(rows: Sequence[Result], peers: Sequence[Result]) -> list[dict[str, An
         _check(f"silent on held-out rows ≤ {SILENT:.0%} where tokens ≥ {TOKENS_A_LATENT} · L / k", alive, SILENT),
         _check(f"FVU of a larger dictionary ≤ {WORSE_THAN_SMALLER} × a smaller one's", larger, WORSE_THAN_SMALLER),
     ]
+    for name in LIKE_DEFAULT:
+        like = [(row[f"{name} / FVU"], _where(row)) for row in rows if f"{name} / FVU" in row]
+        found.append(_check(f"FVU with {name} ≤ {WORSE_THAN_DEFAULT} × the default's", like, WORSE_THAN_DEFAULT))
     for what in ("tokens", "time"):
         names = [f"{peer}, same {what}" for peer in PEERS]
         # Ours over theirs, so that the largest is the nearest here too.
@@ -150,7 +158,8 @@ PEER_NOTE = (
     "its imports not counted, in the processor time that our whole run took. Batches are the packages' own defaults: "
     "4096 tokens (SAELens), 8192 (dictionary_learning), 32 sequences (sparsify, here of 128 tokens). "
     "dictionary_learning warms up for 1000 steps, longer than these runs, and is told of a longer one: its trainer "
-    "refuses any that is shorter. sparsify's package trains with its default optimiser, signum; its preset with Adam."
+    "refuses any that is shorter. sparsify is always its package: that trains with signum, our preset with Adam. –: "
+    "the package's step does not fit this machine's 24 GiB."
 )
 CELL_COLUMNS = {
     "rows": lambda row: row["rows"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import recipe, recipe_rows, recipe_runs
-from bench.recipe_cells import ALWAYS, CELLS, Cell, all_variants, variants
+from bench.recipe_cells import ALWAYS, CELLS, QUICK, Cell, all_variants, variants
 from bench.recipe_table import BEGIN, END, markdown, newest, page, summary
 from bench.recipe_world import World, best_cosines, found_by_frequency, probabilities
 
@@ -200,6 +200,7 @@ def good() -> list[dict[str, Any]]:
         result(LARGER, "default", 0.102, "default"),
         result(LARGER, "lr × 2", 0.101),
         *(result(LARGER, "SAELens", 0.103, "peer", as_=what, source="package") for what in ("tokens", "time")),
+        *(result(LARGER, name, 0.102 * 1.05) for name in ("adam-lean", "autograd")),
     ]
 
 
@@ -207,13 +208,15 @@ BREAKS: dict[str, tuple[int, Callable[[dict[str, Any]], None], int]] = {
     "a better variant": (1, lambda r: r.update(fvu=0.0952), 0),
     "silent latents": (0, lambda r: r.update(silent=0.0201), 1),
     "a worse large dictionary": (2, lambda r: r.update(fvu=0.1021), 2),
-    "a better peer": (4, lambda r: r.update(fvu=0.102), 3),
-    "a better peer in the time": (5, lambda r: r.update(fvu=0.05), 4),
+    "an optimiser that the rule does not suit": (6, lambda r: r.update(fvu=0.1072), 3),
+    "an engine that the rule does not suit": (7, lambda r: r.update(fvu=0.1072), 4),
+    "a better peer": (4, lambda r: r.update(fvu=0.102), 5),
+    "a better peer in the time": (5, lambda r: r.update(fvu=0.05), 6),
 }
 
 
 def test_what_has_to_hold_holds_up_to_its_limit() -> None:
-    assert holds(good()) == [True] * 5
+    assert holds(good()) == [True] * 7
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -221,7 +224,7 @@ def test_what_does_not_hold_is_said(name: str) -> None:
     number, change, check = BREAKS[name]
     results = good()
     change(results[number])
-    assert holds(results) == [i != check for i in range(5)]
+    assert holds(results) == [i != check for i in range(7)]
 
 
 def test_silent_latents_are_forgiven_where_tokens_are_too_few() -> None:
@@ -275,6 +278,7 @@ def test_cells_and_variants_are_drawn_alike_every_time() -> None:
     assert list(found)[:2] == list(ALWAYS)
     assert len(found) == 5
     assert list(variants(Cell("x", 32768, 32, 400_000), default, 3)) == list(ALWAYS)
+    assert list(variants(QUICK[0], default, 0)) == [*ALWAYS, "adam-lean", "autograd"]
     every = all_variants(CELL, default)
     assert "init tied" not in every, "what the default does anyway is no variant"
     assert "decay over 0.2" not in every
