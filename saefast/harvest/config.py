@@ -13,6 +13,11 @@ from saefast.schema import Seed, check_fields
 
 # Dtypes that a model can run in.
 FORWARD = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Settings that change how a harvest runs and how far, not what its rows are.
+HOW_IT_RUNS = (
+    "max_tokens", "batch_tokens", "max_items", "batch_items", "rows_per_shard", "commit_seconds", "device", "dtype",
+    "hooks",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

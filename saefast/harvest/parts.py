@@ -35,7 +35,7 @@ from saefast.harvest.identity import identity_of
 from saefast.harvest.language_models import unwrapped
 from saefast.harvest.reader import HarvestBatch, check_same
 from saefast.harvest.sequences import Window, next_documents
-from saefast.harvest.to_disk import Bar, HarvestReport, Writing, _finished, _report, _settings
+from saefast.harvest.to_disk import Bar, HarvestReport, Writing, finished_report, report_of, settings_as_kept
 from saefast.schema import Count
 from saefast.typed import typed
 
@@ -112,7 +112,7 @@ def harvest_parts(
     if not take_over_after > 0:
         raise InputError(f"take_over_after is {take_over_after}, expected a positive number of seconds")
     model, tokenizer = unwrapped(model, tokenizer)
-    finished = _finished(folder, config, model, text, None)
+    finished = finished_report(folder, config, model, text, None)
     if finished:
         check_same(read_index(folder).get("identity"), {"weights": None, **identity_of(model, tokenizer)}, folder)
         return finished
@@ -123,13 +123,13 @@ def harvest_parts(
     try:
         with Bar(harvester, None, progress is True) as bar:
             told = progress if callable(progress) else None
-            shared = _Shared(harvester, folder, _settings(config, model, text), take_over_after, bar, told)
+            shared = _Shared(harvester, folder, settings_as_kept(config, model, text), take_over_after, bar, told)
             index = shared.whole()
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written: {error.strerror or error}; finished parts are kept, the same command goes on"
         ) from None
-    report = _report(folder, index)
+    report = report_of(folder, index)
     report.seconds, report.tokens = time.perf_counter() - started, shared.tokens
     report.skipped, report.n_skipped = harvester.skipped, harvester.n_skipped
     return report

@@ -10,7 +10,7 @@ from saefast.data.provenance import DATA, Live, Recorded, recorded_data
 from saefast.data.shards import Identity
 from saefast.data.source import Names, X, by_tensor
 from saefast.errors import InputError
-from saefast.harvest.config import HarvestConfig, in_dtype
+from saefast.harvest.config import HOW_IT_RUNS, HarvestConfig, in_dtype
 from saefast.harvest.language_models import load_tokenizer
 from saefast.harvest.reader import check_same, given_model_name, load_for
 from saefast.harvest.text import open_texts
@@ -19,18 +19,9 @@ from saefast.harvest.to_disk import harvest
 # Where, in the run's folder, and how many tokens: held-out rows for `saefast eval`, others as well for the tokens that
 # `saefast features` looks at.
 FOLDER, TOKENS = "activations", 1 << 18
-# Settings of a harvest that do not determine the rows, or that are said elsewhere.
-_NOT_KEPT = {
-    "hooks",
-    "text",
-    "max_tokens",
-    "batch_tokens",
-    "max_items",
-    "batch_items",
-    "rows_per_shard",
-    "commit_seconds",
-    "device",
-}
+# Of a harvest's settings: those that do not determine the rows, but for the dtype they are kept in, and the text, which
+# is said elsewhere.
+_NOT_KEPT = {*HOW_IT_RUNS, "text"} - {"dtype"}
 
 
 def describe_live(

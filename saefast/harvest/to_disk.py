@@ -14,7 +14,7 @@ from saefast.data.shard_writer import ShardWriter, clear_finished
 from saefast.data.shards import read_index
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.config import HarvestConfig, in_dtype
+from saefast.harvest.config import HOW_IT_RUNS, HarvestConfig, in_dtype
 from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of
 from saefast.harvest.item_harvester import ItemHarvester, harvester_for, reads_items, settings_of
@@ -26,19 +26,6 @@ from saefast.schema import Count, check
 from saefast.typed import typed
 
 __all__ = ["HarvestBatch", "HarvestConfig", "HarvestReport", "Harvester", "harvest", "harvest_batches"]
-
-# These change how a harvest runs and how far, not what its rows are.
-_HOW = (
-    "max_tokens",
-    "batch_tokens",
-    "max_items",
-    "batch_items",
-    "rows_per_shard",
-    "commit_seconds",
-    "device",
-    "dtype",
-    "hooks",
-)
 # Settings that came later: written where they are not the default, so that folders begun without them can go on.
 _LATER = {"exclude_tokens": (), "drop_first": 0}
 
@@ -105,7 +92,7 @@ def harvest(
     model, tokenizer = unwrapped(model, tokenizer)
     # Where digests say which model it is, its name is no setting.
     named = model if identity is None else None
-    finished = _finished(folder, config, named, text, items)
+    finished = finished_report(folder, config, named, text, items)
     if finished:
         kept = read_index(folder).get("identity") or {}
         for expected in (identity, identity_of(model, tokenizer)):
@@ -125,7 +112,7 @@ def harvest(
             folder,
             harvester.runner.hooks,
             config.dtype,
-            settings=_settings(config, named, text, items),
+            settings=settings_as_kept(config, named, text, items),
             rows_per_shard=config.rows_per_shard,
             shuffle_seed=config.seed,
         ) as writer:
@@ -136,7 +123,7 @@ def harvest(
         raise InputError(
             f"{folder} cannot be written: {error.strerror or error}; finished shards are kept, the same command goes on"
         ) from None
-    report = _report(folder, read_index(folder))
+    report = report_of(folder, read_index(folder))
     report.seconds, report.tokens = time.perf_counter() - started, writing.tokens
     report.skipped, report.n_skipped = harvester.skipped, harvester.n_skipped
     return report
@@ -343,9 +330,9 @@ class Bar:
             self._bar.set_postfix_str(f"waiting for {what}")
 
 
-def _settings(config: HarvestConfig, model: Any, text: Any, items: Any = None) -> dict[str, Any]:
+def settings_as_kept(config: HarvestConfig, model: Any, text: Any, items: Any = None) -> dict[str, Any]:
     """What determines the rows, as JSON keeps it."""
-    out = {key: value for key, value in asdict(config).items() if key not in _HOW}
+    out = {key: value for key, value in asdict(config).items() if key not in HOW_IT_RUNS}
     out = settings_of(out, reads_items(config, items))
     out = {key: value for key, value in out.items() if key not in _LATER or value != _LATER[key]}
     if model is not None:
@@ -370,21 +357,21 @@ def _begun_in(folder: Path) -> str | None:
     return index.get("forward") if index.get("cursor") else None
 
 
-def _finished(folder: Path, config: HarvestConfig, model: Any, text: Any, items: Any) -> HarvestReport | None:
+def finished_report(folder: Path, config: HarvestConfig, model: Any, text: Any, items: Any) -> HarvestReport | None:
     """The report on a folder in which nothing is left to do, before any model is loaded."""
     if not (folder / "index.json").is_file():
         return None
     index = read_index(folder)
     hooks = index.get("hook_patterns") or [hook["name"] for hook in index["hooks"]]
     cursor = index.get("cursor") or {}
-    same = index.get("settings") == _settings(config, model, text, items) and hooks == list(config.hooks)
+    same = index.get("settings") == settings_as_kept(config, model, text, items) and hooks == list(config.hooks)
     enough = _enough(config, cursor)
     if not (index.get("complete") and same and index["dtype"] == config.dtype):
         return None
-    return _report(folder, index) if index.get("end") == "text" or enough else None
+    return report_of(folder, index) if index.get("end") == "text" or enough else None
 
 
-def _report(folder: Path, index: dict[str, Any]) -> HarvestReport:
+def report_of(folder: Path, index: dict[str, Any]) -> HarvestReport:
     done: Finished = check(index, Finished, folder / "index.json")
     cursor, splits = done["cursor"], index["splits"]
     return HarvestReport(
