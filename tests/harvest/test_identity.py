@@ -11,7 +11,7 @@ import torch
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.files import SEAL
-from saefast.harvest import reader
+from saefast.harvest import identity, reader
 from saefast.harvest.harvester import Harvester
 from saefast.harvest.identity import identity_of, tokenizer_digest, weights_digest, why_other
 from saefast.harvest.language_models import load_model, load_tokenizer
@@ -243,3 +243,15 @@ def test_an_expected_model_is_insisted_on(tmp_path):
     assert not (tmp_path / "acts").exists()
     harvest(tmp_path / "acts", HarvestConfig(**CONFIG), model=model, **options)
     assert ShardFolder(tmp_path / "acts").index["identity"] == expected
+
+
+def test_a_number_that_lies_between_those_looked_at_counts_too() -> None:
+    """A large tensor is sampled; the sum over all of it tells of the rest."""
+    model = torch.nn.Linear(300, 300)
+    words = model.weight.numel() * model.weight.element_size() // 8
+    assert words // identity._SAMPLE > 2, "every word is looked at"
+    before = weights_digest(model)
+    with torch.no_grad():
+        # Numbers 2 and 3 are the word after the first, which alone of the first few is looked at.
+        model.weight.view(-1)[2] += 1
+    assert weights_digest(model) != before
