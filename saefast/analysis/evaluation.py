@@ -288,7 +288,7 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
             lambda x: sae(x.to(sae.device)).x_hat.to(x.device),
             _scored(source, lm_tokens, _choice(index, model, tokenizer)),
             (),
-            _ordinary_rows(index, source.hooks[X]),
+            _ordinary_rows(index, source.hooks[X][0]),
         )
     except OtherModel as error:
         if model is not None or tokenizer is not None:

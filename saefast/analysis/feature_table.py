@@ -14,8 +14,8 @@ from saefast.analysis.choice import SCORE, OwnTokens, choose, own_tokens
 from saefast.analysis.features import LatentStats, code_of
 from saefast.analysis.token_text import Texts, same_word
 from saefast.data.mapped_source import MappedSource
-from saefast.data.shards import SPLITS, ShardFolder, dequantise
-from saefast.data.source import X
+from saefast.data.shards import SPLITS, Shard, ShardFolder, dequantise
+from saefast.data.source import X, beside
 from saefast.models.sae import SAE
 
 # Tokens shown before and after a firing.
@@ -173,15 +173,20 @@ def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[in
     return found
 
 
-def _rows_of(folder: ShardFolder, hook: str | None, seqs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """All rows of some sequences, at most _BATCH at a time: x (B, d), seq and pos (B,)."""
+def _rows_of(folder: ShardFolder, hooks: tuple[str, ...], seqs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """All rows of some sequences, at most _BATCH at a time: x (B, d), the hooks side by side, seq and pos (B,)."""
     for split in SPLITS:
-        for info in folder.shards(split, hook):
-            shard = folder.open(info, hook)
-            for at in torch.isin(shard.seq, seqs).nonzero()[:, 0].split(_BATCH):
+        for info in folder.shards_of_all(split, hooks):
+            shards = [folder.open(info, hook) for hook in hooks]
+            seq, pos = shards[0].seq, shards[0].pos
+            for at in torch.isin(seq, seqs).nonzero()[:, 0].split(_BATCH):
                 if len(at):
-                    x = shard.acts[at]
-                    yield (x if shard.scale is None else dequantise(x, shard.scale[at])), shard.seq[at], shard.pos[at]
+                    yield beside([_acts_at(shard, at) for shard in shards]), seq[at], pos[at]
+
+
+def _acts_at(shard: Shard, at: Tensor) -> Tensor:
+    """Some rows of a shard, as numbers."""
+    return shard.acts[at] if shard.scale is None else dequantise(shard.acts[at], shard.scale[at])
 
 
 def _snippet(folder: ShardFolder, texts: Texts, acts: dict[Place, float], where: Place) -> Snippet:

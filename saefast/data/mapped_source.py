@@ -12,7 +12,7 @@ from saefast.data.gather import RowTable, gather_rows
 from saefast.data.permutation import Permutation
 from saefast.data.segments import Segment
 from saefast.data.shards import ShardFolder
-from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
+from saefast.data.source import Batch, Device, Source, X, beside, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
 
@@ -61,8 +61,21 @@ class Rows:
         return out
 
     @property
-    def width(self) -> int:
-        return int(self.segments[0].rows.shape[1])
+    def widths(self) -> tuple[int, ...]:
+        """Of what lies side by side in a row."""
+        return (int(self.segments[0].rows.shape[1]),)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(segment.rows.nbytes for segment in self.segments)
+
+    def cuts(self) -> set[int]:
+        """The numbers of rows that segments begin at, and the number of all rows."""
+        return {int(start) for start in self.starts}
+
+    def read(self, start: int, stop: int, device: Device, dtype: torch.dtype) -> Tensor:
+        """Rows start to stop (exclusive), which have to lie in one segment."""
+        return self.piece(start, stop).read(device, dtype)
 
     def piece(self, start: int, stop: int) -> Segment:
         """Rows start to stop (exclusive), which have to lie in one segment."""
@@ -86,11 +99,59 @@ class Rows:
                 tail.append(segment.part(keep, rows))
         return Rows(head), Rows(tail)
 
+    def describe(self, number: int) -> str:
+        """File and row of a row, and its sequence and position where they are known."""
+        segment, place = self.locate(number)
+        text = f"{segment.name} row {segment.first + place}"
+        if segment.seq is None or segment.pos is None:
+            return text
+        return f"{text} (sequence {int(segment.seq[place])}, position {int(segment.pos[place])})"
+
+
+class SideBySide(Rows):
+    """Rows of the same tokens from several places: row i is row i of each, one after the other in its columns.
+
+    Segments, sequences and positions are those of the first.
+    """
+
+    def __init__(self, parts: list[Rows]) -> None:
+        super().__init__(parts[0].segments)
+        self.parts = parts
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(width for part in self.parts for width in part.widths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def cuts(self) -> set[int]:
+        return set[int]().union(*(part.cuts() for part in self.parts))
+
+    def gather(self, numbers: np.ndarray, device: Device, dtype: torch.dtype) -> Tensor:
+        return beside([part.gather(numbers, device, dtype) for part in self.parts])
+
+    def read(self, start: int, stop: int, device: Device, dtype: torch.dtype) -> Tensor:
+        return beside([part.read(start, stop, device, dtype) for part in self.parts])
+
+    def split_tail(self, n: int) -> tuple[Rows, Rows]:
+        heads, tails = zip(*(part.split_tail(n) for part in self.parts), strict=True)
+        return SideBySide(list(heads)), SideBySide(list(tails))
+
+    def describe(self, number: int) -> str:
+        return " beside ".join(part.describe(number) for part in self.parts)
+
+
+def joined_rows(parts: list[Rows]) -> Rows:
+    """The rows of several places side by side; those of one place as they are."""
+    return parts[0] if len(parts) == 1 else SideBySide(parts)
+
 
 class MappedSource(Source):
     """A source over segments. Held out is what `held` holds; see open_source for which rows that are.
 
-    train, held: by tensor, as many rows of each. folder, hooks: of a shard folder, with the hook of each tensor.
+    train, held: by tensor, as many rows of each. folder: of shards; hooks: those in the columns of each tensor.
     """
 
     def __init__(
@@ -99,10 +160,10 @@ class MappedSource(Source):
         train: Mapping[str, Rows],
         held: Mapping[str, Rows],
         folder: ShardFolder | None = None,
-        hooks: Mapping[str, str] | None = None,
+        hooks: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.source_name, self.train, self.held, self.folder, self.hooks = name, train, held, folder, dict(hooks or {})
-        self.widths = {tensor: rows.width for tensor, rows in train.items()}
+        self.widths = {tensor: sum(rows.widths) for tensor, rows in train.items()}
         self.n_rows = self._n = len(next(iter(train.values())))
         self._seed, self._epoch, self._cursor = 0, 0, 0
         self._restored = False
@@ -148,7 +209,7 @@ class MappedSource(Source):
     def heldout(self, batch_size: int, device: Device = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
         check_batch_size(batch_size)
         return (
-            {name: rows.piece(start, stop).read(device, dtype) for name, rows in self.held.items()}
+            {name: rows.read(start, stop, device, dtype) for name, rows in self.held.items()}
             for start, stop in _pieces(self.held.values(), batch_size)
         )
 
@@ -159,17 +220,20 @@ class MappedSource(Source):
         rows = (self.train if split == "train" else self.held)[X]
         for start, stop in _pieces([rows], batch_size):
             part = rows.piece(start, stop)
-            yield Located(part.read(device, dtype), part.seq, part.pos)
+            yield Located(rows.read(start, stop, device, dtype), part.seq, part.pos)
 
     def describe_row(self, i: int, name: str = X) -> str:
         return self.describe_number(int(self._last[i]), name)
 
     def describe_number(self, number: int, name: str = X) -> str:
         """File, row, sequence and position of a row of the training share, by its number in it."""
-        return _describe(self.train[name], number)
+        return self.train[name].describe(number)
 
     def describe_heldout(self, i: int, name: str = X) -> str:
-        return _describe(self.held[name], i)
+        return self.held[name].describe(i)
+
+    def part_widths(self, name: str = X) -> tuple[int, ...]:
+        return self.train[name].widths
 
     def stored_dtype(self, name: str = X) -> torch.dtype | None:
         dtype: torch.dtype = self.train[name].segments[0].rows.dtype
@@ -181,17 +245,9 @@ class MappedSource(Source):
 
 def _pieces(tensors: Iterable[Rows], batch_size: int) -> Iterator[tuple[int, int]]:
     """Where to cut rows into batches of at most batch_size that lie in one segment of each tensor: start and stop."""
-    for first, end in pairwise(sorted({int(start) for rows in tensors for start in rows.starts})):
+    for first, end in pairwise(sorted(set[int]().union(*(rows.cuts() for rows in tensors)))):
         for start in range(first, end, batch_size):
             yield start, min(start + batch_size, end)
-
-
-def _describe(rows: Rows, number: int) -> str:
-    segment, place = rows.locate(number)
-    text = f"{segment.name} row {segment.first + place}"
-    if segment.seq is None or segment.pos is None:
-        return text
-    return f"{text} (sequence {int(segment.seq[place])}, position {int(segment.pos[place])})"
 
 
 def _gather(segment: Segment, numbers: np.ndarray, dtype: torch.dtype) -> Tensor:

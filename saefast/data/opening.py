@@ -12,12 +12,12 @@ import torch
 from saefast.data.foreign import read_foreign
 from saefast.data.iterable_batches import is_empty, tensors_of
 from saefast.data.iterable_source import IterableSource
-from saefast.data.mapped_source import MappedSource, Rows
+from saefast.data.mapped_source import MappedSource, Rows, joined_rows
 from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
 from saefast.data.shuffled_iterable import SHUFFLE_ROWS, ShuffledIterable
-from saefast.data.source import TARGET, Names, Source, X, by_tensor
+from saefast.data.source import TARGET, Names, Source, X, side_by_side
 from saefast.errors import InputError
 from saefast.extension import available
 from saefast.files import usable
@@ -65,8 +65,10 @@ def open_source(
     The source has one tensor, "x". Several, of the same rows, come from
 
     - `hooks` of a shard folder or a folder cached elsewhere, `keys` of a file: {"x": "layers.3.mlp.in", "target":
-      "layers.3.mlp.out"} gives each tensor its name, a list leaves them their own;
-    - a mapping of arrays and files, {"x": ..., "target": ...}, row for row of the same tokens;
+      "layers.3.mlp.out"} gives each tensor its name, a list leaves them their own; {"x": ["layers.1", "layers.2"]} has
+      both side by side in the columns of x;
+    - a mapping of arrays and files, {"x": ..., "target": ...}, row for row of the same tokens; a tuple of them lies
+      side by side;
     - an iterable of such mappings of tensors.
 
     Raises InputError in one line for what cannot be trained on, for a hook or key where nothing has that name, and for
@@ -91,19 +93,20 @@ def open_source(
 
 
 class Picks(NamedTuple):
-    """Which hook, or which key of a file, each of the source's tensors is; None is the only one there is."""
+    """Which hooks, or which keys of a file, each of the source's tensors is, side by side; None is the only one."""
 
-    hook: Mapping[str, str | None]
-    key: Mapping[str, str | None]
+    hook: Mapping[str, tuple[str | None, ...]]
+    key: Mapping[str, tuple[str | None, ...]]
 
 
-def _picked(what: str, one: str | None, several: Names | None) -> dict[str, str | None]:
+def _picked(what: str, one: str | None, several: Names | None) -> dict[str, tuple[str | None, ...]]:
     if several is None:
-        return {X: one}
+        return {X: (one,)}
     if one is not None:
         raise InputError(f"{what} is {one!r} and {what}s is given too: name all of them in {what}s")
-    names = by_tensor(several)
-    if isinstance(several, str) or not names or not all(isinstance(n, str) for pair in names.items() for n in pair):
+    names = {} if isinstance(several, str) else side_by_side(several)
+    given = [name for tensor, parts in names.items() for name in (tensor, *(parts or (None,)))]
+    if not names or not all(isinstance(name, str) for name in given):
         raise InputError(f"{what}s is {several!a}: expected a list of {what}s, or {{'x': {what}, 'target': {what}}}")
     return dict(names)
 
@@ -123,7 +126,7 @@ def _streams(source: MappedSource, shuffle: Shuffle) -> bool:
         raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(get_args(Shuffle))}")
     if shuffle != "auto":
         return shuffle == "buffer"
-    stored = sum(segment.rows.nbytes for rows in source.train.values() for segment in rows.segments)
+    stored = sum(rows.nbytes for rows in source.train.values())
     large = stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
     return available() and (large or torch.cuda.is_available())
 
@@ -142,7 +145,7 @@ def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify
     if isinstance(data, Mapping):
         return _from_mapping(data, heldout)
     if isinstance(data, torch.Tensor | np.ndarray):
-        return _from_segments("the array", {X: [from_array("the array", data)]}, heldout)
+        return _from_segments("the array", {X: [[from_array("the array", data)]]}, heldout)
     if isinstance(data, list | tuple) and data and shuffle_rows:
         return _from_list(data, heldout)
     if isinstance(data, Iterable) or callable(data):
@@ -165,52 +168,61 @@ def _from_list(data: list[Any] | tuple[Any, ...], heldout: float) -> MappedSourc
             tensors.setdefault(tensor, []).append(Segment(name, rows))
     if not tensors:
         raise InputError("the iterable is empty: no batch with rows is in it")
-    return _from_segments("the iterable", tensors, heldout)
+    return _from_segments("the iterable", {tensor: [segments] for tensor, segments in tensors.items()}, heldout)
 
 
 def _from_mapping(data: Mapping[Any, Any], heldout: float) -> MappedSource:
     """A source of the arrays and files of a mapping, one tensor each."""
     if not data or not all(isinstance(name, str) for name in data):
         raise InputError(f"a mapping with the keys {list(data)!a}: expected names of tensors, {X!r} and {TARGET!r}")
-    tensors, places = {}, {}
-    for name, value in data.items():
-        if isinstance(value, str | Path):
-            path = usable(value)
-            if (path / "index.json").is_file():
-                raise InputError(
-                    f"{name}: {path} is a shard folder, which has a row order of its own: open that folder "
-                    "alone, and name its hooks with hooks={...}"
-                )
-            tensors[name], places[name] = _from_path(path, Picks({X: None}, {X: None}))[X], str(path)
-        elif isinstance(value, torch.Tensor | np.ndarray):
-            places[name] = f"the array {name!r}"
-            tensors[name] = [from_array(places[name], value)]
-        else:
+    places = {name: value if isinstance(value, tuple) and value else (value,) for name, value in data.items()}
+    tensors = {name: [_part_of_mapping(name, value) for value in values] for name, values in places.items()}
+    shown = [
+        str(usable(value)) if isinstance(value, str | Path) else f"the array {name!r}"
+        for name, values in places.items()
+        for value in values
+    ]
+    return _from_segments(", ".join(shown), tensors, heldout)
+
+
+def _part_of_mapping(name: str, value: Any) -> list[Segment]:
+    """The rows of an array or a file that a mapping names."""
+    if isinstance(value, str | Path):
+        path = usable(value)
+        if (path / "index.json").is_file():
             raise InputError(
-                f"{name} is a {type(value).__name__}: expected an array or a path; for batches as they come, give one "
-                "iterable of mappings of tensors"
+                f"{name}: {path} is a shard folder, which has a row order of its own: open that folder "
+                "alone, and name its hooks with hooks={...}"
             )
-    return _from_segments(", ".join(places.values()), tensors, heldout)
+        return _from_path(path, Picks({X: (None,)}, {X: (None,)}))[X][0]
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return [from_array(f"the array {name!r}", value)]
+    raise InputError(
+        f"{name} is a {type(value).__name__}: expected an array or a path, or a tuple of them to lie side by side; for "
+        "batches as they come, give one iterable of mappings of tensors"
+    )
 
 
-def _from_path(path: Path, picks: Picks) -> dict[str, list[Segment]]:
+def _from_path(path: Path, picks: Picks) -> dict[str, list[list[Segment]]]:
+    """Of each tensor, the segments of what lies side by side in it."""
     if path.is_dir():
-        foreign = {name: read_foreign(path, hook) for name, hook in picks.hook.items()}
-        found = {name: segments for name, segments in foreign.items() if segments is not None}
-        if found:
+        foreign = {name: [read_foreign(path, hook) for hook in hooks] for name, hooks in picks.hook.items()}
+        found = {name: [part for part in parts if part is not None] for name, parts in foreign.items()}
+        if any(found.values()):
             _refuse(path, key=picks.key)
             return found
     files = _files(path)
-    segments = {name: [from_file(file, key) for file in files] for name, key in picks.key.items()}
+    segments = {name: [[from_file(file, key) for file in files] for key in keys] for name, keys in picks.key.items()}
     _refuse(path, hook=picks.hook)
     return segments
 
 
-def _refuse(data: object, **picked: Mapping[str, str | None]) -> None:
+def _refuse(data: object, **picked: Mapping[str, tuple[str | None, ...]]) -> None:
     """Raises InputError for a hook or key that would pick nothing: to ignore it would train on something else."""
     for what, names in picked.items():
-        if names != {X: None}:
-            given = names[X] if set(names) == {X} else names
+        if names != {X: (None,)}:
+            alone = {tensor: given[0] if len(given) == 1 else given for tensor, given in names.items()}
+            given = alone[X] if set(alone) == {X} else alone
             raise InputError(f"{what} is {given!a}, but {data} has no {what}s to choose from: leave it out")
 
 
@@ -225,10 +237,10 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _from_segments(name: str, tensors: Mapping[str, list[Segment]], heldout: float) -> MappedSource:
-    rows = {tensor: Rows(_of_one_width(segments)) for tensor, segments in tensors.items()}
-    first, n_rows = next((tensor, len(found)) for tensor, found in rows.items())
-    for tensor, found in rows.items():
+def _from_segments(name: str, tensors: Mapping[str, list[list[Segment]]], heldout: float) -> MappedSource:
+    parts = {tensor: [Rows(_of_one_width(part)) for part in parts] for tensor, parts in tensors.items()}
+    first, n_rows = next((tensor, len(found[0])) for tensor, found in parts.items())
+    for tensor, found in ((tensor, part) for tensor, rows in parts.items() for part in rows):
         if len(found) != n_rows:
             raise InputError(
                 f"{name}: {tensor!r} has {len(found)} rows, {first!r} has {n_rows}: row i of each must be of one token"
@@ -236,8 +248,8 @@ def _from_segments(name: str, tensors: Mapping[str, list[Segment]], heldout: flo
     n = math.ceil(n_rows * heldout)
     if n >= n_rows:
         raise InputError(f"{name} has {n_rows} rows: none is left to train on when {n} are held out")
-    split = {tensor: found.split_tail(n) for tensor, found in rows.items()}
-    train, held = ({tensor: parts[i] for tensor, parts in split.items()} for i in range(2))
+    split = {tensor: joined_rows(found).split_tail(n) for tensor, found in parts.items()}
+    train, held = ({tensor: halves[i] for tensor, halves in split.items()} for i in range(2))
     return MappedSource(name, train, held)
 
 
@@ -249,16 +261,20 @@ def _of_one_width(segments: list[Segment]) -> list[Segment]:
     return segments
 
 
-def _from_shards(folder: ShardFolder, picked: Mapping[str, str | None]) -> MappedSource:
-    hooks = {tensor: folder.hook(hook) for tensor, hook in picked.items()}
+def _from_shards(folder: ShardFolder, picked: Mapping[str, tuple[str | None, ...]]) -> MappedSource:
+    hooks = {tensor: tuple(map(folder.hook, names)) for tensor, names in picked.items()}
     train, held = (_rows_of_shards(folder, hooks, split) for split in ("train", "heldout"))
     if not len(next(iter(train.values()))):
         left_out = f" ({len(folder.skipped)} bad shards left out)" if folder.skipped else ""
         raise InputError(f"{folder.path} holds no rows to train on{left_out}: run the harvest again, it goes on")
-    return MappedSource(f"{folder.path} ({', '.join(hooks.values())})", train, held, folder, hooks)
+    shown = ", ".join(hook for names in hooks.values() for hook in names)
+    return MappedSource(f"{folder.path} ({shown})", train, held, folder, hooks)
 
 
-def _rows_of_shards(folder: ShardFolder, hooks: Mapping[str, str], split: str) -> dict[str, Rows]:
+def _rows_of_shards(folder: ShardFolder, hooks: Mapping[str, tuple[str, ...]], split: str) -> dict[str, Rows]:
     """The rows of each hook, which are in one order: those of a shard that is bad in one hook are left out of all."""
-    infos = folder.shards_of_all(split, hooks.values())
-    return {tensor: Rows([from_shard(folder.open(info, hook)) for info in infos]) for tensor, hook in hooks.items()}
+    infos = folder.shards_of_all(split, [hook for names in hooks.values() for hook in names])
+    return {
+        tensor: joined_rows([Rows([from_shard(folder.open(info, hook)) for info in infos]) for hook in names])
+        for tensor, names in hooks.items()
+    }

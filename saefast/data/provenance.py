@@ -37,8 +37,8 @@ class Choice(TypedDict, total=False):
     hook: str | None
     key: str | None
     # Where the run trained on several tensors: the hook, or the key, of each.
-    hooks: dict[str, str]
-    keys: dict[str, str]
+    hooks: dict[str, str | list[str]]
+    keys: dict[str, str | list[str]]
 
 
 class Recorded(Place, Choice, total=False):
@@ -91,14 +91,15 @@ def describe_data(
     return metadata
 
 
-def _shard_facts(folder: ShardFolder, hooks: Mapping[str, str]) -> dict[str, Any]:
-    index, name = folder.index, hooks.get(X, next(iter(hooks.values())))
-    entry = next(entry for entry in index["hooks"] if entry["name"] == name)
+def _shard_facts(folder: ShardFolder, hooks: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    index, names = folder.index, hooks.get(X, next(iter(hooks.values())))
+    entries = {entry["name"]: entry for entry in index["hooks"]}
+    paths = [entries[name].get("hf_name") for name in names]
     facts = {
         "model_name": index.get("model"),
-        "hook_name": name,
-        "hf_hook_name": entry.get("hf_name"),
-        "hook_name_out": hooks.get(TARGET),
+        "hook_name": ",".join(names),
+        "hf_hook_name": ",".join(paths) if all(paths) else None,
+        "hook_name_out": ",".join(hooks[TARGET]) if TARGET in hooks else None,
         "context_size": index.get("ctx_len"),
         "dataset_path": index.get("text") or index.get("data"),
         "exclude_special_tokens": not folder.keeps_special_tokens,

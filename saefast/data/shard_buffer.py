@@ -14,7 +14,7 @@ from saefast.data.device_reservoir import DeviceReservoir
 from saefast.data.mapped_source import MappedSource
 from saefast.data.reservoir import LAG, Files, Reservoir, default_threads, native_module
 from saefast.data.shards import dequantise
-from saefast.data.source import Batch, Device, Source, X, check_batch_size, check_state, identity
+from saefast.data.source import Batch, Device, Source, X, beside, check_batch_size, check_state, identity
 from saefast.errors import InputError
 
 
@@ -119,13 +119,18 @@ class ShardBuffer(Source):
 
     def _files(self) -> Files:
         files: Files = []
-        for info in self.folder.shards_of_all("train", self.hooks.values()):
+        for info in self.folder.shards_of_all("train", self._every_hook):
             columns = []
-            for hook in self.hooks.values():
+            for hook in self._every_hook:
                 path, entries = self.folder.entries(info, hook)
                 columns += [(str(path), entries[name].start) for name in self._stored]
             files.append((info.rows, columns))
         return files
+
+    @property
+    def _every_hook(self) -> list[str]:
+        """Tensor by tensor, those in its columns."""
+        return [hook for hooks in self.hooks.values() for hook in hooks]
 
     @property
     def _stored(self) -> tuple[str, ...]:
@@ -134,9 +139,9 @@ class ShardBuffer(Source):
 
     @property
     def _column_bytes(self) -> list[int]:
-        """Bytes of a row in each column: tensor by tensor, its acts [, scale]."""
-        item = self.folder.dtype.itemsize
-        return [size for width in self.widths.values() for size in (width * item, 4)[: len(self._stored)]]
+        """Bytes of a row in each column: hook by hook, its acts [, scale]."""
+        item, widths = self.folder.dtype.itemsize, map(self.folder.d, self._every_hook)
+        return [size for width in widths for size in (width * item, 4)[: len(self._stored)]]
 
     def _draw(self, reservoir: Reservoir, reader: int, device: torch.device, dtype: torch.dtype) -> Iterator[Batch]:
         drawn = reservoir.batches(reader)
@@ -156,14 +161,17 @@ class ShardBuffer(Source):
     def _decode(self, raw: Tensor, dtype: torch.dtype) -> Batch:
         """Stored bytes (n, row_bytes) -> each tensor's rows (n, width), copies unless reuse_memory."""
         columns, batch = iter(raw.split(self._column_bytes, dim=1)), {}
-        for name in self.widths:
-            acts = _apart(next(columns), raw).view(self.folder.dtype)
-            if self.folder.dtype == torch.int8:
-                batch[name] = dequantise(acts, _apart(next(columns), raw).view(torch.float32)[:, 0]).to(dtype)
-            else:
-                in_ring = acts.shape[1] * acts.element_size() == raw.shape[1]
-                batch[name] = acts.to(dtype, copy=in_ring and not self._reuse_memory)
+        for name, hooks in self.hooks.items():
+            batch[name] = beside([self._rows_of(columns, raw, dtype) for _ in hooks])
         return batch
+
+    def _rows_of(self, columns: Iterator[Tensor], raw: Tensor, dtype: torch.dtype) -> Tensor:
+        """The next hook's rows (n, width), out of the columns that are left of raw."""
+        acts = _apart(next(columns), raw).view(self.folder.dtype)
+        if self.folder.dtype == torch.int8:
+            return dequantise(acts, _apart(next(columns), raw).view(torch.float32)[:, 0]).to(dtype)
+        in_ring = acts.shape[1] * acts.element_size() == raw.shape[1]
+        return acts.to(dtype, copy=in_ring and not self._reuse_memory)
 
     def state_dict(self) -> dict[str, Any]:
         return self._identity() | {
@@ -196,6 +204,9 @@ class ShardBuffer(Source):
         assert self._open is not None
         number = int(self._open.rows[i]) if isinstance(self._open, DeviceReservoir) else self._open.row_number(i)
         return self._mapped.describe_number(number, name)
+
+    def part_widths(self, name: str = X) -> tuple[int, ...]:
+        return self._mapped.part_widths(name)
 
     def stored_dtype(self, name: str = X) -> torch.dtype | None:
         return self._mapped.stored_dtype(name)

@@ -14,8 +14,9 @@ Device = str | torch.device
 # what a reconstruction is held to, where that is not x itself.
 Batch = dict[str, Tensor]
 X, TARGET = "x", "target"
-# Hooks or keys: of each tensor by the tensor's name, or a list where each is a tensor of that name.
-Names = Mapping[str, str] | Sequence[str]
+# Hooks or keys: of each tensor by the tensor's name, several of which lie side by side in its columns; or a list where
+# each is a tensor of that name.
+Names = Mapping[str, str | Sequence[str]] | Sequence[str]
 
 
 def first_bad_row(batch: Tensor) -> int | None:
@@ -101,6 +102,10 @@ class Source(ABC):
         """Where row i of heldout() comes from, in the tensor of that name, counted over its batches."""
         return f"held-out row {i} of {self.source_name}"
 
+    def part_widths(self, name: str = X) -> tuple[int, ...]:
+        """Widths of what lies side by side in the columns of the tensor of that name: hooks, or arrays."""
+        return (self.widths[name],)
+
     def stored_dtype(self, name: str = X) -> torch.dtype | None:
         """The floating-point dtype that the rows of the tensor of that name are stored in, where it is known."""
         return None
@@ -120,9 +125,20 @@ def identity(widths: Mapping[str, int]) -> dict[str, Any]:
     return {"d_in": widths[X]} if set(widths) == {X} else {"widths": dict(widths)}
 
 
-def by_tensor(names: Names) -> dict[str, str]:
-    """The hook or key of each tensor."""
-    return dict(names) if isinstance(names, Mapping) else {name: name for name in names}
+def by_tensor(names: Names) -> dict[str, str | list[str]]:
+    """The hook or key of each tensor, or a list of those side by side in its columns: what JSON can hold."""
+    given = names if isinstance(names, Mapping) else {name: name for name in names}
+    return {tensor: found if isinstance(found, str) else list(found) for tensor, found in given.items()}
+
+
+def side_by_side(names: Names) -> dict[str, tuple[str, ...]]:
+    """The hooks or keys in the columns of each tensor."""
+    return {tensor: (given,) if isinstance(given, str) else tuple(given) for tensor, given in by_tensor(names).items()}
+
+
+def beside(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (n, width) side by side in one; a tensor alone is itself."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 def n_rows_of(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from saefast.data import live_buffer
 from saefast.data.iterable_source import HELDOUT_BYTES, HELDOUT_ROWS
 from saefast.data.live_buffer import LiveBuffer
 from saefast.data.shards import Identity
-from saefast.data.source import Batch, Device, Names, X, by_tensor, n_rows_of
+from saefast.data.source import Batch, Device, Names, X, beside, n_rows_of, side_by_side
 from saefast.errors import InputError
 from saefast.harvest.config import HarvestConfig
 from saefast.harvest.harvester import Harvester
@@ -47,7 +47,7 @@ def live_sources(
     shared = Shared(lambda: _with_rows(harvester.batches()), readers=len(hooks))
     return {
         hook: HookBuffer(
-            HookStream(shared, reader, {X: hook}, _name(harvester, [hook])),
+            HookStream(shared, reader, {X: (hook,)}, _name(harvester, [hook])),
             reservoir_rows=reservoir_rows,
             identity=harvester.identity,
         )
@@ -70,19 +70,18 @@ def live_source(
     """One source of several hooks of the config: its batches hold a tensor of each, row for row of the same tokens.
 
     hooks: {"x": "layers.3.mlp.in", "target": "layers.3.mlp.out"} names the tensors, a list (None: all hooks of the
-    config) leaves them the hooks' names. The rest is as in live_sources. Raises InputError for a hook that the config
-    does not name.
+    config) leaves them the hooks' names; {"x": ["layers.1", "layers.2"]} has both side by side in the columns of x. The
+    rest is as in live_sources. Raises InputError for a hook that the config does not name.
     """
     harvester = harvester_for(config, model=model, tokenizer=tokenizer, text=text, items=items, processor=processor)
     names = {name: hook["name"] for hook in harvester.runner.hooks for name in (hook["hf_name"], hook["name"])}
     every = [hook["name"] for hook in harvester.runner.hooks]
-    asked = by_tensor(every if hooks is None else hooks)
-    if missing := [hook for hook in asked.values() if hook not in names]:
+    asked = side_by_side(every if hooks is None else hooks)
+    if missing := [hook for several in asked.values() for hook in several if hook not in names]:
         raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(every)}")
-    picked = {tensor: names[hook] for tensor, hook in asked.items()}
-    stream = HookStream(
-        Shared(lambda: _with_rows(harvester.batches()), readers=1), 0, picked, _name(harvester, list(picked.values()))
-    )
+    picked = {tensor: tuple(names[hook] for hook in several) for tensor, several in asked.items()}
+    shown = _name(harvester, [hook for several in picked.values() for hook in several])
+    stream = HookStream(Shared(lambda: _with_rows(harvester.batches()), readers=1), 0, picked, shown)
     return HookBuffer(stream, reservoir_rows=reservoir_rows, identity=harvester.identity)
 
 
@@ -152,12 +151,14 @@ class Shared:
 
 
 class HookStream:
-    """What a shared pass gives of some hooks, a tensor each, as LiveBuffer takes it: rows to train on without end, and
-    held-out ones."""
+    """What a shared pass gives of some hooks, as LiveBuffer takes it: rows to train on without end, and held-out ones.
+
+    hooks: of each tensor, side by side in its columns.
+    """
 
     n_rows: int | None = None
 
-    def __init__(self, shared: Shared, reader: int, hooks: Mapping[str, str], name: str) -> None:
+    def __init__(self, shared: Shared, reader: int, hooks: Mapping[str, tuple[str, ...]], name: str) -> None:
         self._shared, self._reader, self._hooks, self.source_name = shared, reader, hooks, name
         self._held: list[tuple[int, Batch]] = []  # held-out rows, and how many rows to train on came before them
         self._n_held = self._held_bytes = 0
@@ -191,11 +192,14 @@ class HookStream:
             batch = self._shared.read(self._reader, number)
 
     def _rows(self, batch: HarvestBatch) -> Batch:
-        return {tensor: batch.rows[hook] for tensor, hook in self._hooks.items()}
+        return {tensor: beside([batch.rows[hook] for hook in hooks]) for tensor, hooks in self._hooks.items()}
 
     def holds_all(self) -> bool:
         """Whether no further rows will be held out."""
         return self._n_held >= HELDOUT_ROWS or self._held_bytes >= HELDOUT_BYTES
+
+    def part_widths(self, name: str = X) -> tuple[int, ...]:
+        return tuple(int(self._first.rows[hook].shape[1]) for hook in self._hooks[name])
 
     def stored_dtype(self, name: str = X) -> torch.dtype:
         return self._dtypes[name]
@@ -219,7 +223,10 @@ class HookBuffer(LiveBuffer):
 
     def __init__(self, stream: HookStream, *, reservoir_rows: int, identity: Identity) -> None:
         super().__init__(stream, reservoir_rows=reservoir_rows)
-        self.identity = identity
+        self._stream, self.identity = stream, identity
+
+    def part_widths(self, name: str = X) -> tuple[int, ...]:
+        return self._stream.part_widths(name)
 
     def leave(self) -> None:
         # The pass that feeds the other hooks goes on, and this one can be drawn from once only.

@@ -8,7 +8,7 @@ from typing import Any
 
 from saefast.data.provenance import DATA, Live, Recorded, recorded_data
 from saefast.data.shards import Identity
-from saefast.data.source import Names, X, by_tensor
+from saefast.data.source import Names, X, by_tensor, side_by_side
 from saefast.errors import InputError
 from saefast.harvest.config import HOW_IT_RUNS, HarvestConfig, in_dtype
 from saefast.harvest.language_models import load_tokenizer
@@ -35,10 +35,10 @@ def describe_live(
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_KEPT}
     kept |= {"model": _place(config.model), "text": [_place(text) for text in texts]}
     data: dict[str, Any] = {"path": FOLDER, "heldout": config.heldout, "live": kept}
-    hooks = {} if isinstance(hook, str) else by_tensor(hook)
-    data |= {"hooks": hooks} if hooks else {"hook": hook}
+    data |= {"hook": hook} if isinstance(hook, str) else {"hooks": by_tensor(hook)}
     data |= {"identity": identity} if identity is not None else {}
-    first = hooks.get(X, next(iter(hooks.values()))) if hooks else hook
+    hooks = side_by_side({X: hook} if isinstance(hook, str) else hook)
+    first = ",".join(hooks.get(X, next(iter(hooks.values()))))
     names = ", ".join(texts) or "stdlib docstrings"
     return {DATA: data, "model_name": config.model, "dataset_path": names, "hook_name": first}
 
@@ -63,7 +63,8 @@ def harvest_again(run: Path, kept: Recorded, progress: bool = False, model: Any 
     texts = live["text"]
     # JSON has lists for tuples.
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    hooks = tuple(dict.fromkeys(kept["hooks"].values())) if kept.get("hooks") else (str(kept.get("hook")),)
+    named = [hook for several in side_by_side(kept.get("hooks", {})).values() for hook in several]
+    hooks = tuple(dict.fromkeys(named)) or (str(kept.get("hook")),)
     config = HarvestConfig(hooks=hooks, text=texts[0] if len(texts) == 1 else None, max_tokens=TOKENS, **settings)
     config = in_dtype(config, (kept.get("identity") or {}).get("dtype"))
     text = open_texts(texts, config.text_column, config.seed) if len(texts) > 1 else None
