@@ -6,11 +6,11 @@ model, and leaves eval.json and latents.safetensors in its folder.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -33,6 +33,7 @@ from saefast.metrics.language_model import LM_METRICS, TokenBatch, batch_sequenc
 from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
 from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
 from saefast.models.sae import SAE, WEIGHTS, load, require_real
+from saefast.places import Place
 from saefast.training.checkpoint import list_steps
 from saefast.training.progress import SILENT, read_metrics
 from saefast.training.run_folder import CHECKPOINTS
@@ -83,17 +84,29 @@ class Evaluation:
         }
 
 
+class Pair(NamedTuple):
+    """Rows x (B, d_in) on an SAE's device, and what they are to be mapped to, (B, d_out): x itself, or another."""
+
+    x: Tensor
+    target: Tensor
+
+
+Batches = Iterable[Tensor | Mapping[str, Tensor]]
+
+
 @typed
 @ambient.plainly(grad=False)
 def evaluate(
     sae: SAE,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     describe: Callable[[int], str] | None = None,
     max_norm_multiple: float | Literal["auto"] | None = "auto",
 ) -> SAEMetrics:
     """Streams rows x (B, d_in) through the SAE.
 
     Args:
+        batches: an iterable of such x, or of {"x": x, "target": what it is to be mapped to}, which every figure of the
+            reconstruction is about then.
         describe: says where a row came from, by its number, for the error about one that is not finite.
         max_norm_multiple: up to how many times the median distance from the centre, both of the first FIRST_ROWS rows,
             a row is ordinary; None is any; "auto" as in TrainConfig. "fvu_ordinary" alone is without the others.
@@ -101,46 +114,64 @@ def evaluate(
     Raises:
         InputError: a batch that is no tensor, of another width, or with NaN or inf.
     """
-    return _evaluated(sae, _checked(sae, batches, describe), max_norm_multiple)
+    place = None if describe is None else lambda row, _name: describe(row)
+    return _evaluated(sae, _checked(sae, batches, place), max_norm_multiple)
 
 
-def _evaluated(sae: SAE, rows: Iterator[Tensor], max_norm_multiple: Multiple) -> SAEMetrics:
+def _evaluated(sae: SAE, rows: Iterator[Pair], max_norm_multiple: Multiple) -> SAEMetrics:
     check_multiple(max_norm_multiple)
-    first, n_rows = [], 0
-    while n_rows < FIRST_ROWS and (x := next(rows, None)) is not None:
-        first.append(x)
-        n_rows += len(x)
-    ordinary = ordinary_rows(torch.cat(first), max_norm_multiple) if n_rows else None
+    first: list[Pair] = []
+    n_rows = 0
+    while n_rows < FIRST_ROWS and (pair := next(rows, None)) is not None:
+        first.append(pair)
+        n_rows += len(pair.x)
+    ordinary = ordinary_rows(torch.cat([pair.target for pair in first]), max_norm_multiple) if n_rows else None
     metrics = SAEMetrics(sae.config.n_latents, sae.device, ordinary)
-    for x in chain(first, rows):
+    for x, target in chain(first, rows):
         x_hat, acts, idx = sae(x)
-        metrics.update(x, x_hat, acts, idx)
+        metrics.update(target, x_hat, acts, idx)
     return metrics
 
 
 def _checked(
-    sae: SAE, batches: Iterable[Tensor], describe: Callable[[int], str] | None, stored: torch.dtype | None = None
-) -> Iterator[Tensor]:
-    """The batches on the SAE's device. stored: the dtype that they had before they were read in another."""
+    sae: SAE,
+    batches: Batches,
+    describe: Callable[[int, str], str] | None,
+    stored: Callable[[str], torch.dtype | None] | None = None,
+) -> Iterator[Pair]:
+    """The batches on the SAE's device. describe: where a row of a tensor, by their number and name, came from. stored:
+    the dtype that a tensor had before it was read in another."""
     seen = 0
-    for x in ambient.drawn([batches] if isinstance(batches, Tensor) else batches):
-        _check_batch(x, seen, sae)
-        x = x.to(sae.device)
-        if (bad := first_bad_row(x)) is not None:
-            where = f": {describe(seen + bad)}" if describe else ""
-            where += f"; drop or repair it{where_it_ends(x[bad], stored)}"
-            raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}")
-        yield x
-        seen += len(x)
+    for drawn in ambient.drawn([batches] if isinstance(batches, Tensor | Mapping) else batches):
+        batch = drawn if isinstance(drawn, Mapping) else {X: drawn}
+        _check_batch(batch, seen, sae)
+        rows = {name: part.to(sae.device) for name, part in batch.items()}
+        for name, part in rows.items():
+            if (bad := first_bad_row(part)) is not None:
+                where = f": {describe(seen + bad, name)}" if describe else ""
+                where += f"; drop or repair it{where_it_ends(part[bad], None if stored is None else stored(name))}"
+                raise InputError(f"row {seen + bad} of the held-out rows holds NaN or inf{where}")
+        yield Pair(rows[X], rows.get(TARGET, rows[X]))
+        seen += len(rows[X])
 
 
-def _check_batch(x: Any, seen: int, sae: SAE) -> None:
-    if not isinstance(x, Tensor) or x.dim() != 2 or x.device.type == "meta":
-        what = f"is of shape {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else f"is a {type(x).__name__}"
-        raise InputError(f"the batch after {seen} rows {what}: expected a tensor (B, {sae.config.d_in})")
-    require_real("x", x)
-    if x.shape[1] != sae.config.d_in:
-        raise InputError(f"x has shape {tuple(x.shape)} after {seen} rows: expected (B, d_in = {sae.config.d_in})")
+def _check_batch(batch: Mapping[str, Any], seen: int, sae: SAE) -> None:
+    if X not in batch or batch.keys() - {X, TARGET}:
+        given = ", ".join(map(str, batch))
+        raise InputError(f"the batch after {seen} rows has {given}: expected {X!r}, perhaps with {TARGET!r}")
+    widths = {X: ("d_in", sae.config.d_in), TARGET: ("d_out", len(sae.b_dec))}
+    for name, rows in batch.items():
+        what, width = widths[name]
+        if not isinstance(rows, Tensor) or rows.dim() != 2 or rows.device.type == "meta":
+            is_tensor = isinstance(rows, Tensor)
+            found = f"is of shape {tuple(rows.shape)} on {rows.device}" if is_tensor else f"is a {type(rows).__name__}"
+            of = "" if name == X else f" of {name!r}"
+            raise InputError(f"the batch{of} after {seen} rows {found}: expected a tensor (B, {width})")
+        require_real(name, rows)
+        if rows.shape[1] != width:
+            raise InputError(f"{name} has shape {tuple(rows.shape)} after {seen} rows: expected (B, {what} = {width})")
+    if len({len(rows) for rows in batch.values()}) > 1:
+        raise InputError(f"target has {len(batch[TARGET])} rows after {seen} rows, x {len(batch[X])}: expected as many")
 
 
 @typed
@@ -181,10 +212,8 @@ def evaluate_run(
     if isinstance(source, MappedSource) and source.folder is not None:
         # Better now than after all rows.
         check_given(source.folder.index, model, tokenizer)
-    if TARGET in source.widths:
-        raise InputError(f"{source.source_name} has a target besides x: only reconstructions of x are evaluated so far")
-    rows = (batch[X] for batch in source.heldout(batch_size, dtype=sae.dtype))
-    metrics = _evaluated(sae, _checked(sae, rows, source.describe_heldout, source.stored_dtype()), max_norm_multiple)
+    rows = _checked(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout, source.stored_dtype)
+    metrics = _evaluated(sae, rows, max_norm_multiple)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
@@ -253,6 +282,9 @@ def run_source(
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
     about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
+    if TARGET in source.widths:
+        hooks = source.hooks if isinstance(source, MappedSource) else {}
+        about["maps"] = {name: " + ".join(hooks.get(name, (name,))) for name in (X, TARGET)}
     # What the run itself said at its end of latents that did not fire in training.
     with contextlib.suppress(InputError, IndexError):
         last = read_metrics(folder)[-1]
@@ -279,16 +311,16 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
         result.lm_left_out = f"the folder holds {what_of(source.folder.kind)}, not of text"
         return
     index = source.folder.index
-    hook = str(sae.config.metadata.get("hook_name") or source.folder.hook(None))
     try:
         language_model = causal_language_model(index, model, sae.device)
         result.lm = lm_scores(
             language_model,
-            find_hook(language_model, hook).places,
+            _places(language_model, source.hooks.get(TARGET, source.hooks[X])),
             lambda x: sae(x.to(sae.device)).x_hat.to(x.device),
             _scored(source, lm_tokens, _choice(index, model, tokenizer)),
             (),
-            _ordinary_rows(index, source.hooks[X][0]),
+            _ordinary_rows(index, source),
+            _places(language_model, source.hooks[X]),
         )
     except OtherModel as error:
         if model is not None or tokenizer is not None:
@@ -305,12 +337,27 @@ def _choice(index: dict[str, Any], model: Any, tokenizer: Any) -> TokenChoice:
     return TokenChoice.from_index(index, harvested_tokenizer(index, tokenizer, model).all_special_ids)
 
 
-def _ordinary_rows(index: dict[str, Any], hook: str) -> Callable[[Tensor], Tensor] | None:
-    """Which rows (n, D) at a hook the harvest's max_norm_multiple kept; None where that is all."""
-    multiple, median = index.get("max_norm_multiple"), index.get("median_norms", {}).get(hook)
-    if multiple is None or median is None:
+def _places(model: Any, hooks: Sequence[str]) -> list[Place]:
+    """Of hooks whose values lie side by side."""
+    return [place for hook in hooks for place in find_hook(model, hook).places]
+
+
+def _ordinary_rows(index: dict[str, Any], source: MappedSource) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Which rows x, target (n, D) the harvest's max_norm_multiple kept; None where that is all."""
+    multiple, medians = index.get("max_norm_multiple"), index.get("median_norms", {})
+    if multiple is None or any(hook not in medians for hooks in source.hooks.values() for hook in hooks):
         return None
-    return lambda x: norms_of(x) <= multiple_of(multiple) * median
+
+    def kept(x: Tensor, target: Tensor) -> Tensor:
+        near = [
+            norms_of(part) <= multiple_of(multiple) * medians[hook]
+            for name, rows in ((X, x), (TARGET, target))
+            if name in source.hooks
+            for part, hook in zip(rows.split(source.part_widths(name), 1), source.hooks[name], strict=True)
+        ]
+        return torch.stack(near).all(0)
+
+    return kept
 
 
 def _scored(source: MappedSource, n_tokens: int, choice: TokenChoice) -> Iterator[TokenBatch]:

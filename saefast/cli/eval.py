@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
 def table(result: Evaluation) -> str:
     """The figures, each with its formula and source."""
     about = result.about
-    lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_far(about), ""]
+    lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_maps(about)]
+    lines += [*_far(about), ""]
     lines += _rows(result.metrics, METRICS)
     if set(SILENT) <= about.get("training", {}).keys():
         lines += ["", silent_latents(about["training"])]
@@ -72,6 +73,14 @@ def table(result: Evaluation) -> str:
     else:
         lines += ["", f"language-model loss left out: {result.lm_left_out}"]
     return "\n".join(lines)
+
+
+def _maps(about: dict[str, Any]) -> list[str]:
+    """A line about what a transcoder maps to what."""
+    if "maps" not in about:
+        return []
+    given, target = about["maps"]["x"], about["maps"]["target"]
+    return [f"it maps {given} to {target}: in the formulas below x is {target}"]
 
 
 def _far(about: dict[str, Any]) -> list[str]:

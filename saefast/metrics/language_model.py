@@ -1,8 +1,9 @@
 """What a language model loses when an SAE's reconstruction takes the place of its activations.
 
 Cross-entropy of the next token, in nats, with the activations as they are ("clean"), with x̂ in place of x ("sae") and
-with zeros in place of x ("zero"). Special tokens (beginning, end, padding ...) keep their own activations, because
-SAEs are not trained on them, and stay out of the averages, both as the token read and as the token predicted.
+with zeros in place of x ("zero"); what a transcoder makes of x stands in place of its target. Special tokens
+(beginning, end, padding ...) keep their own activations, because SAEs are not trained on them, and stay out of the
+averages, both as the token read and as the token predicted.
 """
 
 import contextlib
@@ -93,7 +94,8 @@ def lm_scores(
     reconstruct: Callable[[Tensor], Tensor],
     batches: Iterable[TokenBatch],
     special_ids: Iterable[int] = (),
-    replaces: Callable[[Tensor], Tensor] | None = None,
+    replaces: Callable[[Tensor, Tensor], Tensor] | None = None,
+    inputs: Sequence[Place] | None = None,
 ) -> dict[str, float]:
     """Clean, spliced and zero-ablated loss of a causal language model, named as in LM_METRICS.
 
@@ -103,10 +105,11 @@ def lm_scores(
         model: called as model(input_ids=, attention_mask=) and returning `.logits` (B, T, V).
         places: whose activations are replaced, as `find_hook(model, name).places` has them. Those of several are x side
             by side, as the untouched model has them, and each is replaced by its own part of x̂.
-        reconstruct: x (n, D) -> x̂ (n, D).
+        reconstruct: x (n, D) -> what takes the places' activations y (n, D_out), which are x itself without `inputs`.
         batches: the text.
         special_ids: token ids kept out of the replacement and of the averages, as are those outside a batch's rows.
-        replaces: x (n, D) -> (n,) bool, which of these rows are replaced, by x̂ and by zeros alike; None is all.
+        replaces: x, y -> (n,) bool, which of these rows are replaced, by x̂ and by zeros alike; None is all.
+        inputs: of a transcoder, the places that x is taken from, as the untouched model has them.
 
     Raises:
         InputError: an encoder-decoder model; ids beyond the model's embedding; a place whose turn does not come, or of
@@ -131,7 +134,8 @@ def lm_scores(
                 continue
             check_ids(model, batch.ids)
             on_device = TokenBatch(batch.ids.to(device), batch.mask.to(device))
-            sums += _batch_sums(model, places, reconstruct, replaces, on_device, ordinary.to(device), keep)
+            seen = on_device, ordinary.to(device), keep
+            sums += _batch_sums(model, places, inputs or places, reconstruct, replaces, *seen)
             n_tokens += int(keep.sum())
     if n_tokens == 0:
         raise InputError("no text to score: no sequence holds two ordinary tokens in a row")
@@ -142,8 +146,9 @@ def lm_scores(
 def _batch_sums(
     model: nn.Module,
     places: Sequence[Place],
+    inputs: Sequence[Place],
     reconstruct: Callable[[Tensor], Tensor],
-    replaces: Callable[[Tensor], Tensor] | None,
+    replaces: Callable[[Tensor, Tensor], Tensor] | None,
     batch: TokenBatch,
     where: Tensor,
     keep: Tensor,
@@ -158,15 +163,16 @@ def _batch_sums(
     def cross_entropy(log_p: Tensor) -> Tensor:
         return -log_p.gather(1, targets[:, None]).sum(dtype=torch.float64)
 
-    taken = Taken(places, by_token(len(where), (where.shape[1],)))
-    with visited(model, places, taken.take):
+    every = dict.fromkeys([*places, *inputs])
+    taken = Taken(every, by_token(len(where), (where.shape[1],)))
+    with visited(model, every, taken.take):
         clean = log_probs()
     parts = [taken.value(place)[where] for place in places]
-    x = torch.cat(parts, -1)
+    x, y = torch.cat([taken.value(place)[where] for place in inputs], -1), torch.cat(parts, -1)
     entropies, divergences = [cross_entropy(clean)], []
-    for other in (reconstruct(x).to(x.dtype), torch.zeros_like(x)):
+    for other in (reconstruct(x).to(y.dtype), torch.zeros_like(y)):
         if replaces is not None:
-            other = torch.where(replaces(x)[:, None], other, x)
+            other = torch.where(replaces(x, y)[:, None], other, y)
         others = other.split([part.shape[-1] for part in parts], -1)
         with contextlib.ExitStack() as stack:
             for place, part in zip(places, others, strict=True):
