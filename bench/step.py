@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from statistics import median
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,9 @@ class Kind(NamedTuple):
 
     activation: str = "topk"
     matryoshka: tuple[int, ...] = ()
+
+    # Without an annotation it is no field: what the contenders of such a kind are.
+    script = "step_child.py"
 
     def label(self, what: str) -> str:
         """What its results are called; those of TopK alone are `what`."""
@@ -87,7 +90,7 @@ class Contender:
         sizes = json.dumps(shape._asdict() | kind._asdict() | {"device": device})
         environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
         self.name, self.process = name, subprocess.Popen(
-            [python, str(common.ROOT / "bench" / "step_child.py"), name, sizes],
+            [python, str(common.ROOT / "bench" / kind.script), name, sizes],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         self._reply()
@@ -155,11 +158,13 @@ def interleaved(
             for _ in range(warm_up(one.name, device)):
                 one.ask("step")
         seconds: dict[str, list[float]] = {one.name: [] for one in found}
+        last: dict[str, dict[str, float]] = {}
         for number in range(rounds):
             # Another one begins each round: what runs first finds other things in the caches.
             for one in found[number % len(found) :] + found[: number % len(found)]:
                 time.sleep(PAUSE if device == "cpu" else 0)
-                seconds[one.name].append(one.ask("step")["seconds"])
+                last[one.name] = one.ask("step")
+                seconds[one.name].append(last[one.name]["seconds"])
         peaks = {one.name: one.ask("memory")["peak"] for one in found}
     spreads = {name: common.spread(taken) for name, taken in seconds.items()}
     ours = spreads["saefast"].median
@@ -170,6 +175,9 @@ def interleaved(
             "tokens/s": round(shape.B / taken.median),
             "times saefast's": round(taken.median / ours, 2),
             "peak MB": round(peaks[name] / 1e6),
+            # Some steps settle all rows of W_enc, which a median may miss.
+            "mean ms": round(mean(seconds[name]) * 1e3, 1),
+            "L0": last[name].get("l0"),
             "seconds": list(taken),
         }
         for name, taken in spreads.items()

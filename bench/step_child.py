@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,8 @@ class Memory:
         return worst - self.before
 
 
-def main() -> None:
+def serve(contenders: Mapping[str, Callable[..., Step]]) -> None:
+    """Is the contender that the command line names, until there are no more orders."""
     name, sizes = sys.argv[1], json.loads(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what packages print must not get among the replies
@@ -247,7 +248,7 @@ def main() -> None:
     torch.manual_seed(0)
     rows = batches(**sizes)
     memory = Memory(device)
-    step = CONTENDERS[name](**sizes)
+    step = contenders[name](**sizes)
     replies.write(json.dumps({"ready": True}) + "\n")
     replies.flush()
     for count, line in enumerate(sys.stdin):
@@ -257,8 +258,9 @@ def main() -> None:
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
-            value = getattr(loss, "loss", loss)
-            reply = {"seconds": seconds, "loss": float(value)}
+            reply = {"seconds": seconds, "loss": float(getattr(loss, "loss", loss))}
+            if hasattr(loss, "l0"):
+                reply["l0"] = float(loss.l0)
         else:
             reply = {"peak": memory.peak()}
         replies.write(json.dumps(reply) + "\n")
@@ -266,4 +268,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(CONTENDERS)

@@ -298,6 +298,28 @@ def crosscoder_topk(k: int, blocks: int, *, batch: bool = False) -> Statement:
     return statement
 
 
+# Serving BatchTopK, where a token's code must not depend on those beside it.
+
+
+def running(threshold: float | None, code: Tensor, decay: float = 0.99) -> float | None:
+    """The moving average of the smallest activation above 0 of each batch's code; it begins at the first one's."""
+    if not (code > 0).any():
+        return threshold
+    smallest = float(code.detach()[code > 0].min())
+    return smallest if threshold is None else decay * threshold + (1 - decay) * smallest
+
+
+def above(threshold: float, *, centred: bool = True) -> Statement:
+    """What is served: all pre-activations above a threshold."""
+
+    def statement(p: Parameters, x: Tensor, step: int) -> Found:
+        pre = pre_activations(p, x, centred)
+        code = torch.where(pre > threshold, pre, 0)
+        return Found(code, [(1.0, decode(p, code))])
+
+    return statement
+
+
 # The loss, and training.
 
 
