@@ -9,19 +9,22 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.engines.base import PARAMETERS, EngineBase
+from saefast.engines.base import EngineBase
 from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, sum_squares, term_weights, total_variance
 from saefast.engines.resample import due
 from saefast.errors import InputError
+from saefast.models.architecture import At
+from saefast.models.pointwise import gathered
 from saefast.models.sae import SAE
 from saefast.ops import spmm
-from saefast.ops.code import Code, padded
+from saefast.ops.code import Code, Number, padded
 from saefast.ops.encoder import Encoder
 from saefast.ops.selected import selected
 
+FIRST = At(0, 1)
 MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.Adam's names
 
 
@@ -49,7 +52,7 @@ class AutogradEngine(EngineBase):
         if config.optimizer != "adam":
             raise InputError(f"optimizer is {config.optimizer!r}: engine 'autograd' has 'adam'; use engine='fused'")
         super().__init__(sae, config, total_steps)
-        self.parameters = {name: getattr(sae, name) for name in PARAMETERS}
+        self.parameters = {name: getattr(sae, name) for name in self.names}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         self.adam = torch.optim.Adam(
@@ -67,7 +70,8 @@ class AutogradEngine(EngineBase):
         before = self.sae.W_dec.detach().clone() if self.config.decoder_norm.startswith("pre") else None
         if self.config.decoder_norm == "pre_forward":
             self.sae.normalize_decoder_()
-        losses = total_loss(self.sae, x, self.dead, self.config, self.mse_scale, target)
+        moment = self.kept(), self.at()
+        losses = total_loss(self.sae, x, self.dead, self.config, self.mse_scale, target, *moment)
         if losses.total.isfinite():
             losses.total.backward()
             grad_norm = self._prepare_gradients()
@@ -102,13 +106,14 @@ class AutogradEngine(EngineBase):
         if self.config.decoder_norm == "post_step":
             self.sae.normalize_decoder_()
         self.dead.take(losses.since, losses.fired, losses.code.rows)
-        seen = losses.code, losses.norms, self.step_count, self.config
-        self.take_buffers(self.architecture.observed(self.buffers(), *seen))
+        seen = losses.code, losses.norms, self.at(), self.config
+        self.take_kept(self.architecture.observed(self.kept(), *seen))
         self.step_count += 1
         if due(self.step_count, self.total_steps, self.config):
             self._resample(losses.residual)
         l0 = (losses.served.acts > 0).sum() / losses.served.rows
-        return StepStats(losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr)
+        figures = losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr
+        return StepStats(*figures, losses.penalty, losses.coefficient)
 
     def _resample(self, residual: Tensor) -> None:
         begun = self.begun_anew(residual)
@@ -116,7 +121,8 @@ class AutogradEngine(EngineBase):
             return
         fresh, alive = begun
         ids, zeros = fresh.latents, torch.zeros_like(fresh.W_enc[:, 0])
-        for name, rows in (("W_enc", fresh.W_enc), ("W_dec", fresh.W_dec), ("b_enc", zeros)):
+        values = {"W_enc": fresh.W_enc, "W_dec": fresh.W_dec, "b_enc": zeros} | self.restarted(alive)
+        for name, rows in values.items():
             parameter = self.parameters[name]
             moments = self.adam.state[parameter]
             parameter.data[ids] = rows.to(parameter.dtype)
@@ -136,7 +142,7 @@ class AutogradEngine(EngineBase):
             moments = self.adam.state.get(parameter, {})
             state |= {f"adam.{name}.{moment}": moments[moment] for moment in MOMENTS if moment in moments}
         state |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
-        return state
+        return state | {f"kept.{name}": value for name, value in self.state.items()}
 
     @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
@@ -149,6 +155,7 @@ class AutogradEngine(EngineBase):
         self.dead.since = self._copied(state, "dead.since", self.dead.since)
         self.dead.never = self._copied(state, "dead.never", self.dead.never)
         self.dead.age = self._copied(state, "dead.age", self.dead.age)
+        self.state = {name: self._copied(state, f"kept.{name}", value) for name, value in self.state.items()}
         self.adam.state.clear()
         for name, parameter in self.parameters.items():
             if self.step_count:
@@ -162,6 +169,20 @@ class AutogradEngine(EngineBase):
     def _copied(self, state: State, name: str, like: Tensor) -> Tensor:
         """A copy of a state's tensor on the device of the one it replaces."""
         return self.taken(state, name, like).detach().to(like.device, copy=True)
+
+
+class Batch(NamedTuple):
+    """What the loss is of."""
+
+    centred: Tensor
+    """(B, d_in) what the encoder sees."""
+    target: Tensor
+    """(B, d_out) what the decoder is to give."""
+    variance: Tensor
+    """`total_variance` of what is to be reconstructed."""
+    kept: dict[str, Tensor]
+    """What the architecture keeps."""
+    at: At
 
 
 class Losses(NamedTuple):
@@ -184,26 +205,48 @@ class Losses(NamedTuple):
     """(n_latents,) the dead-latent counters after this batch."""
     fired: Tensor
     """(n_latents,) bool, the latents that fired in it."""
+    penalty: Tensor | float = 0.0
+    """The sparsity penalty with its coefficient, detached."""
+    coefficient: Number = 0.0
 
 
 def total_loss(
-    sae: SAE, x: Tensor, dead: DeadLatents, config: TrainConfig, mse_scale: float = 1.0, target: Tensor | None = None
+    sae: SAE,
+    x: Tensor,
+    dead: DeadLatents,
+    config: TrainConfig,
+    mse_scale: float = 1.0,
+    target: Tensor | None = None,
+    kept: dict[str, Tensor] | None = None,
+    at: At = FIRST,
 ) -> Losses:
-    """The whole loss of a batch x (B, d_in), differentiable in the SAE's four parameters. `dead` is only read.
+    """The whole loss of a batch x (B, d_in), differentiable in the SAE's parameters. `dead` is only read.
 
     Args:
-        target: (B, d_in) what the code is to reconstruct; None is x.
+        target: (B, d_out) what the code is to reconstruct; None is x.
+        kept: what the architecture keeps; None is nothing.
+        at: which step of the run this is.
     """
     target = x if target is None else target
-    architecture, variance = sae.architecture, total_variance(target)
-    terms = architecture.terms(config)
+    variance = total_variance(target)
+    if (direct := sae.architecture.direct(x, sae.own())) is not None:
+        target = target - direct
     centred = x - sae.b_dec if sae.config.apply_b_dec_to_input else x
+    batch = Batch(centred, target, variance, kept or {}, at)
+    kind = chosen_loss if sae.architecture.pointwise is None else pointwise_loss
+    return kind(sae, batch, dead, config, mse_scale)
+
+
+def chosen_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, mse_scale: float) -> Losses:
+    """Where latents compete: the loss on the entries that were chosen."""
+    architecture, terms = sae.architecture, sae.architecture.terms(config, batch.at)
+    centred, target, variance = batch.centred, batch.target, batch.variance
     encoder = _encoder(sae, centred)
-    raw = architecture.code(encoder, config)
+    raw = architecture.code(encoder, config, batch.at)
     chosen = padded(raw, sae.config.n_latents)
     code = chosen._replace(acts=selected(centred, sae.W_enc, sae.b_enc, chosen, clip=not config.reproduce_bugs))
 
-    total = x.new_zeros(())
+    total = centred.new_zeros(())
     for p, weight in enumerate(term_weights(terms, target.shape, variance, config, mse_scale)):
         part = terms.part(code, p)
         # In sparsify's MultiTopK the encoder gets no gradient from the longer prefix.
@@ -224,6 +267,43 @@ def total_loss(
     auxk = auxk.detach() if isinstance(auxk, Tensor) else auxk
     fvu = sum_squares(e) / variance
     return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), e, encoder.scale, since, fired)
+
+
+def pointwise_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, mse_scale: float) -> Losses:
+    """Where each latent is for itself: the loss on all (B, n_latents) of them, as the papers state it."""
+    rule, terms = sae.architecture.pointwise, sae.architecture.terms(config, batch.at)
+    assert rule is not None
+    centred, target, variance = batch.centred, batch.target, batch.variance
+    pre = centred @ sae.W_enc.T + sae.b_enc
+    own = gathered(sae.own() | {"b_enc": sae.b_enc}, slice(None))
+    acts = rule.activate(pre, own)
+    weights = term_weights(terms, target.shape, variance, config, mse_scale)
+    total = centred.new_zeros(())
+    for p, (weight, bound) in enumerate(zip(weights, terms.bounds, strict=True)):
+        error = target - (acts[:, :bound] @ sae.W_dec[:bound] + sae.b_dec)
+        total = total + weight * sum_squares(error)
+        if p == terms.main:
+            e = error.detach()
+    if (frozen := rule.frozen(pre, own)) is not None:
+        x_hat = frozen @ sae.W_dec.detach() + sae.b_dec.detach()
+        total = total + weights[terms.main] * sum_squares(target.detach() - x_hat)
+
+    norms = sae.architecture.norms(sae.W_dec).sum(1) if rule.uses_norms else None
+    code = _as_csr(acts.detach())
+    l0 = len(code.acts) / len(acts)
+    coefficient = rule.coefficient(batch.at, batch.kept, l0, config)
+    penalty = coefficient * rule.penalty(pre, acts, own, norms, config).sum(1).mean()
+    fired = dead.fired(code)
+    fvu = sum_squares(e) / variance
+    seen = code, code, e, None, dead.unless(fired, len(acts)), fired
+    return Losses(total + penalty, 0.0, fvu, *seen, penalty.detach(), coefficient)
+
+
+def _as_csr(acts: Tensor) -> Code:
+    """What is on in dense activations (B, n_latents)."""
+    row, latent = acts.nonzero(as_tuple=True)
+    row_ptr = torch.nn.functional.pad(torch.bincount(row, minlength=len(acts)).cumsum(0), (1, 0))
+    return Code(acts[row, latent], latent.int(), row_ptr.int())
 
 
 def auxk_loss(
@@ -264,7 +344,8 @@ def _encoder(sae: SAE, centred: Tensor) -> Encoder:
     training works on pre.
     """
     norms = sae.decoder_norms().detach() if sae.config.rescale_acts_by_decoder_norm else None
-    return Encoder(centred.detach(), sae.W_enc.detach(), sae.b_enc.detach(), norms)
+    own = {name: value.detach() for name, value in sae.own().items()}
+    return Encoder(centred.detach(), sae.W_enc.detach(), sae.b_enc.detach(), norms, own=own)
 
 
 def _decode(sae: SAE, acts: Tensor, idx: Tensor) -> Tensor:

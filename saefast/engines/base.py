@@ -12,6 +12,7 @@ from saefast.engines.losses import inverse_variance
 from saefast.engines.recipe import choose, lr_factor
 from saefast.engines.resample import Fresh, due, fresh_latents
 from saefast.errors import InputError
+from saefast.models.architecture import At
 from saefast.models.sae import SAE
 from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_
 
@@ -24,11 +25,13 @@ class EngineBase:
     Attributes:
         name: what TrainConfig.engine calls it.
         sae: trained in place.
-        architecture: of the SAE; terms: its reconstruction terms under this recipe.
+        architecture: of the SAE; terms: its reconstruction terms at the end of this recipe.
+        names: of all trained parameters.
         step_count: optimiser updates done.
         mse_scale: see `losses.reconstruction_weight`.
         dead: the counters of dead latents.
         ema: moving averages of the parameters by name, or None.
+        state: what the architecture keeps in training alone, by name.
     """
 
     name: str
@@ -40,13 +43,15 @@ class EngineBase:
             able = " or ".join(map(repr, self.architecture.engines))
             raise InputError(f"engine is {self.name!r}, which does not train {self.architecture.name!r}: use {able}")
         self.architecture.check_training(config)
-        self.terms = self.architecture.terms(config)
+        self.terms = self.architecture.terms(config, At(total_steps, total_steps))
+        self.names = (*PARAMETERS, *self.architecture.parameters())
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, self.config, sae.device)
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
-            self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in PARAMETERS}
+            self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in self.names}
+        self.state = {name: value.to(sae.device) for name, value in self.architecture.state(config).items()}
 
     @ambient.plainly(grad=False)
     def initialise(self, rows: Tensor, targets: Tensor | None = None) -> None:
@@ -63,6 +68,7 @@ class EngineBase:
             scale_encoder_(self.sae, self.config.seed)
         if self.config.fit_encoder:
             fit_encoder_(self.sae, rows, targets, self.config)
+        self.architecture.start(self.sae, rows, targets, self.config)
         if self.config.loss == "scaled_mse":
             self.mse_scale = inverse_variance(targets)
 
@@ -91,13 +97,22 @@ class EngineBase:
         self.dead.age[fresh.latents] = 0
         return fresh, alive
 
-    def buffers(self) -> dict[str, Tensor]:
-        """What the architecture keeps besides the parameters, live."""
-        return dict(self.sae.named_buffers())
+    def at(self) -> At:
+        """The step to come."""
+        return At(self.step_count, self.total_steps)
 
-    def take_buffers(self, new: dict[str, Tensor]) -> None:
-        for name, buffer in self.buffers().items():
-            buffer.copy_(new[name])
+    def kept(self) -> dict[str, Tensor]:
+        """What the architecture keeps besides the parameters, live."""
+        return dict(self.sae.named_buffers()) | self.state
+
+    def take_kept(self, new: dict[str, Tensor]) -> None:
+        for name, value in self.kept().items():
+            value.copy_(new[name])
+
+    def restarted(self, alive: Tensor) -> dict[str, Tensor]:
+        """What the architecture's own parameters are in latents that begin anew, by name."""
+        own = {name: value.detach() for name, value in self.sae.own().items()}
+        return self.architecture.restarted(own, alive)
 
     def average(self) -> None:
         """The moving average takes the weights of before this step's update, as OpenAI's does."""

@@ -19,7 +19,7 @@ class StepStats(NamedTuple):
     """Figures of one optimiser step, all of the batch it saw, before its update. Numbers or 0-d tensors."""
 
     loss: Tensor | float
-    """What was minimised: the architecture's reconstruction terms + auxk_coef · AuxK."""
+    """What was minimised: the architecture's reconstruction terms + auxk_coef · AuxK + its sparsity penalty."""
     fvu: Tensor | float
     """Fraction of variance unexplained, Σ(target - x_hat)² / Σ(target - mean of the batch)²."""
     l0: Tensor | float
@@ -32,6 +32,9 @@ class StepStats(NamedTuple):
     """Global norm of the gradients after projection and before clipping."""
     lr: float
     """Learning rate of this step."""
+    sparsity_loss: Tensor | float = 0.0
+    """The sparsity penalty with its coefficient; 0 where the architecture has none."""
+    sparsity_coef: Tensor | float = 0.0
 
 
 class Engine(Protocol):
@@ -79,18 +82,22 @@ def checked(x: Tensor, target: Tensor | None, sae: SAE, dtype: torch.dtype) -> t
     """x and target as an engine takes them, of one dtype and contiguous; target None is x.
 
     Raises:
-        InputError: x is not (B >= 1, d_in) of floats, or target not (B, d_in).
+        InputError: x is not (B >= 1, d_in) of floats, or target not (B, d_out).
     """
-    d_in = sae.config.d_in
+    d_in, d_out = sae.config.d_in, sae.d_out
     if x.dim() != 2 or x.shape[1] != d_in or x.shape[0] == 0 or not x.is_floating_point():
         raise InputError(
             f"x is {x.dtype} of shape {tuple(x.shape)}: expected floats of shape (batch >= 1, d_in = {d_in})"
         )
     if target is x:
         target = None
-    if target is not None and (target.shape != x.shape or not target.is_floating_point()):
+    expected = (len(x), d_out)
+    if target is None and d_out != d_in:
+        raise InputError(f"target is missing: this SAE maps rows of d_in = {d_in} to others of d_out = {d_out}")
+    if target is not None and (target.shape != expected or not target.is_floating_point()):
         raise InputError(
-            f"target is {target.dtype} of shape {tuple(target.shape)}: expected floats of x's shape {tuple(x.shape)}"
+            f"target is {target.dtype} of shape {tuple(target.shape)}: expected floats of shape {expected}, a row for "
+            f"each of x's {tuple(x.shape)}"
         )
     x = x.to(dtype).contiguous()
     return x, x if target is None else target.to(dtype).contiguous()

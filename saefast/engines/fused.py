@@ -98,12 +98,13 @@ class FusedEngine(EngineBase):
         with uninterrupted():
             self._commit(gradient, sure, jobs, lr)
         norm = total_norm(jobs)
-        return StepStats(sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr)
+        figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
+        return StepStats(*figures, gradient.penalty, gradient.coefficient)
 
     def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
         model = Model(
-            self.architecture, self.terms, self.config, self.weights, self.dead, self.hot, self.mse_scale, self.scratch,
-            self.buffers(), self.resamples(),
+            self.architecture, self.config, self.weights, self.dead, self.hot, self.mse_scale, self.scratch,
+            self.kept(), self.at(), self.resamples(),
         )  # fmt: skip
         return Pass(model, x, target).gradient()
 
@@ -123,6 +124,9 @@ class FusedEngine(EngineBase):
             Job(weights.matrices["b_enc"], plain, given_rows(g.b_enc[None]), None, none),
             Job(weights.matrices["b_dec"], plain, given_rows(g.b_dec[None]), None, none),
         ]
+        for name in weights.own:
+            matrix = weights.matrices[name]
+            jobs.append(Job(matrix, plain, given_rows(g.own[name].view(matrix.w.shape)), None, none))
         return [j._replace(squares=g.b_dec.new_zeros(len(j.gradient.offsets) - 1)) for j in jobs]
 
     def _look(self, g: Gradient, jobs: list[Job], x: Tensor, target: Tensor) -> "Sure":
@@ -156,7 +160,7 @@ class FusedEngine(EngineBase):
         self.weights.updated(lr)
         self.step_count += 1
         self.dead.take(g.since, g.fired, g.rows)
-        self.take_buffers(g.buffers)
+        self.take_kept(g.kept)
         if self.hot is not None and sure.rate is not None:
             self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
         # Without momentum (beta1 = 0) a row without a gradient stays where it is.
@@ -164,7 +168,8 @@ class FusedEngine(EngineBase):
             self.weights.settle_encoder()
         resamples = due(self.step_count, self.total_steps, self.config)
         if resamples and g.error is not None and (begun := self.begun_anew(g.error)) is not None:
-            self.weights.restart(*begun)
+            fresh, alive = begun
+            self.weights.restart(fresh, alive, self.restarted(alive))
 
     @ambient.plainly(grad=False)
     def finish(self) -> None:
@@ -184,6 +189,7 @@ class FusedEngine(EngineBase):
         """The state's tensors by name, live."""
         tensors = self.dead.tensors() | (self.hot.state() if self.hot is not None else {})
         tensors |= self.weights.tensors()
+        tensors |= {f"kept.{name}": value for name, value in self.state.items()}
         return tensors | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 
     @ambient.plainly(grad=False)

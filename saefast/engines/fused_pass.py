@@ -4,8 +4,10 @@ One thing changes: decoder rows that were left alone are settled before they are
 training would have made of them by now.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +15,17 @@ from torch import Tensor
 from saefast.engines import auxk_block
 from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
+from saefast.engines.derived import Direct, Elements, derived
 from saefast.engines.engine import not_finite
 from saefast.engines.hot import Block, HotLatents
 from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, term_weights
 from saefast.engines.weights import Scratch, Weights
-from saefast.models.architecture import Architecture, Terms
+from saefast.models.architecture import Architecture, At
+from saefast.models.pointwise import Pointwise, gathered
 from saefast.ops.code import Code, Number, Prefixes
 from saefast.ops.encoder import Encoder
 from saefast.ops.groups import Entries, Groups
+from saefast.ops.sum_by_latent import sum_by_latent
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import RowGradient
 
@@ -33,15 +38,15 @@ class Model:
     """What a pass reads."""
 
     architecture: Architecture
-    terms: Terms
     config: TrainConfig
     weights: Weights
     dead: DeadLatents
     hot: HotLatents | None
     mse_scale: float
     scratch: Scratch
-    buffers: dict[str, Tensor]
+    kept: dict[str, Tensor]
     """What the architecture keeps besides the parameters."""
+    at: At
     wants_error: bool = False
     """Whether the step needs the residual, AuxK or not."""
 
@@ -78,7 +83,7 @@ class Gradient:
     """(L,) the dead-latent counters after the batch."""
     fired: Tensor
     """(L,) bool, the latents that fired in it."""
-    buffers: dict[str, Tensor]
+    kept: dict[str, Tensor]
     """The architecture's, after the batch."""
     code: Groups
     """Of the batch's whole code, AuxK's entries left out."""
@@ -90,6 +95,25 @@ class Gradient:
     fvu: Number
     auxk: Number
     l0: Number
+    own: dict[str, Tensor]
+    """Of the architecture's own parameters, by name."""
+    penalty: Number = 0.0
+    """The sparsity penalty with its coefficient."""
+    coefficient: Number = 0.0
+
+
+class Paid(NamedTuple):
+    """What a pointwise architecture makes of the gradient to its activations."""
+
+    grad_pre: Tensor
+    """In the code's shape."""
+    own: dict[str, Tensor]
+    """(L,) each: gradients of its parameters, and what b_enc gets besides Σ grad_pre."""
+    along: Tensor | None
+    """(L, M), as `RowGradient.along`, of all latents."""
+    penalty: Number
+    coefficient: Number
+    frozen_loss: Number
 
 
 class Pass:
@@ -97,7 +121,8 @@ class Pass:
 
     def __init__(self, model: Model, x: Tensor, target: Tensor) -> None:
         self.model, self.x, self.target = model, x, target
-        self.config, self.terms, self.weights = model.config, model.terms, model.weights
+        self.config, self.weights = model.config, model.weights
+        self.terms = model.architecture.terms(model.config, model.at)
         self.n_latents, self.hot_latents = len(model.weights.enc.w), model.hot
         self.backend = row_ops(x)
         self.hot: Block | None = None
@@ -105,7 +130,7 @@ class Pass:
         self.is_centred = self.weights.sae.config.apply_b_dec_to_input
         self.centred = x - self.weights.b_dec if self.is_centred else x
         enc, norms = self.weights.enc, self.weights.dec.norms
-        self.encoder = Encoder(self.centred, enc.w, self.weights.b_enc, norms, enc.shadow)
+        self.encoder = Encoder(self.centred, enc.w, self.weights.b_enc, norms, enc.shadow, self.weights.own_values())
 
     def gradient(self) -> Gradient:
         """The whole pass.
@@ -115,24 +140,92 @@ class Pass:
         """
         model, norms = self.model, self.weights.dec.norms
         variance, squares = self.backend.batch_sums(self.target)
-        self.code = model.architecture.code(self.encoder, self.config)
-        self.groups = self._grouped(self.code.idx, self.code.acts != 0)
-        buffers = model.architecture.observed(model.buffers, self.code, norms, self.weights.step, self.config)
+        self.code = model.architecture.code(self.encoder, self.config, model.at)
+        # What is 0 acts nowhere; but where activations are not ReLU's, it may have a gradient.
+        on = self.code.acts != 0 if self.code.pre is None else torch.ones_like(self.code.idx, dtype=torch.bool)
+        self.groups = self._grouped(self.code.idx, on)
+        kept = model.architecture.observed(model.kept, self.code, norms, model.at, self.config)
         fired = self._fired()
         since = model.dead.unless(fired, len(self.x))
         dead_ids = self._look(variance, squares, self._dead(since))
         self.weights.settle_decoder(self.groups.latents)
+        direct = Direct.of(model.architecture, self.x, self.weights.own_values())
+        if direct is not None:
+            self.target = self.target - direct.value.detach()
 
         grad, loss, fvu = self._reconstruct(with_auxk=dead_ids is not None)
-        parts: list[tuple[Code, Tensor]] = [(self.code, grad)]
+        l0 = self._n_fired() / len(self.x)
+        paid = self._paid(grad, l0)
+        parts: list[tuple[Code, Tensor]] = [(self.code, grad if paid is None else paid.grad_pre)]
         auxk: Number = 0.0
         if dead_ids is not None:
             part, auxk = self._auxk(dead_ids, grad)
             parts += [part] if part is not None else []
         loss = loss + self.config.auxk_coef * auxk
-        l0 = self._n_fired() / len(self.x)
-        seen = since, fired, buffers, self.groups, len(self.x), self.error
-        return Gradient(*self._entries(parts), *seen, loss, fvu, auxk, l0)
+        own = {} if direct is None else direct.gradient(-2 * self.planes[0])
+        seen = since, fired, kept, self.groups, len(self.x), self.error
+        found = Gradient(*self._entries(parts), *seen, loss, fvu, auxk, l0, own)
+        return found if paid is None else self._with_price(found, paid)
+
+    def _paid(self, grad_acts: Tensor, l0: Number) -> "Paid | None":
+        """The gradient to the pre-activations where sparsity is paid for; None where a token's latents compete."""
+        rule, code, L = self.model.architecture.pointwise, self.code, self.n_latents
+        if rule is None or code.pre is None:
+            return None
+        ids = code.idx.long()
+        own = gathered(self.weights.own_values() | {"b_enc": self.weights.b_enc}, ids)
+        block_norms = self._block_norms() if rule.uses_norms else None
+        norms = None if block_norms is None else block_norms.sum(1)[ids]
+        again, frozen_loss = self._frozen(rule, own)
+        coefficient = rule.coefficient(self.model.at, self.model.kept, l0, self.config)
+        price = coefficient / len(self.x)
+        found = derived(rule, Elements(code.pre, own, norms), grad_acts, again, price, self.config)
+        by_latent = {name: sum_by_latent(grad[None], code.idx[None], L) for name, grad in found.own.items()}
+        along = None
+        if found.norms is not None and block_norms is not None:
+            along = sum_by_latent(found.norms[None], code.idx[None], L)[:, None] / block_norms
+        return Paid(found.pre, by_latent, along, price * found.penalty, coefficient, frozen_loss)
+
+    def _block_norms(self) -> Tensor:
+        """(L, M) norms of the parts of the decoder rows that were read in this batch; 1 for all others."""
+        latents = self.groups.latents.long()
+        rows = self.weights.dec.w[latents].to(self.x.dtype)
+        norms = self.model.architecture.norms(rows)
+        # A latent of -1 writes to the last place, which is cut off.
+        found = norms.new_ones(self.n_latents + 1, norms.shape[1])
+        found[latents] = torch.where(norms > 0, norms, 1)
+        return found[:-1]
+
+    def _frozen(self, rule: Pointwise, own: dict[str, Tensor]) -> tuple[Tensor | None, Number]:
+        """The second reconstruction, by the decoder as it is: the gradient to its activations, and its loss."""
+        assert self.code.pre is not None
+        acts = rule.frozen(self.code.pre, own)
+        if acts is None:
+            return None, 0.0
+        weight = self.prefixes.weight[self.terms.main]
+        plane, whole = self.model.scratch("frozen", 1, *self.target.shape), Prefixes([self.n_latents], [weight], True)
+        code = self.code._replace(acts=acts)
+        decoded = self.backend.decode_loss(
+            self.target, code, self.weights.dec.w, self.weights.b_dec, whole, plane, relu=False
+        )
+        return decoded.grad_acts, weight * serial_sum(decoded.squares[0])
+
+    def _with_price(self, found: Gradient, paid: "Paid") -> Gradient:
+        """The pass's gradient with that of what was paid."""
+        along = paid.along
+        if along is not None and not self.weights.dense:
+            along = along[self.groups.latents.long()]
+        own = dict(paid.own)
+        b_enc = found.b_enc + own.pop("b_enc")
+        return dataclasses.replace(
+            found,
+            for_dec=found.for_dec._replace(along=along),
+            b_enc=b_enc,
+            own=found.own | own,
+            loss=found.loss + paid.penalty + paid.frozen_loss,
+            penalty=paid.penalty,
+            coefficient=paid.coefficient,
+        )
 
     def _served(self) -> Code:
         """The part of the code that the SAE serves."""
@@ -141,7 +234,7 @@ class Pass:
     def _fired(self) -> Tensor:
         """(n_latents,) bool: which latents fired."""
         dead, served = self.model.dead, self._served()
-        if self.config.fired_above != 0 or served is not self.code:
+        if self.config.fired_above != 0 or served is not self.code or served.pre is not None:
             return dead.fired(served)
         # The latents that fired are those that have a group.
         return self.groups.counts(self.n_latents) > 0
@@ -149,7 +242,8 @@ class Pass:
     def _n_fired(self) -> Number:
         """How many latents fired, over all tokens."""
         served = self._served()
-        return self.groups.offsets[-1] if served is self.code else (served.acts > 0).sum()
+        every = served is self.code and served.pre is None
+        return self.groups.offsets[-1] if every else (served.acts > 0).sum().double()
 
     def _dead(self, since: Tensor) -> Tensor | None:
         """(n_latents,) bool: what AuxK may revive; None where there is no AuxK."""
@@ -178,6 +272,8 @@ class Pass:
     def _reach(self) -> Number:
         """The largest activation: NaN or inf for a code that is not finite, 0-d."""
         acts, norms = self.code.acts, self.weights.dec.norms
+        if acts.numel() == 0:
+            return 0.0
         # The best entries of a row come first, where every row has some.
         largest = acts[:, 0].max() if acts.dim() == 2 else acts.max()
         return (largest if norms is None else largest * norms.max()).double()
@@ -216,7 +312,7 @@ class Pass:
             target = target - hot.acts @ W_hot
             code = code._replace(acts=torch.where(hot.is_hot, 0, code.acts))
         decoded = self.backend.decode_loss(
-            target, code, W_dec, self.weights.b_dec, self.prefixes, planes, error=self.error
+            target, code, W_dec, self.weights.b_dec, self.prefixes, planes, relu=code.pre is None, error=self.error
         )
         if hot is None:
             return decoded.grad_acts, decoded.squares
@@ -231,7 +327,11 @@ class Pass:
             grad: dloss / dacts of the batch's own code.
         """
         assert self.error is not None
-        config, plane, k = self.config, self.planes[-1], min(auxk_wanted(self.x.shape[1], self.config), len(dead_ids))
+        config, plane, k = (
+            self.config,
+            self.planes[-1],
+            min(auxk_wanted(self.target.shape[1], self.config), len(dead_ids)),
+        )
         unexplained = self.backend.batch_sums(self.error)[0] if config.auxk_denominator == "residual" else 0.0
         weight = auxk_weight(self.error.shape, len(dead_ids), self.variance, unexplained, config)
         if k == 0:
@@ -282,7 +382,7 @@ class Pass:
         self, parts: list[tuple[Code, Tensor]]
     ) -> tuple[Groups, RowGradient, RowGradient, list[BlockGradient], Tensor, Tensor]:
         """The parts as entries grouped by latent, the blocks' rows beside them, and the biases' gradients."""
-        groups, taken, D = self.groups, self._taken(), self.x.shape[1]
+        groups, taken, D = self.groups, self._taken(), self.target.shape[1]
         if taken or len(parts) > 1:
             keep = _joined([code.acts for code, _ in parts]) != 0
             for entries_of_block in taken:

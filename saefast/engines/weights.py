@@ -30,7 +30,7 @@ class Weights:
         mixed: keep a bf16 copy of W_enc; None is where that makes encoding faster.
 
     Attributes:
-        matrices: by parameter's name; live views of the SAE's parameters.
+        matrices: by parameter's name, the architecture's own last; live views of the SAE's parameters.
         step: updates done.
     """
 
@@ -39,6 +39,7 @@ class Weights:
         self.lean = config.optimizer == "adam-lean"
         self.step = 0
         self.drift = self._new_table()
+        self.own = tuple(sae.architecture.parameters())
         self.matrices = self._lean() if self.lean else self._full(mixed)
         self._versions: tuple[int, ...] = ()
 
@@ -49,12 +50,11 @@ class Weights:
         sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
         if mixed is None:
             mixed = pays_off(sae.W_enc.data)
-        return {
+        state: dict[str, AnyMatrix] = {
             "W_enc": Matrix.of(sae.W_enc.data, shadow=mixed),
             "W_dec": Matrix.of(sae.W_dec.data, norms=norms),
-            "b_enc": Matrix.of(sae.b_enc.data),
-            "b_dec": Matrix.of(sae.b_dec.data),
         }
+        return state | {name: Matrix.of(getattr(sae, name).data) for name in self._few}
 
     def _lean(self) -> dict[str, AnyMatrix]:
         sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
@@ -63,8 +63,13 @@ class Weights:
         seeds = [2 * self.config.seed, 2 * self.config.seed + 1]
         state: dict[str, AnyMatrix] = {"W_enc": LeanMatrix.of(sae.W_enc.data, seeds[0])}
         state["W_dec"] = LeanMatrix.of(sae.W_dec.data, seeds[1], norms=norms)
-        # Biases are few: they train in float32, and the SAE gets them rounded.
-        return state | {name: Matrix.of(getattr(sae, name).detach().float()) for name in ("b_enc", "b_dec")}
+        # All others are few: they train in float32, and the SAE gets them rounded.
+        return state | {name: Matrix.of(getattr(sae, name).detach().float()) for name in self._few}
+
+    @property
+    def _few(self) -> tuple[str, ...]:
+        """The parameters that are small beside the two matrices."""
+        return ("b_enc", "b_dec", *self.own)
 
     @property
     def enc(self) -> AnyMatrix:
@@ -84,16 +89,20 @@ class Weights:
         """(D,)."""
         return self.matrices["b_dec"].w[0]
 
+    def own_values(self) -> dict[str, Tensor]:
+        """The architecture's own parameters by name, as they are trained."""
+        return {name: self.matrices[name].w.view(getattr(self.sae, name).shape) for name in self.own}
+
     def bind(self) -> None:
         """Points at the SAE's weights of now, and renews copies of them if somebody else changed them."""
-        parameters = [getattr(self.sae, name) for name in PARAMETERS]
+        parameters = [getattr(self.sae, name) for name in (*PARAMETERS, *self.own)]
         versions = tuple(number for p in parameters for number in (p.data_ptr(), p._version))
         if versions != self._versions:
             for p, matrix in zip(parameters, self.matrices.values(), strict=True):
                 if p.dtype == matrix.w.dtype:
                     matrix.w = p.data.view(matrix.w.shape)
-                elif not torch.equal(matrix.w[0].to(p.dtype), p.data):
-                    matrix.w[0].copy_(p.data)  # a bias, which the SAE holds rounded
+                elif not torch.equal(matrix.w.view(p.shape).to(p.dtype), p.data):
+                    matrix.w.view(p.shape).copy_(p.data)  # a bias, which the SAE holds rounded
                 matrix.copies_changed()
             self._versions = versions
 
@@ -136,15 +145,20 @@ class Weights:
         backend.catch_up(self.enc, self._now())
         backend.catch_up(self.dec, self._now(norm=self._kept_norm()))
 
-    def restart(self, fresh: Fresh, alive: Tensor) -> None:
-        """Latents begin anew, with the second moment that those alive (L,) bool have on average."""
+    def restart(self, fresh: Fresh, alive: Tensor, own: dict[str, Tensor]) -> None:
+        """Latents begin anew, with the second moment that those alive (L,) bool have on average.
+
+        Args:
+            own: what the architecture's own parameters are in them, by name.
+        """
         ids = fresh.latents
         self.enc.restart(ids, fresh.W_enc, alive, self.step, self.config.beta2)
         self.dec.restart(ids, fresh.W_dec, alive, self.step, self.config.beta2)
-        biases = self.matrices["b_enc"]
-        biases.w[0, ids] = 0
-        biases.m[0, ids] = 0
-        biases.v[0, ids] = biases.v[0, alive].mean()
+        for name, value in ({"b_enc": 0.0} | own).items():
+            numbers = self.matrices[name]
+            numbers.w[0, ids] = value
+            numbers.m[0, ids] = 0
+            numbers.v[0, ids] = numbers.v[0, alive].mean()
         self.copy_biases()
 
     def updated(self, lr: float) -> None:
@@ -154,10 +168,11 @@ class Weights:
         self.copy_biases()
 
     def copy_biases(self) -> None:
-        """Gives the SAE those biases that train in another dtype than its own."""
+        """Gives the SAE those parameters that train in another dtype than its own."""
         if self.lean:
-            for name in ("b_enc", "b_dec"):
-                getattr(self.sae, name).data.copy_(self.matrices[name].w[0])
+            for name in self._few:
+                parameter = getattr(self.sae, name)
+                parameter.data.copy_(self.matrices[name].w.view(parameter.shape))
 
     def tensors(self) -> dict[str, Tensor]:
         """The optimiser's state by name, live."""
@@ -165,7 +180,7 @@ class Weights:
         for name, matrix in self.matrices.items():
             found |= {f"adam.{name}.{key}": tensor for key, tensor in matrix.state().items()}
         if self.lean:
-            found |= {f"master.{name}": self.matrices[name].w for name in ("b_enc", "b_dec")}
+            found |= {f"master.{name}": self.matrices[name].w for name in self._few}
         return found
 
     def table_of(self, drift: Tensor) -> DriftTable:

@@ -1,8 +1,8 @@
 """Architecture: what one kind of SAE says of itself. Engines, files, plan and evaluation ask this and nothing else.
 
-An architecture answers how pre-activations become a code, which parts of a code reconstruct the target, what it keeps
-besides the four parameters, and what becomes of those when inputs are rescaled. It is one file and one line in
-`saefast.models.registry`. Engines know codes and terms, never an architecture's name.
+An architecture answers how pre-activations become a code, which parts of a code reconstruct the target, what it trains
+and keeps besides the four parameters, and what becomes of those when inputs are rescaled. It is one file and one line
+in `saefast.models.registry`. Engines know codes and terms, never an architecture's name.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,20 @@ from torch import Tensor
 
 from saefast.ops.code import Code
 from saefast.ops.encoder import Encoder
+
+
+class At(NamedTuple):
+    """A moment of training."""
+
+    step: int
+    """Updates done."""
+    total_steps: int
+    """Of the run."""
+
+    @property
+    def share(self) -> float:
+        """Of the run, that is behind it."""
+        return self.step / max(self.total_steps, 1)
 
 
 class Term(NamedTuple):
@@ -60,9 +74,10 @@ class NoFields:
 
 
 class Architecture:
-    """The base of all architectures: exactly the parameters W_enc, W_dec, b_enc and b_dec, whole codes reconstruct.
+    """The base of all architectures: the parameters W_enc, W_dec, b_enc and b_dec alone, whole codes reconstruct.
 
-    Subclasses say how a code comes about (`code`, `serve`), and override what else differs.
+    Subclasses say how a code comes about (`code`, `serve`), and override what else differs. Where it is read, `own` is
+    a dict of the parameters that an architecture adds to those four, and `kept` one of its buffers and its state.
 
     Attributes:
         name: what `SAEConfig.activation` calls it.
@@ -95,9 +110,43 @@ class Architecture:
         """What it adds to the recipe of that name."""
         return self.presets.get(name, {})
 
+    @property
+    def pointwise(self) -> Any:
+        """The `saefast.models.pointwise.Pointwise` that decides over each latent by itself; None: latents compete."""
+        return None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the four parameters."""
+        L, D = self.config.n_latents, self.config.d_in
+        return {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters that it adds to the four, by name, as they begin: float32 on the CPU; (L,) or a matrix."""
+        return {}
+
     def buffers(self) -> dict[str, Tensor]:
         """What it keeps besides the parameters, by name, as it begins: CPU tensors that are saved, not trained."""
         return {}
+
+    def state(self, train: Any) -> dict[str, Tensor]:
+        """What only training keeps, by name, as it begins: CPU tensors that go into checkpoints."""
+        return {}
+
+    def start(self, sae: Any, rows: Tensor, targets: Tensor, train: Any) -> None:
+        """Sets its own parameters and buffers in an SAE whose weights have begun, from the first rows of training.
+
+        Args:
+            sae: the SAE, to be changed in place.
+            rows: (n, d_in), scaled as in training. targets: (n, d_out).
+        """
+
+    def restarted(self, own: dict[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
+        """What its (L,) parameters are in latents that begin anew: 0-d tensors by name.
+
+        Args:
+            alive: (L,) bool, the latents that go on.
+        """
+        return {name: value[alive].mean() for name, value in own.items() if value.shape == alive.shape}
 
     def width(self, train: Any) -> int:
         """Entries that a token has in training, on average."""
@@ -107,7 +156,7 @@ class Architecture:
         """Entries of each token that the encoder ranks in training, of which `code` chooses."""
         return self.width(train)
 
-    def code(self, encoder: Encoder, train: Any) -> Code:
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         """The code of a training batch, best entries of a row first."""
         raise NotImplementedError
 
@@ -115,25 +164,41 @@ class Architecture:
         """The code at inference, where a token's must not depend on those beside it."""
         raise NotImplementedError
 
-    def terms(self, train: Any) -> Terms:
+    def terms(self, train: Any, at: At) -> Terms:
         """What reconstructs the target."""
         return Terms((Term(self.config.n_latents),), by_latent=True)
 
-    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
-        """The buffers after training step `step` (from 0) with this code; tensors of the same shapes.
+    def direct(self, x: Tensor, own: Any) -> Tensor | None:
+        """What is added to the reconstruction straight from x (B, d_in), past the code: (B, d_out); None is nothing.
+
+        Differentiable in the parameters of own, of which it may depend on the matrices.
+        """
+        return None
+
+    def norms(self, W_dec: Tensor) -> Tensor:
+        """(n, M) norms of the parts of decoder rows (n, d_out), M of equal width; a row's norm is their sum."""
+        return W_dec.norm(dim=1, keepdim=True)
+
+    def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
+        """What is kept after a training step with this code; tensors of the same shapes.
 
         Args:
             scale: (n_latents,) what activations were ranked by, as `Encoder.scale`.
+            at: the step, as it began.
         """
-        return buffers
+        return kept
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         """The tensors that serve x, by name, of an SAE trained on scale · x: only those that change.
 
+        Own parameters and buffers are taken for something that activations are compared with; override it where that
+        is not so.
+
         acts(scale · x) / scale = acts(x) where biases, and all that activations are compared with, are divided. Where
         the target was scaled by another number, activations are measured in that, and W_enc makes up for it.
         """
-        found = {name: tensors[name] / target_scale for name in ("b_enc", "b_dec", *self.buffers())}
+        compared = "b_enc", "b_dec", *self.parameters(), *self.buffers()
+        found = {name: tensors[name] / target_scale for name in compared}
         if target_scale != scale:
             found["W_enc"] = tensors["W_enc"] * (scale / target_scale)
         return found
@@ -166,8 +231,27 @@ class Layer(Architecture):
     def recipe(self, name: str) -> dict[str, Any]:
         return self.inner.recipe(name) | super().recipe(name)
 
+    @property
+    def pointwise(self) -> Any:
+        return self.inner.pointwise
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.inner.shapes()
+
+    def parameters(self) -> dict[str, Tensor]:
+        return self.inner.parameters()
+
     def buffers(self) -> dict[str, Tensor]:
         return self.inner.buffers()
+
+    def state(self, train: Any) -> dict[str, Tensor]:
+        return self.inner.state(train)
+
+    def start(self, sae: Any, rows: Tensor, targets: Tensor, train: Any) -> None:
+        self.inner.start(sae, rows, targets, train)
+
+    def restarted(self, own: dict[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
+        return self.inner.restarted(own, alive)
 
     def width(self, train: Any) -> int:
         return self.inner.width(train)
@@ -175,17 +259,23 @@ class Layer(Architecture):
     def ranked(self, train: Any) -> int:
         return self.inner.ranked(train)
 
-    def code(self, encoder: Encoder, train: Any) -> Code:
-        return self.inner.code(encoder, train)
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
+        return self.inner.code(encoder, train, at)
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return self.inner.serve(encoder, buffers)
 
-    def terms(self, train: Any) -> Terms:
-        return self.inner.terms(train)
+    def terms(self, train: Any, at: At) -> Terms:
+        return self.inner.terms(train, at)
 
-    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
-        return self.inner.observed(buffers, code, scale, step, train)
+    def direct(self, x: Tensor, own: Any) -> Tensor | None:
+        return self.inner.direct(x, own)
+
+    def norms(self, W_dec: Tensor) -> Tensor:
+        return self.inner.norms(W_dec)
+
+    def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
+        return self.inner.observed(kept, code, scale, at, train)
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         return self.inner.rescaled(tensors, scale, target_scale)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.models.architecture import Architecture, smallest_positive
+from saefast.models.architecture import Architecture, At, smallest_positive
 from saefast.ops.code import Code
 from saefast.ops.encode_batch_topk import ROOM
 from saefast.ops.encoder import Encoder
@@ -66,7 +66,7 @@ class BatchTopK(Architecture):
     def ranked(self, train: Any) -> int:
         return min(ROOM * self.config.k, self.config.n_latents)
 
-    def code(self, encoder: Encoder, train: Any) -> Code:
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         return encoder.batch_topk(self.config.k)
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
@@ -74,14 +74,14 @@ class BatchTopK(Architecture):
         # Before training has set it, the batch itself is the measure.
         return encoder.batch_topk(self.config.k) if threshold < 0 else encoder.above(threshold)
 
-    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
-        if step < train.threshold_start:
-            return buffers
-        threshold, smallest = buffers["threshold"], smallest_positive(code, scale).float()
+    def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
+        if at.step < train.threshold_start:
+            return kept
+        threshold, smallest = kept["threshold"], smallest_positive(code, scale).float()
         mean = threshold.clamp_min(0) * train.threshold_decay + smallest * (1 - train.threshold_decay)
         if not train.threshold_from_zero:
             mean = torch.where(threshold < 0, smallest, mean)
-        return {"threshold": torch.where(smallest < math.inf, mean, threshold)}
+        return kept | {"threshold": torch.where(smallest < math.inf, mean, threshold)}
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         now = tensors["threshold"]

@@ -14,28 +14,37 @@ _ROWS = 1 << 14
 
 
 def init_weights(
-    n_latents: int,
-    d_in: int,
+    enc_shape: tuple[int, ...],
+    dec_shape: tuple[int, ...],
     init: Init,
     generator: torch.Generator | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """W_enc and W_dec, both (n_latents, d_in), drawn in fp32 on the CPU so that every device begins alike.
+    """W_enc and W_dec of these shapes (L, width), drawn in fp32 on the CPU so that every device begins alike.
 
     "rows": as "tied", until training has seen the first rows (`saefast.models.start.start_from_rows_`). "tied": unit
     rows, encoder = decoder (dictionary_learning). "tied_0.1": rows of norm 0.1, encoder = decoder
-    (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its rows at unit norm (sparsify, OpenAI).
+    (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its rows at unit norm (sparsify, OpenAI). A decoder of
+    another width than the encoder is drawn after it, by the same rule.
     """
-    bound = d_in**-0.5  # kaiming-uniform with a = √5, which is nn.Linear's default
-    W_enc, W_dec = (torch.empty(n_latents, d_in, dtype=dtype, device=device) for _ in range(2))
+    W_enc, W_dec = (torch.empty(shape, dtype=dtype, device=device) for shape in (enc_shape, dec_shape))
     for enc, dec in zip(W_enc.split(_ROWS), W_dec.split(_ROWS), strict=True):
-        drawn = torch.empty(dec.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        drawn = _drawn(enc, generator)
         unit = drawn / drawn.norm(dim=1, keepdim=True)
+        enc.copy_(drawn if init == "kaiming" else unit * 0.1 if init == "tied_0.1" else unit)
+        if dec.shape != enc.shape:
+            drawn = _drawn(dec, generator)
+            unit = drawn / drawn.norm(dim=1, keepdim=True)
         dec.copy_(unit * 0.1 if init == "tied_0.1" else unit)
-        enc.copy_(drawn if init == "kaiming" else dec)
     return W_enc, W_dec
+
+
+def _drawn(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform in ± 1 / √width: kaiming-uniform with a = √5, which is nn.Linear's default."""
+    bound = like.shape[1] ** -0.5
+    return torch.empty(like.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
 
 
 def geometric_median(rows: Tensor, max_iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from saefast.errors import InputError
-from saefast.models.architecture import Layer, Term, Terms
+from saefast.models.architecture import At, Layer, Term, Terms
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Matryoshka(Layer):
         given, L = self.config.matryoshka, self.config.n_latents
         return given if given[-1] == L else (*given, L)
 
-    def terms(self, train: Any) -> Terms:
+    def terms(self, train: Any, at: At) -> Terms:
         widths = self.widths()
         weight = 1.0 if train.matryoshka_loss == "sum" else len(widths) ** -2
         return Terms(tuple(Term(width, weight) for width in widths), by_latent=True, main=len(widths) - 1)

@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
 from saefast.models.matryoshka import Matryoshka
+from saefast.models.pointwise import Pointwise
 from saefast.models.topk import TopK
 
 # What SAEConfig.activation may be.
@@ -29,6 +30,12 @@ def architecture(config: Any) -> Architecture:
     return found
 
 
+def _declared(which: str) -> list[Any]:
+    """The dataclasses that all architectures, and what several are built on, declare under that name, each once."""
+    kinds = (Pointwise, *ACTIVATIONS.values(), *LAYERS)
+    return list(dict.fromkeys(getattr(kind, which) for kind in kinds))
+
+
 def fields(which: str) -> type:
     """A dataclass of what all architectures add to a config, keyword-only.
 
@@ -36,8 +43,7 @@ def fields(which: str) -> type:
         which: "Fields", for SAEConfig, or "TrainFields", for TrainConfig.
     """
     found: dict[str, tuple[str, Any, Any]] = {}
-    for kind in (*ACTIVATIONS.values(), *LAYERS):
-        declared = getattr(kind, which)
+    for declared in _declared(which):
         hints = get_type_hints(declared)
         for one in dataclasses.fields(declared):
             assert one.name not in found, f"two architectures have a field {one.name}"
@@ -47,11 +53,11 @@ def fields(which: str) -> type:
 
 def check(which: str, config: Any) -> None:
     """Raises InputError where a value that an architecture added to a config is out of its bounds."""
-    for kind in (*ACTIVATIONS.values(), *LAYERS):
-        getattr(kind, which).check(config)
+    for declared in _declared(which):
+        declared.check(config)
 
 
 def described(which: str) -> str:
     """The lines of the dataclasses' docstrings below "Attributes:", to go on another one's."""
-    texts = [getattr(kind, which).__doc__.partition("Attributes:\n")[2] for kind in (*ACTIVATIONS.values(), *LAYERS)]
+    texts = [str(declared.__doc__).partition("Attributes:\n")[2] for declared in _declared(which)]
     return "".join(text.rstrip(" ") for text in texts)

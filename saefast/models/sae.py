@@ -19,6 +19,7 @@ from saefast.files import parse_json, read_json, usable, write_json
 from saefast.models.architecture import Architecture
 from saefast.models.config import DTYPES, SAEConfig
 from saefast.models.init import init_weights
+from saefast.models.pointwise import gathered
 from saefast.ops import spmm
 from saefast.ops.code import Code, padded
 from saefast.ops.encoder import Encoder
@@ -35,7 +36,7 @@ class SAEOutput(NamedTuple):
     """What `SAE.forward` returns."""
 
     x_hat: Tensor
-    """(..., d_in) the reconstruction."""
+    """(..., d_out) the reconstruction."""
     acts: Tensor
     """(..., K) activations of the latents that are on; 0 where fewer than K are."""
     idx: Tensor
@@ -45,8 +46,9 @@ class SAEOutput(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. acts, idx = choice(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
 
-    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,). A latent is a row in both. Buffers:
-    what the architecture keeps (`Architecture.buffers`), in float32 for weights of any dtype.
+    Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,), of other shapes where the
+    architecture says so, and those that it adds (`Architecture.shapes`, `Architecture.parameters`). A latent is a row
+    in both matrices. Buffers: what it keeps (`Architecture.buffers`), in float32 for weights of any dtype.
 
     Args:
         config: shape and kind.
@@ -61,18 +63,22 @@ class SAE(nn.Module):
         dtype = DTYPES[config.dtype]
         check_argument("seed", seed, Seed | None)
         device = require_device(device)
-        weights = 2 * config.n_latents * config.d_in * dtype.itemsize
+        shapes = config.architecture().shapes()
+        weights = sum(math.prod(shapes[name]) for name in ("W_enc", "W_dec")) * dtype.itemsize
         require_memory(device, weights, f"an SAE of n_latents = {config.n_latents} and d_in = {config.d_in}")
         if torch.device(device).type == "meta":  # a shape to load weights into
-            W_enc, W_dec = (torch.empty(config.n_latents, config.d_in, dtype=dtype, device="meta") for _ in range(2))
+            W_enc, W_dec = (torch.empty(shapes[name], dtype=dtype, device="meta") for name in ("W_enc", "W_dec"))
         else:
             generator = None if seed is None else torch.Generator().manual_seed(seed)
             W_enc, W_dec = init_weights(
-                config.n_latents, config.d_in, config.init, generator, dtype=dtype, device=device
+                shapes["W_enc"], shapes["W_dec"], config.init, generator, dtype=dtype, device=device
             )
         self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, device=device, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(config.d_in, device=device, dtype=dtype))
+        self.b_enc, self.b_dec = (
+            nn.Parameter(torch.zeros(shapes[name], device=device, dtype=dtype)) for name in ("b_enc", "b_dec")
+        )
+        for name, value in self.architecture.parameters().items():
+            self.register_parameter(name, nn.Parameter(value.to(device, dtype)))
         for name, buffer in self.architecture.buffers().items():
             self.register_buffer(name, buffer.to(device))
         self._shadow: tuple[Any, Tensor] | None = None
@@ -80,6 +86,15 @@ class SAE(nn.Module):
     @property
     def architecture(self) -> Architecture:
         return self.config.architecture()
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed: d_in, but for transcoders."""
+        return len(self.b_dec)
+
+    def own(self) -> dict[str, Tensor]:
+        """The parameters that the architecture adds to the four, by name."""
+        return {name: getattr(self, name) for name in self.architecture.parameters()}
 
     @property
     def device(self) -> torch.device:
@@ -108,16 +123,26 @@ class SAE(nn.Module):
         norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
         shadow = self._copied() if mixed and pays_off(self.W_enc) else None
         code = padded(self._serve(flat, norms, shadow), self.config.n_latents)
-        acts, idx = selected(flat, self.W_enc, self.b_enc, code), code.idx
+        acts, idx = self._activations(flat, code), code.idx
         if norms is not None:
             acts = acts * norms[idx.long()]
         shape = (*x.shape[:-1], idx.shape[1])
         return acts.reshape(shape), idx.reshape(shape)
 
+    def _activations(self, flat: Tensor, code: Code) -> Tensor:
+        """The activations of a code (B, K) of flat (B, d_in), differentiable."""
+        pointwise = self.architecture.pointwise
+        if pointwise is None or code.pre is None:
+            return selected(flat, self.W_enc, self.b_enc, code)
+        pre = selected(flat, self.W_enc, self.b_enc, code._replace(acts=code.pre), clip=False)
+        own = gathered(self.own() | {"b_enc": self.b_enc}, code.idx.long())
+        return torch.where(code.acts > 0, pointwise.activate(pre, own), 0)
+
     @torch.no_grad()
     def _serve(self, flat: Tensor, norms: Tensor | None, shadow: Tensor | None) -> Code:
         """The architecture's choice for flat (B, d_in), activations in units of 1."""
-        encoder = Encoder(flat.detach(), self.W_enc.detach(), self.b_enc.detach(), norms, shadow)
+        own = {name: value.detach() for name, value in self.own().items()}
+        encoder = Encoder(flat.detach(), self.W_enc.detach(), self.b_enc.detach(), norms, shadow, own)
         return self.architecture.serve(encoder, dict(self.named_buffers()))
 
     def _copied(self) -> Tensor:
@@ -130,7 +155,7 @@ class SAE(nn.Module):
     @typed
     @ambient.plainly()
     def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
-        """acts, idx (..., K) -> x_hat (..., d_in). Raises InputError for other shapes, dtypes and ids."""
+        """acts, idx (..., K) -> x_hat (..., d_out). Raises InputError for other shapes, dtypes and ids."""
         if acts.dim() == 0 or acts.shape != idx.shape:
             raise InputError(f"acts is {tuple(acts.shape)}, idx {tuple(idx.shape)}: expected one shape (..., k)")
         require_real("acts", acts)
@@ -140,7 +165,7 @@ class SAE(nn.Module):
         if self.config.rescale_acts_by_decoder_norm:
             flat_acts = flat_acts / self._units()[flat_idx.long()]
         x_hat = spmm(flat_acts, flat_idx, self.W_dec) + self.b_dec
-        return x_hat.reshape(*acts.shape[:-1], self.config.d_in)
+        return x_hat.reshape(*acts.shape[:-1], self.d_out)
 
     @typed
     @ambient.plainly()
@@ -153,7 +178,7 @@ class SAE(nn.Module):
     @typed
     @ambient.plainly()
     def decode(self, f: Tensor) -> Tensor:
-        """Dense activations (..., n_latents) -> x_hat (..., d_in)."""
+        """Dense activations (..., n_latents) -> x_hat (..., d_out)."""
         if f.dim() == 0 or f.shape[-1] != self.config.n_latents:
             raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
         if f.device != self.device:
@@ -167,7 +192,9 @@ class SAE(nn.Module):
     @ambient.plainly()
     def forward(self, x: Tensor) -> SAEOutput:
         acts, idx = self.encode_sparse(x)
-        return SAEOutput(self.decode_sparse(acts, idx), acts, idx)
+        x_hat = self.decode_sparse(acts, idx)
+        direct = self.architecture.direct(x.reshape(-1, self.config.d_in).to(self.dtype), self.own())
+        return SAEOutput(x_hat if direct is None else x_hat + direct.view_as(x_hat), acts, idx)
 
     @ambient.plainly()
     def decoder_norms(self) -> Tensor:
@@ -303,9 +330,9 @@ def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) ->
         config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    L, D = config.n_latents, config.d_in
-    parameters: dict[str, tuple[int, ...]] = {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
-    expected = parameters | {name: tuple(b.shape) for name, b in config.architecture().buffers().items()}
+    architecture = config.architecture()
+    parameters = architecture.shapes() | {name: tuple(p.shape) for name, p in architecture.parameters().items()}
+    expected = parameters | {name: tuple(b.shape) for name, b in architecture.buffers().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     dtypes = {tensor.dtype for name, tensor in tensors.items() if name in parameters}
     names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saefast.models.architecture import At
 from saefast.models.init import BiasInit, geometric_median, wide
 from saefast.models.sae import SAE
 from saefast.ops.code import padded
@@ -109,7 +110,9 @@ def fit_encoder_(sae: SAE, rows: Tensor, targets: Tensor, train: Any) -> None:
     W_enc = sae.W_enc.detach()
     shadow = W_enc if W_enc.dtype != dtype else None
     encoder = Encoder(x, W_enc, sae.b_enc.detach().to(dtype), norms, shadow)
-    code = padded(sae.architecture.code(encoder, train), sae.config.n_latents)
+    code = encoder.topk(sae.config.k)  # where a token's latents do not compete, it is to have so many in the end
+    if sae.architecture.pointwise is None:
+        code = padded(sae.architecture.code(encoder, train, At(0, 1)), sae.config.n_latents)
     t_hat = spmm(code.acts, code.idx, sae.W_dec.detach()).to(dtype)
     squares, along = float(t_hat.double().square().sum()), float((t.double() * t_hat.double()).sum())
     if squares > 0 and along > 0:

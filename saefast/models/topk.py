@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.models.architecture import Architecture, Term, Terms
+from saefast.models.architecture import Architecture, At, Term, Terms
 from saefast.ops.code import Code
 from saefast.ops.encoder import Encoder
 
@@ -34,17 +34,18 @@ class TopK(Architecture):
     TrainFields = TopKTraining
 
     def width(self, train: Any) -> int:
-        return self.terms(train).bounds[-1]
+        k, L = self.config.k, self.config.n_latents
+        return min(4 * k, L) if train.multi_topk_coef else k
 
-    def code(self, encoder: Encoder, train: Any) -> Code:
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         # Columns come best first, so that one selection serves both terms.
         return encoder.topk(self.width(train))
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return encoder.topk(self.config.k)
 
-    def terms(self, train: Any) -> Terms:
-        k, L = self.config.k, self.config.n_latents
+    def terms(self, train: Any, at: At) -> Terms:
+        k = self.config.k
         if not train.multi_topk_coef:
             return Terms((Term(k),))
-        return Terms((Term(k), Term(min(4 * k, L), train.multi_topk_coef, "fvu")))
+        return Terms((Term(k), Term(self.width(train), train.multi_topk_coef, "fvu")))

@@ -22,6 +22,8 @@ class Code(NamedTuple):
     row_ptr: Tensor | None = None
     """(B + 1,) int32 ascending from 0: row b has the entries row_ptr[b] to row_ptr[b + 1]. Those from row_ptr[B] on are
     padding, which belongs to no row: act 0, idx 0."""
+    pre: Tensor | None = None
+    """The pre-activations, in the shape of acts, where acts are another function of them than ReLU."""
 
     @property
     def rows(self) -> int:
@@ -80,7 +82,7 @@ class Decoded(NamedTuple):
 def padded(code: Code, n_latents: int) -> Code:
     """The code with as many entries in every row as the fullest has, (B, K): what is added has act 0.
 
-    A row is filled up with the lowest latents that it does not have, so that its ids stay distinct.
+    A row is filled up with the lowest latents that it does not have, so that its ids stay distinct. Their pre is 0.
     """
     if code.row_ptr is None:
         return code
@@ -91,10 +93,14 @@ def padded(code: Code, n_latents: int) -> Code:
     acts = code.acts.new_zeros(B, K)
     idx = code.idx.new_zeros(B, K)
     acts[token, column], idx[token, column] = code.acts[:n], code.idx[:n]
+    pre = None
+    if code.pre is not None:
+        pre = code.pre.new_zeros(B, K)
+        pre[token, column] = code.pre[:n]
     # Of the first 2 K latents a row lacks at least as many as it has places left over.
     width = min(2 * K, n_latents)
     there = torch.zeros(B, width + 1, dtype=torch.int8, device=idx.device)
     there[token, code.idx[:n].long().clamp_max(width)] = 1
     spare = there[:, :width].argsort(dim=1, stable=True)
     left = torch.arange(K, device=idx.device) - counts[:, None]
-    return Code(acts, torch.where(left < 0, idx, spare.gather(1, left.clamp_min(0)).int()))
+    return Code(acts, torch.where(left < 0, idx, spare.gather(1, left.clamp_min(0)).int()), pre=pre)

@@ -1,6 +1,6 @@
 """Encoder: one batch and the weights that it meets, for an architecture's rule to make a code of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class Encoder:
     Attributes:
         x: (B, D). W_enc: (L, D). b_enc: (L,).
         scale: (L,) what pre-activations are multiplied by where they are ranked, or None. Activations stay unscaled.
+        own: the architecture's own parameters, by name.
         shadow: (L, D) a bf16 copy of W_enc: it chooses candidates, W_enc decides among them (see `saefast.ops.mixed`).
     """
 
@@ -28,6 +29,7 @@ class Encoder:
     b_enc: Tensor
     scale: Tensor | None = None
     shadow: Tensor | None = None
+    own: dict[str, Tensor] = field(default_factory=dict)
 
     def topk(self, k: int, latents: Tensor | None = None, relu: bool = True) -> Code:
         """The k best of each row, (B, k). Arguments as `saefast.ops.encode_topk`."""
@@ -40,11 +42,15 @@ class Encoder:
         """The k · B best of the batch that are positive, CSR; see `saefast.ops.encode_batch_topk`."""
         return encode_batch_topk(self.x, self.W_enc, self.b_enc, k, scale=self.scale, W_low=self.shadow)
 
-    def above(self, threshold: Tensor) -> Code:
-        """Every entry whose ranked value is above a threshold (0-d, at least 0), CSR, latents ascending in a row."""
-        limits: Tensor | float = float(threshold)
+    def above(self, threshold: Tensor | float) -> Code:
+        """Every entry whose ranked value is above a threshold, CSR, latents ascending in a row.
+
+        Args:
+            threshold: one number, or (L,) with one for each latent; at least 0 where there is a scale.
+        """
+        limits = threshold if isinstance(threshold, Tensor) and threshold.dim() else float(threshold)
         if self.scale is not None:
             # pre · scale > threshold. A scale of 0 lets nothing pass.
-            limits = torch.where(self.scale > 0, threshold.to(self.scale.dtype) / self.scale, torch.inf)
+            limits = torch.where(self.scale > 0, limits / self.scale, torch.inf)
         row_ptr, idx, acts = threshold_encode(self.x, self.W_enc, self.b_enc, limits)
         return Code(acts, idx, row_ptr.int())

@@ -38,7 +38,7 @@ def fill_entries(groups: Groups, parts: list[tuple[Code, Tensor]], prefixes: Pre
     n = len(groups.order)
     dec_row, enc_row = (_new(n, dtype=torch.int32) for _ in range(2))
     found = Entries(dec_row, _new(n), enc_row, _new(n), _new(n_latents))
-    given = [_ext().EntryPart(*code, grad) for code, grad in parts]
+    given = [_ext().EntryPart(*code[:3], grad) for code, grad in parts]
     _ext().fill_entries(given, prefixes.bounds, prefixes.by_latent, n_latents, *groups, *found)
     return found
 
@@ -68,7 +68,8 @@ def decode_loss(
     weight = torch.tensor(prefixes.weight, dtype=torch.float32, device="cpu")
     bounds = torch.tensor(prefixes.bounds, dtype=torch.int32, device="cpu")
     args = _ext().DecodeLoss(
-        *(x, *code, W_dec, b_dec, bounds, weight, prefixes.by_latent, prefixes.main, residual, *decoded, error, relu)
+        *(x, *code[:3], W_dec, b_dec, bounds, weight, prefixes.by_latent, prefixes.main, residual),
+        *(*decoded, error, relu),
     )
     _ext().decode_loss(args, torch.get_num_threads())
     return decoded
@@ -106,4 +107,4 @@ def _step(s: AdamStep) -> Any:
 
 def _job(job: Job) -> Any:
     kind = _ext().LeanJob if isinstance(job.matrix, LeanMatrix) else _ext().AdamJob
-    return kind(_matrix(job.matrix), _step(job.step), _ext().RowGradient(*job.gradient), job.rows, job.squares)
+    return kind(_matrix(job.matrix), _step(job.step), _ext().RowGradient(*job.gradient[:4]), job.rows, job.squares)

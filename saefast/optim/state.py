@@ -46,7 +46,12 @@ class AdamStep(NamedTuple):
 
 
 class RowGradient(NamedTuple):
-    """Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]."""
+    """Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1].
+
+    Where there is `along`, a part along the row's own weights w is added, block by block of D / M columns:
+    along[r, m] · w[block m], w being the row as the forward pass read it: settled, and not yet scaled to unit norm by
+    Norm.before_update. What depends on a row's norm has such a gradient.
+    """
 
     source: Tensor
     """(n, D)."""
@@ -56,6 +61,8 @@ class RowGradient(NamedTuple):
     """(entries,) int32."""
     coef: Tensor
     """(entries,) in source's dtype."""
+    along: Tensor | None = None
+    """(rows, M) in source's dtype, M a divisor of D; None for none."""
 
 
 @dataclass

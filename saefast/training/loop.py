@@ -297,7 +297,10 @@ def _publish(run: Run, line: Line, shown: Bar) -> None:
 def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
     """A step's figures under the names of SAELens' panels, and FVU and dead share under their own."""
     fvu, dead, silent = float(stats.fvu), float(stats.dead_share), run.engine.dead.silent(run.tokens)
-    return {
+    paid: Line = {}
+    if run.sae.architecture.pointwise is not None:
+        paid = {"losses/sparsity_loss": float(stats.sparsity_loss), "details/sparsity_coef": float(stats.sparsity_coef)}
+    return paid | {
         "losses/overall_loss": float(stats.loss),
         # Mean over tokens of the summed squared error of scaled inputs, for any kind of loss.
         "losses/mse_loss": fvu * float(total_variance(target)) / len(target),

@@ -18,6 +18,7 @@ from saefast.devices import DEVICES, Device, find
 from saefast.engines.config import TrainConfig
 from saefast.engines.recipe import LARGEST_BATCH, Recipe, choose
 from saefast.errors import InputError
+from saefast.models.architecture import At
 from saefast.models.config import SAEConfig
 from saefast.ops import mixed
 from saefast.ops.chunks import scratch_bytes
@@ -58,7 +59,7 @@ class Sizes(NamedTuple):
         architecture = sae.architecture()
         k, ranked = architecture.width(train), architecture.ranked(train)
         settings = train.batch_size, train.optimizer, train.settle_every
-        terms = len(architecture.terms(train).prefixes)
+        terms = len(architecture.terms(train, At(0, 1)).prefixes)
         return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms)
 
 

@@ -12,13 +12,13 @@ from saefast.models.start import scale_encoder_, start_b_dec_
 
 @pytest.mark.parametrize(("init", "norm"), [("tied", 1.0), ("tied_0.1", 0.1)])
 def test_tied(init: str, norm: float) -> None:
-    W_enc, W_dec = init_weights(300, 17, init)  # type: ignore[arg-type]
+    W_enc, W_dec = init_weights((300, 17), (300, 17), init)  # type: ignore[arg-type]
     torch.testing.assert_close(W_enc.norm(dim=1), torch.full((300,), norm))
     assert torch.equal(W_enc, W_dec)
 
 
 def test_kaiming_encoder_is_linears_default_and_decoder_its_unit_rows() -> None:
-    W_enc, W_dec = init_weights(4000, 25, "kaiming")
+    W_enc, W_dec = init_weights((4000, 25), (4000, 25), "kaiming")
     bound = 1 / 25**0.5
     assert float(W_enc.abs().max()) <= bound
     assert float(W_enc.abs().max()) > 0.999 * bound

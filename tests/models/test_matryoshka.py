@@ -16,6 +16,7 @@ from saefast.engines.dead import DeadLatents
 from saefast.engines.fused import FusedEngine
 from saefast.engines.recipe import choose
 from saefast.errors import InputError
+from saefast.models.architecture import At
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 
@@ -122,10 +123,10 @@ def test_early_latents_reconstruct_by_themselves() -> None:
 def test_the_whole_dictionary_is_always_the_last() -> None:
     train = saefast.TrainConfig()
     for widths in (WIDTHS, (*WIDTHS, L)):
-        terms = config(matryoshka=widths).architecture().terms(train)
+        terms = config(matryoshka=widths).architecture().terms(train, At(0, 1))
         assert terms.bounds == [*WIDTHS, L]
         assert (terms.by_latent, terms.main) == (True, 2)
-    assert config(matryoshka=None).architecture().terms(train).bounds == [K]
+    assert config(matryoshka=None).architecture().terms(train, At(0, 1)).bounds == [K]
     assert config().architecture().name == "topk"
     preset = saefast.preset("dictionary_learning", D, L, K, activation="batchtopk", matryoshka=WIDTHS)[1]
     assert (preset.matryoshka_loss, preset.threshold_decay) == ("weighted_mean", 0.999)

@@ -15,7 +15,7 @@ from saefast.engines.config import PRESETS
 from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models import registry
-from saefast.models.architecture import Architecture, Layer, NoFields, Term, Terms
+from saefast.models.architecture import Architecture, At, Layer, NoFields, Term, Terms
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.ops.code import Code, padded
@@ -36,17 +36,17 @@ class Pairs(Architecture):
     def width(self, train: Any) -> int:
         return 2
 
-    def code(self, encoder: Encoder, train: Any) -> Code:
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         return encoder.topk(2)
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return encoder.topk(2)
 
-    def terms(self, train: Any) -> Terms:
+    def terms(self, train: Any, at: At) -> Terms:
         return Terms((Term(L // 2, 0.5), Term(L, 2.0)), by_latent=True, main=1)
 
-    def observed(self, buffers: dict[str, Tensor], code: Code, scale: Tensor | None, step: int, train: Any) -> Any:
-        return {"steps_seen": buffers["steps_seen"] + 1}
+    def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
+        return kept | {"steps_seen": kept["steps_seen"] + 1}
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         return super().rescaled(tensors, scale, target_scale) | {"steps_seen": tensors["steps_seen"]}

@@ -1,0 +1,139 @@
+"""Pointwise: architectures that decide over each latent of a token by itself, and pay for every one that is on.
+
+A subclass states its activation and its penalty in plain differentiable torch, elementwise. The same statement serves
+chunks of pre-activations (B, C) and the n entries of a sparse code: what belongs to a latent comes already gathered, so
+that it broadcasts against the pre-activations. Engines take the derivatives from it by autograd, over those elements
+alone. Where a paper replaces a derivative (straight-through estimators), the statement holds an autograd.Function.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saefast.errors import InputError
+from saefast.models.architecture import Architecture, At
+from saefast.ops.code import Code, Number
+from saefast.ops.encoder import Encoder
+
+Own = Mapping[str, Tensor]
+
+
+@dataclass
+class PointwiseTraining:
+    """How architectures are trained whose sparsity is paid for: relu, jumprelu, gated.
+
+    Attributes:
+        sparsity_coef: what multiplies the penalty, a mean over tokens of the sum over latents; None steers it so that
+            the mean number of active latents comes to SAEConfig.k.
+        sparsity_warmup_share: share of the run over which it rises linearly from 0.
+    """
+
+    sparsity_coef: float | None = None
+    sparsity_warmup_share: float = 0.05
+
+    def check(self) -> None:
+        if self.sparsity_coef is not None and not 0 <= self.sparsity_coef < math.inf:
+            raise InputError(f"sparsity_coef is {self.sparsity_coef!r}: expected at least 0 and finite, or None")
+        if not 0 <= self.sparsity_warmup_share <= 1:
+            raise InputError(
+                f"sparsity_warmup_share is {self.sparsity_warmup_share!r}: expected a number between 0 and 1"
+            )
+
+
+class Pointwise(Architecture):
+    """acts = f(pre, own), latent by latent. SAEConfig.k is the mean number of active latents that is aimed at.
+
+    `own` holds the architecture's (L,) parameters by name and "b_enc", each gathered to the shape of pre or to one that
+    broadcasts against it.
+
+    Attributes:
+        uses_norms: the penalty depends on the norms of decoder rows.
+    """
+
+    TrainFields = PointwiseTraining
+    fixed_width = False
+    uses_norms: bool = False
+
+    @property
+    def pointwise(self) -> "Pointwise":
+        return self
+
+    def check(self) -> None:
+        if self.config.rescale_acts_by_decoder_norm:
+            raise InputError(
+                f"rescale_acts_by_decoder_norm is True, which activation={self.name!r} has not: its latents are not "
+                "ranked; set it to False"
+            )
+
+    def check_training(self, train: Any) -> None:
+        for name, needs in (("multi_topk_coef", "ranks latents"), ("auxk_coef", "chooses the top dead latents")):
+            if getattr(train, name):
+                raise InputError(
+                    f"{name} is {getattr(train, name)}, which {needs}: activation={self.name!r} does not rank any; set "
+                    f"{name} to 0 (latents that stay silent are resampled, see resample_every)"
+                )
+
+    def limit(self, own: Own, train: Any) -> Tensor | float:
+        """Pre-activations up to which an entry neither acts nor has a gradient: a number, or (L,).
+
+        Args:
+            own: ungathered, (L,) each.
+            train: a TrainConfig; None asks for what acts alone, which is what inference needs.
+        """
+        raise NotImplementedError
+
+    def activate(self, pre: Tensor, own: Own) -> Tensor:
+        """The activations, of pre's shape, at least 0."""
+        raise NotImplementedError
+
+    def penalty(self, pre: Tensor, acts: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor:
+        """What every entry costs, of pre's shape.
+
+        Args:
+            acts: as `activate` gives them.
+            norms: of the decoder rows, gathered as own is; None without `uses_norms`.
+        """
+        raise NotImplementedError
+
+    def frozen(self, pre: Tensor, own: Own) -> Tensor | None:
+        """Activations of a second reconstruction, by the decoder as it is and without a gradient to it; None is none.
+
+        Its squared error is added to the loss, weighted as the first one's.
+        """
+        return None
+
+    def coefficient(self, at: At, kept: dict[str, Tensor], l0: Number, train: Any) -> Number:
+        """What multiplies the mean over tokens of the summed penalty in this step.
+
+        Args:
+            kept: as it was before this step.
+            l0: mean number of active latents in the batch.
+        """
+        return float(train.sparsity_coef) * warmed_up(at, train)
+
+    def code(self, encoder: Encoder, train: Any, at: At) -> Code:
+        return self._above(encoder, self.limit(encoder.own, train))
+
+    def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
+        return self._above(encoder, self.limit(encoder.own, None))
+
+    @torch.no_grad()
+    def _above(self, encoder: Encoder, limit: Tensor | float) -> Code:
+        code = encoder.above(limit)
+        own = gathered(encoder.own | {"b_enc": encoder.b_enc}, code.idx.long())
+        return code._replace(acts=self.activate(code.acts, own), pre=code.acts)
+
+
+def gathered(own: Own, latents: Tensor | slice) -> dict[str, Tensor]:
+    """Those of the parameters that hold a number for each latent, at some latents."""
+    return {name: value[latents] for name, value in own.items() if value.dim() == 1}
+
+
+def warmed_up(at: At, train: Any) -> float:
+    """The share of its full size that the penalty has in this step."""
+    steps = train.sparsity_warmup_share * at.total_steps
+    return min((at.step + 1) / steps, 1.0) if steps > 0 else 1.0
