@@ -24,7 +24,7 @@ struct Gradient : saefast::RowGradient {
     int64_t n_rows = 0, d = 0;
 };
 
-Gradient make_gradient(handle source, handle offsets, handle row, handle coef) {
+Gradient make_gradient(handle source, handle offsets, handle row, handle coef, handle along) {
     Gradient g;
     const int64_t n_source = size("source", source, 0, 2), entries = length("row", row);
     g.n_rows = length("offsets", offsets) - 1;
@@ -35,6 +35,12 @@ Gradient make_gradient(handle source, handle offsets, handle row, handle coef) {
     g.coef = at<float>("coef", coef, entries);
     check_offsets("offsets", g.offsets, g.n_rows + 1, entries);
     check_inside("row", g.row, entries, n_source);
+    if (along.is_none()) return g;
+    g.blocks = size("along", along, 1, 2);
+    g.along = at<float>("along", along, product({g.n_rows, g.blocks}));
+    if (g.blocks < 1 || g.d % g.blocks != 0)
+        throw py::value_error("along has " + std::to_string(g.blocks) + " columns: expected a divisor of " +
+                              std::to_string(g.d));
     return g;
 }
 
@@ -138,7 +144,7 @@ void bind_matrices(py::module_& m) {
              "step"_a, "beta1"_a, "beta2"_a, "lr"_a, "eps"_a, "drift"_a, "drift_eps"_a, "grad_scale"_a, "project"_a,
              "norm"_a);
     py::class_<Gradient>(m, "RowGradient")
-        .def(py::init(&make_gradient), "source"_a, "offsets"_a, "row"_a, "coef"_a);
+        .def(py::init(&make_gradient), "source"_a, "offsets"_a, "row"_a, "coef"_a, "along"_a);
 }
 
 saefast::CodeEntries make_code(handle acts, handle idx, handle row_ptr) {

@@ -74,11 +74,15 @@ void fill_entries(const std::vector<EntryPart>& parts, const Prefixes& prefixes,
 // Where gradient rows come from: row r is Σ coef[e] · source[row[e]] over e in offsets[r] .. offsets[r + 1]. A null
 // `offsets` means that all of them are zero. Groups longer than kPiece entries are summed piece by piece and the pieces
 // added in order, so that one latent which fires everywhere keeps no thread waiting.
+// Where `along` is not null, along[r, m] times block m of the row's own weights is added, each block of d / blocks
+// columns: weights as the forward pass read them, settled and not yet scaled to unit norm by Norm::before_update.
 struct RowGradient {
     const float* source = nullptr;
     const int32_t* offsets = nullptr;
     const int32_t* row = nullptr;
     const float* coef = nullptr;
+    const float* along = nullptr;  // (rows, blocks) or null
+    int64_t blocks = 1;
 };
 
 // A weight matrix (n_rows, d) with Adam's state. last_step[r] is the step that row r's state stands at.

@@ -27,13 +27,17 @@ void write_copies(const AdamMatrix& a, int64_t r) {
     if (a.norms != nullptr) a.norms[r] = std::sqrt(rowmath::dot(w, w, a.d));
 }
 
-void update_row(const AdamMatrix& a, const AdamStep& s, const rowmath::AdamConstants& c, int64_t r, float* grad,
-                float* squares) {
+// Row i of a job.
+void update_row(const AdamJob& job, const rowmath::AdamConstants& c, int64_t i, float* grad) {
+    const AdamMatrix& a = job.matrix;
+    const AdamStep& s = job.step;
+    const int64_t r = row_at(job.rows, i);
     float* w = a.w + r * a.d;
     settle_row(a, s, r, s.step - 1);
+    add_along(job.gradient, i, w, a.d, grad);
     if (s.norm == Norm::before_update) to_unit_norm(w, a.d);
     if (s.project) project_out(grad, w, a.d);
-    if (squares != nullptr) *squares = rowmath::dot(grad, grad, a.d);
+    if (job.squares != nullptr) job.squares[i] = rowmath::dot(grad, grad, a.d);
     if (s.grad_scale != 1.0f) rowmath::scale(grad, s.grad_scale, a.d);
     rowmath::adam_elements(w, a.m + r * a.d, a.v + r * a.d, grad, a.d, c);
     if (s.norm == Norm::after_update) to_unit_norm(w, a.d);
@@ -42,12 +46,8 @@ void update_row(const AdamMatrix& a, const AdamStep& s, const rowmath::AdamConst
 }
 
 void run_adam(Prepared<AdamJob>& prepared) {
-    const AdamJob& job = prepared.job;
-    const rowmath::AdamConstants c = constants(job.step);
-    prepared.run([&](int64_t i, float* grad) {
-        float* squares = job.squares == nullptr ? nullptr : job.squares + i;
-        update_row(job.matrix, job.step, c, row_at(job.rows, i), grad, squares);
-    });
+    const rowmath::AdamConstants c = constants(prepared.job.step);
+    prepared.run([&](int64_t i, float* grad) { update_row(prepared.job, c, i, grad); });
 }
 
 }  // namespace
@@ -87,7 +87,9 @@ void update_rows(const std::vector<AdamJob>& jobs, const std::vector<LeanJob>& l
 void gradient_squares(const AdamJob& job, int n_threads) {
     Prepared(job, n_threads).run([&](int64_t i, float* grad) {
         const int64_t d = job.matrix.d;
-        if (job.step.project) project_out(grad, job.matrix.w + row_at(job.rows, i) * d, d);
+        const float* w = job.matrix.w + row_at(job.rows, i) * d;
+        add_along(job.gradient, i, w, d, grad);
+        if (job.step.project) project_out(grad, w, d);
         job.squares[i] = rowmath::dot(grad, grad, d);
     });
 }

@@ -113,6 +113,14 @@ inline void project_out(float* grad, const float* w, int64_t d) {
     rowmath::add_scaled(grad, w, -along, d);
 }
 
+// Adds the part of gradient row i along its weights w.
+inline void add_along(const RowGradient& g, int64_t i, const float* w, int64_t d, float* grad) {
+    if (g.along == nullptr) return;
+    const int64_t width = d / g.blocks;
+    for (int64_t b = 0; b < g.blocks; ++b)
+        rowmath::add_scaled(grad + b * width, w + b * width, g.along[i * g.blocks + b], width);
+}
+
 // Asks for the first lines of a row's weights and state before they are needed; the hardware sees the rest coming. A
 // pass over all rows takes a third of the time it takes without.
 inline void prefetch_bytes(const void* row, int64_t bytes) {

@@ -90,14 +90,19 @@ void catch_up_row(const LeanMatrix& a, const AdamStep& s, int64_t r, const Wide&
     store_weights(a, r, wide.w, key_of(a, r, s.step));
 }
 
-void update_row(const LeanMatrix& a, const AdamStep& s, const rowmath::AdamConstants& c, int64_t r, float* grad,
-                const Wide& wide, float* squares) {
+// Row i of a job.
+void update_row(const LeanJob& job, const rowmath::AdamConstants& c, int64_t i, float* grad) {
+    const LeanMatrix& a = job.matrix;
+    const AdamStep& s = job.step;
+    const int64_t r = row_at(job.rows, i);
+    const Wide wide{grad + a.d, grad + 2 * a.d};
     rowmath::from_bf16(wide.w, a.w + r * a.d, a.d);
     load_moment(a, r, wide.m);
     rowmath::scale(wide.m, add_drift(a, s, r, s.step - 1, wide), a.d);
+    add_along(job.gradient, i, wide.w, a.d, grad);
     if (s.norm == Norm::before_update) to_unit_norm(wide.w, a.d);
     if (s.project) project_out(grad, wide.w, a.d);
-    if (squares != nullptr) *squares = rowmath::dot(grad, grad, a.d);
+    if (job.squares != nullptr) job.squares[i] = rowmath::dot(grad, grad, a.d);
     if (s.grad_scale != 1.0f) rowmath::scale(grad, s.grad_scale, a.d);
     const float mean_square = rowmath::dot(grad, grad, a.d) / static_cast<float>(a.d);
     a.v[r] = c.beta2 * a.v[r] + c.one_minus_beta2 * mean_square;
@@ -113,13 +118,8 @@ void update_row(const LeanMatrix& a, const AdamStep& s, const rowmath::AdamConst
 }  // namespace
 
 void detail::run_lean(Prepared<LeanJob>& prepared) {
-    const LeanJob& job = prepared.job;
-    const rowmath::AdamConstants c = constants(job.step);
-    const int64_t d = job.matrix.d;
-    prepared.run([&](int64_t i, float* grad) {
-        float* squares = job.squares == nullptr ? nullptr : job.squares + i;
-        update_row(job.matrix, job.step, c, row_at(job.rows, i), grad, {grad + d, grad + 2 * d}, squares);
-    });
+    const rowmath::AdamConstants c = constants(prepared.job.step);
+    prepared.run([&](int64_t i, float* grad) { update_row(prepared.job, c, i, grad); });
 }
 
 void catch_up(const LeanMatrix& matrix, const AdamStep& step, const int32_t* rows, int64_t n, int n_threads) {
@@ -149,6 +149,7 @@ void gradient_squares(const LeanJob& job, int n_threads) {
     const int64_t d = job.matrix.d;
     Prepared<LeanJob>(job, n_threads).run([&](int64_t i, float* grad) {
         rowmath::from_bf16(grad + d, job.matrix.w + row_at(job.rows, i) * d, d);
+        add_along(job.gradient, i, grad + d, d, grad);
         if (job.step.project) project_out(grad, grad + d, d);
         job.squares[i] = rowmath::dot(grad, grad, d);
     });

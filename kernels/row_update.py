@@ -104,6 +104,17 @@ def project_out(g, w):
 
 
 @triton.jit
+def add_along(g, w, along_ptr, r, D, offs_d, mask_d, ALONG: tl.constexpr):
+    """g with the part of gradient row r along its weights w: saefast.optim.lean.add_along."""
+    if along_ptr is not None:
+        if ALONG == 1:
+            g += tl.load(along_ptr + r) * w
+        else:
+            g += tl.load(along_ptr + r * ALONG + offs_d // (D // ALONG), mask=mask_d, other=0.0) * w
+    return g
+
+
+@triton.jit
 def row_of(rows_ptr, r):
     """The matrix's row of a job's r-th row; negative for those that only fill the job up to a fixed size."""
     return r if rows_ptr is None else tl.load(rows_ptr + r).to(tl.int64)
@@ -163,12 +174,14 @@ def gradient_rows(
     coef_ptr,
     pieces_ptr,
     first_ptr,
+    along_ptr,  # (n, ALONG), or None
     rows_ptr,  # (n,) int32, or None
-    w_ptr,  # (R, D), fp32 or bf16, or None: nothing is projected
+    w_ptr,  # (R, D), fp32 or bf16, or None: nothing is projected or added along it
     out_ptr,  # (n, D) fp32 out, or None
     squares_ptr,  # (n, blocks) fp32 out, or None
     D,
     PROJECT: tl.constexpr,
+    ALONG: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -184,11 +197,12 @@ def gradient_rows(
     if out_ptr is not None:
         tl.store(out_ptr + r * D + offs_d, g, mask=mask_d)
     if squares_ptr is not None:
-        if PROJECT:
+        if PROJECT or along_ptr is not None:
             i = row_of(rows_ptr, r)
             # A row that is not there has no entry either: nothing to project.
-            w = tl.load(w_ptr + i * D + offs_d, mask=mask_d & (i >= 0), other=0.0)
-            g = project_out(g, w.to(tl.float32))
+            w = tl.load(w_ptr + i * D + offs_d, mask=mask_d & (i >= 0), other=0.0).to(tl.float32)
+            g = add_along(g, w, along_ptr, r, D, offs_d, mask_d, ALONG)
+            g = project_out(g, w) if PROJECT else g
         tl.store(squares_ptr + pid, tl.sum(g * g, 0))
 
 
@@ -243,6 +257,7 @@ def row_update(
     coef_ptr,
     pieces_ptr,  # (pieces, D) of `piece_sums`, or None: no group was cut
     first_ptr,
+    along_ptr,  # (n, ALONG), or None
     rows_ptr,
     last_ptr,
     drift_ptr,
@@ -265,6 +280,7 @@ def row_update(
     root2,  # √(1 - β2^step)
     eps,
     PROJECT: tl.constexpr,
+    ALONG: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -284,6 +300,7 @@ def row_update(
         w, m = tl.load(w_ptr + at, mask=mask_d, other=0.0), tl.load(m_ptr + at, mask=mask_d, other=0.0)
         v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
         w, m, v = settle(w, m, v, late, drift, due, decay1, decay2, NORM)
+        g = add_along(g, w, along_ptr, r, D, offs_d, mask_d, ALONG)
         w = unit(w) if NORM == BEFORE else w
         g = project_out(g, w) if PROJECT else g
         tl.store(squares_ptr + pid, tl.sum(g * g, 0))
@@ -434,6 +451,7 @@ def lean_row_update(
     coef_ptr,
     pieces_ptr,
     first_ptr,
+    along_ptr,  # (n, ALONG), or None
     rows_ptr,
     last_ptr,
     drift_ptr,
@@ -457,6 +475,7 @@ def lean_row_update(
     root2,
     eps,
     PROJECT: tl.constexpr,
+    ALONG: tl.constexpr,
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -477,6 +496,7 @@ def lean_row_update(
         w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(tl.float32)
         m = lean_moment(m_ptr, scale_ptr, i, at, offs_d, mask_d, WIDTH, BLOCKS)
         w, m, v = lean_settle(w, m, tl.load(v_ptr + i), late, drift, due, decay1, decay2, NORM)
+        g = add_along(g, w, along_ptr, r, D, offs_d, mask_d, ALONG)
         w = unit(w) if NORM == BEFORE else w
         g = project_out(g, w) if PROJECT else g
         tl.store(squares_ptr + r, tl.sum(g * g, 0))

@@ -208,6 +208,8 @@ SUMMED = 32
 CUT = 256
 # Widest row that one program of row_update holds whole.
 MAX_ROW = 8192
+# Widest whole row of which a thread holds 8 columns; wider, it holds 16.
+WIDE = 2048
 # Given, because the compiler left alone spills a few in settle_rows to reach an occupancy it aims at (as for Merge).
 ROW_REGISTERS = 128
 
@@ -215,7 +217,7 @@ ROW_REGISTERS = 128
 def rows(D: int, whole: bool) -> Rows:
     """Up to 8 columns a thread, two loads of 16 bytes; 16 where a wide row must be held whole, and fewer at a time."""
     block = max(32, _power_of_2(D)) if whole else min(1024, max(32, _power_of_2(D)))
-    wide = block > 2048
+    wide = block > WIDE
     return Rows(block, 2 if wide else 4, max(1, block // (512 if wide else 256)))
 
 

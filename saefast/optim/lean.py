@@ -25,6 +25,14 @@ def project_out(grad: Tensor, w: Tensor) -> Tensor:
     return grad.addcmul_(along[:, None], w, value=-1)
 
 
+def add_along(grad: Tensor, w: Tensor, along: Tensor | None) -> Tensor:
+    """grad (n, D) plus `RowGradient.along` (n, M) times the blocks of the rows of w (n, D); in place."""
+    if along is not None:
+        blocks = (len(w), along.shape[1], w.shape[1] // along.shape[1])
+        grad.view(blocks).addcmul_(along[:, :, None], w.view(blocks))
+    return grad
+
+
 def mix(x: Tensor) -> Tensor:
     """An integer hash (Wellons 2018, "lowbias32") of int64 tensors that hold 32-bit words."""
     x = x ^ (x >> 16)
@@ -117,6 +125,7 @@ def update(job: Job, matrix: LeanMatrix, grad: Tensor) -> None:
     m = moments(matrix, ids)
     w, decay = _settled(matrix, step, ids, step.step - 1)
     m *= decay[:, None]
+    grad = add_along(grad, w, job.gradient.along)
     w = unit(w) if step.norm == Norm.before_update else w
     grad = project_out(grad, w) if step.project else grad
     torch.sum(grad.square(), dim=1, out=job.squares)

@@ -129,7 +129,7 @@ def _add_rows(out: Tensor, to: Tensor, coef: Tensor, W: Tensor, rows: Tensor) ->
 
 
 def gradient_rows(gradient: RowGradient) -> Tensor:
-    """The gradient rows themselves, (rows, D); only this plain backend ever holds them."""
+    """The sums over the groups, (rows, D); only this plain backend ever holds them."""
     counts = (gradient.offsets[1:] - gradient.offsets[:-1]).long()
     group = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     out = gradient.source.new_zeros(len(counts), gradient.source.shape[1])
@@ -187,12 +187,20 @@ def _copies(matrix: Matrix, ids: Tensor) -> None:
         matrix.norms[ids] = matrix.w[ids].norm(dim=1)
 
 
+def _weights(job: Job, dtype: torch.dtype) -> Tensor:
+    """The rows of the job (n, D)."""
+    return (job.matrix.w if job.rows is None else job.matrix.w[job.rows.long()]).to(dtype)
+
+
 def _projected(job: Job, grad: Tensor) -> Tensor:
     """The job's gradient rows (n, D), without their part along the weights' rows where the step asks for that."""
-    if not job.step.project:
-        return grad
-    w = job.matrix.w if job.rows is None else job.matrix.w[job.rows.long()]
-    return rows_lean.project_out(grad, w.to(grad.dtype))
+    return rows_lean.project_out(grad, _weights(job, grad.dtype)) if job.step.project else grad
+
+
+def _with_along(job: Job, grad: Tensor) -> Tensor:
+    """The job's gradient rows (n, D) with their part along the weights that the matrix holds now."""
+    along = job.gradient.along
+    return grad if along is None else rows_lean.add_along(grad, _weights(job, grad.dtype), along)
 
 
 def gradient_squares(job: Job) -> None:
@@ -201,8 +209,8 @@ def gradient_squares(job: Job) -> None:
 
 
 def squares_of(job: Job, grad: Tensor) -> None:
-    """gradient_squares with the gradient rows (n, D) given."""
-    torch.sum(_projected(job, grad).square(), dim=1, out=job.squares)
+    """gradient_squares with the sums over the groups (n, D) given, which it may overwrite."""
+    torch.sum(_projected(job, _with_along(job, grad)).square(), dim=1, out=job.squares)
 
 
 def update_rows(jobs: list[Job]) -> None:
@@ -212,7 +220,7 @@ def update_rows(jobs: list[Job]) -> None:
 
 
 def update_by(job: Job, grad: Tensor) -> None:
-    """A job of update_rows with the gradient rows (n, D) given, which it may overwrite."""
+    """A job of update_rows with the sums over the groups (n, D) given, which it may overwrite."""
     if isinstance(job.matrix, LeanMatrix):
         rows_lean.update(job, job.matrix, grad)
     else:
@@ -223,6 +231,7 @@ def _adam(job: Job, matrix: Matrix, grad: Tensor) -> None:
     step = job.step
     catch_up(matrix, step._replace(step=step.step - 1), job.rows)
     ids = torch.arange(len(matrix.w), device=matrix.w.device) if job.rows is None else job.rows.long()
+    grad = _with_along(job, grad)
     if step.norm == Norm.before_update:
         matrix.w[ids] = rows_lean.unit(matrix.w[ids])
     grad = _projected(job, grad)

@@ -2,8 +2,9 @@
 
 Everything repeats bit for bit: no float atomics, sums in fixed order. Nothing makes the host wait for the GPU, so jobs
 may name more rows than there are (`Groups.latents`): those of -1 are passed over. The exception is rows wider than one
-program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does): plain torch takes
-them, some at a time, with gradient rows that the kernels sum.
+program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does; beyond `tuning.WIDE`,
+Adam with `RowGradient.along` of several blocks): plain torch takes them, some at a time, with gradient rows that the
+kernels sum.
 No GPU has run this module yet: it is unproven on a GPU.
 """
 
@@ -143,7 +144,7 @@ def gradient_squares(job: Job) -> None:
     _, pieces, squares = prepared
     if len(squares) == 0:
         return
-    if not _served(job.matrix, job.step):
+    if not _serves(job):
         for part, grad in _wide(prepared):
             plain.squares_of(part, grad)
         return
@@ -151,7 +152,7 @@ def gradient_squares(job: Job) -> None:
     with on_device(squares):
         row_kernels.gradient_rows[(squares.numel(),)](
             *_gradient(job.gradient, pieces), job.rows, job.matrix.w, None, squares, D, PROJECT=job.step.project,
-            UNROLL=config.unroll, **_options(config),
+            ALONG=_blocks_along(job.gradient), UNROLL=config.unroll, **_options(config),
         )  # fmt: skip
     torch.sum(squares, dim=1, out=job.squares)
 
@@ -160,7 +161,7 @@ def update_rows(jobs: list[Job]) -> None:
     for prepared in [_prepare(job) for job in jobs]:
         if len(prepared.squares) == 0:
             continue
-        if _served(prepared.job.matrix, prepared.job.step):
+        if _serves(prepared.job):
             _update(prepared)
         else:
             for part, grad in _wide(prepared):
@@ -181,6 +182,7 @@ def _update(prepared: Prepared) -> None:
     rate, root2 = step.lr / (1 - step.beta1**step.step), (1 - step.beta2**step.step) ** 0.5
     numbers = (float(step.grad_scale), 1 - step.beta1, step.beta2, 1 - step.beta2, rate, root2, step.eps)
     options = dict(PROJECT=step.project, NORM=int(step.norm), UNROLL=config.unroll, **_options(config))
+    options["ALONG"] = _blocks_along(job.gradient)
     given, until = (*_gradient(job.gradient, pieces), job.rows, *_drift(matrix, step)), _until(step, step.step - 1)
     with on_device(matrix.w):
         if isinstance(matrix, LeanMatrix):
@@ -245,21 +247,24 @@ def _few(matrix: AnyMatrix, rows: Tensor | None) -> Iterator[Tensor]:
 
 
 def _wide(prepared: Prepared) -> Iterator[tuple[Job, Tensor]]:
-    """A job in parts of `_few` rows each, and their gradient rows (n, D)."""
+    """A job in parts of `_few` rows each, and the sums over their groups (n, D)."""
     job, pieces, _ = prepared
     D, begin = job.matrix.w.shape[1], 0
     job.squares.zero_()  # of rows that are not there too
     config = tuning.rows(D, False)
     for rows in _few(job.matrix, job.rows):
         part, grad = slice(begin, begin := begin + len(rows)), rows.new_empty((len(rows), D), dtype=torch.float32)
-        gradient = job.gradient._replace(offsets=job.gradient.offsets[part.start :])
+        along = job.gradient.along
+        gradient = job.gradient._replace(
+            offsets=job.gradient.offsets[part.start :], along=None if along is None else along[part]
+        )
         cut = pieces and pieces._replace(first=pieces.first[part.start :])
         with on_device(grad):
             row_kernels.gradient_rows[(len(rows) * triton.cdiv(D, config.block_d),)](
-                *_gradient(gradient, cut), None, None, grad, None, D, PROJECT=False, UNROLL=config.unroll,
-                **_options(config),
+                *_gradient(gradient._replace(along=None), cut), None, None, grad, None, D, PROJECT=False, ALONG=0,
+                UNROLL=config.unroll, **_options(config),
             )  # fmt: skip
-        yield job._replace(rows=rows, squares=job.squares[part]), grad
+        yield job._replace(rows=rows, gradient=gradient, squares=job.squares[part]), grad
 
 
 def _lean(matrix: LeanMatrix) -> tuple[Tensor | None, ...]:
@@ -290,6 +295,12 @@ def _served(matrix: AnyMatrix, step: AdamStep) -> bool:
     return known and (matrix.w.shape[1] <= tuning.MAX_ROW or not _whole_rows(matrix, step))
 
 
+def _serves(job: Job) -> bool:
+    """Whether the kernels take an update: several blocks of `along` do not fit beside a wide row and its moments."""
+    fits = isinstance(job.matrix, LeanMatrix) or _blocks_along(job.gradient) < 2 or job.matrix.w.shape[1] <= tuning.WIDE
+    return _served(job.matrix, job.step) and (fits or not _whole_rows(job.matrix, job.step))
+
+
 def _config(matrix: AnyMatrix, step: AdamStep) -> tuning.Rows:
     D = matrix.w.shape[1]
     return tuning.rows(D, _whole_rows(matrix, step) and D <= tuning.MAX_ROW)
@@ -300,7 +311,11 @@ def _options(config: tuning.Rows) -> dict[str, int]:
 
 
 def _gradient(g: RowGradient, pieces: Pieces | None) -> tuple[Tensor | None, ...]:
-    return g.source, g.offsets, g.row, g.coef, *(pieces or (None, None))
+    return g.source, g.offsets, g.row, g.coef, *(pieces or (None, None)), g.along
+
+
+def _blocks_along(g: RowGradient) -> int:
+    return 0 if g.along is None else g.along.shape[1]
 
 
 def _cut(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | None, n_entries: int) -> Pieces | None:

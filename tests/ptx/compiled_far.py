@@ -11,7 +11,7 @@ import triton.language as tl
 from ptx.emulate import Emulation, Watched, emulated, run
 from ptx.far import MOVES, OTHERWISE, ROWS, moved
 from ptx.record import launched_kernels
-from ptx.scenes import decoding_csr, encoding, selecting, soon, training
+from ptx.scenes import decoding_csr, encoding, selecting, soon, training, updating_along
 
 
 def test_every_kernel_can_be_moved() -> None:
@@ -59,6 +59,8 @@ SCENES: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "selection": (selecting, {"count_from"}),
     "rows of any length": (decoding_csr, {"decode_loss_csr", "fill_entries", "sum_groups"}),
     "several prefixes": (training("several prefixes"), {"decode_loss", "row_update", "settle_rows"}),
+    "along": (updating_along, {"gradient_rows", "row_update", "piece_sums"}),
+    "lean, along": (lambda: updating_along(lean=True), {"gradient_rows", "lean_row_update", "piece_sums"}),
     "lean": (training("lean"), {"decode_loss", "lean_row_update", "lean_settle_rows", "piece_sums"}),
 }
 

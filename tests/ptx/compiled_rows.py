@@ -44,7 +44,7 @@ def matrix(kind: str, D: int, norms: bool) -> AnyMatrix:
     return found
 
 
-def new_job(kind: str, D: int, norm: Norm) -> Job:
+def new_job(kind: str, D: int, norm: Norm, M: int = 0) -> Job:
     """Two short groups, one that is cut, and a row that is not there."""
     drift = DriftTable(0.9, 0.999, 1e-8)
     for _ in range(STEP):
@@ -53,7 +53,8 @@ def new_job(kind: str, D: int, norm: Norm) -> Job:
     step = AdamStep(STEP, 0.9, 0.999, 1e-3, 1e-8, drift.drift, drift.drift_eps, project=whole, norm=norm)
     offsets = torch.tensor([0, 2, 2 + CUT + 3, 15, 15], dtype=torch.int32)
     entries = torch.randint(9, (15,), dtype=torch.int32)
-    gradient = RowGradient(torch.randn(9, D), offsets, entries, torch.randn(15))
+    along = torch.randn(4, M) if M else None
+    gradient = RowGradient(torch.randn(9, D), offsets, entries, torch.randn(15), along)
     chosen = torch.tensor([0, 2, 5, -1], dtype=torch.int32)
     return Job(matrix(kind, D, whole), step, gradient, chosen, torch.zeros(4))
 
@@ -61,7 +62,8 @@ def new_job(kind: str, D: int, norm: Norm) -> Job:
 def there(job: Job) -> Job:
     """A copy without the row that is not there."""
     fields = {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in vars(job.matrix).items()}
-    gradient = job.gradient._replace(offsets=job.gradient.offsets[:-1])
+    along = job.gradient.along
+    gradient = job.gradient._replace(offsets=job.gradient.offsets[:-1], along=None if along is None else along[:-1])
     matrix = type(job.matrix)(**fields)
     return job._replace(matrix=matrix, gradient=gradient, rows=job.rows[:-1], squares=job.squares[:-1].clone())
 
@@ -84,6 +86,22 @@ def test_warps_that_share_a_row(kind: str, D: int, sm: int, norm: Norm, operatio
     assert_close(ours.matrix, plain.matrix)
     torch.testing.assert_close(ours.squares[:3], plain.squares, rtol=1e-4, atol=1e-4)
     assert ours.squares[3] == 0
+
+
+@pytest.mark.parametrize("operation", ["update", "norm pass"])
+@pytest.mark.parametrize("norm", [Norm.never, Norm.before_update])
+@pytest.mark.parametrize("M", [1, 3])
+@pytest.mark.parametrize("kind", ["adam", "lean"])
+def test_gradients_along_the_weights(kind: str, M: int, norm: Norm, operation: str) -> None:
+    ours = new_job(kind, 600, norm, M)
+    plain = there(ours)
+    OPERATIONS[operation](rows, plain)
+    with emulated(90) as found:
+        OPERATIONS[operation](rows_triton, ours)
+    assert not found.faults, found.faults
+    assert not found.formal
+    assert_close(ours.matrix, plain.matrix)
+    torch.testing.assert_close(ours.squares[:3], plain.squares, rtol=1e-4, atol=1e-4)
 
 
 def assert_close(ours: AnyMatrix, plain: AnyMatrix) -> None:

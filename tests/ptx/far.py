@@ -159,7 +159,9 @@ def move_rows(f: Far) -> None:
         f.number(ROWS, "first_ptr")
         f.shift(ROWS, pieces_ptr=f["D"])
     each = f.column_blocks
-    f.by_program(each, offsets_ptr=1, first_ptr=1, rows_ptr=1, squares_ptr=each, out_ptr=f["D"])
+    f.by_program(
+        each, offsets_ptr=1, first_ptr=1, along_ptr=f["ALONG"] or 0, rows_ptr=1, squares_ptr=each, out_ptr=f["D"]
+    )
     f.number(ROWS, "rows_ptr")
     rows, D = f.rows if f["rows_ptr"] is None else ROWS, f["D"]
     lean = f["scale_ptr"] is not None

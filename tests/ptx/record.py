@@ -24,7 +24,7 @@ from triton import JITFunction
 from ptx.build import kernel_of
 from ptx.call import Call, bound, call_of, specialised
 from ptx.emulate import as_on_a_gpu
-from ptx.scenes import RECIPES, Sizes, encoding, soon, training
+from ptx.scenes import RECIPES, Sizes, encoding, soon, training, updating_along
 from saefast import kernels
 from saefast.kernels import tuning
 from saefast.ops import (
@@ -162,6 +162,14 @@ def decode(
     rows_triton.fill_entries(grouped, [(code, code.acts)], prefixes, 2)
 
 
+def updates_along() -> None:
+    """Gradients along the weights: of whole rows and of blocks, at every width."""
+    for D in (768, *(sizes.D for sizes in WIDER)):
+        for M in (1, 3 if D % 3 == 0 else 2):
+            for lean in (False, True):
+                updating_along(D, M, lean, n=2)
+
+
 def encodes() -> None:
     """Every kind of product at a narrow and a wide D, all forms of one, both methods, groups of very many columns."""
     for D in (768, 4096):
@@ -199,6 +207,7 @@ def steps_launched(every: bool) -> list[Call]:
         else:
             few_steps()
         decodes()
+        updates_along()
     return distinct(found)
 
 

@@ -18,6 +18,7 @@ from saefast.ops import triton_encode_topk, triton_sddmm, triton_select_kth, tri
 from saefast.ops.code import Code, Prefixes
 from saefast.optim import triton as rows_triton
 from saefast.optim import triton_batch
+from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, Job, LeanMatrix, Matrix, Norm, RowGradient
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ def trained(recipe: str, data: list[Tensor], sizes: Sizes = SMALL) -> tuple[Fuse
 
 def training(recipe: str, sizes: Sizes = SMALL) -> Callable[[], Any]:
     return lambda: trained(recipe, batches(sizes), sizes)
+
+
+def updating_along(D: int = 48, M: int = 2, lean: bool = False, n: int = 3) -> None:
+    """Updates and the norm pass of n rows whose gradients have a part along the weights, in M blocks."""
+    w, ids = torch.randn(n + 2, D), torch.arange(1, n + 1, dtype=torch.int32)
+    matrix: AnyMatrix = LeanMatrix.of(w.bfloat16(), 1) if lean else Matrix.of(w)
+    lengths = torch.arange(n) * tuning.CUT
+    offsets = torch.cat([lengths[:1], lengths.cumsum(0)]).int()
+    entries = torch.randint(4, (int(lengths.sum()),), dtype=torch.int32)
+    gradient = RowGradient(torch.randn(4, D), offsets, entries, torch.randn(len(entries)), torch.randn(n, M))
+    drift = DriftTable(0.9, 0.999, 1e-8)
+    for norm in (Norm.never, Norm.after_update):
+        step = AdamStep(1, 0.9, 0.999, 1e-3, 1e-8, drift.drift, drift.drift_eps, norm=norm)
+        job = Job(matrix, step, gradient, ids, torch.zeros(n))
+        rows_triton.gradient_squares(job)
+        rows_triton.update_rows([job])
 
 
 def decoding_csr(D: int = 300, L: int = 64) -> None:
