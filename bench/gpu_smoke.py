@@ -88,6 +88,7 @@ def ops_at(size: Size, settings: Settings) -> Iterator[Named]:
     yield "decode_loss csr", lambda: decode_loss(size, device, csr=True)
     yield "select_kth", lambda: select_kth(size, device)
     yield "encode_batch_topk", lambda: encode_batch_topk(size, device)
+    yield "encode_group_max", lambda: encode_group_max(size, device)
     n = min(size.L // 4, 2000)
     for kind in ("adam", "lean"):
         for name in OPERATIONS:
@@ -208,3 +209,12 @@ def encode_batch_topk(size: Size, device: str) -> dict[str, Any]:
     found = ops.encode_batch_topk(x, W, b, size.k)
     assert found.row_ptr is not None
     return worst(exact(found.row_ptr, row_ptr), exact(found.idx, idx), exact(found.acts, acts))
+
+
+def encode_group_max(size: Size, device: str) -> dict[str, Any]:
+    L = size.L // size.k * size.k
+    x, W = (integers(n, size.D, dtype=torch.float32, device=device) for n in (size.B, L))
+    b = torch.randint(-3, 4, (L,), device=device).float()
+    acts, idx = reference.encode_group_max(x, W, b, size.k)
+    found = ops.encode_group_max(x, W, b, size.k)
+    return worst(exact(found[0], acts), exact(found[1], idx))

@@ -35,7 +35,7 @@ def by_stage(engine: FusedEngine, data: list[Tensor], device: str, steps: int, p
     """
     backend, stages = row_ops(engine.weights.enc.w), Stages(device)
     stages.watch(mixed, ["encode_topk_mixed"], encode_label)
-    stages.watch(encoder, ["encode_topk", "encode_batch_topk"], encode_label)
+    stages.watch(encoder, ["encode_topk", "encode_batch_topk", "encode_group_max"], encode_label)
     # The choice over a batch encodes row by row: what is left under its own name is the choice.
     stages.watch(sys.modules["saefast.ops.encode_batch_topk"], ["encode_topk", "encode_topk_mixed"], encode_label)
     stages.watch(backend, row_functions(backend))

@@ -19,6 +19,7 @@
 
 #include "buffer.hpp"
 #include "gather.hpp"
+#include "group_max.hpp"
 #include "mixed.hpp"
 #include "select_kth.hpp"
 #include "spmm.hpp"
@@ -316,6 +317,23 @@ void bind_encode(py::module_& m) {
             "row_ptr"_a, "idx"_a, "acts"_a);
 }
 
+void bind_group_max(py::module_& m) {
+    m.def(
+        "encode_group_max",
+        [](handle x, handle W, handle bias, handle scale, int64_t groups, int64_t best, handle pre, handle idx,
+           int64_t max_scratch_bytes, const std::optional<std::string>& kernel, int n_threads) {
+            const auto encoder = make_encoder(x, W, bias, scale, py::none(), py::none());
+            auto* to_pre = at<float>("pre", pre, product({encoder.n_rows, groups, best}));
+            auto* to_idx = at<int32_t>("idx", idx, product({encoder.n_rows, groups, best}));
+            py::gil_scoped_release release;
+            saefast::encode_group_max(
+                encoder, {groups, best, max_scratch_bytes, kernel ? kernel->c_str() : nullptr, n_threads}, to_pre,
+                to_idx);
+        },
+        "x"_a, "W"_a, "bias"_a, "scale"_a, "groups"_a, "best"_a, "pre"_a, "idx"_a, "max_scratch_bytes"_a, "kernel"_a,
+        "n_threads"_a);
+}
+
 // W (L, D) of any float format, idx (B, K) int32 or int64.
 saefast::Gathered make_gathered(handle W, handle idx, int n_threads) {
     const int64_t L = size("W", W, 0, 2), D = size("W", W, 1, 2), B = size("idx", idx, 0, 2), K = size("idx", idx, 1, 2);
@@ -423,6 +441,7 @@ PYBIND11_MODULE(_native, m) {
 #endif
     bind_gather(m);
     bind_encode(m);
+    bind_group_max(m);
     bind_select_kth(m);
     bind_spmm(m);
     bind_row_operations(m);

@@ -98,6 +98,17 @@ def of(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
+def rounded(W_low: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
+    """W_low, the copy of W_enc in fewer bits, beside an x in fp32."""
+    dense(W_low=W_low)
+    fits = W_low.shape == W_enc.shape and W_low.device == W_enc.device and x.dtype == torch.float32
+    if not fits or W_low.dtype not in (torch.bfloat16, torch.float16) or b_enc is None:
+        raise InputError(
+            f"W_low is {of(W_low)}, x {of(x)} and W_enc {of(W_enc)}: expected the rounded copy of "
+            "W_enc in bfloat16, x in float32, and a b_enc beside them"
+        )
+
+
 def _inside(idx: Tensor, n_latents: int) -> None:
     """On a GPU the check would stall the stream."""
     if idx.device.type == "cpu" and idx.numel():

@@ -61,7 +61,7 @@ def encode_batch_topk(
     if scale is not None:
         checks.vector("scale", scale, W_enc)
     if W_low is not None:
-        _check_low(x, W_low, W_enc, b_enc)
+        checks.rounded(W_low, x, W_enc, b_enc)
 
     def encode(rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -78,16 +78,6 @@ def encode_batch_topk(
     n = int(code.row_ptr[-1])
     acts = selected(x, W_enc, b_enc, padded(code, L))[code.tokens()[:n], code.columns()[:n]]
     return code._replace(acts=torch.nn.functional.pad(acts, (0, len(code.acts) - n)))
-
-
-def _check_low(x: Tensor, W_low: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> None:
-    checks.dense(W_low=W_low)
-    fits = W_low.shape == W_enc.shape and W_low.device == W_enc.device and x.dtype == torch.float32
-    if not fits or W_low.dtype not in (torch.bfloat16, torch.float16) or b_enc is None:
-        raise InputError(
-            f"W_low is {checks.of(W_low)}, x {checks.of(x)} and W_enc {checks.of(W_enc)}: expected the rounded copy of "
-            "W_enc in bfloat16, x in float32, and a b_enc beside them"
-        )
 
 
 def batch_topk(encode: RowEncoder, x: Tensor, k: int, n_latents: int, scale: Tensor | None = None) -> Code:

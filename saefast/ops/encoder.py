@@ -9,6 +9,7 @@ from torch import Tensor
 from saefast.ops import mixed
 from saefast.ops.code import Code
 from saefast.ops.encode_batch_topk import encode_batch_topk
+from saefast.ops.encode_group_max import encode_group_max
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.threshold_encode import threshold_encode
 
@@ -41,6 +42,10 @@ class Encoder:
     def batch_topk(self, k: int) -> Code:
         """The k · B best of the batch that are positive, CSR; see `saefast.ops.encode_batch_topk`."""
         return encode_batch_topk(self.x, self.W_enc, self.b_enc, k, scale=self.scale, W_low=self.shadow)
+
+    def group_max(self, k: int) -> Code:
+        """The largest of each of k equal groups of latents, (B, k); see `saefast.ops.encode_group_max`."""
+        return Code(*encode_group_max(self.x, self.W_enc, self.b_enc, k, scale=self.scale, W_low=self.shadow))
 
     def above(self, threshold: Tensor | float) -> Code:
         """Every entry whose ranked value is above a threshold, CSR, latents ascending in a row.

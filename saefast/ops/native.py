@@ -97,6 +97,32 @@ def encode_topk_mixed(
     return acts, idx
 
 
+def encode_group_max(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    best: int = 1,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    max_scratch_bytes: int = 1 << 30,
+    kernel: str | None = None,
+) -> reference.Code:
+    """`reference.encode_group_max` over the tiles of `encode_topk`: of each group only the best so far are stored."""
+    _check_matrices(x, W_enc)
+    bias, weight = _vector("b_enc", b_enc, W_enc), _vector("scale", scale, W_enc)
+    acts, idx = _new_code(x.shape[0], k * best)
+    found = acts.view(-1, k, best), idx.view(-1, k, best)
+    try:
+        _built().encode_group_max(
+            *(x, W_enc, bias, weight, k, best, *found, max_scratch_bytes, kernel, torch.get_num_threads())
+        )
+    except (IndexError, ValueError) as error:
+        raise InputError(f"encode_group_max: {error}") from None
+    return (acts.relu_() if relu else acts), idx
+
+
 def threshold_encode(
     x: Tensor,
     W_enc: Tensor,

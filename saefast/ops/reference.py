@@ -170,6 +170,38 @@ def encode_batch_topk(
     )
 
 
+def encode_group_max(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    k: int,
+    *,
+    best: int = 1,
+    scale: Tensor | None = None,
+    relu: bool = True,
+    chunk: int = 4096,
+) -> Code:
+    """The largest pre-activation of each of k groups of latents: the "groupmax" of EleutherAI's sparsify.
+
+    Group g has the L / k consecutive latents from g · L / k on. Memory is O(B · (chunk + k · best)).
+
+    Args:
+        k: groups; a divisor of L.
+        best: entries of each group, at most L / k. The rest as `encode_topk`, whose order those of a group have.
+
+    Returns:
+        acts in the accumulation dtype and idx int32, both (B, k · best), groups ascending.
+    """
+    width = W_enc.shape[0] // k
+    found = []
+    for start in range(0, k * width, width):
+        group = slice(start, start + width)
+        bias, by = (None if vector is None else vector[group] for vector in (b_enc, scale))
+        acts, idx = encode_topk(x, W_enc[group], bias, best, scale=by, relu=relu, chunk=chunk)
+        found.append((acts, idx + start))
+    return torch.cat([acts for acts, _ in found], 1), torch.cat([idx for _, idx in found], 1)
+
+
 def threshold_encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor | None, threshold: Tensor | float, *, chunk: int = 4096
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -175,3 +175,12 @@ def library_product(enc: Encoder, x: Tensor, start: int, n: int, out: Tensor) ->
         torch.mm(x, W.T, out_dtype=torch.float32, out=out)
     else:
         torch.mm(x.float(), W.float().T, out=out)
+
+
+def ranked_products(enc: Encoder, x: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
+    """Pre-activations (rows, n) of columns start .. start + n, and what they rank by."""
+    pre = x.new_empty((x.shape[0], n), dtype=torch.float32)
+    library_product(enc, x, start, n, pre)
+    if enc.bias is not None:
+        pre += enc.bias[start : start + n]
+    return pre, pre if enc.scale is None else pre * enc.scale[start : start + n]

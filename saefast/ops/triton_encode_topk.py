@@ -14,7 +14,7 @@ from torch import Tensor
 from saefast.kernels import merge_topk, tuning
 from saefast.ops import reference
 from saefast.ops.chunks import Cut, chunks, cut_sort, cut_topk, sorted_width, steady
-from saefast.ops.triton_encode_tiles import Encoder, library_product, make_encoder, product_columns, run_tiles
+from saefast.ops.triton_encode_tiles import Encoder, make_encoder, product_columns, ranked_products, run_tiles
 from saefast.ops.triton_launch import aligned, autotunes, on_device, parts, readable
 
 
@@ -132,7 +132,7 @@ def _topk_by_sort(enc: Encoder, x: Tensor, k: int, acts: Tensor, idx: Tensor, bu
         rank, cols = pre, torch.empty(pre.shape, dtype=torch.int64, device=x.device)
         for start in range(0, enc.columns, width):
             best, best_rank, held = pre, rank, pre.shape[1]
-            pre, rank = _ranked_products(enc, x[part], start, min(width, enc.columns - start))
+            pre, rank = ranked_products(enc, x[part], start, min(width, enc.columns - start))
             if held:
                 pre, rank = torch.cat([best, pre], 1), torch.cat([best_rank, rank], 1)
             # Those held stand first, so ties go to the lower latent.
@@ -141,12 +141,3 @@ def _topk_by_sort(enc: Encoder, x: Tensor, k: int, acts: Tensor, idx: Tensor, bu
             found = order + (start - held)
             cols = torch.where(order < held, cols.gather(1, order.clamp_max(held - 1)), found) if held else found
         acts[part], idx[part] = pre, cols.int()
-
-
-def _ranked_products(enc: Encoder, x: Tensor, start: int, n: int) -> tuple[Tensor, Tensor]:
-    """Pre-activations (rows, n) of columns start .. start + n, and what they rank by."""
-    pre = x.new_empty((x.shape[0], n), dtype=torch.float32)
-    library_product(enc, x, start, n, pre)
-    if enc.bias is not None:
-        pre += enc.bias[start : start + n]
-    return pre, pre if enc.scale is None else pre * enc.scale[start : start + n]

@@ -225,6 +225,11 @@ def _ops() -> list[Call]:
             odd_encoder | {"k": odd.VALUES, "scale": odd.VALUES | odd.tensors(b.abs()),
                            "W_low": odd.VALUES | odd.tensors(W)},
         ),
+        Call(
+            "ops.encode_group_max", ops.encode_group_max, encoder | {"k": lambda: 3},
+            odd_encoder | {"k": odd.VALUES, "scale": odd.VALUES | odd.tensors(b.abs()), "relu": odd.VALUES,
+                           "W_low": odd.VALUES | odd.tensors(W)},
+        ),
         Call("ops.threshold_encode", ops.threshold_encode, encoder | {"threshold": lambda: 0.5},
              odd_encoder | {"threshold": odd.VALUES | odd.tensors(b)}),
         Call("ops.spmm", ops.spmm, pair | {"W": lambda: W}, odd_pair | {"W": matrices["W"]}),
