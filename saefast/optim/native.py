@@ -107,4 +107,4 @@ def _step(s: AdamStep) -> Any:
 
 def _job(job: Job) -> Any:
     kind = _ext().LeanJob if isinstance(job.matrix, LeanMatrix) else _ext().AdamJob
-    return kind(_matrix(job.matrix), _step(job.step), _ext().RowGradient(*job.gradient[:4]), job.rows, job.squares)
+    return kind(_matrix(job.matrix), _step(job.step), _ext().RowGradient(*job.gradient), job.rows, job.squares)
