@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast import ambient
+from saefast.analysis.crosscoder import CROSSCODER, CrosscoderMetrics, is_crosscoder
 from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
 from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
@@ -56,6 +57,8 @@ class Evaluation:
         accumulated: the accumulators, with per-latent counts.
         about: n_rows, data, hook, and what else is known of the rows. Of "ordinary" rows: up to how many times the
             median distance from the centre, or None where all are, and how many rows are "far" beyond.
+        crosscoder: of a crosscoder, what `CrosscoderMetrics` finds; metrics are of scaled rows then, so that its parts
+            count alike.
     """
 
     metrics: dict[str, float]
@@ -63,6 +66,7 @@ class Evaluation:
     about: dict[str, Any]
     lm: dict[str, float] = field(default_factory=dict)
     lm_left_out: str = ""
+    crosscoder: CrosscoderMetrics | None = None
 
     @property
     def lm_missing(self) -> dict[str, str]:
@@ -72,8 +76,9 @@ class Evaluation:
         """What eval.json holds. Figures that do not exist (NaN) are null; lm_missing says why."""
         sparsity = self.accumulated.sparsity
         edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
-        formulas = METRICS | (LM_METRICS if self.lm else {})
-        return {
+        formulas = METRICS | (LM_METRICS if self.lm else {}) | (CROSSCODER if self.crosscoder else {})
+        more = {} if self.crosscoder is None else {"crosscoder": _json_numbers(self.crosscoder.compute())}
+        return more | {
             "about": self.about,
             "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
             "lm": {name: _json_number(value) for name, value in self.lm.items()} or None,
@@ -118,19 +123,32 @@ def evaluate(
     return _evaluated(sae, _checked(sae, batches, place), max_norm_multiple)
 
 
-def _evaluated(sae: SAE, rows: Iterator[Pair], max_norm_multiple: Multiple) -> SAEMetrics:
+def _evaluated(
+    sae: SAE, rows: Iterator[Pair], max_norm_multiple: Multiple, parts: CrosscoderMetrics | None = None
+) -> SAEMetrics:
     check_multiple(max_norm_multiple)
     first: list[Pair] = []
     n_rows = 0
     while n_rows < FIRST_ROWS and (pair := next(rows, None)) is not None:
         first.append(pair)
         n_rows += len(pair.x)
-    ordinary = ordinary_rows(torch.cat([pair.target for pair in first]), max_norm_multiple) if n_rows else None
+    levelled = _levelling(sae)
+    targets = [levelled(pair.target) for pair in first]
+    ordinary = ordinary_rows(torch.cat(targets), max_norm_multiple) if n_rows else None
     metrics = SAEMetrics(sae.config.n_latents, sae.device, ordinary)
     for x, target in chain(first, rows):
         x_hat, acts, idx = sae(x)
-        metrics.update(target, x_hat, acts, idx)
+        seen = levelled(target), levelled(x_hat), acts, idx
+        metrics.update(*seen)
+        if parts is not None:
+            parts.update(*seen)
     return metrics
+
+
+def _levelling(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """Scales rows (B, d_out) as they were in training, where several layers or models lie side by side in them."""
+    levels = sae.architecture.levels(dict(sae.named_buffers()))
+    return lambda rows: rows if levels is None else rows * levels.to(rows.dtype)
 
 
 def _checked(
@@ -213,13 +231,16 @@ def evaluate_run(
         # Better now than after all rows.
         check_given(source.folder.index, model, tokenizer)
     rows = _checked(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout, source.stored_dtype)
-    metrics = _evaluated(sae, rows, max_norm_multiple)
+    parts = CrosscoderMetrics(sae) if is_crosscoder(sae) else None
+    metrics = _evaluated(sae, rows, max_norm_multiple, parts)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
     about = _about(folder, source, n_rows) | {"ordinary": _ordinary(metrics)}
-    result = Evaluation(metrics.compute(), metrics, about)
-    if lm_tokens:
+    result = Evaluation(metrics.compute(), metrics, about, crosscoder=parts)
+    if parts is not None:
+        result.lm_left_out = "a crosscoder reconstructs several places at once, and none of them can stand in alone"
+    elif lm_tokens:
         _language_model(result, sae, source, lm_tokens, model, tokenizer)
     else:
         result.lm_left_out = "not asked for"
@@ -244,6 +265,7 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
         "max_act": sparsity.max_act,
         "n_rows": torch.tensor(sparsity.n_rows, dtype=torch.int64, device="cpu"),
     }
+    tensors |= {} if result.crosscoder is None else result.crosscoder.latents()
     with replacing(folder / LATENTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     write_json(folder / EVAL, result.to_dict())
@@ -282,6 +304,10 @@ def run_source(
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
     about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
+    widths = source.part_widths()
+    if len(widths) > 1:
+        named = source.hooks.get(X, ()) if isinstance(source, MappedSource) else ()
+        about["parts"] = list(named) or [f"part {number}" for number in range(1, len(widths) + 1)]
     if TARGET in source.widths:
         hooks = source.hooks if isinstance(source, MappedSource) else {}
         about["maps"] = {name: " + ".join(hooks.get(name, (name,))) for name in (X, TARGET)}
@@ -375,6 +401,12 @@ def _heldout_sequences(source: MappedSource, n_tokens: int) -> Iterator[Tensor]:
         n_tokens -= len(ids)
         if n_tokens <= 0:
             return
+
+
+def _json_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _json_numbers(one) for name, one in value.items()}
+    return [_json_numbers(one) for one in value] if isinstance(value, list) else _json_number(value)
 
 
 def _json_number(value: float) -> float | None:

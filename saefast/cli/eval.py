@@ -66,6 +66,8 @@ def table(result: Evaluation) -> str:
     lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_maps(about)]
     lines += [*_far(about), ""]
     lines += _rows(result.metrics, METRICS)
+    if result.crosscoder is not None:
+        lines += ["", *_parts(result.crosscoder.compute(), about)]
     if set(SILENT) <= about.get("training", {}).keys():
         lines += ["", silent_latents(about["training"])]
     if result.lm:
@@ -90,6 +92,34 @@ def _far(about: dict[str, Any]) -> list[str]:
         return []
     far = f"{n:,} rows lie beyond {multiple:g} times the median distance from the centre"
     return [f"{far}: fvu_ordinary is without them"]
+
+
+def _parts(found: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """What a crosscoder's layers or models have of it."""
+    names = about.get("parts") or [f"part {number}" for number in range(1, len(found["parts"]) + 1)]
+    wide = max(map(len, names))
+    lines = ["layers or models, scaled alike: fvu of each, and its share of the latents' decoder norms"]
+    for name, part in zip(names, found["parts"], strict=True):
+        lines.append(f"  {name:<{wide}}  {part['fvu']:>10.5g}  {part['norm_share']:>6.1%}")
+    lines.append(f"  a latent is in {found['span']:.2f} of {len(names)} on average")
+    if (latents := found.get("latents")) is not None:
+        first, second = names
+        lines.append(
+            f"  latents: {latents['only_first']:,} of {first} alone, {latents['shared']:,} shared, "
+            f"{latents['only_second']:,} of {second} alone, {latents['between']:,} between (by relative norm)"
+        )
+        lines += [_doubt(latents, which, name) for which, name in (("only_first", first), ("only_second", second))]
+    return [line for line in lines if line]
+
+
+def _doubt(latents: dict[str, Any], which: str, name: str) -> str:
+    """Whether latents of one alone are so in truth; "" where there are none, or it is not known."""
+    if f"{which}_nu_error" not in latents:
+        return ""
+    error, reconstruction = latents[f"{which}_nu_error"], latents[f"{which}_nu_reconstruction"]
+    return (
+        f"  of {name} alone: median ν of the error {error:.2f}, of the reconstruction {reconstruction:.2f} (0 is alone)"
+    )
 
 
 def _rows(values: dict[str, float], formulas: dict[str, Metric], missing: Mapping[str, str] | None = None) -> list[str]:

@@ -92,7 +92,8 @@ class TrainArgs:
 
     def widest(self) -> SAEConfig:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
-        return self.sae_config(_WIDEST if self.d_in is None else self.d_in, {})
+        widths = self.sae.keywords.get("crosscode_widths")
+        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST), {})
 
     def folders(self, known: Sequence[str] = ()) -> dict[str | None, Path]:
         """Where each SAE goes, by its hook; None is the only one that the data has. known: hooks that patterns mean."""

@@ -343,7 +343,8 @@ def _encoder(sae: SAE, centred: Tensor) -> Encoder:
     pre · ‖w‖ decodes as (pre · ‖w‖) · w / ‖w‖, so the norm cancels in the reconstruction and in its derivative, and
     training works on pre.
     """
-    norms = sae.decoder_norms().detach() if sae.config.rescale_acts_by_decoder_norm else None
+    ranks = sae.architecture.ranks_by_norm
+    norms = sae.architecture.norms(sae.W_dec.detach()).sum(1) if ranks else None
     own = {name: value.detach() for name, value in sae.own().items()}
     return Encoder(centred.detach(), sae.W_enc.detach(), sae.b_enc.detach(), norms, own=own)
 

@@ -129,8 +129,10 @@ class Pass:
         self.aux: auxk_block.Block | None = None
         self.is_centred = self.weights.sae.config.apply_b_dec_to_input
         self.centred = x - self.weights.b_dec if self.is_centred else x
-        enc, norms = self.weights.enc, self.weights.dec.norms
-        self.encoder = Encoder(self.centred, enc.w, self.weights.b_enc, norms, enc.shadow, self.weights.own_values())
+        enc, self.norms = self.weights.enc, self.weights.norms()
+        self.encoder = Encoder(
+            self.centred, enc.w, self.weights.b_enc, self.norms, enc.shadow, self.weights.own_values()
+        )
 
     def gradient(self) -> Gradient:
         """The whole pass.
@@ -138,13 +140,13 @@ class Pass:
         Raises:
             InputError: x, target or the code is not finite.
         """
-        model, norms = self.model, self.weights.dec.norms
+        model = self.model
         variance, squares = self.backend.batch_sums(self.target)
         self.code = model.architecture.code(self.encoder, self.config, model.at)
         # What is 0 acts nowhere; but where activations are not ReLU's, it may have a gradient.
         on = self.code.acts != 0 if self.code.pre is None else torch.ones_like(self.code.idx, dtype=torch.bool)
         self.groups = self._grouped(self.code.idx, on)
-        kept = model.architecture.observed(model.kept, self.code, norms, model.at, self.config)
+        kept = model.architecture.observed(model.kept, self.code, self.norms, model.at, self.config)
         fired = self._fired()
         since = model.dead.unless(fired, len(self.x))
         dead_ids = self._look(variance, squares, self._dead(since))
@@ -271,7 +273,7 @@ class Pass:
 
     def _reach(self) -> Number:
         """The largest activation: NaN or inf for a code that is not finite, 0-d."""
-        acts, norms = self.code.acts, self.weights.dec.norms
+        acts, norms = self.code.acts, self.norms
         if acts.numel() == 0:
             return 0.0
         # The best entries of a row come first, where every row has some.
@@ -367,7 +369,7 @@ class Pass:
         assert self.error is not None
         enc, dec = self.weights.enc, self.weights.dec
         # Ranked by the norms of before the rows are settled, as the batch's own code and the sparse form of AuxK are.
-        norms = None if dec.norms is None else dec.norms.clone()
+        norms = None if self.norms is None else self.norms.clone()
         self.weights.settle_decoder(dead_ids.int())
         encoder = auxk_block.Encoder(enc.w, self.weights.b_enc, dec.w, norms)
         code = None

@@ -17,8 +17,12 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.resample import Fresh
 from saefast.models.sae import SAE
 from saefast.ops.mixed import pays_off
+from saefast.ops.reference import accumulate_dtype
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, AnyMatrix, DriftTable, LeanMatrix, Matrix, Norm
+
+# Decoder rows whose norms are taken at a time, where they are read in another dtype than they are kept in.
+_ROWS = 1 << 14
 
 
 class Weights:
@@ -47,7 +51,7 @@ class Weights:
         return DriftTable(self.config.beta1, self.config.beta2, self.config.eps, self.sae.device)
 
     def _full(self, mixed: bool | None) -> dict[str, AnyMatrix]:
-        sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
+        sae, norms = self.sae, self._keeps_norms
         if mixed is None:
             mixed = pays_off(sae.W_enc.data)
         state: dict[str, AnyMatrix] = {
@@ -57,7 +61,7 @@ class Weights:
         return state | {name: Matrix.of(getattr(sae, name).data) for name in self._few}
 
     def _lean(self) -> dict[str, AnyMatrix]:
-        sae, norms = self.sae, self.sae.config.rescale_acts_by_decoder_norm
+        sae, norms = self.sae, self._keeps_norms
         sae.to(torch.bfloat16)
         sae.config = dataclasses.replace(sae.config, dtype="bfloat16")
         seeds = [2 * self.config.seed, 2 * self.config.seed + 1]
@@ -70,6 +74,25 @@ class Weights:
     def _few(self) -> tuple[str, ...]:
         """The parameters that are small beside the two matrices."""
         return ("b_enc", "b_dec", *self.own)
+
+    @property
+    def _keeps_norms(self) -> bool:
+        """Whether the row updates note the norm of every decoder row. They know the norm of a whole row alone."""
+        return self.sae.architecture.ranks_by_norm and not self._in_parts
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether a decoder row has a norm for each of several parts."""
+        return self.sae.architecture.norms(self.sae.W_dec.detach()[:1]).shape[1] > 1
+
+    def norms(self) -> Tensor | None:
+        """(L,) what latents are ranked by: norms of the decoder's rows as they lie there; None where they are not."""
+        architecture = self.sae.architecture
+        if not architecture.ranks_by_norm or not self._in_parts:
+            return self.dec.norms
+        W_dec = self.dec.w
+        parts = [architecture.norms(rows.to(accumulate_dtype(W_dec.dtype))) for rows in W_dec.split(_ROWS)]
+        return torch.cat(parts).sum(1)
 
     @property
     def enc(self) -> AnyMatrix:
@@ -137,7 +160,7 @@ class Weights:
         """Brings all of W_enc up to date, and what ranks its activations."""
         backend = row_ops(self.enc.w)
         backend.catch_up(self.enc, self._now())
-        if self.dec.norms is not None:
+        if self.sae.architecture.ranks_by_norm:
             backend.catch_up(self.dec, self._now(norm=self._kept_norm()))
 
     def settle_all(self) -> None:

@@ -5,6 +5,7 @@ and keeps besides the four parameters, and what becomes of those when inputs are
 in `saefast.models.registry`. Engines know codes and terms, never an architecture's name.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -175,9 +176,31 @@ class Architecture:
         """
         return None
 
-    def norms(self, W_dec: Tensor) -> Tensor:
-        """(n, M) norms of the parts of decoder rows (n, d_out), M of equal width; a row's norm is their sum."""
+    @property
+    def ranks_by_norm(self) -> bool:
+        """Whether activations are measured in decoder norms, and latents ranked by that."""
+        return bool(self.config.rescale_acts_by_decoder_norm)
+
+    def norms(self, W_dec: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        """(n, M) norms of the parts of decoder rows (n, d_out), M of equal width; a row's norm is their sum.
+
+        Args:
+            buffers: those of an SAE for raw rows, which a part's scale may stand in; None in training.
+        """
         return W_dec.norm(dim=1, keepdim=True)
+
+    def parts(self) -> tuple[int, ...]:
+        """Widths of what lies side by side in x, each of which is brought to one scale before training."""
+        return (int(self.config.d_in),)
+
+    def target_parts(self) -> tuple[int, ...]:
+        """As `parts`, of a target that is not x."""
+        return self.shapes()["b_dec"]
+
+    def levels(self, buffers: Mapping[str, Tensor]) -> Tensor | None:
+        """(d_out,) what the columns of targets were multiplied by in training, up to one number for all, so that parts
+        count alike in a figure over all of them; None where they have one scale."""
+        return None
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
         """What is kept after a training step with this code; tensors of the same shapes.
@@ -187,6 +210,14 @@ class Architecture:
             at: the step, as it began.
         """
         return kept
+
+    def unlevelled(self, tensors: dict[str, Tensor], levels: Tensor, target_levels: Tensor) -> dict[str, Tensor]:
+        """The tensors that serve x, by name, of an SAE trained on levels · x, column by column: only those that change.
+
+        Args:
+            levels: (d_in,), one number for each of the `parts` of x. target_levels: (d_out,), likewise.
+        """
+        raise NotImplementedError
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         """The tensors that serve x, by name, of an SAE trained on scale · x: only those that change.
@@ -271,11 +302,27 @@ class Layer(Architecture):
     def direct(self, x: Tensor, own: Any) -> Tensor | None:
         return self.inner.direct(x, own)
 
-    def norms(self, W_dec: Tensor) -> Tensor:
-        return self.inner.norms(W_dec)
+    @property
+    def ranks_by_norm(self) -> bool:
+        return self.inner.ranks_by_norm
+
+    def norms(self, W_dec: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
+        return self.inner.norms(W_dec, buffers)
+
+    def parts(self) -> tuple[int, ...]:
+        return self.inner.parts()
+
+    def target_parts(self) -> tuple[int, ...]:
+        return self.inner.target_parts()
+
+    def levels(self, buffers: Mapping[str, Tensor]) -> Tensor | None:
+        return self.inner.levels(buffers)
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
         return self.inner.observed(kept, code, scale, at, train)
+
+    def unlevelled(self, tensors: dict[str, Tensor], levels: Tensor, target_levels: Tensor) -> dict[str, Tensor]:
+        return self.inner.unlevelled(tensors, levels, target_levels)
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         return self.inner.rescaled(tensors, scale, target_scale)

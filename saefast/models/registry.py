@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
+from saefast.models.crosscoder import Crosscoder
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
 from saefast.models.topk import TopK
@@ -18,7 +19,10 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
     )
 }  # fmt: skip
 # Each is laid over an activation, or over a layer before it in this list, where its own fields ask for it.
-LAYERS: tuple[type[Layer], ...] = (Matryoshka,)
+LAYERS: tuple[type[Layer], ...] = (
+    Matryoshka,
+    Crosscoder,
+)
 
 
 def architecture(config: Any) -> Architecture:

@@ -120,7 +120,7 @@ class SAE(nn.Module):
             InputError: x's last dimension is not d_in, or x is on another device.
         """
         flat = self._flatten(x)
-        norms = self.decoder_norms() if self.config.rescale_acts_by_decoder_norm else None
+        norms = self._norms() if self.architecture.ranks_by_norm else None
         shadow = self._copied() if mixed and pays_off(self.W_enc) else None
         code = padded(self._serve(flat, norms, shadow), self.config.n_latents)
         acts, idx = self._activations(flat, code), code.idx
@@ -162,7 +162,7 @@ class SAE(nn.Module):
         require_real("idx", idx)
         n_rows = math.prod(acts.shape[:-1])  # reshape cannot tell where K is 0
         flat_acts, flat_idx = acts.reshape(n_rows, acts.shape[-1]), idx.reshape(n_rows, idx.shape[-1])
-        if self.config.rescale_acts_by_decoder_norm:
+        if self.architecture.ranks_by_norm:
             flat_acts = flat_acts / self._units()[flat_idx.long()]
         x_hat = spmm(flat_acts, flat_idx, self.W_dec) + self.b_dec
         return x_hat.reshape(*acts.shape[:-1], self.d_out)
@@ -184,7 +184,7 @@ class SAE(nn.Module):
         if f.device != self.device:
             raise InputError(f"f is on {f.device}, the SAE on {self.device}: move one with .to()")
         require_real("f", f)
-        if self.config.rescale_acts_by_decoder_norm:
+        if self.architecture.ranks_by_norm:
             f = f / self._units()
         return f.to(self.dtype) @ self.W_dec + self.b_dec
 
@@ -203,8 +203,12 @@ class SAE(nn.Module):
 
     def _units(self) -> Tensor:
         """(n_latents,) what activations are measured in: the norms, 1 for a row of zeros, which decodes to zeros."""
-        norms = self.decoder_norms()
+        norms = self._norms()
         return torch.where(norms > 0, norms, 1)
+
+    def _norms(self) -> Tensor:
+        """(n_latents,) norms of the decoder's rows as the architecture takes them."""
+        return self.architecture.norms(self.W_dec, dict(self.named_buffers())).sum(1)
 
     @ambient.plainly(grad=False)
     def normalize_decoder_(self) -> None:

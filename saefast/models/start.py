@@ -106,7 +106,8 @@ def fit_encoder_(sae: SAE, rows: Tensor, targets: Tensor, train: Any) -> None:
     dtype = accumulate_dtype(sae.dtype)
     x, t = rows[:_FITTED].to(dtype), targets[:_FITTED].to(dtype) - sae.b_dec.to(dtype)
     x = x - sae.b_dec.to(dtype) if sae.config.apply_b_dec_to_input else x
-    norms = sae.decoder_norms().to(dtype) if sae.config.rescale_acts_by_decoder_norm else None
+    ranks = sae.architecture.ranks_by_norm
+    norms = sae.architecture.norms(sae.W_dec.detach()).sum(1).to(dtype) if ranks else None
     W_enc = sae.W_enc.detach()
     shadow = W_enc if W_enc.dtype != dtype else None
     encoder = Encoder(x, W_enc, sae.b_enc.detach().to(dtype), norms, shadow)

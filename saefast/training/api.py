@@ -171,6 +171,8 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     _check_target(feed, sae_config)
     # A run looks at no more rows than it trains on.
     first = feed.look_ahead(min(recipe.init_rows, total_steps * recipe.batch_size))
+    architecture = sae.architecture
+    first = feed.fit_levels(first, recipe.normalize, architecture.parts(), architecture.target_parts())
     feed.fit_scales(first, recipe.normalize)
     engine.initialise(*feed.scaled(feed.look_at(first)))
     check_heldout(feed)
@@ -199,6 +201,7 @@ def _restore(path: Path, state: dict[str, Any], source: Source, sae_config: SAEC
         raise InputError(f"{path} does not fit this version of saefast ({error!r}): train again elsewhere") from error
     feed = Feed(source, config, device, sae.dtype, cursor=state["cursor"])
     feed.scale, feed.target_scale = state["scale"], state["target_scale"]
+    feed.levels = {name: levels.to(device) for name, levels in state.get("levels", {}).items()}
     feed.left_out.load_state_dict(state["left_out"], device)
     feed.restore_ahead(state["ahead"], step)
     _set_rng(state["rng"])

@@ -39,6 +39,8 @@ class Feed:
     Attributes:
         cursor: the source's position after the batch returned last.
         waited: seconds spent waiting for data.
+        levels: by tensor, (width,) what its columns are multiplied by before anything else, where several layers or
+            models lie side by side in it; empty where that is not so.
         scale: x of every batch is multiplied by this number.
         target_scale: as scale, of a target that is not x.
         has_target: whether the source has a target besides x.
@@ -78,6 +80,7 @@ class Feed:
         self._unconfirmed: dict[int, dict[str, Any] | None] = {}
         self.cursor, self.waited, self.ahead = cursor, 0.0, 0
         self.scale = self.target_scale = 1.0
+        self.levels: dict[str, Tensor] = {}
         self.left_out = LeftOut(config.max_norm_multiple)
 
     def look_ahead(self, n_rows: int) -> Rows:
@@ -98,6 +101,28 @@ class Feed:
         self.ahead = len(self._pending)
         first = {name: torch.cat([batch[name] for batch, _ in self._pending])[:n_rows] for name in self.source.widths}
         return Rows(first[X], first.get(TARGET, first[X]))
+
+    def fit_levels(self, first: Rows, kind: str, parts: tuple[int, ...], target_parts: tuple[int, ...]) -> Rows:
+        """Brings what lies side by side in x, and in a target, to one scale: each part as `input_scale` does it.
+
+        Args:
+            first: the first rows, unscaled.
+            parts, target_parts: widths of what lies side by side.
+
+        Returns:
+            The first rows with their columns multiplied by `levels`.
+        """
+        given = {X: (first.x, parts)} | ({TARGET: (first.target, target_parts)} if self.has_target else {})
+        for name, (rows, widths) in given.items():
+            if kind != "none" and len(widths) > 1:
+                columns = rows.split(widths, dim=1)
+                found = [part.new_tensor(input_scale(part, kind)).expand(part.shape[1]) for part in columns]
+                self.levels[name] = torch.cat(found)
+        batch = self._levelled({name: rows for name, (rows, _) in given.items()})
+        return Rows(batch[X], batch.get(TARGET, batch[X]))
+
+    def _levelled(self, batch: Batch) -> Batch:
+        return {name: rows * self.levels[name] if name in self.levels else rows for name, rows in batch.items()}
 
     def fit_scales(self, first: Rows, kind: str) -> None:
         """Sets the scales of x and target, each from its own first rows, unscaled; see `input_scale`."""
@@ -150,7 +175,7 @@ class Feed:
         if drawn is None:
             return None
         batch, self.cursor = drawn
-        batch, n_kept = self.left_out.trained_on(batch)
+        batch, n_kept = self.left_out.trained_on(self._levelled(batch))
         if n_kept is not None:
             self._check_some(n_kept, step)
         return self._scaled(batch)
@@ -171,7 +196,7 @@ class Feed:
                     f"row{where_it_ends(batch[name][row], self.source.stored_dtype(name))}"
                 )
             seen += n_rows_of(batch)
-            yield self._scaled(batch)
+            yield self._scaled(self._levelled(batch))
 
     def confirm(self) -> None:
         """On a GPU: raises InputError where a batch since the last call held NaN or inf, or nothing to train on.

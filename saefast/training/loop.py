@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
+from saefast.data.source import TARGET, X
 from saefast.engines.engine import Engine, StepStats
 from saefast.engines.losses import total_variance
 from saefast.engines.recipe import Recipe
@@ -28,7 +29,13 @@ from saefast.training.trend import Point, trend
 Line = dict[str, Any]
 
 
-class RunState(TypedDict):
+class Levels(TypedDict, total=False):
+    """What runs of several layers or models hold besides."""
+
+    levels: dict[str, Tensor]
+
+
+class RunState(Levels):
     """What a checkpoint holds of a run."""
 
     settings: dict[str, dict[str, Any]]
@@ -362,6 +369,7 @@ def _save(run: Run) -> None:
         "waited": run.waited_before + run.feed.waited,
         "scale": run.feed.scale,
         "target_scale": run.feed.target_scale,
+        "levels": run.feed.levels,
         "left_out": run.feed.left_out.state_dict(),
         "cursor": run.feed.cursor,
         "ahead": run.feed.ahead,
@@ -397,29 +405,50 @@ def finish(run: Run, shown: Bar) -> SAE:
     return sae
 
 
-def fold(sae: SAE, scale: float, target_scale: float | None = None) -> SAE:
+def fold(sae: SAE, scale: float, target_scale: float | None = None, levels: tuple[Tensor, Tensor] | None = None) -> SAE:
     """The SAE for raw inputs x, given one trained on scale · x; see `Architecture.rescaled` and `train`.
 
-    target_scale is what a target that is not x was multiplied by.
+    target_scale is what a target that is not x was multiplied by; levels what the columns of x and of the target were,
+    before that (`Feed.levels`).
 
     Shares W_enc and W_dec with the SAE given; only what depends on the scale is new.
     """
     folded = SAE(sae.config, device="meta")
     weights = {name: value.detach() for name, value in sae.state_dict().items()}
-    weights |= sae.architecture.rescaled(weights, scale, scale if target_scale is None else target_scale)
+    weights |= _folded(sae, weights, scale, scale if target_scale is None else target_scale, levels)
     folded.load_state_dict(weights, assign=True)
     return folded.requires_grad_(True)
 
 
 def _served(run: Run, sae: SAE) -> SAE:
     """An SAE of this run for raw inputs."""
-    return fold(sae, run.feed.scale, run.feed.target_scale)
+    return fold(sae, run.feed.scale, run.feed.target_scale, _levels(run))
+
+
+def _folded(
+    sae: SAE, tensors: dict[str, Tensor], scale: float, target_scale: float, levels: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
+    """What `fold` changes, as it becomes."""
+    changed = sae.architecture.rescaled(tensors, scale, target_scale)
+    if levels is None:
+        return changed
+    return changed | sae.architecture.unlevelled(tensors | changed, *levels)
+
+
+def _levels(run: Run) -> tuple[Tensor, Tensor] | None:
+    """What the columns of x and of the target are multiplied by; None where they have one scale."""
+    found = run.feed.levels
+    if not found:
+        return None
+    target = TARGET if run.feed.has_target else X
+    one = torch.ones((), dtype=torch.float32, device=run.sae.device)
+    return found.get(X, one), found.get(target, one)
 
 
 def scaled_tensors(run: Run) -> dict[str, Tensor]:
     """What `fold` would change, as it is."""
     tensors = {name: value.detach() for name, value in run.sae.state_dict().items()}
-    changed = run.sae.architecture.rescaled(tensors, run.feed.scale, run.feed.target_scale)
+    changed = _folded(run.sae, tensors, run.feed.scale, run.feed.target_scale, _levels(run))
     return {name: tensors[name] for name in changed}
 
 

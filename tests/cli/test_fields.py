@@ -69,6 +69,8 @@ def test_every_field_is_a_flag_of_its_type(config: type, name: str) -> None:
         words, value = ["64"], 64
     if name == "max_norm_multiple":  # half the median distance would leave out most rows
         words, value = ["2.5"], 2.5
+    if name == "crosscode_widths":  # they add up to d_in
+        words, value = ["40,24"], (40, 24)
     assert getattr(parsed(config, [f"--{flag}", *words]), name) == value
     if type(None) in get_args(hint) and name != "text":
         assert getattr(parsed(config, [f"--{flag}", "None"]), name) is None
