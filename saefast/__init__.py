@@ -13,9 +13,22 @@ if TYPE_CHECKING:
     from saefast.models.config import SAEConfig
     from saefast.models.sae import SAE, SAEOutput, load
     from saefast.training.api import train
+    from saefast.training.finetune import finetune
+    from saefast.training.finetune_config import FinetuneConfig
 
 
-__all__ = ["SAE", "SAEConfig", "SAEOutput", "TrainConfig", "__version__", "load", "preset", "train"]
+__all__ = [
+    "SAE",
+    "FinetuneConfig",
+    "SAEConfig",
+    "SAEOutput",
+    "TrainConfig",
+    "__version__",
+    "finetune",
+    "load",
+    "preset",
+    "train",
+]
 
 # Where each public name is from.
 _HOME = {
@@ -26,6 +39,8 @@ _HOME = {
     "TrainConfig": "saefast.engines",
     "preset": "saefast.engines",
     "train": "saefast.training",
+    "finetune": "saefast.training",
+    "FinetuneConfig": "saefast.training",
 }
 
 

@@ -23,6 +23,7 @@ from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
+from saefast.data.shards import ShardFolder
 from saefast.data.source import TARGET, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
@@ -330,23 +331,18 @@ def _ordinary(metrics: SAEMetrics) -> dict[str, float | None]:
 
 def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int, model: Any, tokenizer: Any) -> None:
     """Fills result.lm, or says in result.lm_left_out why not."""
-    if not (isinstance(source, MappedSource) and source.folder is not None):
-        result.lm_left_out = "the data is not a harvest, so no model is known"
-        return
-    if source.folder.kind != "text":
-        result.lm_left_out = f"the folder holds {what_of(source.folder.kind)}, not of text"
-        return
-    index = source.folder.index
     try:
+        mapped, folder = harvest_of_text(source)
+        index = folder.index
         language_model = causal_language_model(index, model, sae.device)
         result.lm = lm_scores(
             language_model,
-            _places(language_model, source.hooks.get(TARGET, source.hooks[X])),
+            _places(language_model, mapped.hooks.get(TARGET, mapped.hooks[X])),
             lambda x: sae(x.to(sae.device)).x_hat.to(x.device),
-            _scored(source, lm_tokens, _choice(index, model, tokenizer)),
+            _scored(mapped, lm_tokens, _choice(index, model, tokenizer)),
             (),
-            _ordinary_rows(index, source),
-            _places(language_model, source.hooks[X]),
+            _ordinary_rows(index, mapped),
+            _places(language_model, mapped.hooks[X]),
         )
     except OtherModel as error:
         if model is not None or tokenizer is not None:
@@ -354,6 +350,15 @@ def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int
         result.lm_left_out = str(error)
     except InputError as error:
         result.lm_left_out = str(error)
+
+
+def harvest_of_text(source: Source) -> tuple[MappedSource, ShardFolder]:
+    """The source as what it is, with its folder. Raises InputError where it is no harvest of a language model."""
+    if not (isinstance(source, MappedSource) and source.folder is not None):
+        raise InputError("the data is not a harvest, so no model is known")
+    if source.folder.kind != "text":
+        raise InputError(f"the folder holds {what_of(source.folder.kind)}, not of text")
+    return source, source.folder
 
 
 def _choice(index: dict[str, Any], model: Any, tokenizer: Any) -> TokenChoice:

@@ -37,6 +37,7 @@ COMMANDS = {
     "harvest": Command("saefast.cli.harvest", "run text through a language model and keep its activations"),
     "train": Command("saefast.cli.train", "train a sparse autoencoder on activations"),
     "eval": Command("saefast.cli.eval", "evaluate a run on its held-out rows"),
+    "finetune": Command("saefast.cli.finetune", "fine-tune a run's SAE through its language model"),
     "features": Command("saefast.cli.features", "show what a run's most telling latents respond to"),
     "plan": Command("saefast.cli.plan", "say what a training run will need before it starts"),
     "bench": Command("saefast.cli.bench", "measure speed and memory on this machine"),

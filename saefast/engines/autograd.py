@@ -3,6 +3,7 @@
 It states the maths readably, which the fused engine is tested against, and trains what that one does not.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,8 +61,13 @@ class AutogradEngine(EngineBase):
         )
 
     @ambient.plainly(grad=True)
-    def step(self, x: Tensor, target: Tensor | None = None) -> StepStats:
+    def step(
+        self, x: Tensor, target: Tensor | None = None, objective: "Callable[[Losses], Tensor] | None" = None
+    ) -> StepStats:
         """One update from x (B, d_in).
+
+        Args:
+            objective: makes of a batch's losses the one that is minimised, 0-d; None is their total.
 
         Raises:
             InputError: a loss or a gradient that is not finite, naming the step; weights and state stay as they were.
@@ -72,6 +78,8 @@ class AutogradEngine(EngineBase):
             self.sae.normalize_decoder_()
         moment = self.kept(), self.at()
         losses = total_loss(self.sae, x, self.dead, self.config, self.mse_scale, target, *moment)
+        if objective is not None:
+            losses = losses._replace(total=objective(losses))
         if losses.total.isfinite():
             losses.total.backward()
             grad_norm = self._prepare_gradients()
@@ -189,6 +197,10 @@ class Losses(NamedTuple):
     """The loss with its autograd graph, and what the counters and the log need."""
 
     total: Tensor
+    reconstruction: Tensor
+    """The architecture's terms alone."""
+    x_hat: Tensor
+    """(B, D) what the main prefix decodes to."""
     auxk: Tensor | float
     """Without its coefficient; 0 where AuxK did not run."""
     fvu: Tensor
@@ -234,7 +246,8 @@ def total_loss(
     centred = x - sae.b_dec if sae.config.apply_b_dec_to_input else x
     batch = Batch(centred, target, variance, kept or {}, at)
     kind = chosen_loss if sae.architecture.pointwise is None else pointwise_loss
-    return kind(sae, batch, dead, config, mse_scale)
+    losses = kind(sae, batch, dead, config, mse_scale)
+    return losses if direct is None else losses._replace(x_hat=losses.x_hat + direct)
 
 
 def chosen_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, mse_scale: float) -> Losses:
@@ -251,10 +264,12 @@ def chosen_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, 
         part = terms.part(code, p)
         # In sparsify's MultiTopK the encoder gets no gradient from the longer prefix.
         acts = part.acts.detach() if config.reproduce_bugs and p != terms.main else part.acts
-        error = target - _decode(sae, acts, part.idx)
+        x_hat = _decode(sae, acts, part.idx)
+        error = target - x_hat
         total = total + weight * sum_squares(error)
         if p == terms.main:
-            e = error.detach()
+            main, e = x_hat, error.detach()
+    reconstruction = total
 
     # sparsify reports MultiTopK's indices as those of the top k, so its counters take all 4k for fired.
     fired = dead.fired(raw if config.reproduce_bugs else terms.part(raw, terms.main))
@@ -266,7 +281,8 @@ def chosen_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, 
         total = total + config.auxk_coef * auxk
     auxk = auxk.detach() if isinstance(auxk, Tensor) else auxk
     fvu = sum_squares(e) / variance
-    return Losses(total, auxk, fvu, chosen, terms.part(chosen, terms.main), e, encoder.scale, since, fired)
+    served = terms.part(chosen, terms.main)
+    return Losses(total, reconstruction, main, auxk, fvu, chosen, served, e, encoder.scale, since, fired)
 
 
 def pointwise_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfig, mse_scale: float) -> Losses:
@@ -280,10 +296,12 @@ def pointwise_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfi
     weights = term_weights(terms, target.shape, variance, config, mse_scale)
     total = centred.new_zeros(())
     for p, (weight, bound) in enumerate(zip(weights, terms.bounds, strict=True)):
-        error = target - (acts[:, :bound] @ sae.W_dec[:bound] + sae.b_dec)
+        x_hat = acts[:, :bound] @ sae.W_dec[:bound] + sae.b_dec
+        error = target - x_hat
         total = total + weight * sum_squares(error)
         if p == terms.main:
-            e = error.detach()
+            main, e = x_hat, error.detach()
+    reconstruction = total
     if (frozen := rule.frozen(pre, own)) is not None:
         x_hat = frozen @ sae.W_dec.detach() + sae.b_dec.detach()
         total = total + weights[terms.main] * sum_squares(target.detach() - x_hat)
@@ -296,7 +314,7 @@ def pointwise_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfi
     fired = dead.fired(code)
     fvu = sum_squares(e) / variance
     seen = code, code, e, None, dead.unless(fired, len(acts)), fired
-    return Losses(total + penalty, 0.0, fvu, *seen, penalty.detach(), coefficient)
+    return Losses(total + penalty, reconstruction, main, 0.0, fvu, *seen, penalty.detach(), coefficient)
 
 
 def _as_csr(acts: Tensor) -> Code:

@@ -241,7 +241,7 @@ class Harvester(Reader):
         good, overflow = finite_rows(rows, self._stored)
         left_out = {"not_finite": places[~good]}
         if self.config.max_norm_multiple is not None:
-            usual = ordinary_norms(rows, self._limits())
+            usual = ordinary_norms(rows, self.limits())
             left_out["outlier_norm"] = places[good & ~usual]
             good &= usual
         if not bool(good.all()):

@@ -261,7 +261,7 @@ class ItemHarvester(Reader):
         good, overflow = finite_rows(found.rows, self._stored)
         places = {"not_finite": ~good}
         if self._median_norms:
-            usual = ordinary_norms(found.rows, self._limits())
+            usual = ordinary_norms(found.rows, self.limits())
             places["outlier_norm"] = good & ~usual
             good &= usual
         if bool(good.all()):

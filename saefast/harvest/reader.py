@@ -105,8 +105,8 @@ class Reader:
             **({"identity": self.identity} if self._says_identity else {}),
         }
 
-    def _limits(self) -> dict[str, float]:
-        """The largest norm at each hook that is kept."""
+    def limits(self) -> dict[str, float]:
+        """The largest norm at each hook that is kept; empty where all are, or none is known yet."""
         multiple = multiple_of(self.config.max_norm_multiple or "auto")
         return {hook: multiple * median for hook, median in self._median_norms.items()}
 

@@ -51,7 +51,7 @@ class LeftOut:
                 few = f"{share:.2%} of the first {min(len(rows), FIRST_ROWS):,} rows{of}"
                 what = f"{few} hold {held:.2%} of their variance: {self._what_is_done(name)}"
                 warnings.warn(what, RuntimeWarning, stacklevel=5)
-        keep = ~self._far(first)
+        keep = ~self.far(first)
         return {name: rows[keep] for name, rows in first.items()} if bool(keep.any()) else first
 
     def _what_is_done(self, name: str) -> str:
@@ -77,7 +77,7 @@ class LeftOut:
         """
         if self.multiple is None or all(ordinary.multiple == math.inf for ordinary in self.ordinary.values()):
             return batch, None
-        far = self._far(batch)
+        far = self.far(batch)
         n_kept = (~far).sum()
         self._n_left_out = self._n_left_out + (len(far) - n_kept)
         self._n_seen += len(far)
@@ -88,7 +88,7 @@ class LeftOut:
         places = torch.arange(len(far), dtype=torch.int64, device=far.device) % n_kept.clamp_min(1)
         return {name: rows[order[places]] for name, rows in batch.items()}, n_kept
 
-    def _far(self, batch: Batch) -> Tensor:
+    def far(self, batch: Batch) -> Tensor:
         """(B,) bool: rows that are left out."""
         far = torch.zeros(n_rows_of(batch), dtype=torch.bool, device=batch[X].device)
         if self.multiple is not None:

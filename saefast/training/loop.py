@@ -72,10 +72,10 @@ class Stopped(KeyboardInterrupt):
         sae: the SAE as it stands, for raw inputs.
     """
 
-    def __init__(self, step: int, out_dir: Path | None, sae: SAE) -> None:
+    def __init__(self, step: int, out_dir: Path | None, sae: SAE, call: str = "train") -> None:
         self.step, self.out_dir, self.sae = step, out_dir, sae
         where = (
-            f"resume with train(..., out_dir={str(out_dir)!r}, resume=True)"
+            f"resume with {call}(..., out_dir={str(out_dir)!r}, resume=True)"
             if out_dir is not None
             else "nothing was saved, because no out_dir was given"
         )
