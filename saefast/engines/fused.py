@@ -8,17 +8,18 @@ import contextlib
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saefast import ambient
+from saefast.engines import dense_pass
 from saefast.engines.base import EngineBase
 from saefast.engines.config import TrainConfig
 from saefast.engines.engine import State, StepStats, checked, not_finite
-from saefast.engines.fused_pass import Gradient, Model, Pass, fetched, serial_sum
+from saefast.engines.fused_pass import BlockGradient, Gradient, Model, Pass, fetched, serial_sum
 from saefast.engines.hot import HotLatents, threshold
 from saefast.engines.resample import due
 from saefast.engines.weights import Scratch, Weights
@@ -27,7 +28,7 @@ from saefast.models.sae import SAE
 from saefast.ops.code import Number
 from saefast.ops.reference import accumulate_dtype
 from saefast.optim.dispatch import row_ops
-from saefast.optim.state import Job, Norm, RowGradient
+from saefast.optim.state import AdamStep, Job, Norm, RowGradient
 
 
 class FusedEngine(EngineBase):
@@ -44,6 +45,8 @@ class FusedEngine(EngineBase):
         mixed: bf16 products choose the candidates for the top k (saefast.ops.mixed); None is where that is faster.
         hot_share: share of tokens above which a latent is computed densely (`hot.py`); None is what the device's
             figures say, and never on a CPU.
+        dense_share: share of all B · L entries above which a step is done by dense chunks, where each latent decides
+            for itself (`dense_pass.py`); None is what was measured.
 
     Raises:
         InputError: the SAE's dtype, or a setting only the autograd engine has.
@@ -61,6 +64,7 @@ class FusedEngine(EngineBase):
         settle_every: int | None = None,
         mixed: bool | None = None,
         hot_share: float | None = None,
+        dense_share: float | None = None,
     ) -> None:
         _check_settings(sae, config, settle_every)
         super().__init__(sae, config, total_steps)
@@ -71,6 +75,9 @@ class FusedEngine(EngineBase):
         self.dtype = accumulate_dtype(sae.dtype)
         self.scratch = Scratch(self.dtype, sae.device)
         self.hot = self._new_hot(hot_share)
+        self.dense_share = dense_pass.PAYS_OFF if dense_share is None else dense_share
+        # Of B · L entries in the step before. Before the first one nothing is known, and most begin with many.
+        self.share = torch.ones((), dtype=torch.float64, device="cpu") if dense_pass.serves(self.architecture) else None
 
     def _new_hot(self, share: float | None) -> HotLatents | None:
         """Hot latents need one residual per token, codes of a fixed width, and an update of single rows."""
@@ -89,45 +96,90 @@ class FusedEngine(EngineBase):
         """
         x, target = checked(x, target, self.sae, self.dtype)
         self.weights.bind()
-        gradient = self._gradient(x, target)
+        if self.share is not None and float(self.share) > self.dense_share:
+            return self._dense_step(x, target)
+        gradient = Pass(self._model(), x, target).gradient()
         lr, jobs = self.lr(), self._jobs(gradient)
         sure = self._look(gradient, jobs, x, target)
         if self.config.max_grad_norm is not None:
-            scale = min(1.0, self.config.max_grad_norm / (sure.norm + 1e-6))
-            jobs = [job._replace(step=job.step._replace(grad_scale=scale)) for job in jobs]
+            jobs = scaled(jobs, min(1.0, self.config.max_grad_norm / (sure.norm + 1e-6)))
         with uninterrupted():
             self._commit(gradient, sure, jobs, lr)
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
         return StepStats(*figures, gradient.penalty, gradient.coefficient)
 
-    def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
-        model = Model(
+    def _dense_step(self, x: Tensor, target: Tensor) -> StepStats:
+        """`step` by dense chunks: gradient rows are made, and used, chunk by chunk, once the loss is known."""
+        dense = dense_pass.DensePass(self._model(), x, target)
+        found, lr, scale = dense.forward(), self.lr(), 1.0
+        if self.config.max_grad_norm is not None:
+            before = float(self._by_chunks(dense, gradient_squares, 1.0))
+            if not math.isfinite(before):
+                raise not_finite(self.step_count, found.loss, x, target)
+            scale = min(1.0, self.config.max_grad_norm / (before + 1e-6))
+        with uninterrupted():
+            self._begin_update()
+            norm = self._by_chunks(dense, row_ops(self.weights.enc.w).update_rows, scale)
+            self._end_update(found, lr)
+            self._take_share(found.share)
+        figures = found.loss, found.fvu, found.l0, self.dead.share(), 0.0, norm, lr
+        return StepStats(*figures, found.penalty, found.coefficient)
+
+    def _by_chunks(self, dense: dense_pass.DensePass, act: Callable[[list[Job]], None], scale: float) -> Number:
+        """Does something with the update of one chunk after the other, then with the rest's. -> The gradient's norm."""
+        squares = []
+        for block in dense.blocks():
+            jobs = scaled(self._sized(self._of_block(block)), scale)
+            act(jobs)
+            squares += [job.squares for job in jobs]
+        jobs = scaled(self._sized(self._of_few(dense.few)), scale)
+        act(jobs)
+        return root_of_sum(squares + [job.squares for job in jobs])
+
+    def _model(self) -> Model:
+        return Model(
             self.architecture, self.config, self.weights, self.dead, self.hot, self.mse_scale, self.scratch,
             self.kept(), self.at(), self.resamples(),
         )  # fmt: skip
-        return Pass(model, x, target).gradient()
 
-    def _jobs(self, g: Gradient) -> list[Job]:
-        """The update of the four parameters, to be done in one go."""
+    def _constants(self) -> tuple[AdamStep, AdamStep]:
+        """Of this update: W_dec's, and all others'."""
         norms = {"pre_step": Norm.before_update, "post_step": Norm.after_update}
         norm, project = norms.get(self.config.decoder_norm, Norm.never), self.config.project_decoder_grad
+        plain = self.weights.constants(self.step_count + 1, self.lr())
+        return plain._replace(project=project, norm=norm), plain
+
+    def _jobs(self, g: Gradient) -> list[Job]:
+        """The update of all parameters, to be done in one go."""
         weights, none = self.weights, g.b_dec.new_zeros(0)
-        plain = weights.constants(self.step_count + 1, self.lr())
-        for_dec = plain._replace(project=project, norm=norm)
+        for_dec, plain = self._constants()
         touched = None if self.dense else g.groups.latents
         jobs = [Job(weights.dec, for_dec, g.for_dec, touched, none), Job(weights.enc, plain, g.for_enc, touched, none)]
         for block in g.blocks:
-            jobs.append(Job(weights.dec, for_dec, given_rows(block.for_dec), block.ids, none))
-            jobs.append(Job(weights.enc, plain, given_rows(block.for_enc), block.ids, none))
-        jobs += [
-            Job(weights.matrices["b_enc"], plain, given_rows(g.b_enc[None]), None, none),
-            Job(weights.matrices["b_dec"], plain, given_rows(g.b_dec[None]), None, none),
+            jobs += self._of_block(block)
+        return self._sized(jobs + self._of_few(g))
+
+    def _of_block(self, block: BlockGradient) -> list[Job]:
+        (for_dec, plain), none = self._constants(), block.for_dec.new_zeros(0)
+        return [
+            Job(self.weights.dec, for_dec, given_rows(block.for_dec), block.ids, none),
+            Job(self.weights.enc, plain, given_rows(block.for_enc), block.ids, none),
         ]
-        for name in weights.own:
-            matrix = weights.matrices[name]
-            jobs.append(Job(matrix, plain, given_rows(g.own[name].view(matrix.w.shape)), None, none))
-        return [j._replace(squares=g.b_dec.new_zeros(len(j.gradient.offsets) - 1)) for j in jobs]
+
+    def _of_few(self, g: Gradient | dense_pass.Few) -> list[Job]:
+        """The update of the parameters that are small beside the two matrices."""
+        plain, none = self._constants()[1], g.b_dec.new_zeros(0)
+        jobs = []
+        for name, grad in ({"b_enc": g.b_enc, "b_dec": g.b_dec} | g.own).items():
+            matrix = self.weights.matrices[name]
+            jobs.append(Job(matrix, plain, given_rows(grad.view(matrix.w.shape)), None, none))
+        return jobs
+
+    def _sized(self, jobs: list[Job]) -> list[Job]:
+        """With room for the squares of their gradient rows."""
+        new = self.weights.b_dec.new_zeros
+        return [job._replace(squares=new(len(job.gradient.offsets) - 1)) for job in jobs]
 
     def _look(self, g: Gradient, jobs: list[Job], x: Tensor, target: Tensor) -> "Sure":
         """The second wait for a GPU: what a step has to know of its gradient before anything is written.
@@ -139,30 +191,37 @@ class FusedEngine(EngineBase):
         above: Number = 0.0
         rate = None
         if self.config.max_grad_norm is not None:
-            for job in jobs:
-                row_ops(job.matrix.w).gradient_squares(job)
+            gradient_squares(jobs)
             norm = total_norm(jobs)
         if self.hot is not None:
             rate = self.hot.after(g.code.counts(self.sae.config.n_latents), len(x), self.step_count)
             above = self.hot.above(rate, self.step_count)
-        sure = Sure(rate, *fetched(g.loss, g.fvu, g.auxk, g.l0, norm, above))
+        sure = Sure(rate, *fetched(g.loss, g.fvu, g.auxk, g.l0, norm, above, g.code.offsets[-1]))
         if not (math.isfinite(sure.loss) and math.isfinite(sure.norm)):
             raise not_finite(self.step_count, sure.loss, x, target)
         return sure
 
     def _commit(self, g: Gradient, sure: "Sure", jobs: list[Job], lr: float) -> None:
         """From gradients to new weights, counters and average. Nothing here is expected to fail."""
+        self._begin_update()
+        row_ops(self.weights.enc.w).update_rows(jobs)
+        if self.hot is not None and sure.rate is not None:
+            self.hot.take(sure.rate, int(sure.above), self.step_count)
+        self._end_update(g, lr)
+        self._take_share(sure.entries / (g.rows * self.sae.config.n_latents))
+
+    def _begin_update(self) -> None:
         if self.ema is not None and self.config.decoder_norm == "pre_step":
             # The average takes the weights of before this step's update, with decoder rows at unit norm.
             self.weights.normalise_decoder()
         self.average()
-        row_ops(self.weights.enc.w).update_rows(jobs)
+
+    def _end_update(self, g: Gradient | dense_pass.Forward, lr: float) -> None:
+        """What follows when all rows have been updated."""
         self.weights.updated(lr)
         self.step_count += 1
         self.dead.take(g.since, g.fired, g.rows)
         self.take_kept(g.kept)
-        if self.hot is not None and sure.rate is not None:
-            self.hot.take(sure.rate, int(sure.above), self.step_count - 1)
         # Without momentum (beta1 = 0) a row without a gradient stays where it is.
         if not self.dense and self.config.beta1 > 0 and self.step_count % self.settle_every == 0:
             self.weights.settle_encoder()
@@ -170,6 +229,10 @@ class FusedEngine(EngineBase):
         if resamples and g.error is not None and (begun := self.begun_anew(g.error)) is not None:
             fresh, alive = begun
             self.weights.restart(fresh, alive, self.restarted(alive))
+
+    def _take_share(self, share: float) -> None:
+        if self.share is not None:
+            self.share.fill_(share)
 
     @ambient.plainly(grad=False)
     def finish(self) -> None:
@@ -189,6 +252,7 @@ class FusedEngine(EngineBase):
         """The state's tensors by name, live."""
         tensors = self.dead.tensors() | (self.hot.state() if self.hot is not None else {})
         tensors |= self.weights.tensors()
+        tensors |= {} if self.share is None else {"share": self.share}
         tensors |= {f"kept.{name}": value for name, value in self.state.items()}
         return tensors | {f"ema.{name}": average for name, average in (self.ema or {}).items()}
 
@@ -241,6 +305,8 @@ class Sure(NamedTuple):
     """0 where gradients are not clipped: it comes with the update then."""
     above: float
     """`HotLatents.above`."""
+    entries: float
+    """Of the code."""
 
 
 def given_rows(grad: Tensor) -> RowGradient:
@@ -249,10 +315,25 @@ def given_rows(grad: Tensor) -> RowGradient:
     return RowGradient(grad, n, n[:-1], torch.ones_like(grad[:, 0]))
 
 
+def scaled(jobs: list[Job], scale: float) -> list[Job]:
+    """With their gradients times a number."""
+    return [job._replace(step=job.step._replace(grad_scale=scale)) for job in jobs]
+
+
+def gradient_squares(jobs: list[Job]) -> None:
+    for job in jobs:
+        row_ops(job.matrix.w).gradient_squares(job)
+
+
 def total_norm(jobs: list[Job]) -> Number:
     """The global norm of the gradients whose squares the jobs hold."""
-    squares = serial_sum(torch.cat([job.squares for job in jobs]))
-    return squares.sqrt() if isinstance(squares, Tensor) else math.sqrt(squares)
+    return root_of_sum([job.squares for job in jobs])
+
+
+def root_of_sum(squares: list[Tensor]) -> Number:
+    """The root of the sum of all."""
+    found = serial_sum(torch.cat(squares))
+    return found.sqrt() if isinstance(found, Tensor) else math.sqrt(found)
 
 
 @contextlib.contextmanager

@@ -115,6 +115,16 @@ class Pointwise(Architecture):
         """
         return float(train.sparsity_coef) * warmed_up(at, train)
 
+    def counted(self, kept: dict[str, Tensor], l0: Number, at: At, train: Any) -> Any:
+        """What is kept after a training step in which so many latents were active per token; see `observed`.
+
+        A step with many active latents has no list of them, so that it knows no more than this of its code.
+        """
+        return kept
+
+    def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
+        return self.counted(kept, (code.acts > 0).sum().double() / code.rows, at, train)
+
     def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         return self._above(encoder, self.limit(encoder.own, train))
 

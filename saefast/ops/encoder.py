@@ -57,5 +57,6 @@ class Encoder:
         if self.scale is not None:
             # pre · scale > threshold. A scale of 0 lets nothing pass.
             limits = torch.where(self.scale > 0, limits / self.scale, torch.inf)
-        row_ptr, idx, acts = threshold_encode(self.x, self.W_enc, self.b_enc, limits)
+        # Weights of fewer bits have x rounded to theirs; sums are in fp32.
+        row_ptr, idx, acts = threshold_encode(self.x.to(self.W_enc.dtype), self.W_enc, self.b_enc, limits)
         return Code(acts, idx, row_ptr.int())
