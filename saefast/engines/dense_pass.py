@@ -34,10 +34,11 @@ LEAST = 128
 
 def serves(architecture: Architecture) -> bool:
     """Whether an architecture can be trained so: a pointwise one that asks no more of a batch's code than its L0."""
-    rule = architecture.pointwise
-    if rule is None or type(rule).observed is not Pointwise.observed:
-        return False
-    return architecture is rule or type(architecture).observed is Layer.observed
+    while isinstance(architecture, Layer):
+        if type(architecture).observed is not Layer.observed:
+            return False
+        architecture = architecture.inner
+    return isinstance(architecture, Pointwise) and type(architecture).observed is Pointwise.observed
 
 
 class Chunk(NamedTuple):
@@ -143,7 +144,7 @@ class DensePass:
         paid = self.coefficient / B * penalty
         if not abs(loss := loss + paid) < torch.inf:
             raise not_finite(self.weights.step, loss, self.x, self.target)
-        kept = self.rule.counted(model.kept, l0, model.at, self.config)
+        kept = model.kept | self.rule.counted(model.kept, l0, model.at, self.config)
         seen = model.dead.unless(sums.fired, B), sums.fired, kept, B, self.error
         return Forward(*seen, loss, fvu, l0, paid, self.coefficient, on / (B * self.L))
 

@@ -319,7 +319,8 @@ class Layer(Architecture):
         return self.inner.levels(buffers)
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
-        return self.inner.observed(kept, code, scale, at, train)
+        # What the layer itself keeps stays as it is.
+        return kept | self.inner.observed(kept, code, scale, at, train)
 
     def unlevelled(self, tensors: dict[str, Tensor], levels: Tensor, target_levels: Tensor) -> dict[str, Tensor]:
         return self.inner.unlevelled(tensors, levels, target_levels)

@@ -96,9 +96,6 @@ class Crosscoder(Layer):
         widths = torch.tensor(self._widths, dtype=torch.int64, device=buffers[PART_SCALE].device)
         return buffers[PART_SCALE].repeat_interleave(widths)
 
-    def observed(self, kept: dict[str, Tensor], *seen: Any) -> Any:
-        return {PART_SCALE: kept[PART_SCALE]} | super().observed(kept, *seen)
-
     def unlevelled(self, tensors: dict[str, Tensor], levels: Tensor, target_levels: Tensor) -> dict[str, Tensor]:
         """Codes stay as they are: W_enc takes the levels in, decoder and b_dec give them back."""
         kind = tensors["W_enc"].dtype

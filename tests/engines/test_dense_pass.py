@@ -52,7 +52,7 @@ class Rich(Pointwise):
     def frozen(self, pre: Tensor, own: Own) -> Tensor:
         return (pre - own["offset"] + own["b_enc"] * 0.3).relu()
 
-    def norms(self, W_dec: Tensor) -> Tensor:
+    def norms(self, W_dec: Tensor, buffers: Any = None) -> Tensor:
         return W_dec.unflatten(1, (2, -1)).norm(dim=2)
 
     def coefficient(self, at: At, kept: dict[str, Tensor], l0: Number, train: Any) -> Number:
@@ -121,13 +121,11 @@ TRAIN: dict[str, Any] = CLASSIC_TRAIN | dict(
 )  # fmt: skip
 
 
-OF_THE_SAE = ("matryoshka", "apply_b_dec_to_input", "unit_norm_decoder")
+OF_THE_SAE = ("matryoshka", "crosscode_widths", "apply_b_dec_to_input", "unit_norm_decoder")
 
 
 def engine(kind: Any = FusedEngine, name: str = "rich", dtype: str = "float64", **settings: Any) -> Any:
-    own = {
-        key: settings.pop(key) for key in ("matryoshka", "apply_b_dec_to_input", "unit_norm_decoder") if key in settings
-    }
+    own = {key: settings.pop(key) for key in OF_THE_SAE if key in settings}
     options = {key: settings.pop(key) for key in ("dense_share",) if key in settings}
     config = SAEConfig(D, L, K, activation=name, dtype=dtype, init="tied", **{"unit_norm_decoder": False} | own)
     return kind(SAE(config, seed=3), saefast.TrainConfig(**TRAIN | settings), STEPS, **options)
@@ -137,6 +135,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rich": {},
     "rich, clipped, sum, averaged": dict(max_grad_norm=0.01, loss="sum", ema_decay=0.9, apply_b_dec_to_input=False),
     "rich, nested": dict(matryoshka=(5, 21)),
+    "rich, two layers": dict(crosscode_widths=(6, 6), apply_b_dec_to_input=False),
     "plain": dict(name="plain", unit_norm_decoder=True, decoder_norm="post_step", project_decoder_grad=True),
     "plain, before the step": dict(name="plain", decoder_norm="pre_step", project_decoder_grad=True, fired_above=0.2),
     "plain, before the pass": dict(name="plain", decoder_norm="pre_forward", resample_every=4, dead_after=1),
