@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from saefast.errors import InputError
 from saefast.ops.code import Code
 from saefast.ops.encoder import Encoder
 
@@ -165,6 +166,14 @@ class Architecture:
         """The code at inference, where a token's must not depend on those beside it."""
         raise NotImplementedError
 
+    def with_k(self, k: int) -> Any:
+        """The SAEConfig of the same weights serving k latents a token.
+
+        Raises:
+            InputError: k is part of what was trained, or out of bounds.
+        """
+        raise InputError(f"k is {k}, but an SAE of activation={self.name!r} serves the k it was trained with alone")
+
     def terms(self, train: Any, at: At) -> Terms:
         """What reconstructs the target."""
         return Terms((Term(self.config.n_latents),), by_latent=True)
@@ -295,6 +304,9 @@ class Layer(Architecture):
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return self.inner.serve(encoder, buffers)
+
+    def with_k(self, k: int) -> Any:
+        return self.inner.with_k(k)
 
     def terms(self, train: Any, at: At) -> Terms:
         return self.inner.terms(train, at)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.models.architecture import Architecture, At, smallest_positive
+from saefast.models.topk import check_annealing, k_at, widest_k
 from saefast.ops.code import Code
 from saefast.ops.encode_batch_topk import ROOM
 from saefast.ops.encoder import Encoder
@@ -26,7 +27,8 @@ class BatchTopKTraining:
 
     Attributes:
         threshold_decay: decay per step of the running mean that is BatchTopK's threshold at inference.
-        threshold_start: steps without a threshold at the beginning.
+        threshold_start: steps without a threshold at the beginning. It is never set before k has come down from
+            k_start, and always by the last step.
         threshold_from_zero: the running mean begins at 0 (SAELens), and not at the first value seen.
     """
 
@@ -54,6 +56,7 @@ class BatchTopK(Architecture):
     fixed_width = False
 
     def check_training(self, train: Any) -> None:
+        check_annealing(self.config, train)
         if train.multi_topk_coef:
             raise InputError(
                 f"multi_topk_coef is {train.multi_topk_coef}, which needs activation='topk': its second term is the "
@@ -63,11 +66,14 @@ class BatchTopK(Architecture):
     def buffers(self) -> dict[str, Tensor]:
         return {"threshold": torch.tensor(UNSET, dtype=torch.float32, device="cpu")}
 
+    def width(self, train: Any) -> int:
+        return widest_k(self.config, train)
+
     def ranked(self, train: Any) -> int:
-        return min(ROOM * self.config.k, self.config.n_latents)
+        return min(ROOM * self.width(train), self.config.n_latents)
 
     def code(self, encoder: Encoder, train: Any, at: At) -> Code:
-        return encoder.batch_topk(self.config.k)
+        return encoder.batch_topk(k_at(self.config, train, at))
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         threshold = buffers["threshold"]
@@ -75,7 +81,9 @@ class BatchTopK(Architecture):
         return encoder.batch_topk(self.config.k) if threshold < 0 else encoder.above(threshold)
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
-        if at.step < train.threshold_start:
+        # A wider k has a lower threshold, which is not what the SAE will serve with.
+        last = at.step + 1 >= at.total_steps
+        if not last and (at.step < train.threshold_start or k_at(self.config, train, at) != self.config.k):
             return kept
         threshold, smallest = kept["threshold"], smallest_positive(code, scale).float()
         mean = threshold.clamp_min(0) * train.threshold_decay + smallest * (1 - train.threshold_decay)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.models.architecture import Architecture, At
+from saefast.models.topk import no_annealing
 from saefast.ops.code import Code, Number
 from saefast.ops.encoder import Encoder
 
@@ -70,6 +71,7 @@ class Pointwise(Architecture):
             )
 
     def check_training(self, train: Any) -> None:
+        no_annealing(train, f"activation={self.name!r}", "its k is the mean number of active latents that is aimed at")
         for name, needs in (("multi_topk_coef", "ranks latents"), ("auxk_coef", "chooses the top dead latents")):
             if getattr(train, name):
                 raise InputError(

@@ -6,6 +6,8 @@ from typing import Any, get_type_hints
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
 from saefast.models.crosscoder import Crosscoder
+from saefast.models.groupmax import GroupMax
+from saefast.models.hierarchical import Hierarchical
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
 from saefast.models.topk import TopK
@@ -16,11 +18,13 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
     for kind in (
         TopK,
         BatchTopK,
+        GroupMax,
     )
 }  # fmt: skip
 # Each is laid over an activation, or over a layer before it in this list, where its own fields ask for it.
 LAYERS: tuple[type[Layer], ...] = (
     Matryoshka,
+    Hierarchical,
     Crosscoder,
 )
 

@@ -1,5 +1,6 @@
 """SAE, SAEOutput: the model, its sparse and dense interface, and its file."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -128,6 +129,19 @@ class SAE(nn.Module):
             acts = acts * norms[idx.long()]
         shape = (*x.shape[:-1], idx.shape[1])
         return acts.reshape(shape), idx.reshape(shape)
+
+    @typed
+    def with_k(self, k: int) -> "SAE":
+        """This SAE serving k latents a token: another object over the very same parameters.
+
+        Any k will do where latents are ranked (topk); one trained with `SAEConfig.hierarchical` is made for it.
+
+        Raises:
+            InputError: k is part of what was trained (groupmax, batchtopk, ...), or out of bounds.
+        """
+        found = copy.copy(self)
+        found.config = self.architecture.with_k(k)
+        return found
 
     def _activations(self, flat: Tensor, code: Code) -> Tensor:
         """The activations of a code (B, K) of flat (B, d_in), differentiable."""

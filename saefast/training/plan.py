@@ -59,7 +59,8 @@ class Sizes(NamedTuple):
         architecture = sae.architecture()
         k, ranked = architecture.width(train), architecture.ranked(train)
         settings = train.batch_size, train.optimizer, train.settle_every
-        terms = len(architecture.terms(train, At(0, 1)).prefixes)
+        # As many as ever: k may come down as training goes on.
+        terms = len(architecture.terms(train, At(0, PLENTY)).prefixes)
         return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms)
 
 
