@@ -1,7 +1,7 @@
 """GroupMax: the largest pre-activation of each of k equal groups of latents (EleutherAI's sparsify, "groupmax").
 
-Group g is the n_latents / k consecutive latents from g · n_latents / k on. Choosing needs no sort, and a token's latents
-lie one in each group, so that groups can live on devices of their own.
+Group g is the n_latents / k consecutive latents from g · n_latents / k on. Choosing needs no sort, and a token has one
+latent in each group, so that groups can live on devices of their own.
 """
 
 from typing import Any
