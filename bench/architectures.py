@@ -10,7 +10,7 @@ coefficients. Steps: the fused engine and the dense statement take turns, in pro
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from bench import common, recipe_rows, step_child
-from bench.architecture_kinds import Kind, Setting, dense, kinds, own_names, sae_fields
+from bench.architecture_kinds import (
+    COMPETING,
+    ELSEWHERE,
+    PAYING,
+    Kind,
+    Setting,
+    dense,
+    kinds,
+    own_names,
+    sae_fields,
+)  # fmt: skip
 from bench.architectures_plot import draw
 from bench.step import Shape, interleaved
 from saefast.data.opening import open_source
@@ -30,6 +40,8 @@ from saefast.metrics.streaming import Reconstruction
 from saefast.models.sae import SAE
 
 KS = (8, 16, 32, 64)
+# Of an SAE that serves every one of these: what it is trained to serve.
+ONE_K = 32
 N_LATENTS, BATCH, STEPS = 2048, 512, 300
 # How much worse than the dense run the held-out FVU may be.
 ALLOWED = 0.01
@@ -42,7 +54,11 @@ CONTENDERS = ("saefast", "torch fp32", "torch bf16 autocast")
 # Two rounds of settling.
 ROUNDS = 8
 # Of the picture: what is judged by the same rows stands together.
-PANELS = (("Latents that compete", ("TopK", "BatchTopK", "Matryoshka BatchTopK", "GroupMax", "HierarchicalTopK")),)
+PANELS = (
+    ("Latents that compete", [kind.label for kind in COMPETING.values()]),
+    ("Latents that are paid for", ["TopK", *(kind.label for kind in PAYING.values())]),
+    ("Another target, or two layers", [kind.label for kind in ELSEWHERE.values()]),
+)
 
 
 class Trained(NamedTuple):
@@ -124,42 +140,49 @@ def begin(kind: Kind, d_in: int, k: int, s: Settings) -> FusedEngine:
 
 def quality(kind: Kind, rows: Rows, s: Settings) -> list[dict[str, Any]]:
     """A line for every k: held-out FVU and L0, ours and where asked for the dense run's."""
-    return [found for k in s.ks for found in at_k(kind, rows, k, s)]
+    if not kind.one_for_all:
+        return [at_k(kind, rows, k, s)[0] for k in s.ks]
+    trained = ONE_K if ONE_K in s.ks else s.ks[-1]
+    line, sae = at_k(kind, rows, trained, s)
+    held = [part.to(s.device) for part in rows.of(kind)[2:]]
+    others = [said(kind, k, *judged(partial(served, sae.with_k(k)), *held)) for k in s.ks if k != trained]
+    return sorted([line, *others], key=lambda one: one["k"])
 
 
-def at_k(kind: Kind, rows: Rows, k: int, s: Settings) -> Iterator[dict[str, Any]]:
+def at_k(kind: Kind, rows: Rows, k: int, s: Settings) -> tuple[dict[str, Any], SAE]:
+    """What a run comes to, and the SAE that it leaves."""
     x, target, *held = (part.to(s.device) for part in rows.of(kind))
     pairs = list(zip(x.split(s.batch), target.split(s.batch), strict=True))[: s.steps]
     engine = begin(kind, x.shape[1], k, s)
     engine.initialise(x[:FIRST], target[:FIRST])
     start = {name: p.detach().clone() for name, p in engine.sae.named_parameters()}
     clock = time.perf_counter()
-    coefs = [float(getattr(engine.step(*given), "coefficient", None) or 0.0) for given in pairs]
+    coefs = [float(engine.step(*given).sparsity_coef) for given in pairs]
     engine.finish()
-    fvu, l0 = judged(lambda x: served(engine.sae, x), *held)
-    found = {
-        "what": kind.label, "k": k, "L0": round(l0, 2), "FVU": round(fvu, 5),
-        "seconds": round(time.perf_counter() - clock, 1),
-    }  # fmt: skip
+    found = said(kind, k, *judged(partial(served, engine.sae), *held))
+    found["seconds"] = round(time.perf_counter() - clock, 1)
     if k in s.dense_at:
         setting = Setting(k, s.n_latents, coefs.__getitem__, engine.config)
-        found |= beside(kind, own_names(kind, start), pairs, setting, held, found)
+        trainer = dense.Trainer(own_names(kind, start), kind.dense(setting), recipe(engine, len(pairs)))
+        found |= beside(kind, trainer, pairs, held, found["FVU"])
     print(found, file=sys.stderr, flush=True)
-    yield found
+    return found, engine.sae
+
+
+def said(kind: Kind, k: int, fvu: float, l0: float) -> dict[str, Any]:
+    return {"what": kind.label, "k": k, "L0": round(l0, 2), "FVU": round(fvu, 5)}
 
 
 def beside(
-    kind: Kind, start: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]], setting: Setting, held: Sequence[Tensor],
-    ours: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """The dense run from the same start, and how ours compares."""
-    statement, clock, threshold = kind.dense(setting), time.perf_counter(), None
-    trainer = dense.Trainer(start, statement, recipe(setting.config, len(pairs)))
+    kind: Kind, trainer: Any, pairs: list[tuple[Tensor, Tensor]], held: Sequence[Tensor], ours: float
+) -> dict[str, Any]:
+    """What the dense run comes to, and how our FVU compares."""
+    clock, threshold = time.perf_counter(), None
     for x, target in pairs:
         _, found = trainer.step(x, target)
         if kind.batch:
             threshold = dense.running(threshold, found.code)
-    serve = statement if threshold is None else dense.above(threshold, centred=kind.data != "layer to layer")
+    serve = trainer.statement if threshold is None else dense.above(threshold, centred=kind.data != "layer to layer")
 
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         found = serve(trainer.p, x, len(pairs) - 1)
@@ -167,17 +190,18 @@ def beside(
 
     fvu, l0 = judged(run, *held)
     return {
-        "dense L0": round(l0, 2), "dense FVU": round(fvu, 5), "FVU against dense": f"{ours['FVU'] / fvu - 1:+.2%}",
-        "dense seconds": round(time.perf_counter() - clock, 1), "within": ours["FVU"] <= fvu * (1 + ALLOWED),
+        "dense L0": round(l0, 2), "dense FVU": round(fvu, 5), "FVU against dense": f"{ours / fvu - 1:+.2%}",
+        "dense seconds": round(time.perf_counter() - clock, 1), "within": ours <= fvu * (1 + ALLOWED),
     }  # fmt: skip
 
 
-def recipe(config: Any, steps: int) -> Any:
+def recipe(engine: FusedEngine, steps: int) -> Any:
     """How the dense loop goes about it, as our engine does."""
+    config, rates = engine.config, getattr(engine, "rates", {})
     return dense.Recipe(
         lr=config.lr, steps=steps, warmup=config.lr_warmup_steps, betas=(config.beta1, config.beta2), eps=config.eps,
         decay_from=steps - round(config.lr_decay_share * steps), loss=config.loss,
-        unit_rows=config.decoder_norm == "post_step",
+        unit_rows=config.decoder_norm == "post_step", rates=rates,
     )  # fmt: skip
 
 

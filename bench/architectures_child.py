@@ -29,7 +29,7 @@ def configs(kind: Kind, D: int, L: int, k: int, B: int) -> tuple[Any, Any]:
 
     coef = {"sparsity_coef": COEF} if kind.calibrated else {}
     fixed = {"resample_every": 0, "lr": LR, "batch_size": B, **coef}
-    return preset("saefast", D, L, k, **sae_fields(kind, L, D), **fixed | dict(kind.train))
+    return preset("saefast", D, L, k, **sae_fields(kind, L, D), **fixed | dict(kind.train) | dict(kind.timed))
 
 
 def saefast(name: str, fresh: bool, B: int, D: int, L: int, k: int, device: str) -> step_child.Step:

@@ -144,15 +144,19 @@ def matryoshka(k: int, widths: Sequence[int], *, batch: bool = False, weights: S
     return statement
 
 
-def hierarchical_topk(ks: Sequence[int], weights: Sequence[float] = ()) -> Statement:
-    """Each of the budgets ks, ascending, reconstructs from the ks[i] best latents; the mean of their losses."""
+def hierarchical_topk(ks: Sequence[int], weights: Sequence[float] = (), *, served: int | None = None) -> Statement:
+    """Each of the budgets ks, ascending, reconstructs from the ks[i] best latents; the mean of their losses.
+
+    served: the budget that the SAE serves; None is the last.
+    """
+    main = len(ks) - 1 if served is None else list(ks).index(served)
 
     def statement(p: Parameters, x: Tensor, step: int) -> Found:
         pre = pre_activations(p, x)
         shares = weights or [1 / len(ks)] * len(ks)
         codes = [best_of_row(pre, k) for k in ks]
         parts = [(share, decode(p, code)) for share, code in zip(shares, codes, strict=True)]
-        return Found(codes[-1], parts, main=len(parts) - 1)
+        return Found(codes[main], parts, main=main)
 
     return statement
 
@@ -182,59 +186,78 @@ def relu_l1(coef: Coefficient, *, by_norm: bool, centred: bool = True, blocks: i
 # JumpReLU.
 
 
-def window(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """The rectangle kernel, 1 / bandwidth within half a bandwidth of the threshold."""
-    return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
+def window(pre: Tensor, threshold: Tensor, width: Tensor) -> Tensor:
+    """The rectangle kernel, 1 / width within half a width of the threshold."""
+    return ((pre - threshold).abs() < width / 2).to(pre.dtype) / width
 
 
 class StraightThroughStep(torch.autograd.Function):
-    """1 where pre > threshold. To the threshold -kernel, to pre nothing (arXiv 2407.14435)."""
+    """1 where pre > threshold. To the threshold -kernel, to pre nothing (arXiv 2407.14435), or with to_pre +kernel."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: Tensor, to_pre: bool) -> Tensor:
+        ctx.save_for_backward(pre, threshold, width)
+        ctx.to_pre = to_pre
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        return None, (-window(pre, threshold, ctx.bandwidth) * grad).sum_to_size(threshold.shape), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+        pre, threshold, width = ctx.saved_tensors
+        slope = window(pre, threshold, width) * grad
+        return slope if ctx.to_pre else None, -slope.sum_to_size(threshold.shape), None, None
 
 
 class StraightThroughJumpReLU(torch.autograd.Function):
-    """pre where pre > threshold, else 0. To the threshold -threshold · kernel, to pre 1 where it is on."""
+    """pre where pre > threshold, else 0. To the threshold -threshold · kernel, to pre 1 where it is on (arXiv
+    2407.14435), with to_pre + threshold · kernel."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: Tensor, to_pre: bool) -> Tensor:
+        ctx.save_for_backward(pre, threshold, width)
+        ctx.to_pre = to_pre
         return torch.where(pre > threshold, pre, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        pre, threshold = ctx.saved_tensors
-        to_threshold = -threshold * window(pre, threshold, ctx.bandwidth) * grad
-        return torch.where(pre > threshold, grad, 0), to_threshold.sum_to_size(threshold.shape), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        pre, threshold, width = ctx.saved_tensors
+        jump = threshold * window(pre, threshold, width) * grad
+        on = torch.where(pre > threshold, grad, 0)
+        return on + jump if ctx.to_pre else on, -jump.sum_to_size(threshold.shape), None, None
 
 
-def jump_relu_l0(coef: Coefficient, bandwidth: float, *, target_l0: float | None = None) -> Statement:
+class Window(NamedTuple):
+    """Through which a threshold gets its gradient."""
+
+    width: float
+    relative: bool = False
+    """In units of the threshold."""
+    to_pre: bool = False
+    """Pre-activations get the estimate too (Anthropic; SAELens' ste_to_input)."""
+
+    def of(self, threshold: Tensor) -> tuple[Tensor, bool]:
+        wide = self.width * threshold.detach() if self.relative else torch.full_like(threshold, self.width)
+        return wide, self.to_pre
+
+
+def jump_relu_l0(
+    coef: Coefficient, window: Window, *, target_l0: float | None = None, centred: bool = True
+) -> Statement:
     """coef · L0, or with target_l0 coef · (L0 / target_l0 - 1)² (arXiv 2407.14435).
 
     Own parameter: log_threshold (L,).
     """
 
     def statement(p: Parameters, x: Tensor, step: int) -> Found:
-        pre, threshold = pre_activations(p, x), p["log_threshold"].exp()
-        code = StraightThroughJumpReLU.apply(pre, threshold, bandwidth)
-        l0 = StraightThroughStep.apply(pre, threshold, bandwidth).sum(dim=1).mean()
+        pre, threshold = pre_activations(p, x, centred), p["log_threshold"].exp()
+        code = StraightThroughJumpReLU.apply(pre, threshold, *window.of(threshold))
+        l0 = StraightThroughStep.apply(pre, threshold, *window.of(threshold)).sum(dim=1).mean()
         measured = l0 if target_l0 is None else (l0 / target_l0 - 1) ** 2
         return Found(code, [(1.0, decode(p, code))], penalty=at(coef, step) * measured)
 
     return statement
 
 
-def jump_relu_tanh(coef: Coefficient, bandwidth: float, *, slope: float, pre_act_coef: float) -> Statement:
+def jump_relu_tanh(coef: Coefficient, window: Window, *, slope: float, pre_act_coef: float) -> Statement:
     """coef · Σ tanh(slope · acts · ‖w_dec‖) + pre_act_coef · Σ ReLU(threshold - pre) · ‖w_dec‖, means over tokens.
 
     The second is over all latents, on or off, so that one whose pre-activations lie far below its threshold still has
@@ -243,7 +266,7 @@ def jump_relu_tanh(coef: Coefficient, bandwidth: float, *, slope: float, pre_act
 
     def statement(p: Parameters, x: Tensor, step: int) -> Found:
         pre, threshold, norms = pre_activations(p, x), p["log_threshold"].exp(), decoder_norms(p)
-        code = StraightThroughJumpReLU.apply(pre, threshold, bandwidth)
+        code = StraightThroughJumpReLU.apply(pre, threshold, *window.of(threshold))
         sparsity = torch.tanh(slope * code * norms).sum(dim=1).mean()
         below = ((threshold - pre).relu() * norms).sum(dim=1).mean()
         penalty = at(coef, step) * sparsity + pre_act_coef * below
@@ -287,11 +310,11 @@ def with_skip(statement: Statement) -> Statement:
     return skipping
 
 
-def crosscoder_topk(k: int, blocks: int, *, batch: bool = False) -> Statement:
+def crosscoder_topk(k: int, blocks: int, *, batch: bool = False, centred: bool = False) -> Statement:
     """Rows of all layers side by side; latents are ranked by acts · Σ over layers of the norms of their rows."""
 
     def statement(p: Parameters, x: Tensor, step: int) -> Found:
-        pre = pre_activations(p, x, centred=False)
+        pre = pre_activations(p, x, centred)
         code = (best_of_batch if batch else best_of_row)(pre, k, (pre * decoder_norms(p, blocks)).detach())
         return Found(code, [(1.0, decode(p, code))])
 
@@ -348,6 +371,8 @@ class Recipe(NamedTuple):
     loss: Literal["sum", "fvu"] = "sum"
     unit_rows: bool = True
     """Decoder rows: the gradient's part along each is taken out, and each is at unit norm after the step."""
+    rates: Mapping[str, float] = {}
+    """What the rate is multiplied by for a parameter, by name."""
 
     def rate(self, step: int) -> float:
         if step < self.warmup:
@@ -368,7 +393,8 @@ class Trainer:
     def __init__(self, start: Parameters, statement: Statement, recipe: Recipe) -> None:
         self.p = {name: tensor.detach().clone().requires_grad_(True) for name, tensor in start.items()}
         self.statement, self.recipe, self.step_count = statement, recipe, 0
-        self.adam = torch.optim.Adam(self.p.values(), lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
+        groups = [{"params": [tensor]} for tensor in self.p.values()]
+        self.adam = torch.optim.Adam(groups, lr=0.0, betas=recipe.betas, eps=recipe.eps, fused=True)
 
     def step(self, x: Tensor, target: Tensor | None = None) -> tuple[Tensor, Found]:
         """One update; the loss of before it, and what the batch became."""
@@ -378,7 +404,8 @@ class Trainer:
         loss.backward()
         if recipe.unit_rows:
             self._project()
-        self.adam.param_groups[0]["lr"] = recipe.rate(self.step_count)
+        for name, group in zip(self.p, self.adam.param_groups, strict=True):
+            group["lr"] = recipe.rate(self.step_count) * recipe.rates.get(name, 1.0)
         self.adam.step()
         self.adam.zero_grad()
         if recipe.unit_rows:

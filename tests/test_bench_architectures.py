@@ -22,9 +22,9 @@ def test_both_sides_of_a_comparison_lose_the_same_at_every_step(name: str) -> No
     engine.initialise(x, target)
     start = {key: p.detach().clone() for key, p in engine.sae.named_parameters()}
     stats = [engine.step(*given) for given in zip(x.split(B), target.split(B), strict=True)]
-    coefs = [float(getattr(one, "coefficient", None) or 0.0) for one in stats]
+    coefs = [float(one.sparsity_coef) for one in stats]
     statement = kind.dense(Setting(K, L, coefs.__getitem__, engine.config))
-    trainer = dense.Trainer(own_names(kind, start), statement, recipe(engine.config, STEPS))
+    trainer = dense.Trainer(own_names(kind, start), statement, recipe(engine, STEPS))
     losses = [float(trainer.step(*given)[0]) for given in zip(x.split(B), target.split(B), strict=True)]
     assert [float(one.loss) for one in stats] == pytest.approx(losses, rel=1e-4)
     assert losses[-1] < losses[0]

@@ -18,6 +18,7 @@ from saefast.models.sae import SAE
 
 D, L, K, B = 10, 24, 3, 30
 BANDWIDTH = 0.6
+WINDOW = dense.Window(BANDWIDTH)
 
 
 def parameters(own: tuple[str, ...] = (), seed: int = 0) -> dict[str, Tensor]:
@@ -65,26 +66,44 @@ def ramp(pre: Tensor, threshold: Tensor) -> Tensor:
 def test_straight_through_derivatives_are_those_of_a_ramp_at_the_threshold() -> None:
     pre = rows(width=L).requires_grad_(True)
     threshold = torch.linspace(0.2, 0.9, L, dtype=torch.float64, requires_grad=True)
-    weight = rows(seed=2, width=L)
+    weight, width = rows(seed=2, width=L), [torch.full_like(threshold, BANDWIDTH)]
 
     def derivatives(value: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad((weight * value).sum(), (pre, threshold), allow_unused=True, materialize_grads=True)
 
-    to_pre, to_threshold = derivatives(dense.StraightThroughStep.apply(pre, threshold, BANDWIDTH))
+    to_pre, to_threshold = derivatives(dense.StraightThroughStep.apply(pre, threshold, *width, False))
     assert not to_pre.any()
     torch.testing.assert_close(to_threshold, derivatives(ramp(pre.detach(), threshold))[1])
 
-    to_pre, to_threshold = derivatives(dense.StraightThroughJumpReLU.apply(pre, threshold, BANDWIDTH))
+    to_pre, to_threshold = derivatives(dense.StraightThroughJumpReLU.apply(pre, threshold, *width, False))
     torch.testing.assert_close(to_pre, weight * (pre > threshold))
     # The jump is as high as the threshold.
     torch.testing.assert_close(to_threshold, derivatives(threshold.detach() * ramp(pre.detach(), threshold))[1])
     assert (to_threshold != 0).sum() > L / 2
 
+    # What pre-activations get where they get the estimate too: the ramp's, beside what passes.
+    to_pre, _ = derivatives(dense.StraightThroughStep.apply(pre, threshold, *width, True))
+    torch.testing.assert_close(to_pre, derivatives(ramp(pre, threshold.detach()))[0])
+    to_pre, _ = derivatives(dense.StraightThroughJumpReLU.apply(pre, threshold, *width, True))
+    jump = derivatives(threshold.detach() * ramp(pre, threshold.detach()))[0]
+    torch.testing.assert_close(to_pre, weight * (pre > threshold) + jump)
+
+
+def test_a_relative_window_is_as_wide_as_a_share_of_its_threshold() -> None:
+    threshold = torch.tensor([0.5, 2.0], requires_grad=True)
+    (wide, to_pre), (fixed, _) = dense.Window(0.3, relative=True).of(threshold), dense.Window(0.3).of(threshold)
+    assert wide.tolist() == pytest.approx([0.15, 0.6])
+    assert fixed.tolist() == pytest.approx([0.3, 0.3])
+    assert not wide.requires_grad
+    assert to_pre is False
+
 
 def test_the_target_of_l0_pulls_with_the_derivative_of_its_square() -> None:
     p, x, target = parameters(("log_threshold",)), rows(), 2.0
-    plain, aimed = (dense.jump_relu_l0(0.7, BANDWIDTH, target_l0=goal) for goal in (None, target))
-    with_penalty, without = (dense.gradients(p, s, x)[1]["log_threshold"] for s in (plain, dense.jump_relu_l0(0, 0.6)))
+    plain, aimed = (dense.jump_relu_l0(0.7, WINDOW, target_l0=goal) for goal in (None, target))
+    with_penalty, without = (
+        dense.gradients(p, s, x)[1]["log_threshold"] for s in (plain, dense.jump_relu_l0(0, WINDOW))
+    )
     l0 = float(plain(p, x, 0).l0)
     assert float(aimed(p, x, 0).penalty) == pytest.approx(0.7 * (l0 / target - 1) ** 2)
     pull = dense.gradients(p, aimed, x)[1]["log_threshold"] - without
@@ -147,7 +166,7 @@ def test_the_tanh_penalty_reaches_what_the_pre_activation_loss_alone_revives() -
     p["log_threshold"][:] = math.log(0.1)
     p["b_enc"][0] = -100.0
     for coef, moves in ((0.0, False), (3e-2, True)):
-        statement = dense.jump_relu_tanh(1.0, BANDWIDTH, slope=4.0, pre_act_coef=coef)
+        statement = dense.jump_relu_tanh(1.0, WINDOW, slope=4.0, pre_act_coef=coef)
         _, found = dense.gradients(p, statement, x)
         assert bool(found["b_enc"][0] != 0) is moves
         norm = float(p["W_dec"][0].norm())
