@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from saefast.data.masks import MASK, n_masked, without_masked
 from saefast.data.segments import from_array
 from saefast.data.source import TARGET, Batch, X
 from saefast.errors import InputError
@@ -21,7 +22,10 @@ def named(item: Any) -> Mapping[Any, Any]:
 
 
 def tensors_of(name: str, item: Any) -> Batch:
-    """The tensors of a batch, each (n, width). Raises InputError where it cannot be one."""
+    """The tensors of a batch, each (n, width), without the rows that its mask leaves out, if it has one.
+
+    Raises InputError where it cannot be a batch.
+    """
     if isinstance(item, tuple | list) and len(item) > 1:
         raise InputError(
             f"{name} is a {type(item).__name__} of {len(item)}: expected a tensor (rows, d_in), a tuple of one, or a "
@@ -30,14 +34,23 @@ def tensors_of(name: str, item: Any) -> Batch:
     item = _alone(item)
     if isinstance(item, Mapping) and not (item and all(isinstance(tensor, str) for tensor in item)):
         raise InputError(f"{name} is a mapping with the keys {list(item)!a}: expected names of tensors, such as {X!r}")
-    of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in named(item)}
-    batch = {tensor: from_array(of[tensor], given).rows for tensor, given in named(item).items()}
+    given = {tensor: rows for tensor, rows in named(item).items() if tensor != MASK}
+    if not given:
+        raise InputError(f"{name} has a mask and nothing else: expected {X!r} beside it")
+    of = {tensor: f"{name}: {tensor!r}" if isinstance(item, Mapping) else name for tensor in given}
+    batch = {tensor: from_array(of[tensor], rows).rows for tensor, rows in given.items()}
     if len({len(rows) for rows in batch.values()}) > 1:
         sizes = ", ".join(f"{tensor!r} {len(rows)}" for tensor, rows in batch.items())
         raise InputError(
             f"{name} has tensors of different numbers of rows ({sizes}): row i of each must be of one token"
         )
-    return batch
+    mask = named(item).get(MASK)
+    return batch if mask is None else without_masked(name, batch, mask)
+
+
+def masked_in(item: Any) -> int:
+    """How many rows the mask of a batch, as `tensors_of` took it, leaves out."""
+    return n_masked(_alone(item))
 
 
 def _alone(item: Any) -> Any:
@@ -60,5 +73,5 @@ def start_of(rows: Batch) -> str:
 
 def is_empty(item: Any) -> bool:
     """Whether what an iterable gave has no rows: nothing to look at."""
-    given = named(item).values()
+    given = [rows for tensor, rows in named(item).items() if tensor != MASK]
     return bool(given) and all(getattr(rows, "ndim", 0) >= 2 and 0 in rows.shape for rows in given)

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import chain
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from saefast import ambient
-from saefast.data.iterable_batches import is_empty, n_bytes, start_of, tensors_of
+from saefast.data.iterable_batches import is_empty, masked_in, n_bytes, start_of, tensors_of
 from saefast.data.source import (
     Batch,
     Device,
@@ -45,7 +45,8 @@ class IterableSource(Source):
     """A source over tensors (B, d_in) in the order the iterable gives them, re-cut to the batch size asked for.
 
     Each may be a mapping of tensors (B, width) too, {"x": ..., "target": ...}: the same names, widths and dtypes every
-    time, and row i of each of one token; or a tuple or list of one tensor, as a DataLoader over a TensorDataset gives.
+    time, and row i of each of one token, with a "mask" beside them that says which rows count (see open_source); or a
+    tuple or list of one tensor, as a DataLoader over a TensorDataset gives.
 
     The iterable is started again for every epoch: pass something that can be (a list, a DataLoader, an object with
     __iter__), or a function that returns a new iterator, and let it give the same batches each time: a RuntimeWarning
@@ -79,6 +80,8 @@ class IterableSource(Source):
         # end, its epoch, and its number there.
         self._held_at = list[int]()
         self._ends, self._epochs, self._numbers = array("q"), array("q"), array("q")
+        # Rows that masks left out in all batches up to the one drawn last, and up to each of those in `_ends`.
+        self._masked, self._masked_at = 0, array("q")
         self._last: list[tuple[int, int, int, int]] = []
         self._iterator: Iterator[Any] | None = self._restart()
         first = next(self._iterator, None)
@@ -102,6 +105,7 @@ class IterableSource(Source):
                 self._iterator = None
             self._epoch = self._pulled = self._used = self._trained = self._n_held = 0
             self._ends, self._epochs, self._numbers = array("q"), array("q"), array("q")
+            self._masked, self._masked_at = 0, array("q")
         resume = self._restored and self._pulled > 0
         self._seed, self._restored = seed, False
         return self._draw(batch_size, resume, device, dtype)
@@ -149,12 +153,23 @@ class IterableSource(Source):
             rows = self._checked(self._pulled, item)
             held = self._hold(self._pulled, rows)
             self._pulled += 1
+            self._masked += masked_in(item)
             if not held and n_rows_of(rows):
                 self._trained += 1
+                self._masked_at.append(self._masked)
                 self._ends.append(self._given + n_rows_of(rows))
                 self._epochs.append(self._epoch)
                 self._numbers.append(self._pulled - 1)
                 return rows
+
+    @property
+    def rows_masked(self) -> int:
+        return self._masked
+
+    def masked_before(self, n_rows: int) -> int:
+        """How many rows masks left out of all batches up to the one that the last of so many rows to train on is in."""
+        batch = bisect_left(self._ends, n_rows)
+        return self._masked_at[min(batch, len(self._masked_at) - 1)] if n_rows and self._masked_at else 0
 
     @property
     def _given(self) -> int:
@@ -259,6 +274,7 @@ class IterableSource(Source):
             "batches": self._pulled,
             "rows_used": self._used,
             "trained": self._trained,
+            "masked": self._masked,
             "held_batches": self._n_held,
             "first": self.first,
         } | identity(self.widths)
@@ -270,6 +286,8 @@ class IterableSource(Source):
         self._seed, self._epoch, self._pulled, self._used, self._trained, self._n_held = (
             int(state[k]) for k in ("seed", "epoch", "batches", "rows_used", "trained", "held_batches")
         )
+        # Not in positions of before there were masks.
+        self._masked, self._masked_at = int(state.get("masked", 0)), array("q")
         self._restored, self._held, self._held_at = True, [], []
         if self._pulled:
             self._iterator = None

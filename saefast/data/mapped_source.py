@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from saefast.data.gather import RowTable, gather_rows
+from saefast.data.masks import runs
 from saefast.data.permutation import Permutation
 from saefast.data.segments import Segment
 from saefast.data.shards import ShardFolder
 from saefast.data.source import Batch, Device, Source, X, beside, check_batch_size, check_state, identity
 from saefast.errors import InputError
+
+# Rows that a stretch has on average, at least, where a mask leaves rows as they lie.
+SHORTEST = 8
 
 
 class Located(NamedTuple):
@@ -99,6 +103,19 @@ class Rows:
                 tail.append(segment.part(keep, rows))
         return Rows(head), Rows(tail)
 
+    def kept(self, mask: np.ndarray) -> "Rows":
+        """The rows for which mask (n,) bool says so, in their order: stretches of them as they lie, and as copies where
+        those are short or on a GPU."""
+        found: list[Segment] = []
+        for segment, start in zip(self.segments, self.starts, strict=False):
+            here = mask[int(start) : int(start) + len(segment.rows)]
+            stretches = list(runs(here))
+            if segment.rows.device.type == "cpu" and SHORTEST * len(stretches) <= here.sum():
+                found += [segment.part(*stretch) for stretch in stretches]
+            elif stretches:
+                found.append(segment.where(torch.from_numpy(here)))
+        return Rows(found)
+
     def describe(self, number: int) -> str:
         """File and row of a row, and its sequence and position where they are known."""
         segment, place = self.locate(number)
@@ -139,6 +156,9 @@ class SideBySide(Rows):
         heads, tails = zip(*(part.split_tail(n) for part in self.parts), strict=True)
         return SideBySide(list(heads)), SideBySide(list(tails))
 
+    def kept(self, mask: np.ndarray) -> Rows:
+        return SideBySide([part.kept(mask) for part in self.parts])
+
     def describe(self, number: int) -> str:
         return " beside ".join(part.describe(number) for part in self.parts)
 
@@ -161,7 +181,9 @@ class MappedSource(Source):
         held: Mapping[str, Rows],
         folder: ShardFolder | None = None,
         hooks: Mapping[str, tuple[str, ...]] | None = None,
+        rows_masked: int = 0,
     ) -> None:
+        self._rows_masked = rows_masked
         self.source_name, self.train, self.held, self.folder, self.hooks = name, train, held, folder, dict(hooks or {})
         self.widths = {tensor: sum(rows.widths) for tensor, rows in train.items()}
         self.n_rows = self._n = len(next(iter(train.values())))
@@ -195,11 +217,16 @@ class MappedSource(Source):
             self._last = parts[0] if len(parts) == 1 else np.concatenate(parts)
             yield {name: rows.gather(self._last, device, dtype) for name, rows in self.train.items()}
 
+    @property
+    def rows_masked(self) -> int:
+        return self._rows_masked
+
     def state_dict(self) -> dict[str, Any]:
         return self._identity() | {"seed": self._seed, "epoch": self._epoch, "cursor": self._cursor}
 
     def _identity(self) -> dict[str, Any]:
-        return {"kind": "rows", "n_rows": self.n_rows} | identity(self.widths)
+        masked = {"rows_masked": self._rows_masked} if self._rows_masked else {}
+        return {"kind": "rows", "n_rows": self.n_rows} | masked | identity(self.widths)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         check_state(self.source_name, state, self._identity())

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from saefast.data.foreign import read_foreign
-from saefast.data.iterable_batches import is_empty, tensors_of
+from saefast.data.iterable_batches import is_empty, masked_in, tensors_of
 from saefast.data.iterable_source import IterableSource
 from saefast.data.mapped_source import MappedSource, Rows, joined_rows
+from saefast.data.masks import MASK, check_length, mask_of
 from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
@@ -70,6 +71,10 @@ def open_source(
     - a mapping of arrays and files, {"x": ..., "target": ...}, row for row of the same tokens; a tuple of them lies
       side by side;
     - an iterable of such mappings of tensors.
+
+    In a mapping, "mask" is no tensor but says which rows count: booleans, or 0 and 1 as in a tokenizer's
+    attention_mask, one a row, in the shape of x without its last dimension. The others are left out before rows are
+    held out, shuffled or counted; see docs/masks.md.
 
     Raises InputError in one line for what cannot be trained on, for a hook or key where nothing has that name, and for
     tensors of one source that differ in their number of rows; `d_in` and `d_out`, if given, are the widths that x and
@@ -160,29 +165,40 @@ def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify
 def _from_list(data: list[Any] | tuple[Any, ...], heldout: float) -> MappedSource:
     """A source of the rows of batches that are all there: no order of theirs has to be kept, and none held twice."""
     tensors: dict[str, list[Segment]] = {}
+    masked = 0
     for number, item in enumerate(data):
         if is_empty(item):
             continue
         name = f"batch {number} of the iterable"
-        for tensor, rows in tensors_of(name, item).items():
-            tensors.setdefault(tensor, []).append(Segment(name, rows))
+        batch = tensors_of(name, item)
+        masked += masked_in(item)
+        for tensor, rows in batch.items():
+            if len(rows):
+                tensors.setdefault(tensor, []).append(Segment(name, rows))
     if not tensors:
-        raise InputError("the iterable is empty: no batch with rows is in it")
-    return _from_segments("the iterable", {tensor: [segments] for tensor, segments in tensors.items()}, heldout)
+        left_out = f" ({masked} rows are left out by masks)" if masked else ""
+        raise InputError(f"the iterable is empty: no batch with rows is in it{left_out}")
+    parts = {tensor: [segments] for tensor, segments in tensors.items()}
+    return _from_segments("the iterable", parts, heldout, rows_masked=masked)
 
 
 def _from_mapping(data: Mapping[Any, Any], heldout: float) -> MappedSource:
     """A source of the arrays and files of a mapping, one tensor each."""
     if not data or not all(isinstance(name, str) for name in data):
         raise InputError(f"a mapping with the keys {list(data)!a}: expected names of tensors, {X!r} and {TARGET!r}")
-    places = {name: value if isinstance(value, tuple) and value else (value,) for name, value in data.items()}
+    places = {
+        name: value if isinstance(value, tuple) and value else (value,) for name, value in data.items() if name != MASK
+    }
+    if not places:
+        raise InputError(f"a mapping with a mask and nothing else: expected {X!r} beside it")
+    mask = mask_of(MASK, data[MASK]).cpu() if MASK in data else None
     tensors = {name: [_part_of_mapping(name, value) for value in values] for name, values in places.items()}
     shown = [
         str(usable(value)) if isinstance(value, str | Path) else f"the array {name!r}"
         for name, values in places.items()
         for value in values
     ]
-    return _from_segments(", ".join(shown), tensors, heldout)
+    return _from_segments(", ".join(shown), tensors, heldout, mask)
 
 
 def _part_of_mapping(name: str, value: Any) -> list[Segment]:
@@ -237,7 +253,13 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _from_segments(name: str, tensors: Mapping[str, list[list[Segment]]], heldout: float) -> MappedSource:
+def _from_segments(
+    name: str,
+    tensors: Mapping[str, list[list[Segment]]],
+    heldout: float,
+    mask: torch.Tensor | None = None,
+    rows_masked: int = 0,
+) -> MappedSource:
     parts = {tensor: [Rows(_of_one_width(part)) for part in parts] for tensor, parts in tensors.items()}
     first, n_rows = next((tensor, len(found[0])) for tensor, found in parts.items())
     for tensor, found in ((tensor, part) for tensor, rows in parts.items() for part in rows):
@@ -245,12 +267,20 @@ def _from_segments(name: str, tensors: Mapping[str, list[list[Segment]]], heldou
             raise InputError(
                 f"{name}: {tensor!r} has {len(found)} rows, {first!r} has {n_rows}: row i of each must be of one token"
             )
+    if mask is not None:
+        check_length(name, mask, n_rows)
+        rows_masked, n_rows = int((~mask).sum()), int(mask.sum())
+        if not n_rows:
+            raise InputError(
+                f"{name}: the mask leaves out all {len(mask)} rows: expected True, or 1, where a row counts"
+            )
+        parts = {tensor: [part.kept(mask.numpy()) for part in found] for tensor, found in parts.items()}
     n = math.ceil(n_rows * heldout)
     if n >= n_rows:
         raise InputError(f"{name} has {n_rows} rows: none is left to train on when {n} are held out")
     split = {tensor: joined_rows(found).split_tail(n) for tensor, found in parts.items()}
     train, held = ({tensor: halves[i] for tensor, halves in split.items()} for i in range(2))
-    return MappedSource(name, train, held)
+    return MappedSource(name, train, held, rows_masked=rows_masked)
 
 
 def _of_one_width(segments: list[Segment]) -> list[Segment]:

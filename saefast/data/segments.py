@@ -34,6 +34,12 @@ class Segment:
         scale, seq, pos = (None if t is None else t[start:stop] for t in (self.scale, self.seq, self.pos))
         return Segment(self.name, self.rows[start:stop], scale, seq, pos, self.first + start)
 
+    def where(self, mask: Tensor) -> "Segment":
+        """A copy of the rows for which mask (n,) bool says so, which no longer know their number in the file."""
+        here = mask.to(self.rows.device)
+        scale, seq, pos = (None if t is None else t[mask.to(t.device)] for t in (self.scale, self.seq, self.pos))
+        return Segment(f"{self.name} without masked rows,", self.rows[here], scale, seq, pos)
+
     def read(self, device: Device, dtype: torch.dtype) -> Tensor:
         """The rows as numbers (n, d); they cross to the device as they are stored and are widened there."""
         rows = self.rows.to(device).to(dtype)

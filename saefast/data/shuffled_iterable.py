@@ -45,6 +45,11 @@ class ShuffledIterable(LiveBuffer):
             return self._iterable.batches(batch_size, seed, device, dtype)
         return super().batches(batch_size, seed, device, dtype)
 
+    @property
+    def rows_masked(self) -> int:
+        # How far the reading thread is ahead makes no difference.
+        return self._iterable.rows_masked if self._in_order else self._iterable.masked_before(self.rows_drawn)
+
     def state_dict(self) -> dict[str, Any]:
         if self._in_order:
             return self._iterable.state_dict()

@@ -63,6 +63,12 @@ class Source(ABC):
             )
         return self.widths[X]
 
+    @property
+    def rows_masked(self) -> int:
+        """How many rows masks have left out, of those that were read for the batches drawn so far; of data that is all
+        there, of all of it."""
+        return 0
+
     @abstractmethod
     def batches(
         self, batch_size: int, seed: int = 0, device: Device = "cpu", dtype: torch.dtype = torch.float32

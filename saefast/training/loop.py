@@ -323,6 +323,7 @@ def _figures(run: Run, target: Tensor, stats: StepStats) -> Line:
         "details/total_steps": run.total_steps,
         "fvu": fvu,
         "rows_left_out": run.feed.left_out.n_left_out,
+        "rows_masked": run.feed.source.rows_masked,
         "dead_share": dead,
         "grad_norm": float(stats.grad_norm),
     }
