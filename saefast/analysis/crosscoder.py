@@ -4,6 +4,7 @@ A latent's decoder has a part for each layer or model (`saefast.models.crosscode
 as training saw them, so that parts can be compared.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -88,7 +89,42 @@ class Scaling(NamedTuple):
         return self.reconstruction / self.reconstruction.gather(1, self.strongest[:, None])
 
 
-class CrosscoderMetrics:
+class PartMetrics:
+    """How well each part of a target is reconstructed, where several layers or models lie side by side in it.
+
+    Args:
+        widths: of the parts.
+    """
+
+    def __init__(self, widths: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        self.widths = widths
+        self.targets = [Spread() for _ in widths]
+        self.sq_error = torch.zeros(len(widths), dtype=torch.float64, device=device)
+
+    def update(self, target: Tensor, x_hat: Tensor, acts: Tensor, idx: Tensor) -> None:
+        """Takes in rows target and x_hat (B, D), scaled as in training, and their code acts, idx (B, K)."""
+        for m, (y, y_hat) in enumerate(self._parts(target, x_hat)):
+            self.targets[m].update(y)
+            self.sq_error[m] += (y - y_hat).square().sum()
+
+    def _parts(self, *rows: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        return zip(*(one.double().split(self.widths, dim=1) for one in rows), strict=True)
+
+    def fvu(self) -> list[float]:
+        """Of each part."""
+        variances = [float(spread.sq) for spread in self.targets]
+        return [e / v if v else float("nan") for e, v in zip(self.sq_error.tolist(), variances, strict=True)]
+
+    def compute(self) -> dict[str, Any]:
+        """Figures for people; `CROSSCODER` says what each is."""
+        return {"parts": [{"fvu": fvu} for fvu in self.fvu()]}
+
+    def latents(self) -> dict[str, Tensor]:
+        """What there is to say of each latent, by name: (n_latents, M) float64."""
+        return {}
+
+
+class CrosscoderMetrics(PartMetrics):
     """Figures of a crosscoder, accumulated in float64 over any number of batches.
 
     Latent scaling is Minder et al.'s (2025, arXiv 2504.02922, section 3): β = argmin_β Σ_tokens ‖β f d − y‖², in closed
@@ -101,7 +137,8 @@ class CrosscoderMetrics:
 
     def __init__(self, sae: SAE) -> None:
         self.norms = part_norms(sae)
-        self.sae, self.widths = sae, sae.architecture.parts()
+        super().__init__(sae.architecture.target_parts(), sae.device)
+        self.sae = sae
         L, M = self.norms.shape
         levels = sae.architecture.levels(dict(sae.named_buffers()))
         assert levels is not None
@@ -109,8 +146,6 @@ class CrosscoderMetrics:
         self.dtype = accumulate_dtype(sae.dtype)
         W_dec = (sae.W_dec.detach().to(self.dtype) * levels.to(self.dtype)).split(self.widths, dim=1)
         self.strongest = self.norms.argmax(dim=1)
-        self.targets = [Spread() for _ in self.widths]
-        self.sq_error = torch.zeros(M, dtype=torch.float64, device=sae.device)
         self.squares = torch.zeros(L, dtype=torch.float64, device=sae.device)
         self.error, self.reconstruction = (torch.zeros(L, M, dtype=torch.float64, device=sae.device) for _ in range(2))
         self.directions: Tensor | None = None
@@ -121,25 +156,19 @@ class CrosscoderMetrics:
 
     def update(self, target: Tensor, x_hat: Tensor, acts: Tensor, idx: Tensor) -> None:
         """Takes in scaled rows target and x_hat (B, D), and their code acts, idx (B, K) of `SAE.encode_sparse`."""
+        super().update(target, x_hat, acts, idx)
         acts = (acts / self._units()[idx.long()]).double() if self.sae.architecture.ranks_by_norm else acts.double()
         self.squares.index_add_(0, idx.flatten().long(), acts.square().flatten())
-        pairs = zip(target.double().split(self.widths, 1), x_hat.double().split(self.widths, 1), strict=True)
-        for m, (y, y_hat) in enumerate(pairs):
-            self.targets[m].update(y)
-            self.sq_error[m] += (y - y_hat).square().sum()
-            if self.directions is not None:
-                for found, rows in ((self.error, y - y_hat), (self.reconstruction, y_hat)):
-                    along = acts * sddmm(rows.to(self.dtype), idx, self.directions)
-                    found[:, m].index_add_(0, idx.flatten().long(), along.flatten())
+        if self.directions is None:
+            return
+        for m, (y, y_hat) in enumerate(self._parts(target, x_hat)):
+            for found, rows in ((self.error, y - y_hat), (self.reconstruction, y_hat)):
+                along = acts * sddmm(rows.to(self.dtype), idx, self.directions)
+                found[:, m].index_add_(0, idx.flatten().long(), along.flatten())
 
     def _units(self) -> Tensor:
         norms = self.norms.sum(1)
         return torch.where(norms > 0, norms, 1)
-
-    def fvu(self) -> list[float]:
-        """Of each part."""
-        variances = [float(spread.sq) for spread in self.targets]
-        return [e / v if v else float("nan") for e, v in zip(self.sq_error.tolist(), variances, strict=True)]
 
     def scaling(self) -> Scaling | None:
         """None for parts of several widths."""
@@ -151,7 +180,6 @@ class CrosscoderMetrics:
         return Scaling(self.strongest, error / scale, self.reconstruction / scale)
 
     def latents(self) -> dict[str, Tensor]:
-        """What there is to say of each latent, by name: (n_latents, M) float64."""
         found, scaling = {"part_norms": self.norms}, self.scaling()
         if scaling is not None:
             found |= {"nu_error": scaling.nu_error, "nu_reconstruction": scaling.nu_reconstruction}
@@ -182,6 +210,14 @@ class CrosscoderMetrics:
                 found[f"{name}_nu_error"] = float(scaling.nu_error[mask & fired, weak].median())
                 found[f"{name}_nu_reconstruction"] = float(scaling.nu_reconstruction[mask & fired, weak].median())
         return found
+
+
+def metrics_by_part(sae: SAE) -> PartMetrics | None:
+    """An accumulator for what the SAE reconstructs; None where that is one layer of one model."""
+    widths = sae.architecture.target_parts()
+    if is_crosscoder(sae):
+        return CrosscoderMetrics(sae)
+    return PartMetrics(widths, sae.device) if len(widths) > 1 else None
 
 
 def is_crosscoder(sae: SAE) -> bool:

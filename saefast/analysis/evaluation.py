@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast import ambient
-from saefast.analysis.crosscoder import CROSSCODER, CrosscoderMetrics, is_crosscoder
+from saefast.analysis.crosscoder import CROSSCODER, PartMetrics, metrics_by_part
 from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
 from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
@@ -58,8 +58,8 @@ class Evaluation:
         accumulated: the accumulators, with per-latent counts.
         about: n_rows, data, hook, and what else is known of the rows. Of "ordinary" rows: up to how many times the
             median distance from the centre, or None where all are, and how many rows are "far" beyond.
-        crosscoder: of a crosscoder, what `CrosscoderMetrics` finds; metrics are of scaled rows then, so that its parts
-            count alike.
+        parts: where several layers or models are reconstructed, what there is to say of each. metrics are of rows
+            scaled as in training then, so that all of them count alike.
     """
 
     metrics: dict[str, float]
@@ -67,7 +67,7 @@ class Evaluation:
     about: dict[str, Any]
     lm: dict[str, float] = field(default_factory=dict)
     lm_left_out: str = ""
-    crosscoder: CrosscoderMetrics | None = None
+    parts: PartMetrics | None = None
 
     @property
     def lm_missing(self) -> dict[str, str]:
@@ -77,8 +77,8 @@ class Evaluation:
         """What eval.json holds. Figures that do not exist (NaN) are null; lm_missing says why."""
         sparsity = self.accumulated.sparsity
         edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
-        formulas = METRICS | (LM_METRICS if self.lm else {}) | (CROSSCODER if self.crosscoder else {})
-        more = {} if self.crosscoder is None else {"crosscoder": _json_numbers(self.crosscoder.compute())}
+        formulas = METRICS | (LM_METRICS if self.lm else {}) | (CROSSCODER if self.parts else {})
+        more = {} if self.parts is None else {"by_part": _json_numbers(self.parts.compute())}
         return more | {
             "about": self.about,
             "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
@@ -125,7 +125,7 @@ def evaluate(
 
 
 def _evaluated(
-    sae: SAE, rows: Iterator[Pair], max_norm_multiple: Multiple, parts: CrosscoderMetrics | None = None
+    sae: SAE, rows: Iterator[Pair], max_norm_multiple: Multiple, parts: PartMetrics | None = None
 ) -> SAEMetrics:
     check_multiple(max_norm_multiple)
     first: list[Pair] = []
@@ -232,15 +232,15 @@ def evaluate_run(
         # Better now than after all rows.
         check_given(source.folder.index, model, tokenizer)
     rows = _checked(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout, source.stored_dtype)
-    parts = CrosscoderMetrics(sae) if is_crosscoder(sae) else None
+    parts = metrics_by_part(sae)
     metrics = _evaluated(sae, rows, max_norm_multiple, parts)
     n_rows = metrics.reconstruction.n_rows
     if n_rows == 0:
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
     about = _about(folder, source, n_rows) | {"ordinary": _ordinary(metrics)}
-    result = Evaluation(metrics.compute(), metrics, about, crosscoder=parts)
+    result = Evaluation(metrics.compute(), metrics, about, parts=parts)
     if parts is not None:
-        result.lm_left_out = "a crosscoder reconstructs several places at once, and none of them can stand in alone"
+        result.lm_left_out = "several places are reconstructed at once, and none of them can stand in alone"
     elif lm_tokens:
         _language_model(result, sae, source, lm_tokens, model, tokenizer)
     else:
@@ -266,7 +266,7 @@ def write_evaluation(folder: Path, result: Evaluation) -> None:
         "max_act": sparsity.max_act,
         "n_rows": torch.tensor(sparsity.n_rows, dtype=torch.int64, device="cpu"),
     }
-    tensors |= {} if result.crosscoder is None else result.crosscoder.latents()
+    tensors |= {} if result.parts is None else result.parts.latents()
     with replacing(folder / LATENTS) as temporary:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     write_json(folder / EVAL, result.to_dict())
@@ -305,9 +305,10 @@ def run_source(
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:
     about: dict[str, Any] = {"sae": str(folder), "data": source.source_name, "heldout_rows": n_rows}
-    widths = source.part_widths()
+    written = TARGET if TARGET in source.widths else X
+    widths = source.part_widths(written)
     if len(widths) > 1:
-        named = source.hooks.get(X, ()) if isinstance(source, MappedSource) else ()
+        named = source.hooks.get(written, ()) if isinstance(source, MappedSource) else ()
         about["parts"] = list(named) or [f"part {number}" for number in range(1, len(widths) + 1)]
     if TARGET in source.widths:
         hooks = source.hooks if isinstance(source, MappedSource) else {}

@@ -66,8 +66,8 @@ def table(result: Evaluation) -> str:
     lines = [f"{about['sae']} on {about['heldout_rows']:,} held-out rows of {about['data']}", *_maps(about)]
     lines += [*_far(about), ""]
     lines += _rows(result.metrics, METRICS)
-    if result.crosscoder is not None:
-        lines += ["", *_parts(result.crosscoder.compute(), about)]
+    if result.parts is not None:
+        lines += ["", *_parts(result.parts.compute(), about)]
     if set(SILENT) <= about.get("training", {}).keys():
         lines += ["", silent_latents(about["training"])]
     if result.lm:
@@ -95,13 +95,16 @@ def _far(about: dict[str, Any]) -> list[str]:
 
 
 def _parts(found: dict[str, Any], about: dict[str, Any]) -> list[str]:
-    """What a crosscoder's layers or models have of it."""
+    """What there is to say of each of several layers or models."""
     names = about.get("parts") or [f"part {number}" for number in range(1, len(found["parts"]) + 1)]
     wide = max(map(len, names))
-    lines = ["layers or models, scaled alike: fvu of each, and its share of the latents' decoder norms"]
+    shares = ", and its share of the latents' decoder norms" if "span" in found else ""
+    lines = [f"layers or models, scaled alike: fvu of each{shares}"]
     for name, part in zip(names, found["parts"], strict=True):
-        lines.append(f"  {name:<{wide}}  {part['fvu']:>10.5g}  {part['norm_share']:>6.1%}")
-    lines.append(f"  a latent is in {found['span']:.2f} of {len(names)} on average")
+        share = f"  {part['norm_share']:>6.1%}" if shares else ""
+        lines.append(f"  {name:<{wide}}  {part['fvu']:>10.5g}{share}")
+    if "span" in found:
+        lines.append(f"  a latent is in {found['span']:.2f} of {len(names)} on average")
     if (latents := found.get("latents")) is not None:
         first, second = names
         lines.append(

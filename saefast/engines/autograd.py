@@ -84,7 +84,7 @@ class AutogradEngine(EngineBase):
             losses.total.backward()
             grad_norm = self._prepare_gradients()
             if grad_norm.isfinite():
-                return self._update(losses, grad_norm)
+                return self._update(x, losses, grad_norm)
             self.adam.zero_grad()
         if before is not None:
             self.sae.W_dec.data.copy_(before)
@@ -95,6 +95,10 @@ class AutogradEngine(EngineBase):
         """Projects the decoder's gradient, clips all; returns their global norm before clipping."""
         if self.config.decoder_norm == "pre_step":
             self.sae.normalize_decoder_()
+        for latents, _, writes in self.architecture.blocks():
+            if (grad := self.sae.W_dec.grad) is not None:
+                grad[latents, : writes.start] = 0
+                grad[latents, writes.stop :] = 0
         if self.config.project_decoder_grad:
             project_decoder_grad_(self.sae.W_dec)
         grads = [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -104,7 +108,7 @@ class AutogradEngine(EngineBase):
         return norm
 
     @torch.no_grad()
-    def _update(self, losses: "Losses", grad_norm: Tensor) -> StepStats:
+    def _update(self, x: Tensor, losses: "Losses", grad_norm: Tensor) -> StepStats:
         """From gradients to new weights, counters and average."""
         self.average()
         lr = self.lr()
@@ -118,18 +122,18 @@ class AutogradEngine(EngineBase):
         self.take_kept(self.architecture.observed(self.kept(), *seen))
         self.step_count += 1
         if due(self.step_count, self.total_steps, self.config):
-            self._resample(losses.residual)
+            self._resample(x, losses.residual)
         l0 = (losses.served.acts > 0).sum() / losses.served.rows
         figures = losses.total.detach(), losses.fvu, l0, self.dead.share(), losses.auxk, grad_norm, lr
         return StepStats(*figures, losses.penalty, losses.coefficient)
 
-    def _resample(self, residual: Tensor) -> None:
-        begun = self.begun_anew(residual)
+    def _resample(self, x: Tensor, residual: Tensor) -> None:
+        begun = self.begun_anew(x, residual)
         if begun is None:
             return
         fresh, alive = begun
-        ids, zeros = fresh.latents, torch.zeros_like(fresh.W_enc[:, 0])
-        values = {"W_enc": fresh.W_enc, "W_dec": fresh.W_dec, "b_enc": zeros} | self.restarted(alive)
+        ids = fresh.latents
+        values = {"W_enc": fresh.W_enc, "W_dec": fresh.W_dec, "b_enc": fresh.b_enc} | self.restarted(alive)
         for name, rows in values.items():
             parameter = self.parameters[name]
             moments = self.adam.state[parameter]

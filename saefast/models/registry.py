@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
+from saefast.models.cross_layer_transcoder import CrossLayerTranscoder
 from saefast.models.crosscoder import Crosscoder
 from saefast.models.groupmax import GroupMax
 from saefast.models.hierarchical import Hierarchical
@@ -26,6 +27,7 @@ LAYERS: tuple[type[Layer], ...] = (
     Matryoshka,
     Hierarchical,
     Crosscoder,
+    CrossLayerTranscoder,
 )
 
 

@@ -74,6 +74,8 @@ class SAE(nn.Module):
             W_enc, W_dec = init_weights(
                 shapes["W_enc"], shapes["W_dec"], config.init, generator, dtype=dtype, device=device
             )
+        if W_dec.device.type != "meta":
+            write_own_columns_(W_dec, config.architecture())
         self.W_enc, self.W_dec = nn.Parameter(W_enc), nn.Parameter(W_dec)
         self.b_enc, self.b_dec = (
             nn.Parameter(torch.zeros(shapes[name], device=device, dtype=dtype)) for name in ("b_enc", "b_dec")
@@ -289,6 +291,17 @@ class SAE(nn.Module):
         if self.device.type == "meta":
             raise InputError("the SAE is on the meta device, where tensors have no values: there is nothing to save")
         return dataclasses.replace(self.config, dtype=names[0])
+
+
+def write_own_columns_(W_dec: Tensor, architecture: Architecture) -> None:
+    """Zeros in the columns that latents do not write; rows keep their norm."""
+    for block in architecture.blocks():
+        rows, own = W_dec[block.latents], block.writes
+        if own.stop - own.start < rows.shape[1]:
+            norms = rows.norm(dim=1, keepdim=True)
+            rows[:, : own.start] = 0
+            rows[:, own.stop :] = 0
+            rows *= norms / rows.norm(dim=1, keepdim=True)
 
 
 def require_real(name: str, tensor: Tensor) -> None:

@@ -49,7 +49,7 @@ def start_from_rows_(sae: SAE, rows: Tensor, targets: Tensor, seed: int) -> None
     length, C being the covariance of the rows and λ their mean variance times d_in / n. That is Fisher's linear
     discriminant (1936) of one row against the rest: rows have much in common, so their own directions would all fire on
     the same tokens. Where there are more latents than rows, the others begin at differences of two rows. What two equal
-    rows leave without a direction stays as it was drawn.
+    rows leave without a direction stays as it was drawn. Latents begin in the columns that they read and write.
 
     Args:
         rows: (n, d_in) what is encoded. targets: (n, d_in) what it is to be mapped to; the rows themselves in an SAE.
@@ -57,23 +57,31 @@ def start_from_rows_(sae: SAE, rows: Tensor, targets: Tensor, seed: int) -> None
     """
     generator = torch.Generator().manual_seed(seed)
     x, t = wide(rows), wide(targets) - wide(sae.b_dec)
+    for block in sae.architecture.blocks():
+        b_enc = None if sae.config.apply_b_dec_to_input else sae.b_enc[block.latents]
+        matrices = sae.W_enc[block.latents], sae.W_dec[block.latents, block.writes]
+        _start_block(*matrices, b_enc, x[:, block.reads], t[:, block.writes], generator)
+
+
+def _start_block(
+    W_enc: Tensor, W_dec: Tensor, b_enc: Tensor | None, x: Tensor, t: Tensor, generator: torch.Generator
+) -> None:
+    """`start_from_rows_` for latents that read x (n, D) and write t (n, D_out): views of their weights are set."""
     mean = x.mean(0)
     x = x - mean
     telling = discriminant(x)
-    n, L = len(x), sae.config.n_latents
+    n, L = len(x), len(W_enc)
     first = torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")[:L].to(x.device)
     for begin in range(0, L, _LATENTS):
         part = slice(begin, min(begin + _LATENTS, L))
         chosen = first[part]
         rest = 2, part.stop - begin - len(chosen)
         pairs = torch.randint(n, rest, generator=generator, dtype=torch.int64, device="cpu").to(x.device)
-        for W, at, turned in ((sae.W_dec, t, None), (sae.W_enc, x, telling)):
+        for W, at, turned in ((W_dec, t, None), (W_enc, x, telling)):
             directions = torch.cat([at[chosen], at[pairs[0]] - at[pairs[1]]])
             _set_directions(W[part], directions if turned is None else directions @ turned)
-    if not sae.config.apply_b_dec_to_input:
-        for begin in range(0, L, _LATENTS):
-            part = slice(begin, begin + _LATENTS)
-            sae.b_enc[part] = -(sae.W_enc[part].to(mean.dtype) @ mean).to(sae.dtype)
+        if b_enc is not None:
+            b_enc[part] = -(W_enc[part].to(mean.dtype) @ mean).to(b_enc.dtype)
 
 
 def discriminant(x: Tensor) -> Tensor:
@@ -111,9 +119,10 @@ def fit_encoder_(sae: SAE, rows: Tensor, targets: Tensor, train: Any) -> None:
     W_enc = sae.W_enc.detach()
     shadow = W_enc if W_enc.dtype != dtype else None
     encoder = Encoder(x, W_enc, sae.b_enc.detach().to(dtype), norms, shadow)
-    code = encoder.topk(sae.config.k)  # where a token's latents do not compete, it is to have so many in the end
     if sae.architecture.pointwise is None:
         code = padded(sae.architecture.code(encoder, train, At(0, 1)), sae.config.n_latents)
+    else:
+        code = encoder.topk(sae.config.k)  # where a token's latents do not compete, it is to have so many in the end
     t_hat = spmm(code.acts, code.idx, sae.W_dec.detach()).to(dtype)
     squares, along = float(t_hat.double().square().sum()), float((t.double() * t_hat.double()).sum())
     if squares > 0 and along > 0:

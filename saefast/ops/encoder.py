@@ -32,6 +32,11 @@ class Encoder:
     shadow: Tensor | None = None
     own: dict[str, Tensor] = field(default_factory=dict)
 
+    def of(self, latents: slice, reads: slice) -> "Encoder":
+        """Some latents, which read some columns of x alone; its codes count from the first of them."""
+        scale, shadow = (None if t is None else t[latents] for t in (self.scale, self.shadow))
+        return Encoder(self.x[:, reads].contiguous(), self.W_enc[latents], self.b_enc[latents], scale, shadow)
+
     def topk(self, k: int, latents: Tensor | None = None, relu: bool = True) -> Code:
         """The k best of each row, (B, k). Arguments as `saefast.ops.encode_topk`."""
         options: dict[str, Any] = dict(latents=latents, scale=self.scale, relu=relu)

@@ -38,10 +38,15 @@ def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, *, clip
 
     Args:
         code: of these very tensors; its activations are taken as they are.
+            Where x holds the rows of M layers side by side, of which a row of W_enc reads one, the code has K / M
+            entries of each, those of the first layer first.
         clip: gradients stop where an activation is not above 0, as ReLU's derivative does; False lets them pass, which
             is wrong behind a ReLU and what one peer does (see `TrainConfig.reproduce_bugs`).
     """
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc))):
         return code.acts
-    found: Tensor = Selected.apply(x, W_enc, b_enc, code.acts, code.idx, clip)
-    return found
+    acts, idx, width = code.acts, code.idx, W_enc.shape[1]
+    if x.shape[1] != width:
+        x, acts, idx = x.reshape(-1, width), *(t.reshape(-1, t.shape[1] * width // x.shape[1]) for t in (acts, idx))
+    found: Tensor = Selected.apply(x, W_enc, b_enc, acts, idx, clip)
+    return found.view(code.acts.shape)

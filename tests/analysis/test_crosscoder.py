@@ -143,16 +143,16 @@ def test_a_run_is_evaluated_by_layer(tmp_path: Path) -> None:
     saefast.train(tmp_path / "x.pt", config, train, tmp_path / "run")
     result = evaluate_run(tmp_path / "run")
     written: dict[str, Any] = json.loads((tmp_path / "run" / "eval.json").read_text(encoding="utf-8"))
-    parts = [part["fvu"] for part in written["crosscoder"]["parts"]]
+    parts = [part["fvu"] for part in written["by_part"]["parts"]]
     assert max(parts) < 0.5
     # Scaled alike, the whole lies between its parts, and is what the run measured at its end.
     assert min(parts) < result.metrics["fvu"] < max(parts)
     assert result.metrics["fvu"] == pytest.approx(read_metrics(tmp_path / "run")[-1]["heldout/fvu"], rel=1e-3)
-    counts = written["crosscoder"]["latents"]
+    counts = written["by_part"]["latents"]
     assert sum(counts[name] for name in ("only_first", "only_second", "shared", "between")) == int(
         (result.accumulated.sparsity.counts > 0).sum()
     )
-    assert "a crosscoder reconstructs several places at once" in written["lm_left_out"]
+    assert "several places are reconstructed at once" in written["lm_left_out"]
     assert "layers or models, scaled alike" in table(result)
     tensors = saefast.data.shardfile.read_header(tmp_path / "run" / "latents.safetensors")
     assert tensors["part_norms"].shape == tensors["nu_error"].shape == (40, 2)
