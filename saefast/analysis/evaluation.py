@@ -291,8 +291,9 @@ def run_source(
     here = folder / kept["path"]
     if not here.exists():
         raise InputError(f"{here}, the data of {folder}, is gone: name where it is with --data")
+    beside = tuple(folder / other for other in kept.get("beside", []))
     return open_source(
-        here,
+        (here, *beside) if beside else here,
         d_in=sae.config.d_in,
         hook=kept.get("hook"),
         hooks=kept.get("hooks"),

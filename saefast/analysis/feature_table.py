@@ -163,7 +163,7 @@ def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[in
             shown.setdefault(number, set()).add(latent)
     found: dict[Place, float] = {}
     sequences = torch.tensor(sorted(shown), dtype=torch.int32, device="cpu")
-    for x, seq, pos in _rows_of(source.folder, source.hooks[X], sequences):
+    for x, seq, pos in _rows_of(source, sequences):
         acts, idx = code_of(sae, x)
         wanted = torch.isin(idx, torch.tensor(list(places), dtype=idx.dtype, device="cpu")) & (acts > 0)
         for row, column in wanted.nonzero().tolist():
@@ -173,8 +173,13 @@ def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[in
     return found
 
 
-def _rows_of(folder: ShardFolder, hooks: tuple[str, ...], seqs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _rows_of(source: MappedSource, seqs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """All rows of some sequences, at most _BATCH at a time: x (B, d), the hooks side by side, seq and pos (B,)."""
+    folder, hooks = source.folder, source.hooks[X]
+    assert folder is not None
+    if source.others:
+        yield from _picked_rows(source, seqs)
+        return
     for split in SPLITS:
         for info in folder.shards_of_all(split, hooks):
             shards = [folder.open(info, hook) for hook in hooks]
@@ -182,6 +187,17 @@ def _rows_of(folder: ShardFolder, hooks: tuple[str, ...], seqs: Tensor) -> Itera
             for at in torch.isin(seq, seqs).nonzero()[:, 0].split(_BATCH):
                 if len(at):
                     yield beside([_acts_at(shard, at) for shard in shards]), seq[at], pos[at]
+
+
+def _picked_rows(source: MappedSource, seqs: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """As `_rows_of`, of several folders: all rows are read."""
+    for split in SPLITS:
+        for x, seq, pos in source.located(split, _BATCH):
+            assert seq is not None
+            assert pos is not None
+            at = torch.isin(seq, seqs)
+            if bool(at.any()):
+                yield x[at], seq[at], pos[at]
 
 
 def _acts_at(shard: Shard, at: Tensor) -> Tensor:

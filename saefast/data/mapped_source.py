@@ -135,6 +135,9 @@ class SideBySide(Rows):
         super().__init__(parts[0].segments)
         self.parts = parts
 
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
     @property
     def widths(self) -> tuple[int, ...]:
         return tuple(width for part in self.parts for width in part.widths)
@@ -142,6 +145,12 @@ class SideBySide(Rows):
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    def piece(self, start: int, stop: int) -> Segment:
+        return self.parts[0].piece(start, stop)
+
+    def locate(self, number: int) -> tuple[Segment, int]:
+        return self.parts[0].locate(number)
 
     def cuts(self) -> set[int]:
         return set[int]().union(*(part.cuts() for part in self.parts))
@@ -171,7 +180,8 @@ def joined_rows(parts: list[Rows]) -> Rows:
 class MappedSource(Source):
     """A source over segments. Held out is what `held` holds; see open_source for which rows that are.
 
-    train, held: by tensor, as many rows of each. folder: of shards; hooks: those in the columns of each tensor.
+    train, held: by tensor, as many rows of each. folder: of shards; hooks: those in the columns of each tensor; others:
+    further folders that columns of x come from (several_folders.py).
     """
 
     def __init__(
@@ -182,9 +192,11 @@ class MappedSource(Source):
         folder: ShardFolder | None = None,
         hooks: Mapping[str, tuple[str, ...]] | None = None,
         rows_masked: int = 0,
+        others: tuple[ShardFolder, ...] = (),
     ) -> None:
         self._rows_masked = rows_masked
         self.source_name, self.train, self.held, self.folder, self.hooks = name, train, held, folder, dict(hooks or {})
+        self.others = others
         self.widths = {tensor: sum(rows.widths) for tensor, rows in train.items()}
         self.n_rows = self._n = len(next(iter(train.values())))
         self._seed, self._epoch, self._cursor = 0, 0, 0

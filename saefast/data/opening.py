@@ -15,6 +15,7 @@ from saefast.data.iterable_source import IterableSource
 from saefast.data.mapped_source import MappedSource, Rows, joined_rows
 from saefast.data.masks import MASK, check_length, mask_of
 from saefast.data.segments import SUFFIXES, Segment, from_array, from_file, from_shard
+from saefast.data.several_folders import open_side_by_side
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import ShardFolder
 from saefast.data.shuffled_iterable import SHUFFLE_ROWS, ShuffledIterable
@@ -52,6 +53,8 @@ def open_source(
       draws from the whole folder at random, "buffer" streams it through a reservoir (ShardBuffer), for folders larger
       than memory; "auto" takes the buffer for folders over a quarter of this machine's memory, and for all where
       there is a GPU, which it keeps fed;
+    - a tuple of shard folders, one for each of several models that read the same text: x has the rows of all of them at
+      the same tokens side by side, hooks={"x": [hook of the first, hook of the second]};
     - a .npy, .pt or .safetensors file (`key` picks one of several tensors), or a folder of them, mapped where the
       format allows;
     - a folder of activations cached by SAELens, by science-of-finetuning's dictionary_learning or by llamascopium
@@ -86,6 +89,8 @@ def open_source(
     if shuffle_rows < 0:
         raise InputError(f"shuffle_rows is {shuffle_rows}, expected at least 0")
     source = _open(data, heldout, picks, skip_bad_shards, verify, shuffle_rows)
+    if isinstance(source, MappedSource) and source.others and shuffle == "buffer":
+        raise InputError("shuffle is 'buffer', which streams one folder: rows of several are drawn with 'mapped'")
     if isinstance(source, MappedSource) and source.folder is not None and _streams(source, shuffle):
         source = ShardBuffer(source)
     if d_in is not None and source.d_in != d_in:
@@ -116,6 +121,11 @@ def _picked(what: str, one: str | None, several: Names | None) -> dict[str, tupl
     return dict(names)
 
 
+def are_folders(data: Any) -> bool:
+    """Whether this names several folders, whose rows are to lie side by side."""
+    return isinstance(data, tuple) and len(data) > 1 and all(isinstance(path, str | Path) for path in data)
+
+
 def has_hooks(data: Any) -> bool:
     """Whether `hook` means something for this data: a shard folder, or a folder of another library's cache."""
     if not isinstance(data, str | Path):
@@ -129,7 +139,7 @@ def _streams(source: MappedSource, shuffle: Shuffle) -> bool:
     """Whether a shard folder is streamed through a reservoir rather than drawn from at random."""
     if shuffle not in get_args(Shuffle):
         raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(get_args(Shuffle))}")
-    if shuffle != "auto":
+    if source.others or shuffle != "auto":
         return shuffle == "buffer"
     stored = sum(rows.nbytes for rows in source.train.values())
     large = stored > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
@@ -146,6 +156,12 @@ def _open(data: Any, heldout: float, picks: Picks, skip_bad_shards: bool, verify
             _refuse(path, key=picks.key)
             return _from_shards(ShardFolder(path, skip_bad_shards=skip_bad_shards, verify=verify), picks.hook)
         return _from_segments(str(path), _from_path(path, picks), heldout)
+    if are_folders(data):
+        _refuse("a tuple of folders", key=picks.key)
+        if set(picks.hook) != {X}:
+            raise InputError(f"hooks names {', '.join(picks.hook)}: several folders have the tensor {X!r} alone")
+        folders = [ShardFolder(usable(path), skip_bad_shards=skip_bad_shards, verify=verify) for path in data]
+        return open_side_by_side(folders, list(picks.hook[X] * (len(folders) if len(picks.hook[X]) == 1 else 1)))
     _refuse("what is given", hook=picks.hook, key=picks.key)
     if isinstance(data, Mapping):
         return _from_mapping(data, heldout)

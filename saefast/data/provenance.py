@@ -1,7 +1,7 @@
 """What a run's config says of its data: written when the run begins, read when `saefast eval` opens the data again."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -45,6 +45,8 @@ class Recorded(Place, Choice, total=False):
     """What a run's config says of its data."""
 
     heldout: float
+    # Further folders, whose columns follow those of the first.
+    beside: list[str]
     shuffle: Literal["auto", "buffer", "mapped"]
     live: Live
     # Of the model that a live run trained on, and of its tokenizer.
@@ -65,7 +67,7 @@ def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:
 
 
 def describe_data(
-    path: Path,
+    path: Path | Sequence[Path],
     folder: Path,
     source: Source,
     *,
@@ -81,20 +83,26 @@ def describe_data(
     to it, so that the folder can be moved.
     """
     # Not Path.resolve, which raises RuntimeError for a loop of links.
-    absolute, base = (Path(os.path.realpath(usable(place))) for place in (path, folder))
-    place = absolute.relative_to(base) if absolute.is_relative_to(base) else absolute
-    metadata: dict[str, Any] = {DATA: {"path": str(place), "hook": hook, "key": key, "heldout": heldout}}
+    paths, base = [path] if isinstance(path, Path) else list(path), Path(os.path.realpath(usable(folder)))
+    absolute = [Path(os.path.realpath(usable(place))) for place in paths]
+    places = [str(place.relative_to(base) if place.is_relative_to(base) else place) for place in absolute]
+    metadata: dict[str, Any] = {DATA: {"path": places[0], "hook": hook, "key": key, "heldout": heldout}}
+    metadata[DATA] |= {"beside": places[1:]} if places[1:] else {}
     metadata[DATA] |= {name: by_tensor(given) for name, given in (("hooks", hooks), ("keys", keys)) if given}
     if isinstance(source, MappedSource | ShardBuffer) and source.folder is not None:
         metadata[DATA]["shuffle"] = "buffer" if isinstance(source, ShardBuffer) else "mapped"
         metadata |= _shard_facts(source.folder, source.hooks)
+        others = source.others if isinstance(source, MappedSource) else ()
+        if others:
+            models = [str(one.index.get("model")) for one in (source.folder, *others)]
+            metadata |= {"model_name": ",".join(models)}
     return metadata
 
 
 def _shard_facts(folder: ShardFolder, hooks: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
     index, names = folder.index, hooks.get(X, next(iter(hooks.values())))
     entries = {entry["name"]: entry for entry in index["hooks"]}
-    paths = [entries[name].get("hf_name") for name in names]
+    paths = [entries.get(name, {}).get("hf_name") for name in names]
     facts = {
         "model_name": index.get("model"),
         "hook_name": ",".join(names),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
-from saefast.data.opening import HELDOUT, open_source
+from saefast.data.opening import HELDOUT, are_folders, open_source
 from saefast.data.provenance import describe_data
 from saefast.data.shuffled_iterable import SHUFFLE_ROWS
 from saefast.data.source import Source
@@ -137,8 +137,9 @@ def opened(
         source = open_source(batches, d_in=sae_config.d_in, hooks=hooks, shuffle_rows=shuffle_rows)
         if source is not batches:
             stack.callback(source.close)
-        if folder is not None and isinstance(batches, str | Path):
-            origin = describe_data(Path(batches), folder, source, hook=None, key=None, heldout=HELDOUT, hooks=hooks)
+        if folder is not None and (isinstance(batches, str | Path) or are_folders(batches)):
+            paths = [Path(path) for path in ((batches,) if isinstance(batches, str | Path) else batches)]
+            origin = describe_data(paths, folder, source, hook=None, key=None, heldout=HELDOUT, hooks=hooks)
             sae_config = dataclasses.replace(sae_config, metadata=sae_config.metadata | origin)
         run = _begin(source, sae_config, config, folder if resume else None)
         run.on_log = on_log
