@@ -1,5 +1,6 @@
-"""Rows of five kinds to try recipes on, each made once: two layers of a sentence encoder, a middle layer of a causal
-language model, the MLP of a one-layer transformer, and a synthetic world whose features are known.
+"""Rows of six kinds to try recipes on, each made once: two layers of a sentence encoder and the output of one of its
+attention layers, a middle layer of a causal language model, the MLP of a one-layer transformer, and a synthetic world
+whose features are known.
 
     python -m bench.recipe_rows [--folder runs/recipe-rows] [--kinds world minilm-2 ...]
 
@@ -29,6 +30,7 @@ from saefast.errors import InputError
 FOLDER = common.ROOT / "runs" / "recipe-rows"
 WORLD_ROWS, HELDOUT_ROWS, ONE_LAYER_ROWS, CAUSAL_TOKENS = 2_000_000, 20_000, 1_200_000, 420_000
 MINILM_HOOKS = {"minilm-2": "layers.2", "minilm-4": "layers.4"}
+ATTENTION_HOOK, ATTENTION_TOKENS = "encoder.layer.4.attention.output.dense", 240_000
 CAUSAL_HOOK = "layers.15"
 CHUNK = 65_536
 # Rows of larger norm, in medians, are left out: two in ten thousand of the causal model's rows, where attention ends up
@@ -84,6 +86,15 @@ def minilm(folder: Path) -> None:
     harvest(acts, HarvestConfig(hooks=tuple(MINILM_HOOKS.values())))
     for kind, hook in MINILM_HOOKS.items():
         from_harvest(acts, hook, folder, kind)
+
+
+def attention(folder: Path) -> None:
+    """What attention adds to the residual stream in a middle layer of the sentence encoder."""
+    from saefast.harvest.to_disk import HarvestConfig, harvest
+
+    acts = folder / "attention-acts"
+    harvest(acts, HarvestConfig(hooks=(ATTENTION_HOOK,), max_tokens=ATTENTION_TOKENS))
+    from_harvest(acts, ATTENTION_HOOK, folder, "minilm-attention")
 
 
 def causal(folder: Path) -> None:
@@ -157,6 +168,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "causal": causal,
     "minilm-2": minilm,
     "minilm-4": minilm,
+    "minilm-attention": attention,
 }
 
 

@@ -14,9 +14,11 @@ from saefast.engines.resample import Fresh, due, fresh_in_blocks
 from saefast.errors import InputError
 from saefast.models.architecture import At
 from saefast.models.sae import SAE
-from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_
+from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_, start_in_subspace_
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
+# SAEConfig.init -> what sets the weights from the first rows.
+FROM_DATA = {"rows": start_from_rows_, "active_subspace": start_in_subspace_}
 
 
 class EngineBase:
@@ -62,8 +64,8 @@ class EngineBase:
         """
         targets = rows if targets is None else targets
         start_b_dec_(self.sae, targets, self.config.b_dec_init)
-        if self.sae.config.init == "rows":
-            start_from_rows_(self.sae, rows, targets, self.config.seed)
+        if start := FROM_DATA.get(self.sae.config.init):
+            start(self.sae, rows, targets, self.config.seed)
         if self.config.init_encoder_scale:
             scale_encoder_(self.sae, self.config.seed)
         if self.config.fit_encoder:

@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Init = Literal["rows", "tied", "tied_0.1", "kaiming"]
+Init = Literal["rows", "active_subspace", "tied", "tied_0.1", "kaiming"]
 BiasInit = Literal["zeros", "mean", "geometric_median"]
 
 
@@ -24,10 +24,11 @@ def init_weights(
 ) -> tuple[Tensor, Tensor]:
     """W_enc and W_dec of these shapes (L, width), drawn in fp32 on the CPU so that every device begins alike.
 
-    "rows": as "tied", until training has seen the first rows (`saefast.models.start.start_from_rows_`). "tied": unit
-    rows, encoder = decoder (dictionary_learning). "tied_0.1": rows of norm 0.1, encoder = decoder
-    (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its rows at unit norm (sparsify, OpenAI). A decoder of
-    another width than the encoder is drawn after it, by the same rule.
+    "rows", "active_subspace": as "tied", until training has seen the first rows (`start_from_rows_` and
+    `start_in_subspace_` of saefast.models.start). "tied": unit rows, encoder = decoder (dictionary_learning).
+    "tied_0.1": rows of norm 0.1, encoder = decoder (SAELens). "kaiming": encoder uniform in ±1/√d_in, decoder = its
+    rows at unit norm (sparsify, OpenAI). A decoder of another width than the encoder is drawn after it, by the same
+    rule.
     """
     W_enc, W_dec = (torch.empty(shape, dtype=dtype, device=device) for shape in (enc_shape, dec_shape))
     for enc, dec in zip(W_enc.split(_ROWS), W_dec.split(_ROWS), strict=True):

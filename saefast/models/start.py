@@ -17,6 +17,8 @@ from saefast.ops.spmm import spmm
 _LATENTS = 1 << 11
 # Rows that the encoder's scale is fitted on, at most.
 _FITTED = 2048
+# Share of the variance of what begins in an active subspace.
+_ACTIVE = 0.99
 
 
 def start_b_dec_(sae: SAE, rows: Tensor, kind: BiasInit) -> None:
@@ -82,6 +84,50 @@ def _start_block(
             _set_directions(W[part], directions if turned is None else directions @ turned)
         if b_enc is not None:
             b_enc[part] = -(W_enc[part].to(mean.dtype) @ mean).to(b_enc.dtype)
+
+
+@torch.no_grad()
+def start_in_subspace_(sae: SAE, rows: Tensor, targets: Tensor, seed: int) -> None:
+    """Random weights within the leading principal components of the data (Wang et al. 2025, arXiv 2508.16929).
+
+    Decoder rows are isotropic unit vectors in the `active_subspace` of the targets, and encoder rows are equal to them;
+    those of what maps rows to other targets lie in the active subspace of the rows. Drawn over all of space, as they
+    are elsewhere, many latents of an attention output would point where no data is, and stay dead. Data without a
+    direction leaves what was drawn.
+
+    Args: as `start_from_rows_`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x, t = wide(rows), wide(targets)
+    for block in sae.architecture.blocks():
+        read, written = x[:, block.reads], t[:, block.writes]
+        W_enc, W_dec = sae.W_enc[block.latents], sae.W_dec[block.latents, block.writes]
+        _draw_directions(W_dec, active_subspace(written), generator)
+        if read.shape == written.shape and torch.equal(read, written):
+            W_enc.copy_(W_dec)
+        else:
+            _draw_directions(W_enc, active_subspace(read), generator)
+        if not sae.config.apply_b_dec_to_input:
+            mean = read.mean(0)
+            for begin in range(0, len(W_enc), _LATENTS):
+                part = slice(begin, begin + _LATENTS)
+                sae.b_enc[block.latents][part] = -(W_enc[part].to(mean.dtype) @ mean).to(sae.dtype)
+
+
+def _draw_directions(W: Tensor, basis: Tensor, generator: torch.Generator) -> None:
+    """The rows of W (n, D) become random directions in the span of a basis (r, D)."""
+    for part in W.split(_LATENTS):
+        drawn = torch.randn((len(part), len(basis)), generator=generator, dtype=torch.float32, device="cpu")
+        _set_directions(part, drawn.to(basis.device, basis.dtype) @ basis)
+
+
+def active_subspace(x: Tensor) -> Tensor:
+    """(r, D) orthonormal: the fewest principal components that hold _ACTIVE of the variance of rows x (n, D)."""
+    C = torch.cov(x.double().T, correction=0).reshape(x.shape[1], x.shape[1])
+    variances, components = (t.flip(-1) for t in torch.linalg.eigh(C))
+    variances = variances.clamp_min(0)
+    r = int((variances.cumsum(0) < _ACTIVE * variances.sum()).sum()) + 1 if variances[0] > 0 else 0
+    return components[:, :r].T.to(x.dtype)
 
 
 def discriminant(x: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from saefast.engines.recipe import choose
 from saefast.models.config import SAEConfig
 from saefast.models.init import geometric_median
 from saefast.models.sae import SAE
-from saefast.models.start import discriminant, fit_encoder_, start_b_dec_, start_from_rows_
+from saefast.models.start import (
+    active_subspace,
+    discriminant,
+    fit_encoder_,
+    start_b_dec_,
+    start_from_rows_,
+    start_in_subspace_,
+)
 from saefast.training.api import train
 
 D, N = 10, 300
@@ -329,3 +336,84 @@ def test_no_run_begins_worse_than_its_mean(name: str, change: dict[str, Any], tm
     train(x, config, TrainConfig(n_tokens=512, batch_size=256, log_every=1, device="cpu", **rest), on_log=lines.append)
     # The pre-bias is the geometric median, which is not the mean.
     assert lines[0]["fvu"] <= 1.0 + 0.05, lines[0]["fvu"]
+
+
+# Weights in the active subspace.
+
+
+def flat_rows(n: int = N, r: int = 4, d: int = D) -> Tensor:
+    """float64 rows of r dimensions in d, around a mean that lies outside of them."""
+    return torch.randn(n, r, dtype=torch.float64) @ torch.randn(r, d, dtype=torch.float64) + 30 * torch.ones(d).double()
+
+
+def begun_in_subspace(x: Tensor, n_latents: int, target: Tensor | None = None, seed: int = 5, **config: Any) -> SAE:
+    config = dict(dtype=str(x.dtype).removeprefix("torch."), k=2, init="active_subspace") | config
+    sae = SAE(SAEConfig(x.shape[1], n_latents, **config), seed=seed)
+    target = x if target is None else target
+    start_b_dec_(sae, target, "mean")
+    start_in_subspace_(sae, x, target, seed)
+    return sae
+
+
+def outside(W: Tensor, x: Tensor, r: int) -> float:
+    """The largest part of a row of W that lies outside of the r leading principal components of x."""
+    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:r]
+    W = W.detach()
+    return float((W - W @ components.T @ components).norm(dim=1).max())
+
+
+def test_weights_are_random_directions_of_the_active_subspace() -> None:
+    x = flat_rows()
+    sae = begun_in_subspace(x, 4000)
+    assert outside(sae.W_dec, x, 4) < 1e-12
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(sae.decoder_norms().detach(), torch.ones(4000, dtype=torch.float64))
+    # Isotropic in it: each of 4 components has a quarter of the square, within the spread of 4000 draws.
+    components = torch.linalg.svd(x - x.mean(0), full_matrices=False).Vh[:4]
+    shares = (sae.W_dec.detach() @ components.T).square().mean(0)
+    assert float((shares - 0.25).abs().max()) < 0.02
+    assert torch.equal(begun_in_subspace(x, 4000).W_dec, sae.W_dec)
+    assert not torch.equal(begun_in_subspace(x, 4000, seed=6).W_dec, sae.W_dec)
+
+
+def test_the_active_subspace_holds_99_percent_of_the_variance_and_no_more_than_that_takes() -> None:
+    spread = torch.tensor([10.0, 5.0, 3.0, 1.0, 0.3, 0.1], dtype=torch.float64)
+    turned = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    x = torch.randn(20_000, 6, dtype=torch.float64) * spread @ turned + 100
+    variances = torch.linalg.svdvals(x - x.mean(0)).square()
+    basis = active_subspace(x)
+    held = float(((x - x.mean(0)) @ basis.T).square().sum() / variances.sum())
+    assert len(basis) == 3
+    assert held >= 0.99 > float(variances[:2].sum() / variances.sum())
+    torch.testing.assert_close(basis @ basis.T, torch.eye(3, dtype=torch.float64))
+
+
+def test_what_maps_rows_to_targets_begins_in_the_subspace_of_each() -> None:
+    x, target = flat_rows(r=3), flat_rows(r=4)
+    sae = begun_in_subspace(x, 50, target, apply_b_dec_to_input=False)
+    assert outside(sae.W_dec, target, 4) < 1e-12
+    assert outside(sae.W_enc, x, 3) < 1e-12
+    pre = (x @ sae.W_enc.T + sae.b_enc).detach()
+    assert float(pre.mean(0).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 50])
+def test_data_without_a_direction_leaves_what_was_drawn(n: int, dtype: torch.dtype) -> None:
+    sae = begun_in_subspace(torch.zeros(n, D, dtype=dtype) + 3, 30)
+    drawn = SAE(sae.config, seed=5)
+    assert torch.equal(sae.W_dec, drawn.W_dec)
+    assert torch.equal(sae.W_enc, drawn.W_enc)
+
+
+def test_a_run_begins_there_and_revives_what_random_directions_leave_dead(tmp_path: Path) -> None:
+    """What it is for: on rows of few dimensions fewer latents are silent than with directions of all of space."""
+    sources = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 64, dtype=torch.float64)
+    code = torch.rand(6000, 200, dtype=torch.float64) * (torch.rand(6000, 200) < 0.02)
+    x = (code @ sources + 0.01 * torch.randn(6000, 64, dtype=torch.float64)).float()
+    silent = {}
+    for init in ("tied", "active_subspace"):
+        config = TrainConfig(n_tokens=12_000, batch_size=200, resample_every=0, lr=1e-3)
+        sae = train(x, SAEConfig(64, 1024, k=4, init=init), config)
+        silent[init] = float((sae.encode(x) > 0).sum(0).eq(0).double().mean())
+    assert silent["active_subspace"] < 0.7 * silent["tied"]
