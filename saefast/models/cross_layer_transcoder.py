@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.models.architecture import Block, Layer
+from saefast.models.topk import no_annealing
 from saefast.ops.code import Code
 from saefast.ops.encoder import Encoder
 
@@ -73,7 +74,7 @@ class CrossLayerTranscoder(Layer):
                 f"activation is {c.activation!r}, but {what} takes the k / n_layers best latents of each layer: use "
                 "activation='topk'"
             )
-        for name in ("matryoshka", "crosscode_widths", "skip"):
+        for name in ("matryoshka", "hierarchical", "crosscode_widths", "skip"):
             if getattr(c, name, None):
                 raise InputError(f"{name} is {getattr(c, name)}, which {what} has not: leave it out")
         if c.apply_b_dec_to_input:
@@ -83,6 +84,7 @@ class CrossLayerTranscoder(Layer):
 
     def check_training(self, train: Any) -> None:
         super().check_training(train)
+        no_annealing(train, f"a cross-layer transcoder (n_layers = {self._layers})", "its layers share k")
         for name in ("multi_topk_coef", "auxk_coef", "init_encoder_scale"):
             if getattr(train, name):
                 raise InputError(

@@ -152,6 +152,7 @@ def test_the_plan_counts_all_budgets() -> None:
         (dict(activation="batchtopk"), "which activation='batchtopk' cannot have: its budgets are the best latents"),
         (dict(matryoshka=(8, 16)), "which matryoshka cannot have"),
         (dict(hierarchical="some"), "hierarchical is 'some'"),
+        (dict(n_layers=2, apply_b_dec_to_input=False), r"hierarchical is \(1, 3\), which a cross-layer transcoder"),
     ],
 )
 def test_what_it_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -154,3 +154,11 @@ def test_settings_out_of_bounds(settings: dict[str, Any], message: str) -> None:
 def test_a_start_that_does_not_go_with_the_sae_is_refused(activation: Any, start: int) -> None:
     with pytest.raises(InputError, match=f"k_start is {start}: expected a number from k = {K}, which training ends"):
         FusedEngine(SAE(config(activation=activation), seed=1), saefast.TrainConfig(k_start=start), 10)
+
+
+def test_layers_that_share_k_cannot_anneal_it() -> None:
+    shared = SAEConfig(D, L, 4, n_layers=2, apply_b_dec_to_input=False)
+    with pytest.raises(
+        InputError, match=r"k_start is 8, which a cross-layer transcoder .* cannot have: its layers share"
+    ):
+        FusedEngine(SAE(shared, seed=1), saefast.TrainConfig(k_start=8), 10)

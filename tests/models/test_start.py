@@ -397,6 +397,20 @@ def test_what_maps_rows_to_targets_begins_in_the_subspace_of_each() -> None:
     assert float(pre.mean(0).abs().max()) < 1e-9
 
 
+def test_latents_of_a_layer_begin_in_what_they_read_and_write() -> None:
+    """Of a cross-layer transcoder: the second layer's latents neither read nor write the first layer's columns."""
+    x, target = torch.cat([flat_rows(r=2), flat_rows(r=3)], 1), torch.cat([flat_rows(r=2), flat_rows(r=4)], 1)
+    sae = begun_in_subspace(x, 40, target, n_layers=2, apply_b_dec_to_input=False)
+    W_enc, W_dec = sae.W_enc.detach(), sae.W_dec.detach()
+    assert outside(W_enc[:20], x[:, :D], 2) < 1e-12
+    assert outside(W_enc[20:], x[:, D:], 3) < 1e-12
+    assert outside(W_dec[:20], target, 6) < 1e-12
+    assert not W_dec[20:, :D].any()
+    assert outside(W_dec[20:, D:], target[:, D:], 4) < 1e-12
+    pre = torch.cat([x[:, :D] @ W_enc[:20].T, x[:, D:] @ W_enc[20:].T], 1) + sae.b_enc.detach()
+    assert float(pre.mean(0).abs().max()) < 1e-9
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [1, 50])
 def test_data_without_a_direction_leaves_what_was_drawn(n: int, dtype: torch.dtype) -> None:
