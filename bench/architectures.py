@@ -1,6 +1,6 @@
 """Every architecture against a dense torch run of the same maths: what it is worth, and what a step of it costs.
 
-    python -m bench.architectures [--rows runs/recipe-rows] [--only topk ...] [--dense-at 32] [--out DIR] [--quick]
+    python -m bench.architectures [--rows runs/recipe-rows] [--only topk ...] [--ks 8 16] [--dense-at 32] [--quick]
 
 Quality: each is trained at every k of KS on rows of MiniLM, through the fused engine; at the k of --dense-at also by
 the plain loop of tests/dense_statements.py, from the same start, on the same batches, at the same rates and
@@ -246,6 +246,7 @@ def arguments(argv: Sequence[str] | None) -> Any:
         rows=dict(type=Path, default=recipe_rows.FOLDER, help="folder of bench.recipe_rows"),
         only=dict(nargs="+", choices=every, default=every),
         picture=dict(type=Path, default=common.ROOT / "docs" / "architectures.png"),
+        ks=dict(type=int, nargs="+", default=KS, help="numbers of active latents that are trained for"),
         **{"dense-at": dict(type=int, nargs="*", default=(32,), help="every k that the dense run is made at")},
         **{"no-quality": dict(action="store_true"), "no-steps": dict(action="store_true")},
     )  # fmt: skip
@@ -260,14 +261,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for run in ([] if o.no_quality else [measure_quality]) + ([] if o.no_steps else [measure_steps]):
         failed |= run(o, found)
         common.write_results(o.out, o.device, "architectures", found)
-    if found["quality"] and not (o.quick or o.rehearse) and tuple(o.only) == tuple(kinds()):
+    whole = tuple(o.only) == tuple(kinds()) and tuple(o.ks) == KS and not (o.quick or o.rehearse)
+    if found["quality"] and whole:
         draw(found["quality"], o.picture, PANELS)
     return int(failed)
 
 
 def measure_quality(o: Any, found: dict[str, list[dict[str, Any]]]) -> bool:
     """Whether an architecture failed."""
-    s = Settings(N_LATENTS, BATCH, STEPS, KS, tuple(o.dense_at), o.device)
+    s = Settings(N_LATENTS, BATCH, STEPS, tuple(o.ks), tuple(o.dense_at), o.device)
     if o.quick or o.rehearse:
         s = s._replace(steps=4 if o.rehearse else 60, ks=(32,), dense_at=(32,))
     n = s.steps * s.batch
