@@ -45,6 +45,8 @@ class Kind(NamedTuple):
     """Or "layer to layer", "two layers" side by side."""
     batch: bool = False
     """Chooses over a batch, so that what serves is a threshold."""
+    reads: int = 1
+    """A latent reads D over this many columns of x."""
     calibrated: str = ""
     """What makes it as sparse as after training: a "threshold" or the "bias" of each latent; nothing where k does."""
     one_for_all: bool = False
@@ -131,6 +133,10 @@ ELSEWHERE: dict[str, Kind] = {
     "crosscoder": Kind(
         "Crosscoder TopK", lambda s: dense.crosscoder_topk(s.k, 2, centred=True), dict(crosscode_widths=halves), {},
         2.0, data="two layers",
+    ),
+    "cross_layer": Kind(
+        "Cross-layer transcoder", lambda s: dense.cross_layer_topk(s.k, 2),
+        dict(n_layers=2, apply_b_dec_to_input=False), {}, 2.0, data="two layers", reads=2,
     ),
 }  # fmt: skip
 

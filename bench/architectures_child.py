@@ -75,9 +75,10 @@ def parameters(kind: Kind, D: int, L: int, device: str) -> dict[str, Tensor]:
     made: dict[str, Any] = dict(generator=torch.Generator(device).manual_seed(0), device=device)
     W = torch.randn(L, D, **made)
     dense.unit_rows_(W)
+    W_enc = W[:, : D // kind.reads].contiguous() if kind.reads > 1 else W.clone()
     zeros = {name: torch.zeros(shape, device=device) for name, shape in kind.own_shapes(L, D).items()}
     biases = {"b_enc": torch.zeros(L, device=device), "b_dec": torch.zeros(D, device=device)}
-    return {"W_enc": W.clone(), "W_dec": W, **biases, **zeros}
+    return {"W_enc": W_enc, "W_dec": W, **biases, **zeros}
 
 
 @torch.no_grad()
@@ -101,9 +102,9 @@ def prepare(p: Mapping[str, Tensor], kind: Kind, x: Tensor, k: int, fresh: bool)
             p["b_enc"][part] -= limit
 
 
-def target_of(kind: Kind, rows: Tensor) -> Tensor | None:
-    """What rows are to give; None is themselves."""
-    return rows.roll(1, dims=1) if kind.data == "layer to layer" else None
+def target_of(kind: Kind, rows: Tensor) -> Tensor:
+    """What rows are to give."""
+    return rows.roll(1, dims=1) if kind.data == "layer to layer" else rows
 
 
 CONTENDERS = {

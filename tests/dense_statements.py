@@ -16,6 +16,7 @@ Parameters by name: W_enc (L, D), W_dec (L, D_out), b_enc (L,), b_dec (D_out,), 
     Gated             Rajamanoharan et al. 2024, arXiv 2404.16014
     transcoders       Dunefsky et al. 2024, arXiv 2406.11944; with a skip: Paulo et al. 2025, arXiv 2501.18823
     crosscoders       Lindsey et al. 2024, transformer-circuits.pub/2024/crosscoders
+    cross-layer       Ameisen et al. 2025, transformer-circuits.pub/2025/attribution-graphs/methods.html
 """
 
 import itertools
@@ -317,6 +318,24 @@ def crosscoder_topk(k: int, blocks: int, *, batch: bool = False, centred: bool =
         pre = pre_activations(p, x, centred)
         code = (best_of_batch if batch else best_of_row)(pre, k, (pre * decoder_norms(p, blocks)).detach())
         return Found(code, [(1.0, decode(p, code))])
+
+    return statement
+
+
+def cross_layer_topk(k: int, layers: int) -> Statement:
+    """Each layer's k / layers best latents, of its own columns of x, decode into its own and all later outputs.
+
+    W_enc (L, D / layers): a latent reads its layer's columns alone. W_dec (L, D_out): what is left of its layer's
+    columns counts as 0.
+    """
+
+    def statement(p: Parameters, x: Tensor, step: int) -> Found:
+        parts = zip(x.chunk(layers, dim=1), p["W_enc"].chunk(layers), p["b_enc"].chunk(layers), strict=True)
+        code = torch.cat([best_of_row(rows @ W.T + b, k // layers) for rows, W, b in parts], dim=1)
+        L, D = p["W_dec"].shape
+        later = torch.ones(layers, layers).triu().to(p["W_dec"])
+        later = later.repeat_interleave(L // layers, dim=0).repeat_interleave(D // layers, dim=1)
+        return Found(code, [(1.0, code @ (p["W_dec"] * later) + p["b_dec"])])
 
     return statement
 

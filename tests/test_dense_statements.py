@@ -58,6 +58,27 @@ def test_ranking_by_another_number_leaves_the_activations_as_they_are() -> None:
         torch.testing.assert_close(found * scale, ranked)
 
 
+def test_a_layer_writes_nothing_into_earlier_ones() -> None:
+    p, x = parameters(), rows()
+    p["W_enc"] = p["W_enc"][:, : D // 2]
+    found = dense.cross_layer_topk(4, 2)(p, x, 0)
+    for b, row in enumerate(x):
+        half = L // 2
+        pres = [p["W_enc"][m * half : (m + 1) * half] @ row[m * D // 2 : (m + 1) * D // 2] for m in range(2)]
+        expected = p["b_dec"].clone()
+        for m, pre in enumerate(pres):
+            pre = pre + p["b_enc"][m * half : (m + 1) * half]
+            for i in sorted(range(half), key=lambda i: -float(pre[i]))[:2]:
+                written = p["W_dec"][m * half + i].clone()
+                written[: m * D // 2] = 0
+                expected += pre[i].clamp_min(0) * written
+        torch.testing.assert_close(found.x_hat[b], expected)
+    # What is written nowhere gets no gradient.
+    gradient = dense.gradients(p, dense.cross_layer_topk(4, 2), x)[1]["W_dec"]
+    assert not gradient[L // 2 :, : D // 2].any()
+    assert gradient[: L // 2, D // 2 :].any()
+
+
 def ramp(pre: Tensor, threshold: Tensor) -> Tensor:
     """0 half a bandwidth below the threshold, 1 half a bandwidth above it: its derivative is the rectangle kernel."""
     return ((pre - threshold) / BANDWIDTH + 0.5).clamp(0, 1)
