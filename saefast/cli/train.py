@@ -14,11 +14,13 @@ import tyro
 from saefast.cli.args import LogLines, parse, peek, read, watched
 from saefast.cli.harvest import HarvestArgs, describe, harvest_config, run_harvest
 from saefast.cli.outcome import outcome
+from saefast.cli.side_by_side import check_joined, joined, recorded
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
 from saefast.data.provenance import describe_data, recorded_data
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import read_index
+from saefast.data.source import Source, X
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.engines.recipe import choose, described
 from saefast.errors import InputError
@@ -61,6 +63,11 @@ class TrainArgs:
     hooks: str | None = None
     """several hooks, comma-separated: one SAE each in RUN/HOOK, trained side by side from one pass; layers.* is one for
     each block"""
+    crosscode: str | None = None
+    """several hooks, comma-separated, or a pattern: one crosscoder of all of them, with a decoder for each"""
+    beside: tuple[Path, ...] = ()
+    """with --crosscode: harvests of other models over DATA's text, whose rows lie beside DATA's; --crosscode names one
+    hook for each folder, DATA's first, or one for all"""
     live: bool = False
     """train while --model reads --text; no activations are written (needs --n-tokens); eval harvests some"""
     shuffle: Shuffle = "auto"
@@ -85,10 +92,10 @@ class TrainArgs:
     """What the SAE is."""
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def sae_config(self, d_in: int, metadata: dict[str, Any]) -> SAEConfig:
+    def sae_config(self, d_in: int, metadata: dict[str, Any], **more: Any) -> SAEConfig:
         """For rows of this width. Raises InputError for what no SAE can be."""
         n_latents = EXPANSION * d_in if self.n_latents is None else self.n_latents
-        return self.sae(d_in=d_in, n_latents=n_latents, metadata=metadata)
+        return self.sae(d_in=d_in, n_latents=n_latents, metadata=metadata, **more)
 
     def widest(self) -> SAEConfig:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
@@ -164,6 +171,7 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     if args.hook is not None and "*" in args.hook:
         raise InputError(f"--hook {args.hook} means several hooks: --hooks {args.hook} trains an SAE for each of them")
+    check_joined({name: getattr(args, name) for name in ("crosscode", "beside", "hook", "hooks", "key")})
     args = _as_recorded(args)
     # Before a model is loaded and an hour harvested.
     args.widest()
@@ -204,6 +212,8 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     path, members = _data(args), {}
     trained = set()
     known = [hook["name"] for hook in read_index(path)["hooks"]] if (path / "index.json").is_file() else []
+    if args.crosscode is not None:
+        return {"": _crosscoder(args, path, known)}
     for hook, folder in args.folders(known).items():
         source = open_source(
             path,
@@ -224,6 +234,36 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     return members
 
 
+def _crosscoder(args: TrainArgs, path: Path, known: list[str]) -> Member:
+    """One crosscoder on rows that lie side by side."""
+    places, shuffle = (path, *args.beside), _shuffle(args, args.out)
+    hooks = joined(str(args.crosscode), known, len(places))
+    source = open_source(
+        places if args.beside else path,
+        hooks=hooks,
+        d_in=args.d_in,
+        skip_bad_shards=args.skip_bad_shards,
+        shuffle=shuffle,
+    )
+    metadata = describe_data(places, args.out, source, hook=None, key=None, heldout=args.heldout, hooks=hooks)
+    return Member(source, _crosscoder_config(args, source, metadata), args.train)
+
+
+def _crosscoder_config(args: TrainArgs, source: Source, metadata: dict[str, Any]) -> SAEConfig:
+    return args.sae_config(source.d_in, metadata, crosscode_widths=source.part_widths())
+
+
+def _live_crosscoder(args: TrainArgs, config: HarvestConfig, text: Any) -> Member:
+    from saefast.harvest.live import live_source
+    from saefast.harvest.reharvest import check_resumed, describe_live
+
+    source = live_source(config, joined(str(args.crosscode), (), 1), text=text)
+    if args.resume and (args.out / CONFIG).is_file():
+        check_resumed(args.out, read_config(args.out)[0].metadata, source.identity)
+    metadata = describe_live(config, args.text, {X: list(source.hooks[X])}, source.identity)
+    return Member(source, _crosscoder_config(args, source, metadata), args.train)
+
+
 def _live_members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, from a model that is running."""
     from saefast.harvest.live import live_sources
@@ -236,6 +276,8 @@ def _live_members(args: TrainArgs) -> dict[str, Member]:
     configs = [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))] if args.resume else []
     for run in [place.parent for place in configs if place.is_file()]:
         config = as_begun(config, run, read_config(run)[0].metadata)
+    if args.crosscode is not None:
+        return {"": _live_crosscoder(args, config, text)}
     sources, members = live_sources(config, text=text), {}
     for hook, source in sources.items():
         folder = args.out if args.hooks is None else args.out / hook
@@ -259,12 +301,18 @@ def _as_recorded(args: TrainArgs) -> TrainArgs:
         named: dict[str, Any] = dict(live=True, model=live["model"], text=tuple(live["text"]), heldout=live["heldout"])
     else:
         named = dict(data=str(run / kept["path"]), key=kept.get("key"), heldout=kept.get("heldout", args.heldout))
-    return dataclasses.replace(args, hook=hook, **named)
+        named["beside"] = tuple(run / other for other in kept.get("beside", []))
+    return dataclasses.replace(args, hook=hook, crosscode=recorded(kept.get("hooks")), **named)
 
 
 def _data(args: TrainArgs) -> Path:
     """What to train on. Harvests first where a model or text is given."""
     if args.model is not None or args.text:
+        if args.beside:
+            raise InputError(
+                "--beside and --model or --text are given: harvest each model into a folder of its own first, with "
+                "saefast harvest, and name these"
+            )
         if args.data is not None:
             raise InputError(f"DATA {args.data!r} and --model or --text are given: expected one or the other")
         if args.key is not None:
@@ -287,6 +335,7 @@ def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
 
 def _harvest_args(args: TrainArgs) -> HarvestArgs:
     model = HarvestConfig.model if args.model is None else args.model
-    hooks = tuple(hook for hook in args.folders() if hook is not None) or HarvestConfig.hooks
+    given = args.crosscode.split(",") if args.crosscode else args.folders()
+    hooks = tuple(hook for hook in given if hook is not None) or HarvestConfig.hooks
     settings = HarvestConfig(model=model, heldout=args.heldout)
     return HarvestArgs(args.out / ACTIVATIONS, args.text, hooks, settings)

@@ -16,6 +16,7 @@ from saefast.data.source import Batch, Device, Names, X, beside, n_rows_of, side
 from saefast.errors import InputError
 from saefast.harvest.config import HarvestConfig
 from saefast.harvest.harvester import Harvester
+from saefast.harvest.hooks import expand_names
 from saefast.harvest.item_harvester import ItemHarvester, harvester_for
 from saefast.harvest.reader import HarvestBatch
 from saefast.typed import typed
@@ -77,6 +78,7 @@ def live_source(
     names = {name: hook["name"] for hook in harvester.runner.hooks for name in (hook["hf_name"], hook["name"])}
     every = [hook["name"] for hook in harvester.runner.hooks]
     asked = side_by_side(every if hooks is None else hooks)
+    asked = {tensor: expand_names(every, several) for tensor, several in asked.items()}
     if missing := [hook for several in asked.values() for hook in several if hook not in names]:
         raise InputError(f"hooks names {missing[0]!r}: expected hooks of the config, {', '.join(every)}")
     picked = {tensor: tuple(names[hook] for hook in several) for tensor, several in asked.items()}
@@ -159,7 +161,7 @@ class HookStream:
     n_rows: int | None = None
 
     def __init__(self, shared: Shared, reader: int, hooks: Mapping[str, tuple[str, ...]], name: str) -> None:
-        self._shared, self._reader, self._hooks, self.source_name = shared, reader, hooks, name
+        self._shared, self._reader, self.hooks, self.source_name = shared, reader, hooks, name
         self._held: list[tuple[int, Batch]] = []  # held-out rows, and how many rows to train on came before them
         self._n_held = self._held_bytes = 0
         self._begun = False
@@ -192,14 +194,14 @@ class HookStream:
             batch = self._shared.read(self._reader, number)
 
     def _rows(self, batch: HarvestBatch) -> Batch:
-        return {tensor: beside([batch.rows[hook] for hook in hooks]) for tensor, hooks in self._hooks.items()}
+        return {tensor: beside([batch.rows[hook] for hook in hooks]) for tensor, hooks in self.hooks.items()}
 
     def holds_all(self) -> bool:
         """Whether no further rows will be held out."""
         return self._n_held >= HELDOUT_ROWS or self._held_bytes >= HELDOUT_BYTES
 
     def part_widths(self, name: str = X) -> tuple[int, ...]:
-        return tuple(int(self._first.rows[hook].shape[1]) for hook in self._hooks[name])
+        return tuple(int(self._first.rows[hook].shape[1]) for hook in self.hooks[name])
 
     def stored_dtype(self, name: str = X) -> torch.dtype:
         return self._dtypes[name]
@@ -219,11 +221,11 @@ class HookStream:
 
 
 class HookBuffer(LiveBuffer):
-    """Shuffled rows of a HookStream. identity: digests of the model that reads, and of its tokenizer."""
+    """Shuffled rows of a HookStream, and its hooks. identity: digests of the model that reads, and of its tokenizer."""
 
     def __init__(self, stream: HookStream, *, reservoir_rows: int, identity: Identity) -> None:
         super().__init__(stream, reservoir_rows=reservoir_rows)
-        self._stream, self.identity = stream, identity
+        self._stream, self.identity, self.hooks = stream, identity, stream.hooks
 
     def part_widths(self, name: str = X) -> tuple[int, ...]:
         return self._stream.part_widths(name)
