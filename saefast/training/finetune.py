@@ -178,6 +178,11 @@ def finetune(
 
 def _hooks(sae: SAE, hook: Any, target: Any) -> tuple[Sequence[str], Sequence[str]]:
     """The hooks whose rows an SAE takes, and those whose rows it gives out."""
+    if (n := len(sae.architecture.target_parts())) > 1:
+        raise InputError(
+            f"sae reconstructs {n} layers or models at once, none of which can stand in alone: fine-tuning through a "
+            "model takes an SAE or a transcoder of one place"
+        )
     about = sae.config.metadata
     hook = about.get("hook_name") if hook is None else hook
     if not hook:

@@ -16,6 +16,7 @@ from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
+from saefast.training.finetune import finetune
 from saefast.training.progress import read_metrics
 
 WIDTHS, L, K, B = (8, 8, 8), 48, 3, 40
@@ -195,3 +196,10 @@ def test_what_cannot_be_a_crosscoder() -> None:
         SAEConfig(24, L, K, crosscode_widths=(24,))
     with pytest.raises(InputError, match=r"crosscode_widths is \(0, 24\): expected"):
         SAEConfig(24, L, K, crosscode_widths=(0, 24))
+
+
+def test_fine_tuning_through_a_model_is_refused() -> None:
+    with pytest.raises(
+        InputError, match="sae reconstructs 3 layers or models at once, none of which can stand in alone"
+    ):
+        finetune(SAE(config()), torch.nn.Linear(2, 2), [], tokenizer=None, hook="")
