@@ -56,9 +56,9 @@ class AutogradEngine(EngineBase):
         self.parameters = {name: getattr(sae, name) for name in self.names}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
-        self.adam = torch.optim.Adam(
-            self.parameters.values(), lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        # Each in a group of its own, for a rate of its own.
+        groups = [{"params": [parameter]} for parameter in self.parameters.values()]
+        self.adam = torch.optim.Adam(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
     @ambient.plainly(grad=True)
     def step(
@@ -112,7 +112,8 @@ class AutogradEngine(EngineBase):
         """From gradients to new weights, counters and average."""
         self.average()
         lr = self.lr()
-        self.adam.param_groups[0]["lr"] = lr
+        for name, group in zip(self.parameters, self.adam.param_groups, strict=True):
+            group["lr"] = lr * self.rates.get(name, 1.0)
         self.adam.step()
         self.adam.zero_grad()
         if self.config.decoder_norm == "post_step":
@@ -310,11 +311,15 @@ def pointwise_loss(sae: SAE, batch: Batch, dead: DeadLatents, config: TrainConfi
         x_hat = frozen @ sae.W_dec.detach() + sae.b_dec.detach()
         total = total + weights[terms.main] * sum_squares(target.detach() - x_hat)
 
-    norms = sae.architecture.norms(sae.W_dec).sum(1) if rule.uses_norms else None
+    norms = sae.architecture.norms(sae.W_dec).sum(1) if rule.wants_norms(config) else None
     code = _as_csr(acts.detach())
     l0 = len(code.acts) / len(acts)
     coefficient = rule.coefficient(batch.at, batch.kept, l0, config)
-    penalty = coefficient * rule.penalty(pre, acts, own, norms, config).sum(1).mean()
+    spent = rule.penalty(pre, acts, own, norms, config).sum(1).mean()
+    # Worth what is charged, with the coefficient for a derivative.
+    penalty = rule.charged(coefficient, spent.detach(), config) + coefficient * (spent - spent.detach())
+    if (everywhere := rule.everywhere(pre, own, norms, config)) is not None:
+        penalty = penalty + everywhere.sum(1).mean()
     fired = dead.fired(code)
     fvu = sum_squares(e) / variance
     seen = code, code, e, None, dead.unless(fired, len(acts)), fired

@@ -28,7 +28,7 @@ class EngineBase:
         name: what TrainConfig.engine calls it.
         sae: trained in place.
         architecture: of the SAE; terms: its reconstruction terms at the end of this recipe.
-        names: of all trained parameters.
+        names: of all trained parameters; rates: `Architecture.rates`.
         step_count: optimiser updates done.
         mse_scale: see `losses.reconstruction_weight`.
         dead: the counters of dead latents.
@@ -47,6 +47,7 @@ class EngineBase:
         self.architecture.check_training(config)
         self.terms = self.architecture.terms(config, At(total_steps, total_steps))
         self.names = (*PARAMETERS, *self.architecture.parameters())
+        self.rates = self.architecture.rates(self.config)
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, self.config, sae.device)

@@ -141,7 +141,7 @@ class DensePass:
         self.past = {} if direct is None else direct.gradient(-2 * self.planes[0])
         l0 = active / B
         self.coefficient = float(self.rule.coefficient(model.at, model.kept, l0, self.config))
-        paid = self.coefficient / B * penalty
+        paid = float(self.rule.charged(self.coefficient, penalty / B, self.config))
         if not abs(loss := loss + paid) < torch.inf:
             raise not_finite(self.weights.step, loss, self.x, self.target)
         kept = model.kept | self.rule.counted(model.kept, l0, model.at, self.config)
@@ -285,7 +285,7 @@ class DensePass:
 
     def _norms(self, chunk: Chunk, W_dec: Tensor) -> Tensor | None:
         """(C,) of the chunk's decoder rows, where the penalty depends on them."""
-        return self.model.architecture.norms(W_dec).sum(1) if self.rule.uses_norms else None
+        return self.model.architecture.norms(W_dec).sum(1) if self.rule.wants_norms(self.config) else None
 
 
 class ChunkGradient(NamedTuple):

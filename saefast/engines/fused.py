@@ -174,7 +174,8 @@ class FusedEngine(EngineBase):
         jobs = []
         for name, grad in ({"b_enc": g.b_enc, "b_dec": g.b_dec} | g.own).items():
             matrix = self.weights.matrices[name]
-            jobs.append(Job(matrix, plain, given_rows(grad.view(matrix.w.shape)), None, none))
+            step = plain._replace(lr=plain.lr * self.rates.get(name, 1.0))
+            jobs.append(Job(matrix, step, given_rows(grad.view(matrix.w.shape)), None, none))
         return jobs
 
     def _sized(self, jobs: list[Job]) -> list[Job]:

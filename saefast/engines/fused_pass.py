@@ -176,7 +176,7 @@ class Pass:
             return None
         ids = code.idx.long()
         own = gathered(self.weights.own_values() | {"b_enc": self.weights.b_enc}, ids)
-        block_norms = self._block_norms() if rule.uses_norms else None
+        block_norms = self._block_norms() if rule.wants_norms(self.config) else None
         norms = None if block_norms is None else block_norms.sum(1)[ids]
         again, frozen_loss = self._frozen(rule, own)
         coefficient = rule.coefficient(self.model.at, self.model.kept, l0, self.config)
@@ -186,7 +186,8 @@ class Pass:
         along = None
         if found.norms is not None and block_norms is not None:
             along = sum_by_latent(found.norms[None], code.idx[None], L)[:, None] / block_norms
-        return Paid(found.pre, by_latent, along, price * found.penalty, coefficient, frozen_loss)
+        charged = rule.charged(coefficient, found.penalty / len(self.x), self.config)
+        return Paid(found.pre, by_latent, along, charged, coefficient, frozen_loss)
 
     def _block_norms(self) -> Tensor:
         """(L, M) norms of the parts of the decoder rows that were read in this batch; 1 for all others."""

@@ -168,6 +168,14 @@ class Architecture:
         """
         return {name: value[alive].mean() for name, value in own.items() if value.shape == alive.shape}
 
+    def rates(self, train: Any) -> dict[str, float]:
+        """Learning rates of its own parameters in units of all others', by name; one that is left out learns alike.
+
+        Args:
+            train: a TrainConfig with a number for lr.
+        """
+        return {}
+
     def width(self, train: Any) -> int:
         """Entries that a token has in training, on average."""
         return int(self.config.k)
@@ -314,6 +322,9 @@ class Layer(Architecture):
 
     def restarted(self, own: dict[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
         return self.inner.restarted(own, alive)
+
+    def rates(self, train: Any) -> dict[str, float]:
+        return self.inner.rates(train)
 
     def width(self, train: Any) -> int:
         return self.inner.width(train)

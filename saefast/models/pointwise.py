@@ -9,7 +9,7 @@ alone. Where a paper replaces a derivative (straight-through estimators), the st
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class Pointwise(Architecture):
         uses_norms: the penalty depends on the norms of decoder rows.
     """
 
-    TrainFields = PointwiseTraining
+    TrainFields: ClassVar[type] = PointwiseTraining
     fixed_width = False
     uses_norms: bool = False
 
@@ -101,6 +101,17 @@ class Pointwise(Architecture):
         """
         raise NotImplementedError
 
+    def wants_norms(self, train: Any) -> bool:
+        """Whether the penalty depends on the norms of decoder rows under this recipe."""
+        return self.uses_norms
+
+    def everywhere(self, pre: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor | None:
+        """What every latent costs besides on every token, active or not, of pre's shape and without a coefficient.
+
+        None is nothing. It is dense, so that only the autograd engine asks for it. Arguments as for `penalty`.
+        """
+        return None
+
     def frozen(self, pre: Tensor, own: Own) -> Tensor | None:
         """Activations of a second reconstruction, by the decoder as it is and without a gradient to it; None is none.
 
@@ -126,6 +137,10 @@ class Pointwise(Architecture):
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
         return self.counted(kept, (code.acts > 0).sum().double() / code.rows, at, train)
+
+    def charged(self, coefficient: Number, spent: Number, train: Any) -> Number:
+        """The penalty as a part of the loss; its derivative to spent, the mean summed penalty, is the coefficient."""
+        return coefficient * spent
 
     def code(self, encoder: Encoder, train: Any, at: At) -> Code:
         return self._above(encoder, self.limit(encoder.own, train))

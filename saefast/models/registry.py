@@ -9,6 +9,7 @@ from saefast.models.cross_layer_transcoder import CrossLayerTranscoder
 from saefast.models.crosscoder import Crosscoder
 from saefast.models.groupmax import GroupMax
 from saefast.models.hierarchical import Hierarchical
+from saefast.models.jumprelu import JumpReLU
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
 from saefast.models.topk import TopK
@@ -20,6 +21,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
         TopK,
         BatchTopK,
         GroupMax,
+        JumpReLU,
     )
 }  # fmt: skip
 # Each is laid over an activation, or over a layer before it in this list, where its own fields ask for it.
