@@ -25,7 +25,7 @@ from saefast.ops.reference import accumulate_dtype
 _ROWS = 2048
 STEERED = "sparsity_steered"
 # Width of the window, in units of the threshold, where none is given.
-_WIDTH = 0.3
+_WIDTH = 0.5
 # Where no coefficient is given: what it answers to L0 / k - 1 at once, and what a whole run of such an error adds to
 # it, in units of 1 / k and of a reconstruction loss that is a share of the variance. Larger errors are not added up:
 # they are of thresholds that are on their way.
@@ -37,8 +37,8 @@ class JumpReLUFields:
     """What a JumpReLU is, differentiated.
 
     Attributes:
-        jumprelu_bandwidth: width of the window around a threshold through which this gets its gradient; None is 0.3
-            times the threshold itself, whatever the scale of the inputs (Gemma Scope: 0.001, of
+        jumprelu_bandwidth: width of the window around a threshold through which this gets its gradient; None is half
+            of the threshold itself, whatever the scale of the inputs (Gemma Scope: 0.001, of
             inputs with a mean square of 1; Anthropic: 2).
         jumprelu_ste_to_input: pre-activations in the window get the estimate too, not the thresholds alone (Anthropic).
     """
@@ -70,7 +70,7 @@ class JumpReLUTraining:
     """
 
     jumprelu_penalty: Literal["l0", "target", "tanh"] = "l0"
-    jumprelu_threshold_lr: float | None = 0.05
+    jumprelu_threshold_lr: float | None = 0.03
     jumprelu_threshold: float | None = None
     jumprelu_tanh_scale: float = 4.0
     jumprelu_pre_act_coef: float = 0.0
@@ -149,8 +149,8 @@ class JumpReLU(Pointwise):
         return smallest if smallest < math.inf else 1.0
 
     def width(self, train: Any) -> int:
-        # Those in the window are about a third as many as those above the threshold.
-        return min(math.ceil(1.5 * self.config.k), self.config.n_latents)
+        # Those in the window are about two thirds as many as those above the threshold.
+        return min(math.ceil(1.75 * self.config.k), self.config.n_latents)
 
     def limit(self, own: Own, train: Any) -> Tensor | float:
         threshold = own["log_threshold"].exp()
