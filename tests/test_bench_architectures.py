@@ -27,7 +27,12 @@ def test_both_sides_of_a_comparison_lose_the_same_at_every_step(name: str) -> No
     trainer = dense.Trainer(own_names(kind, start), statement, recipe(engine, STEPS))
     losses = [float(trainer.step(*given)[0]) for given in zip(x.split(B), target.split(B), strict=True)]
     assert [float(one.loss) for one in stats] == pytest.approx(losses, rel=1e-4)
-    assert losses[-1] < losses[0]
+    engine.finish()
+    for key, wanted in trainer.p.items():
+        found, begun = (own_names(kind, named)[key] for named in (dict(engine.sae.named_parameters()), start))
+        moved = (wanted - begun).abs().mean()
+        assert moved > 0, key
+        assert (found - wanted).abs().mean() < 0.02 * moved, key
 
 
 @every_kind
