@@ -49,6 +49,8 @@ class Kind(NamedTuple):
     """A latent reads D over this many columns of x."""
     calibrated: str = ""
     """What makes it as sparse as after training: a "threshold" or the "bias" of each latent; nothing where k does."""
+    begins_dense: bool = False
+    """Published as beginning with half of all latents on, which is timed as well."""
     one_for_all: bool = False
     """One SAE serves every k."""
     timed: Mapping[str, Any] = {}
@@ -100,11 +102,11 @@ COMPETING: dict[str, Kind] = {
 PAYING: dict[str, Kind] = {
     "relu": Kind(
         "ReLU + L1, unit rows", lambda s: dense.relu_l1(s.coef, by_norm=False), dict(activation="relu"), {}, 1.0,
-        calibrated="bias",
+        calibrated="bias", begins_dense=True,
     ),
     "relu_norms": Kind(
         "ReLU + L1 · norms", lambda s: dense.relu_l1(s.coef, by_norm=True),
-        dict(activation="relu", unit_norm_decoder=False), FREE, 1.0, calibrated="bias",
+        dict(activation="relu", unit_norm_decoder=False), FREE, 1.0, calibrated="bias", begins_dense=True,
     ),
     "jumprelu": Kind(
         "JumpReLU + L0", lambda s: dense.jump_relu_l0(s.coef, WINDOW), dict(activation="jumprelu"), {}, 2.0,

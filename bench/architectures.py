@@ -297,7 +297,7 @@ def measure_steps(o: Any, found: dict[str, list[dict[str, Any]]]) -> bool:
     for shape in shapes[:1] if o.quick else shapes:
         for name in o.only:
             kind = kinds()[name]
-            for fresh in (False, True) if kind.calibrated else (False,):
+            for fresh in (False, True) if kind.begins_dense else (False,):
                 case = f"{name}{', as it begins' if fresh else ''} {tuple(shape)}"
                 lines = common.attempt(case, partial(steps, name, kind, shape, o.device, rounds, fresh))
                 found["steps"] += lines or []

@@ -18,17 +18,20 @@ from bench.architecture_kinds import Kind, Setting, dense, kinds, own_names, sae
 
 # The penalty's size changes no time; this one leaves the sparsity as it is for the steps that are timed.
 COEF = 1e-4
-LR = 2e-4
+LR, STEPS, WARMUP = 2e-4, 100_000, 5_000
 # Latents whose thresholds are found at a time.
 CHUNK = 1024
 
 
 def configs(kind: Kind, D: int, L: int, k: int, B: int) -> tuple[Any, Any]:
-    """SAEConfig and TrainConfig; no latent is resampled, for the dense step does not either."""
+    """SAEConfig and TrainConfig; no latent is resampled, for the dense step does not either.
+
+    Rates are those of the first steps of a long run: what is timed stays as sparse as it is.
+    """
     from saefast.engines.config import preset
 
     coef = {"sparsity_coef": COEF} if kind.calibrated else {}
-    fixed = {"resample_every": 0, "lr": LR, "batch_size": B, **coef}
+    fixed = {"resample_every": 0, "lr": LR, "lr_warmup_steps": WARMUP, "batch_size": B, **coef}
     return preset("saefast", D, L, k, **sae_fields(kind, L, D), **fixed | dict(kind.train) | dict(kind.timed))
 
 
@@ -40,7 +43,7 @@ def saefast(name: str, fresh: bool, B: int, D: int, L: int, k: int, device: str)
     sae_config, config = configs(kind, D, L, k, B)
     sae = SAE(sae_config, seed=0, device=device)
     prepare(own_names(kind, dict(sae.named_parameters())), kind, x, k, fresh)
-    engine = FusedEngine(sae, config, 100_000)
+    engine = FusedEngine(sae, config, STEPS)
     return lambda rows: engine.step(rows, target_of(kind, rows))
 
 
@@ -52,7 +55,9 @@ def torch_dense(autocast: bool) -> Callable[..., step_child.Step]:
         prepare(start, kind, x, k, fresh)
         statement = kind.dense(Setting(k, L, COEF, config))
         unit_rows = config.decoder_norm == "post_step"
-        trainer = dense.Trainer(start, statement, dense.Recipe(LR, 100_000, loss=config.loss, unit_rows=unit_rows))
+        trainer = dense.Trainer(
+            start, statement, dense.Recipe(LR, STEPS, WARMUP, loss=config.loss, unit_rows=unit_rows)
+        )
         del start
 
         def step(rows: Tensor) -> Any:

@@ -263,7 +263,7 @@ class DensePass:
         again = None if self.again is None else torch.mm(self.again, W_dec.T).mul_(-2)
         price = self.coefficient / len(self.x)
         found = derived(self.rule, Elements(pre, own, norms), grad_acts, again, price, self.config)
-        for_dec = torch.mm(self.rule.activate(pre, own).T, plane).mul_(-2)
+        for_dec = torch.mm(found.acts.T, plane).mul_(-2)
         if found.norms is not None and norms is not None:
             _add_along(for_dec, W_dec, found.norms, self.model.architecture)
         return for_dec, ChunkGradient(found.pre, found.own)

@@ -34,6 +34,8 @@ class Derived(NamedTuple):
     norms: Tensor | None
     penalty: Tensor
     """0-d, Σ of the penalty over the elements, unweighted."""
+    acts: Tensor
+    """In pre's shape: the activations."""
 
 
 @torch.enable_grad()
@@ -60,7 +62,8 @@ def derived(
     values, upstream = ([pair[i] for pair in pairs] for i in range(2))
     grads = torch.autograd.grad(values, inputs, upstream, materialize_grads=True)
     found = dict(zip(own, grads[1:], strict=False))
-    return Derived(grads[0], found, None if norms is None else grads[-1], penalty.detach().sum())
+    by_norm = None if norms is None else grads[-1]
+    return Derived(grads[0], found, by_norm, penalty.detach().sum(), acts.detach())
 
 
 class Direct(NamedTuple):
