@@ -81,7 +81,7 @@ def halves(n_latents: int, d_in: int) -> tuple[int, ...]:
 
 FREE = dict(decoder_norm="never", project_decoder_grad=False)
 # JumpReLU's window by default, as a share of the threshold.
-WINDOW = dense.Window(0.3, relative=True)
+WINDOW = dense.Window(0.5, relative=True)
 BUDGETS = (8, 16, 32, 64)
 
 COMPETING: dict[str, Kind] = {
