@@ -68,7 +68,8 @@ class Crosscoder(Layer):
     def check_training(self, train: Any) -> None:
         super().check_training(train)
         rule = self.pointwise
-        if train.engine == "fused" and rule is not None and rule.uses_norms and len(set(self._widths)) > 1:
+        several = len(set(self._widths)) > 1
+        if train.engine == "fused" and several and rule is not None and rule.wants_norms(train):
             raise InputError(
                 f"crosscode_widths is {self._widths}, and activation={self.name!r} pays by decoder norms: engine "
                 "'fused' does that for parts of one width; use engine='autograd'"

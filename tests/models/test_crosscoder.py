@@ -99,6 +99,38 @@ def test_both_engines_train_alike(name: str, activation: str) -> None:
         assert (a - b).abs().max() <= 1e-8 * b.abs().max(), parameter
 
 
+@pytest.mark.parametrize("free", [True, False])
+def test_both_engines_pay_by_summed_norms_alike(free: bool) -> None:
+    """The penalty's gradient goes along each part of a decoder row by itself."""
+    rows_of = dict(decoder_norm="never", project_decoder_grad=False) if free else {}
+    paid = dict(jumprelu_penalty="tanh", sparsity_coef=0.02, jumprelu_threshold=0.3, auxk_coef=0.0, loss="sum")
+    data = rows(30 * B, torch.float64).split(B)
+    ours, plain = (engine(kind, "jumprelu", **paid, **rows_of) for kind in (FusedEngine, AutogradEngine))
+    for one in (ours, plain):
+        one.initialise(data[0])
+    for x in data:
+        a, b = ours.step(x), plain.step(x)
+        for figure in ("loss", "fvu", "grad_norm", "sparsity_loss"):
+            assert float(getattr(a, figure)) == pytest.approx(float(getattr(b, figure)), rel=1e-8), figure
+        assert float(a.l0) == pytest.approx(float(b.l0))  # one of them is a float32
+        assert float(a.sparsity_loss) > 0
+    for parameter in (*PARAMETERS, "log_threshold"):
+        a, b = (getattr(one.sae, parameter).detach() for one in (ours, plain))
+        assert (a - b).abs().max() <= 1e-8 * b.abs().max(), parameter
+
+
+def test_parts_of_several_widths_are_paid_for_in_one_engine() -> None:
+    config_of = SAEConfig(24, L, K, activation="jumprelu", crosscode_widths=(4, 20))
+    train = dict(n_tokens=400, batch_size=B, save_every=0, jumprelu_penalty="tanh", sparsity_coef=0.02)
+    with pytest.raises(
+        InputError, match=r"crosscode_widths is \(4, 20\), and activation='jumprelu' pays by decoder norms"
+    ):
+        saefast.train(rows(500), config_of, saefast.TrainConfig(**train))
+    saefast.train(rows(500), config_of, saefast.TrainConfig(engine="autograd", **train))
+    # Where it does not pay by norms, either engine will do.
+    saefast.train(rows(500), config_of, saefast.TrainConfig(**train | dict(jumprelu_penalty="l0")))
+
+
 def test_matryoshka_lies_under_it() -> None:
     sae_config = config("batchtopk", matryoshka=(16,))
     sae = saefast.train(rows(1000), sae_config, saefast.TrainConfig(n_tokens=4000, batch_size=B))
