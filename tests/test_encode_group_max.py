@@ -13,9 +13,8 @@ from torch import Tensor
 from saefast import extension, ops
 from saefast.errors import InputError
 from saefast.ops import native, reference, triton_encode_group_max
-from saefast.ops.encode_group_max import WIDE
+from saefast.ops.encode_group_max import CANDIDATES, WIDE
 from saefast.ops.encoder import Encoder
-from saefast.ops.mixed import candidates
 
 interp.speed_up()
 
@@ -156,7 +155,7 @@ def test_two_precisions_decide_in_fp32() -> None:
     torch.testing.assert_close(acts, expected[0])
 
 
-@pytest.mark.parametrize(("k", "used"), [(4, True), (8, False)])
+@pytest.mark.parametrize(("k", "used"), [(8, True), (16, False)])
 def test_two_precisions_are_for_wide_groups(k: int, used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of narrow ones the candidates would cost more than products in bf16 save."""
     calls: list[int] = []
@@ -165,7 +164,7 @@ def test_two_precisions_are_for_wide_groups(k: int, used: bool, monkeypatch: pyt
     monkeypatch.setattr(module, "sddmm", lambda x, idx, W: calls.append(idx.shape[1]) or real(x, idx, W))
     x, W, b = integers(6, 5, 2048)
     found = ops.encode_group_max(x, W, b, k, W_low=W.bfloat16(), relu=False)
-    assert calls == ([k * candidates(1)] if used else [])
+    assert calls == ([k * CANDIDATES] if used else [])
     assert_same(found, by_sorting(x, W, b, k, None))
 
 
