@@ -24,7 +24,7 @@ from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
 from saefast.data.shards import ShardFolder
-from saefast.data.source import TARGET, Source, X, first_bad_row, where_it_ends
+from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
 from saefast.files import replacing, usable, write_json
 from saefast.harvest.hooks import find_hook
@@ -32,18 +32,25 @@ from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
 from saefast.harvest.language_models import unwrapped
 from saefast.harvest.reharvest import harvest_again
 from saefast.metrics.language_model import LM_METRICS, TokenBatch, batch_sequences, lm_scores, why_missing
-from saefast.metrics.streaming import METRICS, SAEMetrics, density_histogram
+from saefast.metrics.streaming import METRICS, Metric, Reconstruction, SAEMetrics, density_histogram
 from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
 from saefast.models.sae import SAE, WEIGHTS, load, require_real
 from saefast.places import Place
 from saefast.training.checkpoint import list_steps
 from saefast.training.progress import SILENT, read_metrics
+from saefast.training.residual import Stack, stack_of, trained_on
 from saefast.training.run_folder import CHECKPOINTS
 from saefast.typed import typed
 
 EVAL, LATENTS = "eval.json", "latents.safetensors"
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
 LM_TOKENS = 1 << 16
+TOGETHER: dict[str, Metric] = {
+    "fvu_before": Metric("Σ‖x−x̂₁‖² / Σ‖x−x̄‖², x̂₁ of the SAEs before this one", "as fvu"),
+    "fvu_together": Metric("Σ‖x−x̂₁−x̂‖² / Σ‖x−x̄‖²", "Koriagin et al., arXiv 2507.12990, the sum"),
+    "l0_before": Metric("mean over rows of #(f ≠ 0) of the SAEs before this one", "as l0"),
+    "l0_together": Metric("the same of all", "as l0"),
+}
 
 
 @dataclass
@@ -56,6 +63,7 @@ class Evaluation:
         lm_left_out: why `lm` is empty, in one line.
         lm_missing: why single figures of `lm` are NaN, by their names.
         accumulated: the accumulators, with per-latent counts.
+        together: of a residual SAE, floats named as in TOGETHER: how good all the SAEs are.
         about: n_rows, data, hook, and what else is known of the rows. Of "ordinary" rows: up to how many times the
             median distance from the centre, or None where all are, and how many rows are "far" beyond.
         parts: where several layers or models are reconstructed, what there is to say of each. metrics are of rows
@@ -65,6 +73,7 @@ class Evaluation:
     metrics: dict[str, float]
     accumulated: SAEMetrics
     about: dict[str, Any]
+    together: dict[str, float] = field(default_factory=dict)
     lm: dict[str, float] = field(default_factory=dict)
     lm_left_out: str = ""
     parts: PartMetrics | None = None
@@ -78,10 +87,12 @@ class Evaluation:
         sparsity = self.accumulated.sparsity
         edges, heights, never = density_histogram(sparsity.counts, sparsity.n_rows)
         formulas = METRICS | (LM_METRICS if self.lm else {}) | (CROSSCODER if self.parts else {})
+        formulas |= TOGETHER if self.together else {}
         more = {} if self.parts is None else {"by_part": _json_numbers(self.parts.compute())}
         return more | {
             "about": self.about,
             "metrics": {name: _json_number(value) for name, value in self.metrics.items()},
+            "together": {name: _json_number(value) for name, value in self.together.items()} or None,
             "lm": {name: _json_number(value) for name, value in self.lm.items()} or None,
             "lm_left_out": self.lm_left_out or None,
             "lm_missing": self.lm_missing,
@@ -231,7 +242,9 @@ def evaluate_run(
     if isinstance(source, MappedSource) and source.folder is not None:
         # Better now than after all rows.
         check_given(source.folder.index, model, tokenizer)
-    rows = _checked(sae, source.heldout(batch_size, dtype=sae.dtype), source.describe_heldout, source.stored_dtype)
+    stack = stack_of(folder, sae)
+    given = trained_on(source, stack)
+    rows = _checked(sae, given.heldout(batch_size, dtype=sae.dtype), given.describe_heldout, given.stored_dtype)
     parts = metrics_by_part(sae)
     metrics = _evaluated(sae, rows, max_norm_multiple, parts)
     n_rows = metrics.reconstruction.n_rows
@@ -239,10 +252,12 @@ def evaluate_run(
         raise InputError(f"{source.source_name} holds nothing out: harvest with a heldout share, or pass other data")
     about = _about(folder, source, n_rows) | {"ordinary": _ordinary(metrics)}
     result = Evaluation(metrics.compute(), metrics, about, parts=parts)
+    if stack.before is not None:
+        result.together = _together(stack, stack.before, source.heldout(batch_size, sae.device, sae.dtype))
     if parts is not None:
         result.lm_left_out = "several places are reconstructed at once, and none of them can stand in alone"
     elif lm_tokens:
-        _language_model(result, sae, source, lm_tokens, model, tokenizer)
+        _language_model(result, stack, source, lm_tokens, model, tokenizer)
     else:
         result.lm_left_out = "not asked for"
     if write:
@@ -331,16 +346,32 @@ def _ordinary(metrics: SAEMetrics) -> dict[str, float | None]:
     return {"max_norm_multiple": multiple if multiple < math.inf else None, "far": found.n_far}
 
 
-def _language_model(result: Evaluation, sae: SAE, source: Source, lm_tokens: int, model: Any, tokenizer: Any) -> None:
+def _together(stack: Stack, before: Stack, batches: Iterator[Batch]) -> dict[str, float]:
+    """TOGETHER's figures, over batches of the rows that the first SAE was trained on."""
+    errors, on = (Reconstruction(), Reconstruction()), [0, 0]
+    for batch in batches:
+        for i, some in enumerate((before, stack)):
+            errors[i].update(batch.get(TARGET, batch[X]), some.x_hat(batch[X]))
+            on[i] += int(some.l0(batch[X]).sum())
+    names, n_rows = ("before", "together"), max(errors[0].n_rows, 1)
+    return {f"fvu_{name}": found.compute()["fvu"] for name, found in zip(names, errors, strict=True)} | {
+        f"l0_{name}": n / n_rows for name, n in zip(names, on, strict=True)
+    }
+
+
+def _language_model(
+    result: Evaluation, stack: Stack, source: Source, lm_tokens: int, model: Any, tokenizer: Any
+) -> None:
     """Fills result.lm, or says in result.lm_left_out why not."""
+    device = stack.parts[0].sae.device
     try:
         mapped, folder = harvest_of_text(source)
         index = folder.index
-        language_model = causal_language_model(index, model, sae.device)
+        language_model = causal_language_model(index, model, device)
         result.lm = lm_scores(
             language_model,
             _places(language_model, mapped.hooks.get(TARGET, mapped.hooks[X])),
-            lambda x: sae(x.to(sae.device)).x_hat.to(x.device),
+            lambda x: stack.x_hat(x.to(device)).to(x.device),
             _scored(mapped, lm_tokens, _choice(index, model, tokenizer)),
             (),
             _ordinary_rows(index, mapped),

@@ -3,7 +3,7 @@
 `features` gathers the statistics, `choice` picks the latents, `report` and `plots` write the table down.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,18 +94,20 @@ def make_table(
     embedding: Tensor | None,
     n: int = 10,
     contexts: int = 6,
+    given: Callable[[Tensor], Tensor] | None = None,
 ) -> FeatureTable:
     """The n most telling latents with their tokens and strongest contexts, from what `features.collect` gathered.
 
     Args:
         source: the harvest that the stats are of.
         embedding: (V, d) the model's input embedding, for SCORE's cosine; None leaves it out.
+        given: what the SAE encodes of the source's rows x; None is x.
     """
     assert source.folder is not None
     texts, tokens = Texts(tokenizer), own_tokens(stats)
     chosen = choose(stats, tokens, texts, n, embedding)
     places = {latent: _places(stats, latent, source.folder, contexts) for latent, _ in chosen}
-    acts = _acts_around(sae, source, places)
+    acts = _acts_around(sae, source, places, given or (lambda x: x))
     features = []
     for latent, score in chosen:
         n_fired, strongest = int(stats.sparsity.counts[latent]), float(stats.sparsity.max_act[latent])
@@ -154,7 +156,9 @@ Place = tuple[int, int, int]  # latent, sequence, position
 
 
 @torch.no_grad()
-def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[int, int]]]) -> dict[Place, float]:
+def _acts_around(
+    sae: SAE, source: MappedSource, places: dict[int, list[tuple[int, int]]], given: Callable[[Tensor], Tensor]
+) -> dict[Place, float]:
     """Activations of the chosen latents all over the sequences they are shown in."""
     assert source.folder is not None
     shown: dict[int, set[int]] = {}
@@ -164,7 +168,7 @@ def _acts_around(sae: SAE, source: MappedSource, places: dict[int, list[tuple[in
     found: dict[Place, float] = {}
     sequences = torch.tensor(sorted(shown), dtype=torch.int32, device="cpu")
     for x, seq, pos in _rows_of(source, sequences):
-        acts, idx = code_of(sae, x)
+        acts, idx = code_of(sae, given(x))
         wanted = torch.isin(idx, torch.tensor(list(places), dtype=idx.dtype, device="cpu")) & (acts > 0)
         for row, column in wanted.nonzero().tolist():
             latent, sequence = int(idx[row, column]), int(seq[row])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
-from saefast.analysis.evaluation import EVAL, LM_TOKENS, Evaluation, evaluate_run
+from saefast.analysis.evaluation import EVAL, LM_TOKENS, TOGETHER, Evaluation, evaluate_run
 from saefast.analysis.report import draw_run
 from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.cli.outcome import silent_latents
@@ -68,6 +68,8 @@ def table(result: Evaluation) -> str:
     lines += _rows(result.metrics, METRICS)
     if result.parts is not None:
         lines += ["", *_parts(result.parts.compute(), about)]
+    if result.together:
+        lines += ["", "with the SAEs that it is the residual of", *_rows(result.together, TOGETHER)]
     if set(SILENT) <= about.get("training", {}).keys():
         lines += ["", silent_latents(about["training"])]
     if result.lm:

@@ -20,6 +20,7 @@ from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.data.mapped_source import Located, MappedSource
 from saefast.errors import InputError
 from saefast.harvest.language_models import unwrapped
+from saefast.training.residual import stack_of
 
 ROWS = 1 << 18
 # Large, because merging a batch into the table of strongest activations costs the same for any size.
@@ -79,10 +80,11 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
     index = source.folder.index
     tokenizer = harvested_tokenizer(index, tokenizer, model)
     embedding = _embedding(index, model)
-    batches = _progress(_rows(source, args.rows), args.rows)
+    stack = stack_of(args.run, sae)
+    batches = _progress((b._replace(x=stack.last_given(b.x)) for b in _rows(source, args.rows)), args.rows)
     vocabulary = len(tokenizer) if embedding is None else len(embedding)
     stats = collect(sae, batches, tokens_of=source.folder.token_ids, vocabulary=vocabulary)
-    table = make_table(sae, source, stats, tokenizer, embedding, args.n, args.contexts)
+    table = make_table(sae, source, stats, tokenizer, embedding, args.n, args.contexts, stack.last_given)
     hook = sae.config.metadata.get("hook_name", "")
     title = (
         f"{index.get('model', '')} {hook}: what {len(table.features)} of {sae.config.n_latents:,} latents respond to"

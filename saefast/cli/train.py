@@ -7,20 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from saefast.analysis.evaluation import load_finished
 from saefast.cli.args import LogLines, parse, peek, read, watched
 from saefast.cli.harvest import HarvestArgs, describe, harvest_config, run_harvest
 from saefast.cli.outcome import outcome
+from saefast.cli.pairs import picked, targets
 from saefast.cli.side_by_side import check_joined, joined, recorded
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, Shuffle, open_source
-from saefast.data.provenance import describe_data, recorded_data
+from saefast.data.provenance import Recorded, describe_data, recorded_data
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import read_index
-from saefast.data.source import Source, X
+from saefast.data.source import TARGET, Source, X, side_by_side
 from saefast.engines.config import Preset, TrainConfig, preset
 from saefast.engines.recipe import choose, described
 from saefast.errors import InputError
@@ -30,6 +32,7 @@ from saefast.models.config import SAEConfig
 from saefast.models.sae import CONFIG, SAE
 from saefast.training.api import Stopped, train
 from saefast.training.progress import read_metrics
+from saefast.training.residual import Input, ResidualSource, before_of, describe_residual, stack_of
 from saefast.training.run_folder import read_config
 from saefast.training.several import Member, check_names, train_many
 
@@ -68,6 +71,13 @@ class TrainArgs:
     beside: tuple[Path, ...] = ()
     """with --crosscode: harvests of other models over DATA's text, whose rows lie beside DATA's; --crosscode names one
     hook for each folder, DATA's first, or one for all"""
+    transcode: str | None = None
+    """train a transcoder, which reconstructs this hook from --hook, such as layers.3.mlp from layers.3.mlp:in; of a
+    file this key from --key; with --hooks one for each, or a pattern"""
+    residual_of: Path | None = None
+    """train on what the SAE of this run leaves over, on its data where none is named; eval adds both up"""
+    residual_input: Input = "error"
+    """with --residual-of: encode what is left over, or x itself, whose latents then reconstruct what is left over"""
     live: bool = False
     """train while --model reads --text; no activations are written (needs --n-tokens); eval harvests some"""
     shuffle: Shuffle = "auto"
@@ -100,7 +110,15 @@ class TrainArgs:
     def widest(self) -> SAEConfig:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
         widths = self.sae.keywords.get("crosscode_widths")
-        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST), {})
+        maps = self.transcode or (self.residual_of and self.residual_input == "x")
+        d_out = self.d_out or (_WIDEST if maps else None)
+        more = {} if d_out is None else {"d_out": d_out}
+        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST), {}, **more)
+
+    @property
+    def d_out(self) -> int | None:
+        """Width that the target must have; None is any."""
+        return self.sae.keywords.get("d_out")
 
     def folders(self, known: Sequence[str] = ()) -> dict[str | None, Path]:
         """Where each SAE goes, by its hook; None is the only one that the data has. known: hooks that patterns mean."""
@@ -121,6 +139,7 @@ def main(argv: list[str]) -> int:
 
 def defaults(argv: list[str]) -> TrainArgs:
     """What a command line starts from: the settings of --config, of the run to resume, or of the preset."""
+    _check_flags(argv)
     config, out = peek(argv, "config"), Path(peek(argv, "out") or TrainArgs.out)
     runs: list[str | Path] = [] if config is None else [config]
     if config is None and "--resume" in argv:
@@ -135,6 +154,15 @@ def defaults(argv: list[str]) -> TrainArgs:
     asked, _ = read(TrainArgs, argv, "train", begun)
     _, train = preset(name, **vars(asked.widest()))
     return dataclasses.replace(begun, train=train)
+
+
+def _check_flags(argv: list[str]) -> None:
+    """Raises InputError for what could not be told from a default once it is read."""
+    if peek(argv, "transcode") is not None and any(w.replace("_", "-") == "--apply-b-dec-to-input" for w in argv):
+        raise InputError(
+            "--apply-b-dec-to-input and --transcode are given: the b_dec of a transcoder is the centre of its targets, "
+            "so x is encoded as it is; leave the first out"
+        )
 
 
 def _as_begun(runs: list[str | Path]) -> TrainArgs:
@@ -171,7 +199,8 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     if args.hook is not None and "*" in args.hook:
         raise InputError(f"--hook {args.hook} means several hooks: --hooks {args.hook} trains an SAE for each of them")
-    check_joined({name: getattr(args, name) for name in ("crosscode", "beside", "hook", "hooks", "key")})
+    check_joined({name: getattr(args, name) for name in ("crosscode", "beside", "hook", "hooks", "key", "transcode")})
+    _check_residual(args)
     args = _as_recorded(args)
     # Before a model is loaded and an hour harvested.
     args.widest()
@@ -214,23 +243,25 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     known = [hook["name"] for hook in read_index(path)["hooks"]] if (path / "index.json").is_file() else []
     if args.crosscode is not None:
         return {"": _crosscoder(args, path, known)}
-    for hook, folder in args.folders(known).items():
+    folders = args.folders(known)
+    for hook, target in targets(folders, args.transcode, known).items():
+        folder, names = folders[hook], picked(hook, args.key, target)
         source = open_source(
             path,
             heldout=args.heldout,
-            hook=hook,
-            key=args.key,
             d_in=args.d_in,
+            d_out=args.d_out,
             skip_bad_shards=args.skip_bad_shards,
             shuffle=_shuffle(args, folder),
+            **names,
         )
         for bad in source.folder.skipped if isinstance(source, MappedSource | ShardBuffer) and source.folder else []:
             print(f"saefast: skipped: {bad.reason}", file=sys.stderr)
         if source.source_name in trained:
             raise InputError(f"--hooks {args.hooks}: two of them are {source.source_name}; name each once")
         trained.add(source.source_name)
-        metadata = describe_data(path, folder, source, hook=hook, key=args.key, heldout=args.heldout)
-        members[hook or ""] = Member(source, args.sae_config(source.d_in, metadata), args.train)
+        metadata = describe_data(path, folder, source, heldout=args.heldout, **names)
+        members[hook or ""] = _member(args, source, folder, metadata)
     return members
 
 
@@ -264,13 +295,39 @@ def _live_crosscoder(args: TrainArgs, config: HarvestConfig, text: Any) -> Membe
     return Member(source, _crosscoder_config(args, source, metadata), args.train)
 
 
+def _member(args: TrainArgs, source: Source, folder: Path, metadata: dict[str, Any]) -> Member:
+    """What to train on a source's rows, or on what is left over of them. A run that goes on is what it began as."""
+    if args.residual_of is not None:
+        stack = stack_of(args.residual_of, load_finished(args.residual_of))
+        source = ResidualSource(source, stack, args.residual_input)
+        metadata = metadata | describe_residual(args.residual_of, stack, args.residual_input)
+    begun = args.resume and (folder / CONFIG).is_file()
+    more = {} if begun or TARGET not in source.widths else {"d_out": source.widths[TARGET]}
+    return Member(source, args.sae_config(source.d_in, metadata, **more), args.train)
+
+
+def _check_residual(args: TrainArgs) -> None:
+    """Raises InputError for a residual SAE of nothing, of itself, or of several hooks."""
+    run = args.residual_of
+    if run is None:
+        if args.residual_input != "error":
+            raise InputError(f"--residual-input {args.residual_input} goes with --residual-of RUN, which is not given")
+        return
+    if several := args.hooks or args.crosscode:
+        raise InputError(f"--residual-of {run} is of one hook, and {several} are several: train one by one, by --hook")
+    if run.resolve() == args.out.resolve():
+        raise InputError(f"--residual-of {run} is --out too: a residual SAE needs a folder of its own")
+    load_finished(run)
+
+
 def _live_members(args: TrainArgs) -> dict[str, Member]:
     """What to train, by hook, from a model that is running."""
-    from saefast.harvest.live import live_sources
     from saefast.harvest.reharvest import as_begun, check_resumed, describe_live
 
     if args.data is not None:
         raise InputError(f"DATA {args.data!r} and --live are given: --live trains on what --model reads in --text")
+    if args.hooks is not None and args.transcode is not None:
+        raise InputError("--live trains one transcoder at a time: give --hook, or harvest first and leave --live out")
     config, text = harvest_config(_harvest_args(args))
     # Of several runs the folders are not known yet: a hook may be a pattern.
     configs = [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))] if args.resume else []
@@ -278,31 +335,70 @@ def _live_members(args: TrainArgs) -> dict[str, Member]:
         config = as_begun(config, run, read_config(run)[0].metadata)
     if args.crosscode is not None:
         return {"": _live_crosscoder(args, config, text)}
-    sources, members = live_sources(config, text=text), {}
-    for hook, source in sources.items():
+    members = {}
+    for hook, (source, hooks) in _live_sources(args, config, text).items():
         folder = args.out if args.hooks is None else args.out / hook
         if args.resume and (folder / CONFIG).is_file():
             check_resumed(folder, read_config(folder)[0].metadata, source.identity)
-        metadata = describe_live(config, args.text, hook, source.identity)
-        members[hook] = Member(source, args.sae_config(source.d_in, metadata), args.train)
+        metadata = describe_live(config, args.text, hooks, source.identity)
+        members[hook] = _member(args, source, folder, metadata)
     return members
 
 
+def _live_sources(args: TrainArgs, config: HarvestConfig, text: Any) -> dict[str, tuple[Any, Any]]:
+    """A source for each SAE, by its hook, and the hooks that are its tensors."""
+    from saefast.harvest.live import live_source, live_sources
+
+    names = picked(args.hook, args.key, args.transcode)["hooks"]
+    if names is not None:
+        return {str(args.hook): (live_source(config, names, text=text), names)}
+    return {hook: (source, hook) for hook, source in live_sources(config, text=text).items()}
+
+
 def _as_recorded(args: TrainArgs) -> TrainArgs:
-    """The arguments of a resume that names no data, with the run's own."""
-    if not args.resume or args.live or args.data or args.model or args.text:
+    """The arguments with what the run says that goes on, or the one whose residual is asked for, where they do not."""
+    folders = args.folders([member.name for member in _members_in(args.out)])
+    run = next(iter(folders.values()))
+    if args.resume and (run / CONFIG).is_file():
+        before = before_of(run, read_config(run)[0].metadata)
+        if before is not None and args.residual_of is None:
+            args = dataclasses.replace(args, residual_of=run / before["run"], residual_input=before["input"])
+    if args.live or args.data or args.model or args.text:
         return args
-    run = next(iter(args.folders([member.name for member in _members_in(args.out)]).values()))
-    kept = recorded_data(read_config(run)[0].metadata, run)
-    if kept is None:
-        raise InputError(f"{run} does not say what data it was trained on: name it")
-    hook = None if args.hooks else kept.get("hook")
+    if args.resume:
+        return _with_data_of(args, list(folders.values()))
+    return args if args.residual_of is None else _with_data_of(args, [args.residual_of])
+
+
+def _with_data_of(args: TrainArgs, runs: list[Path]) -> TrainArgs:
+    """The arguments with the data of runs: of one that --hook or --key names something of, that."""
+    kept = _recorded_in(runs[0])
+    hooks, keys = _names(kept, "hooks"), _names(kept, "keys")
     if live := kept.get("live"):
         named: dict[str, Any] = dict(live=True, model=live["model"], text=tuple(live["text"]), heldout=live["heldout"])
     else:
-        named = dict(data=str(run / kept["path"]), key=kept.get("key"), heldout=kept.get("heldout", args.heldout))
-        named["beside"] = tuple(run / other for other in kept.get("beside", []))
-    return dataclasses.replace(args, hook=hook, crosscode=recorded(kept.get("hooks")), **named)
+        key = keys.get(X, kept.get("key"))
+        named = dict(data=str(runs[0] / kept["path"]), key=key, heldout=kept.get("heldout", args.heldout))
+        named["beside"] = tuple(runs[0] / other for other in kept.get("beside", []))
+    if (crosscode := recorded(kept.get("hooks"))) is not None:
+        return dataclasses.replace(args, hook=None, crosscode=crosscode, **named)
+    if args.hooks is None:
+        named["hook"] = hooks.get(X, kept.get("hook"))
+    targets = [_names(_recorded_in(run), name).get(TARGET) for run in runs for name in ("hooks", "keys")]
+    named["transcode"] = ",".join(filter(None, targets)) or None
+    return dataclasses.replace(args, **named)
+
+
+def _recorded_in(run: Path) -> Recorded:
+    kept = recorded_data(read_config(run)[0].metadata, run)
+    if kept is None:
+        raise InputError(f"{run} does not say what data it was trained on: name it")
+    return kept
+
+
+def _names(kept: Recorded, what: Literal["hooks", "keys"]) -> dict[str, str]:
+    """The hooks or keys of a run on several tensors, by tensor."""
+    return {tensor: ",".join(names) for tensor, names in side_by_side(kept.get(what) or {}).items()}
 
 
 def _data(args: TrainArgs) -> Path:
@@ -336,6 +432,8 @@ def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
 def _harvest_args(args: TrainArgs) -> HarvestArgs:
     model = HarvestConfig.model if args.model is None else args.model
     given = args.crosscode.split(",") if args.crosscode else args.folders()
-    hooks = tuple(hook for hook in given if hook is not None) or HarvestConfig.hooks
+    named = [hook for hook in given if hook is not None]
+    named += args.transcode.split(",") if args.transcode else []
+    hooks = tuple(dict.fromkeys(named)) or HarvestConfig.hooks
     settings = HarvestConfig(model=model, heldout=args.heldout)
     return HarvestArgs(args.out / ACTIVATIONS, args.text, hooks, settings)

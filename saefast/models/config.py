@@ -39,7 +39,8 @@ class SAEConfig(ArchitectureFields):
         n_latents: dictionary size (SAELens calls it d_sae).
         k: latents active per token.
         activation: how a token's latents are chosen; see `saefast.models.registry`.
-        apply_b_dec_to_input: encode x - b_dec rather than x.
+        apply_b_dec_to_input: encode x - b_dec rather than x; False wherever the target is another than x, for b_dec is
+            the centre of targets.
         unit_norm_decoder: training keeps decoder rows at unit norm; False leaves them free.
         rescale_acts_by_decoder_norm: activations are measured in units of the decoder row's norm (SAELens).
         init: how weights begin; see `saefast.models.init.init_weights`.
@@ -67,7 +68,10 @@ class SAEConfig(ArchitectureFields):
         if self.k > self.n_latents:
             raise InputError(f"k is {self.k} but n_latents only {self.n_latents}: k <= n_latents is needed; lower k")
         registry.check("Fields", self)
-        self.architecture().check()
+        architecture = self.architecture()
+        architecture.check()
+        if architecture.has_target:
+            self.apply_b_dec_to_input = False
         try:
             json.dumps(self.metadata)
         except (TypeError, ValueError, RecursionError) as error:

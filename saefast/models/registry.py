@@ -13,6 +13,7 @@ from saefast.models.jumprelu import JumpReLU
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
 from saefast.models.topk import TopK
+from saefast.models.transcoder import Transcoder
 
 # What SAEConfig.activation may be.
 ACTIVATIONS: dict[str, type[Architecture]] = {
@@ -30,6 +31,7 @@ LAYERS: tuple[type[Layer], ...] = (
     Hierarchical,
     Crosscoder,
     CrossLayerTranscoder,
+    Transcoder,
 )
 
 

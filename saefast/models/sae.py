@@ -170,8 +170,15 @@ class SAE(nn.Module):
 
     @typed
     @ambient.plainly()
-    def decode_sparse(self, acts: Tensor, idx: Tensor) -> Tensor:
-        """acts, idx (..., K) -> x_hat (..., d_out). Raises InputError for other shapes, dtypes and ids."""
+    def decode_sparse(self, acts: Tensor, idx: Tensor, x: Tensor | None = None) -> Tensor:
+        """acts, idx (..., K) -> x_hat (..., d_out).
+
+        Args:
+            x: (..., d_in) what was encoded; only what the architecture adds straight from it (a skip) needs it.
+
+        Raises:
+            InputError: other shapes, dtypes and ids; no x where it is needed.
+        """
         if acts.dim() == 0 or acts.shape != idx.shape:
             raise InputError(f"acts is {tuple(acts.shape)}, idx {tuple(idx.shape)}: expected one shape (..., k)")
         require_real("acts", acts)
@@ -181,7 +188,20 @@ class SAE(nn.Module):
         if self.architecture.ranks_by_norm:
             flat_acts = flat_acts / self._units()[flat_idx.long()]
         x_hat = spmm(flat_acts, flat_idx, self.W_dec) + self.b_dec
-        return x_hat.reshape(*acts.shape[:-1], self.d_out)
+        return self._with_direct(x_hat.reshape(*acts.shape[:-1], self.d_out), x)
+
+    def _with_direct(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat (..., d_out) with what the architecture adds to it straight from x."""
+        flat = self.W_enc.new_zeros(0, self.config.d_in) if x is None else self._rows(x)
+        direct = self.architecture.direct(flat, self.own())
+        if direct is None:
+            return x_hat
+        if x is None:
+            raise InputError("x is not given: this SAE adds a linear map of it to what the code decodes to; pass x too")
+        if x.shape[:-1] != x_hat.shape[:-1]:
+            rows = tuple(x_hat.shape[:-1])
+            raise InputError(f"x has shape {tuple(x.shape)}, the code is of {rows} rows: expected x of as many")
+        return x_hat + direct.view_as(x_hat)
 
     @typed
     @ambient.plainly()
@@ -193,8 +213,8 @@ class SAE(nn.Module):
 
     @typed
     @ambient.plainly()
-    def decode(self, f: Tensor) -> Tensor:
-        """Dense activations (..., n_latents) -> x_hat (..., d_out)."""
+    def decode(self, f: Tensor, x: Tensor | None = None) -> Tensor:
+        """Dense activations (..., n_latents) -> x_hat (..., d_out). x: as in `decode_sparse`."""
         if f.dim() == 0 or f.shape[-1] != self.config.n_latents:
             raise InputError(f"f has shape {tuple(f.shape)}: expected (..., n_latents = {self.config.n_latents})")
         if f.device != self.device:
@@ -202,15 +222,13 @@ class SAE(nn.Module):
         require_real("f", f)
         if self.architecture.ranks_by_norm:
             f = f / self._units()
-        return f.to(self.dtype) @ self.W_dec + self.b_dec
+        return self._with_direct(f.to(self.dtype) @ self.W_dec + self.b_dec, x)
 
     @typed
     @ambient.plainly()
     def forward(self, x: Tensor) -> SAEOutput:
         acts, idx = self.encode_sparse(x)
-        x_hat = self.decode_sparse(acts, idx)
-        direct = self.architecture.direct(x.reshape(-1, self.config.d_in).to(self.dtype), self.own())
-        return SAEOutput(x_hat if direct is None else x_hat + direct.view_as(x_hat), acts, idx)
+        return SAEOutput(self.decode_sparse(acts, idx, x), acts, idx)
 
     @ambient.plainly()
     def decoder_norms(self) -> Tensor:
@@ -242,13 +260,17 @@ class SAE(nn.Module):
 
     def _flatten(self, x: Tensor) -> Tensor:
         """x (..., d_in) as (B, d_in) in the weights' dtype, centred if the config says so."""
+        flat = self._rows(x)
+        return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """x (..., d_in) as (B, d_in) in the weights' dtype."""
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
         if x.device != self.device:
             raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
         require_real("x", x)
-        flat = x.reshape(-1, self.config.d_in).to(self.dtype)
-        return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
+        return x.reshape(-1, self.config.d_in).to(self.dtype)
 
     @typed
     def save(self, path: str | Path) -> None:

@@ -214,11 +214,19 @@ def _restore(path: Path, state: dict[str, Any], source: Source, sae_config: SAEC
 
 def _check_target(feed: Feed, sae_config: SAEConfig) -> None:
     """Raises InputError where a target that is not x cannot be what this SAE gives out."""
+    architecture = sae_config.architecture()
     if not feed.has_target:
+        if architecture.has_target:
+            raise InputError(
+                f"{feed.source.source_name} has no target besides x, which a transcoder (d_out = {sae_config.d_out}, "
+                f"skip = {sae_config.skip}) reconstructs: name one with hooks={{'x': ..., 'target': ...}} or "
+                "--transcode, or leave d_out and skip out"
+            )
         return
-    d_out = feed.source.widths["target"]
-    if d_out != sae_config.d_in:
-        raise InputError(f"target is {d_out} wide, d_in is {sae_config.d_in}: SAEs give out what is as wide as x")
+    found, wanted = feed.source.widths["target"], architecture.shapes()["b_dec"][-1]
+    if found != wanted:
+        given = f"d_out is {wanted}" if architecture.has_target else f"d_in is {wanted}, and so wide an SAE's output is"
+        raise InputError(f"target is {found} wide, {given}: set d_out = {found}")
     if sae_config.apply_b_dec_to_input:
         raise InputError(
             f"{feed.source.source_name} has a target besides x, and apply_b_dec_to_input is True: set it to False, for "

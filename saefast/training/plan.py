@@ -53,6 +53,14 @@ class Sizes(NamedTuple):
     """Entries that the encoder ranks for a token; None is k, which is what a token has on average."""
     terms: int = 1
     """Reconstructions that the loss adds up."""
+    d_out: int | None = None
+    """Width of what is reconstructed where that is a target of its own; None is x."""
+    own: int = 0
+    """Numbers in the matrices that the architecture adds."""
+
+    @property
+    def width_out(self) -> int:
+        return self.d_in if self.d_out is None else self.d_out
 
     @classmethod
     def of(cls, sae: SAEConfig, train: Recipe) -> "Sizes":
@@ -61,7 +69,9 @@ class Sizes(NamedTuple):
         settings = train.batch_size, train.optimizer, train.settle_every
         # As many as ever: k may come down as training goes on.
         terms = len(architecture.terms(train, At(0, PLENTY)).prefixes)
-        return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms)
+        d_out = architecture.shapes()["b_dec"][-1] if architecture.has_target else None
+        own = sum(value.numel() for value in architecture.parameters().values() if value.dim() > 1)
+        return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms, d_out, own)
 
 
 class Stage(NamedTuple):
@@ -122,6 +132,8 @@ def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
     """Bytes by part, all at the step's peak."""
     L, D, B, k = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k
     weights, state, copies = matrices_of(sizes)
+    # Of a target: as drawn and scaled.
+    wide = sizes.width_out * (1 + sizes.terms + 2 * (sizes.d_out is not None))
     return {
         "weights": weights,
         "optimiser state": state,
@@ -129,8 +141,8 @@ def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
         # b_enc with its moments and gradient, counters of silence before and after, of age, a flag, row norms' squares.
         "biases and counters": L * (4 * 4 + 3 * 8 + 1 + 4),
         "sparse code": B * k * ENTRY,
-        # x as drawn and scaled, centred, error, and a residual for each term.
-        "batch": (4 + sizes.terms) * B * D * 4,
+        # x as drawn and scaled, centred; error, and a residual for each term.
+        "batch": (3 * D + wide) * B * 4,
         "encoder scratch": scratch_of(sizes, device),
     }
 
@@ -145,21 +157,24 @@ def scratch_of(sizes: Sizes, device: str) -> int:
 
 def matrices_of(sizes: Sizes) -> tuple[int, int, int]:
     """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, from the real classes."""
-    lean = sizes.optimizer == "adam-lean"
-    w = torch.empty(sizes.n_latents, sizes.d_in, dtype=torch.bfloat16 if lean else torch.float32, device="meta")
-    matrix = LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)
-    weights = 2 * w.numel() * w.element_size()
-    return weights, 2 * matrix.bytes() - weights, 0 if lean else w.numel() * 2
+    lean, L = sizes.optimizer == "adam-lean", sizes.n_latents
+    kind = torch.bfloat16 if lean else torch.float32
+    enc, dec = (torch.empty(L, width, dtype=kind, device="meta") for width in (sizes.d_in, sizes.width_out))
+    total = sum((LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)).bytes() for w in (enc, dec))
+    weights = (enc.numel() + dec.numel() + sizes.own) * enc.element_size()
+    # What is added trains in float32: moments and a gradient, and with "adam-lean" the weights themselves.
+    total += sizes.own * (enc.element_size() + 12 + 4 * lean)
+    return weights, total - weights, 0 if lean else enc.numel() * 2
 
 
 def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
     """Arithmetic and traffic of a step, latents used uniformly (real use is skewed, which touches fewer rows)."""
-    L, D, B, k = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k
+    L, D, B, k, out = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k, sizes.width_out
     lean = sizes.optimizer == "adam-lean"
     entries, touched = B * k, L * -math.expm1(-B * k / L)
     weight_bytes = 2 if lean else 4
     # Read and written: weights and moments; adam-lean's second moment is one number a row.
-    row = D * (2 * (2 + 1) if lean else 2 * 12)
+    number = 2 * (2 + 1) if lean else 2 * 12
     first = max(FIRST_CHUNK, 64 * k)
     stored = min(1.0, first / L + 1.2 * GROUP * k * max(math.log(L / first), 0) / L)
     scratch = B * L * (8 * stored + 8 / GROUP)
@@ -167,13 +182,13 @@ def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
         ("encode, top-k", 2.0 * B * L * D, L * D * 2 + B * D * 2 + scratch),
         (
             "decode, loss, gradient to acts",
-            4.0 * entries * D,
-            entries * D * weight_bytes + (2 + sizes.terms) * B * D * 4,
+            4.0 * entries * out,
+            entries * out * weight_bytes + (2 + sizes.terms) * B * out * 4,
         ),
         ("groups", 0.0, entries * 64.0),
-        ("update W_dec", 2.0 * entries * D, entries * D * 4 + touched * row),
-        ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * (row + 2 * D * (not lean))),
-        ("settling of W_enc", 0.0, (L - touched) * row / sizes.settle_every),
+        ("update W_dec", 2.0 * entries * out, entries * out * 4 + touched * out * number),
+        ("update W_enc", 2.0 * entries * D, entries * D * 4 + touched * D * (number + 2 * (not lean))),
+        ("settling of W_enc", 0.0, (L - touched) * D * number / sizes.settle_every),
         ("biases, counters", 0.0, L * 60.0),
     ]
     # Sparse products are gathers: what bounds them is traffic, on plain arithmetic units.
