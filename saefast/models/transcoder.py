@@ -50,8 +50,8 @@ class Transcoder(Layer):
         super().check()
         if self.config.crosscode_widths is not None:
             raise InputError(
-                f"d_out is {self.config.d_out}, skip {self.config.skip}, crosscode_widths {self.config.crosscode_widths}: "
-                "a crosscoder reconstructs the rows that it takes; leave d_out and skip out"
+                f"crosscode_widths is {self.config.crosscode_widths}, with d_out = {self.config.d_out}, "
+                f"skip = {self.config.skip}: a crosscoder reconstructs the rows that it takes; leave d_out and skip out"
             )
 
     def check_training(self, train: Any) -> None:
