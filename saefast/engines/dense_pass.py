@@ -94,6 +94,8 @@ class Sums:
     """0-d int64: activations above 0."""
     penalty: Tensor
     """0-d float64, without its coefficient."""
+    everywhere: Tensor
+    """0-d float64, of what is paid on every token."""
     reach: Tensor
     """0-d, the largest activation."""
 
@@ -136,12 +138,12 @@ class DensePass:
             self.target = self.target - direct.value.detach()
 
         sums = self._sums(reconstructs=True)
-        on, active, penalty = self._check(sums)
+        on, active, penalty, everywhere = self._check(sums)
         loss, fvu = self._losses()
         self.past = {} if direct is None else direct.gradient(-2 * self.planes[0])
         l0 = active / B
         self.coefficient = float(self.rule.coefficient(model.at, model.kept, l0, self.config))
-        paid = float(self.rule.charged(self.coefficient, penalty / B, self.config))
+        paid = float(self.rule.charged(self.coefficient, penalty / B, self.config)) + everywhere / B
         if not abs(loss := loss + paid) < torch.inf:
             raise not_finite(self.weights.step, loss, self.x, self.target)
         kept = model.kept | self.rule.counted(model.kept, l0, model.at, self.config)
@@ -183,21 +185,21 @@ class DensePass:
         late = not self.weights.dense and bool((self.weights.dec.last_step < self.weights.step).any())
         return late or self.config.decoder_norm == "pre_forward"
 
-    def _check(self, sums: "Sums") -> tuple[float, float, float]:
-        """Entries above the limit, activations above 0, and the penalty: on the host, once they are found finite."""
-        widest, reach, on, active, penalty = fetched(
-            sums.on.max(), sums.reach, sums.on.sum(), sums.active, sums.penalty
+    def _check(self, sums: "Sums") -> list[float]:
+        """Entries above the limit, activations above 0, and both penalties: on the host, once they are sure."""
+        widest, reach, *found = fetched(
+            sums.on.max(), sums.reach, sums.on.sum(), sums.active, sums.penalty, sums.everywhere
         )
         if not (reach * widest) ** 2 * len(self.x) < OVERFLOW:
             raise not_finite(self.weights.step, reach, self.x, self.target)
-        return on, active, penalty
+        return found
 
     def _sums(self, *, reconstructs: bool) -> Sums:
         """One round over all chunks; with `reconstructs` it makes the planes' reconstructions."""
         B, new = len(self.x), self.x.new_zeros
         sums = Sums(
             new(self.L, dtype=torch.bool), new(B, dtype=torch.int64), new((), dtype=torch.int64),
-            new((), dtype=torch.float64), new(()),
+            new((), dtype=torch.float64), new((), dtype=torch.float64), new(()),
         )  # fmt: skip
         if reconstructs:
             self._begin_planes()
@@ -214,8 +216,10 @@ class DensePass:
             sums.reach = torch.maximum(sums.reach, acts.amax())
             if reconstructs:
                 self._reconstruct(chunk, acts, self.rule.frozen(pre, own))
-                paid = self.rule.penalty(pre, acts, own, self._norms(chunk, self._decoder(chunk)), self.config)
-                sums.penalty += paid.sum()
+                norms = self._norms(chunk, self._decoder(chunk))
+                sums.penalty += self.rule.penalty(pre, acts, own, norms, self.config).sum()
+                if (everywhere := self.rule.everywhere(pre, own, norms, self.config)) is not None:
+                    sums.everywhere += everywhere.sum()
         return sums
 
     def _begin_planes(self) -> None:
@@ -261,8 +265,8 @@ class DensePass:
         pre, own, norms = self._pre(chunk), gathered(self.own, chunk.latents), self._norms(chunk, W_dec)
         grad_acts = torch.mm(plane, W_dec.T).mul_(-2)
         again = None if self.again is None else torch.mm(self.again, W_dec.T).mul_(-2)
-        price = self.coefficient / len(self.x)
-        found = derived(self.rule, Elements(pre, own, norms), grad_acts, again, price, self.config)
+        each, given = 1 / len(self.x), Elements(pre, own, norms)
+        found = derived(self.rule, given, grad_acts, again, self.coefficient * each, self.config, each)
         for_dec = torch.mm(found.acts.T, plane).mul_(-2)
         if found.norms is not None and norms is not None:
             _add_along(for_dec, W_dec, found.norms, self.model.architecture)

@@ -40,19 +40,32 @@ class Derived(NamedTuple):
 
 @torch.enable_grad()
 def derived(
-    rule: Pointwise, given: Elements, grad_acts: Tensor, grad_frozen: Tensor | None, price: Number, train: Any
+    rule: Pointwise,
+    given: Elements,
+    grad_acts: Tensor,
+    grad_frozen: Tensor | None,
+    price: Number,
+    train: Any,
+    everywhere: Number = 0.0,
 ) -> Derived:
     """Takes the derivative to the activations back to everything that they depend on, and adds the penalty's.
 
     Args:
         grad_acts: in pre's shape, of the reconstruction. grad_frozen: of the second one, where there is one.
         price: dloss / dpenalty of one element.
+        everywhere: the same of what `Pointwise.everywhere` says, where the elements are all there are.
     """
     pre, own = _leaf(given.pre), {name: _leaf(value) for name, value in given.own.items()}
     norms = None if given.norms is None else _leaf(given.norms)
     acts = rule.activate(pre, own)
     penalty = rule.penalty(pre, acts, own, norms, train)
-    pairs = [(acts, grad_acts), (penalty, torch.as_tensor(price, dtype=pre.dtype, device=pre.device).expand_as(pre))]
+
+    def each(number: Number) -> Tensor:
+        return torch.as_tensor(number, dtype=pre.dtype, device=pre.device).expand_as(pre)
+
+    pairs = [(acts, grad_acts), (penalty, each(price))]
+    if everywhere and (paid := rule.everywhere(pre, own, norms, train)) is not None:
+        pairs.append((paid, each(everywhere)))
     if grad_frozen is not None:
         frozen = rule.frozen(pre, own)
         assert frozen is not None

@@ -75,9 +75,20 @@ class FusedEngine(EngineBase):
         self.dtype = accumulate_dtype(sae.dtype)
         self.scratch = Scratch(self.dtype, sae.device)
         self.hot = self._new_hot(hot_share)
-        self.dense_share = dense_pass.PAYS_OFF if dense_share is None else dense_share
+        self.dense_share = self._dense_share(dense_share)
         # Of B · L entries in the step before. Before the first one nothing is known, and most begin with many.
         self.share = torch.ones((), dtype=torch.float64, device="cpu") if dense_pass.serves(self.architecture) else None
+
+    def _dense_share(self, given: float | None) -> float:
+        rule = self.architecture.pointwise
+        if rule is not None and rule.pays_everywhere(self.config):
+            if not dense_pass.serves(self.architecture):
+                raise InputError(
+                    f"engine is 'fused', and activation={self.architecture.name!r} pays for all latents on all tokens "
+                    "and wants to see its code, which would be all of them: use engine='autograd'"
+                )
+            return -1.0
+        return dense_pass.PAYS_OFF if given is None else given
 
     def _new_hot(self, share: float | None) -> HotLatents | None:
         """Hot latents need one residual per token, codes of a fixed width, and an update of single rows."""

@@ -66,7 +66,7 @@ class JumpReLUTraining:
             token are active in the first rows.
         jumprelu_tanh_scale: see jumprelu_penalty.
         jumprelu_pre_act_coef: weight of the mean over tokens of Σ ReLU(threshold - pre) · ‖decoder row‖, over all
-            latents, which brings back dead ones; Anthropic's is 3e-6. Needs engine "autograd", for it is dense.
+            latents, which brings back dead ones; Anthropic's is 3e-6. More than 0 makes every step a dense one.
     """
 
     jumprelu_penalty: Literal["l0", "target", "tanh"] = "l0"
@@ -111,12 +111,6 @@ class JumpReLU(Pointwise):
 
     def check_training(self, train: Any) -> None:
         super().check_training(train)
-        if train.jumprelu_pre_act_coef and train.engine != "autograd":
-            raise InputError(
-                f"jumprelu_pre_act_coef is {train.jumprelu_pre_act_coef}, which gives every latent a gradient on every "
-                f"token, and engine {train.engine!r} works on the few that are active: use engine='autograd', or set "
-                "jumprelu_pre_act_coef to 0 (latents that stay silent are resampled, see resample_every)"
-            )
         if train.jumprelu_penalty == "target" and train.sparsity_coef is None:
             raise InputError(
                 "sparsity_coef is None, which lets a run find the coefficient that brings L0 to k, and "
@@ -162,7 +156,7 @@ class JumpReLU(Pointwise):
         return torch.where(gate > 0, pre, 0) + threshold.detach() * (gate - gate.detach())
 
     def wants_norms(self, train: Any) -> bool:
-        return bool(train.jumprelu_penalty == "tanh" or train.jumprelu_pre_act_coef)
+        return bool(train.jumprelu_penalty == "tanh" or self.pays_everywhere(train))
 
     def penalty(self, pre: Tensor, acts: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor:
         if train.jumprelu_penalty != "tanh":
@@ -170,8 +164,11 @@ class JumpReLU(Pointwise):
         assert norms is not None
         return torch.tanh(train.jumprelu_tanh_scale * acts * norms)
 
+    def pays_everywhere(self, train: Any) -> bool:
+        return bool(train.jumprelu_pre_act_coef)
+
     def everywhere(self, pre: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor | None:
-        if not train.jumprelu_pre_act_coef:
+        if not self.pays_everywhere(train):
             return None
         assert norms is not None
         return train.jumprelu_pre_act_coef * (own["log_threshold"].exp() - pre).relu() * norms

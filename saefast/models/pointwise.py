@@ -108,9 +108,13 @@ class Pointwise(Architecture):
     def everywhere(self, pre: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor | None:
         """What every latent costs besides on every token, active or not, of pre's shape and without a coefficient.
 
-        None is nothing. It is dense, so that only the autograd engine asks for it. Arguments as for `penalty`.
+        None is nothing; see `pays_everywhere`. Arguments as for `penalty`.
         """
         return None
+
+    def pays_everywhere(self, train: Any) -> bool:
+        """Whether `everywhere` is something under this recipe: every entry has a gradient then, and a step is dense."""
+        return False
 
     def frozen(self, pre: Tensor, own: Own) -> Tensor | None:
         """Activations of a second reconstruction, by the decoder as it is and without a gradient to it; None is none.

@@ -298,6 +298,13 @@ def test_what_wants_to_see_its_code_is_not_trained_so() -> None:
     assert topk.share is None
 
 
+def test_what_is_paid_on_all_entries_needs_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pointwise, "pays_everywhere", lambda self, train: True)
+    with pytest.raises(InputError, match="'particular' pays for all latents .* use engine='autograd'"):
+        engine(name="particular")
+    assert engine(name="plain", dense_share=NEVER).dense_share < 0
+
+
 @pytest.mark.parametrize("bounds", [[40], [3, 3 + 7, 40]])
 @pytest.mark.parametrize("n", [1, 48, 10_000_000])
 def test_chunks_are_all_latents_once_and_none_lies_across_a_bound(n: int, bounds: list[int]) -> None:

@@ -50,6 +50,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     ),
     "a target L0": dict(jumprelu_penalty="target", sparsity_coef=1.0, jumprelu_threshold_lr=0.02),
     "tanh with free norms": dict(jumprelu_penalty="tanh", sparsity_coef=0.01, jumprelu_ste_to_input=True, **FREE),
+    "pre-activations of all latents": dict(
+        jumprelu_penalty="tanh", sparsity_coef=0.01, jumprelu_pre_act_coef=0.003, max_grad_norm=0.5, **FREE
+    ),
     "a window beyond 0": dict(jumprelu_bandwidth=2.0, jumprelu_threshold=0.3, loss="sum"),
     "not centred, clipped, averaged": dict(apply_b_dec_to_input=False, max_grad_norm=0.01, ema_decay=0.9),
     "latents begin anew": dict(resample_every=5, dead_after=B, resample_until=1.0),
@@ -124,6 +127,16 @@ def test_training_is_that_of_the_dense_statement(kind: str) -> None:
         engine=kind, jumprelu_penalty="target", sparsity_coef=0.7, sparsity_warmup_share=0.0, jumprelu_threshold_lr=None
     )
     statement = jump_relu_l0(0.7, Window(0.5, relative=True), target_l0=K)
+    assert_trains_as_stated(config(dtype="float64"), settings, statement, kind)
+
+
+@pytest.mark.parametrize("kind", ["fused", "autograd"])
+def test_training_with_a_loss_of_all_pre_activations_is_that_of_the_dense_statement(kind: str) -> None:
+    settings: dict[str, Any] = dict(
+        engine=kind, jumprelu_penalty="tanh", sparsity_coef=0.03, sparsity_warmup_share=0.0,
+        jumprelu_threshold_lr=None, jumprelu_pre_act_coef=0.002,
+    )  # fmt: skip
+    statement = jump_relu_tanh(0.03, Window(0.5, relative=True), slope=4.0, pre_act_coef=0.002)
     assert_trains_as_stated(config(dtype="float64"), settings, statement, kind)
 
 
@@ -241,10 +254,6 @@ def test_a_run_is_saved_loaded_and_resumed(optimizer: Any, tmp_path: Path) -> No
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "pre-activations of all latents in the fused engine": (
-        dict(jumprelu_pre_act_coef=1e-6),
-        r"jumprelu_pre_act_coef is 1e-06, which gives every latent a gradient .* use engine='autograd'",
-    ),
     "a target without a weight": (dict(jumprelu_penalty="target"), "sparsity_coef is None, .* set sparsity_coef"),
     "AuxK": (dict(auxk_coef=0.1), r"auxk_coef is 0\.1, which chooses the top dead latents"),
     "a window of no width": (dict(jumprelu_bandwidth=0.0), r"jumprelu_bandwidth is 0\.0: expected more than 0"),
