@@ -300,7 +300,7 @@ def test_what_wants_to_see_its_code_is_not_trained_so() -> None:
 
 def test_what_is_paid_on_all_entries_needs_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Pointwise, "pays_everywhere", lambda self, train: True)
-    with pytest.raises(InputError, match="'particular' pays for all latents .* use engine='autograd'"):
+    with pytest.raises(InputError, match=r"'particular' pays for all latents .* use engine='autograd'"):
         engine(name="particular")
     assert engine(name="plain", dense_share=NEVER).dense_share < 0
 
