@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saefast.engines.derived import Direct, Elements, derived
 from saefast.engines.engine import not_finite
-from saefast.engines.fused_pass import OVERFLOW, BlockGradient, Model, fetched, serial_sum
+from saefast.engines.gradient import OVERFLOW, BlockGradient, Model, fetched, serial_sum
 from saefast.engines.losses import term_weights
 from saefast.models.architecture import Architecture, Layer
 from saefast.models.pointwise import Pointwise, gathered
@@ -55,7 +55,7 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Forward:
-    """What the first round finds; names as in `fused_pass.Gradient`."""
+    """What the first round finds; names as in `gradient.Gradient`."""
 
     since: Tensor
     fired: Tensor

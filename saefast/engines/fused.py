@@ -19,7 +19,8 @@ from saefast.engines import dense_pass
 from saefast.engines.base import EngineBase
 from saefast.engines.config import TrainConfig
 from saefast.engines.engine import State, StepStats, checked, not_finite
-from saefast.engines.fused_pass import BlockGradient, Gradient, Model, Pass, fetched, serial_sum
+from saefast.engines.fused_pass import Pass
+from saefast.engines.gradient import BlockGradient, Gradient, Model, fetched, serial_sum
 from saefast.engines.hot import HotLatents, threshold
 from saefast.engines.resample import due
 from saefast.engines.weights import Scratch, Weights
@@ -110,7 +111,7 @@ class FusedEngine(EngineBase):
         self.weights.bind()
         if self.share is not None and float(self.share) > self.dense_share:
             return self._dense_step(x, target)
-        gradient = Pass(self._model(), x, target).gradient()
+        gradient = self._gradient(x, target)
         lr, jobs = self.lr(), self._jobs(gradient)
         sure = self._look(gradient, jobs, x, target)
         if self.config.max_grad_norm is not None:
@@ -120,6 +121,9 @@ class FusedEngine(EngineBase):
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
         return StepStats(*figures, gradient.penalty, gradient.coefficient)
+
+    def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
+        return Pass(self._model(), x, target).gradient()
 
     def _dense_step(self, x: Tensor, target: Tensor) -> StepStats:
         """`step` by dense chunks: gradient rows are made, and used, chunk by chunk, once the loss is known."""

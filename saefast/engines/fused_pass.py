@@ -4,116 +4,23 @@ One thing changes: decoder rows that were left alone are settled before they are
 training would have made of them by now.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from saefast.engines import auxk_block
-from saefast.engines.config import TrainConfig
-from saefast.engines.dead import DeadLatents
-from saefast.engines.derived import Direct, Elements, derived
+from saefast.engines.derived import Direct
 from saefast.engines.engine import not_finite
-from saefast.engines.hot import Block, HotLatents
+from saefast.engines.gradient import OVERFLOW, BlockGradient, Gradient, Model, fetched, placed, serial_sum
+from saefast.engines.hot import Block
 from saefast.engines.losses import auxk_runs, auxk_wanted, auxk_weight, term_weights
-from saefast.engines.weights import Scratch, Weights
-from saefast.models.architecture import Architecture, At
-from saefast.models.pointwise import Pointwise, gathered
+from saefast.engines.paid import pay, with_price
 from saefast.ops.code import Code, Number, Prefixes
 from saefast.ops.encoder import Encoder
 from saefast.ops.groups import Entries, Groups
-from saefast.ops.sum_by_latent import sum_by_latent
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import RowGradient
-
-# Sums of squares that fp32 holds with room to spare. Beyond them a batch is refused before anything else is done.
-OVERFLOW = 1e30
-
-
-@dataclass
-class Model:
-    """What a pass reads."""
-
-    architecture: Architecture
-    config: TrainConfig
-    weights: Weights
-    dead: DeadLatents
-    hot: HotLatents | None
-    mse_scale: float
-    scratch: Scratch
-    kept: dict[str, Tensor]
-    """What the architecture keeps besides the parameters."""
-    at: At
-    wants_error: bool = False
-    """Whether the step needs the residual, AuxK or not."""
-
-
-@dataclass
-class BlockGradient:
-    """Dense gradient rows of latents that a block did: the hot ones, or AuxK's."""
-
-    ids: Tensor
-    """(H,) int32."""
-    for_dec: Tensor
-    """(H, D)."""
-    for_enc: Tensor
-
-
-@dataclass
-class Gradient:
-    """A batch's gradient, and what its step reports. The caller checks the loss before anything is written.
-
-    Numbers stay on the device that computed them, so that the host waits once for all of them.
-    """
-
-    groups: Groups
-    """Of the entries below; latents of a block have none."""
-    for_dec: RowGradient
-    for_enc: RowGradient
-    blocks: list[BlockGradient]
-    """No latent is in two of them."""
-    b_enc: Tensor
-    """(L,)."""
-    b_dec: Tensor
-    """(D,)."""
-    since: Tensor
-    """(L,) the dead-latent counters after the batch."""
-    fired: Tensor
-    """(L,) bool, the latents that fired in it."""
-    kept: dict[str, Tensor]
-    """The architecture's, after the batch."""
-    code: Groups
-    """Of the batch's whole code, AuxK's entries left out."""
-    rows: int
-    """Of the batch."""
-    error: Tensor | None
-    """(B, D) target - x_hat, where AuxK ran or the model wants it. Scratch: good until the next pass."""
-    loss: Number
-    fvu: Number
-    auxk: Number
-    l0: Number
-    own: dict[str, Tensor]
-    """Of the architecture's own parameters, by name."""
-    penalty: Number = 0.0
-    """The sparsity penalty with its coefficient."""
-    coefficient: Number = 0.0
-
-
-class Paid(NamedTuple):
-    """What a pointwise architecture makes of the gradient to its activations."""
-
-    grad_pre: Tensor
-    """In the code's shape."""
-    own: dict[str, Tensor]
-    """(L,) each: gradients of its parameters, and what b_enc gets besides Σ grad_pre."""
-    along: Tensor | None
-    """(L, M), as `RowGradient.along`, of all latents."""
-    penalty: Number
-    coefficient: Number
-    frozen_loss: Number
 
 
 class Pass:
@@ -157,7 +64,10 @@ class Pass:
 
         grad, loss, fvu = self._reconstruct(with_auxk=dead_ids is not None)
         l0 = self._n_fired() / len(self.x)
-        paid = self._paid(grad, l0)
+        paid = None
+        if self.code.pre is not None:
+            weight = self.prefixes.weight[self.terms.main]
+            paid = pay(model, self.target, self.code, self.groups, grad, l0, weight)
         parts: list[tuple[Code, Tensor]] = [(self.code, grad if paid is None else paid.grad_pre)]
         auxk: Number = 0.0
         if dead_ids is not None:
@@ -167,68 +77,7 @@ class Pass:
         own = {} if direct is None else direct.gradient(-2 * self.planes[0])
         seen = since, fired, kept, self.groups, len(self.x), self.error
         found = Gradient(*self._entries(parts), *seen, loss, fvu, auxk, l0, own)
-        return found if paid is None else self._with_price(found, paid)
-
-    def _paid(self, grad_acts: Tensor, l0: Number) -> "Paid | None":
-        """The gradient to the pre-activations where sparsity is paid for; None where a token's latents compete."""
-        rule, code, L = self.model.architecture.pointwise, self.code, self.n_latents
-        if rule is None or code.pre is None:
-            return None
-        ids = code.idx.long()
-        own = gathered(self.weights.own_values() | {"b_enc": self.weights.b_enc}, ids)
-        block_norms = self._block_norms() if rule.wants_norms(self.config) else None
-        norms = None if block_norms is None else block_norms.sum(1)[ids]
-        again, frozen_loss = self._frozen(rule, own)
-        coefficient = rule.coefficient(self.model.at, self.model.kept, l0, self.config)
-        price = coefficient / len(self.x)
-        found = derived(rule, Elements(code.pre, own, norms), grad_acts, again, price, self.config)
-        by_latent = {name: sum_by_latent(grad[None], code.idx[None], L) for name, grad in found.own.items()}
-        along = None
-        if found.norms is not None and block_norms is not None:
-            along = sum_by_latent(found.norms[None], code.idx[None], L)[:, None] / block_norms
-        charged = rule.charged(coefficient, found.penalty / len(self.x), self.config)
-        return Paid(found.pre, by_latent, along, charged, coefficient, frozen_loss)
-
-    def _block_norms(self) -> Tensor:
-        """(L, M) norms of the parts of the decoder rows that were read in this batch; 1 for all others."""
-        latents = self.groups.latents.long()
-        rows = self.weights.dec.w[latents].to(self.x.dtype)
-        norms = self.model.architecture.norms(rows)
-        # A latent of -1 writes to the last place, which is cut off.
-        found = norms.new_ones(self.n_latents + 1, norms.shape[1])
-        found[latents] = torch.where(norms > 0, norms, 1)
-        return found[:-1]
-
-    def _frozen(self, rule: Pointwise, own: dict[str, Tensor]) -> tuple[Tensor | None, Number]:
-        """The second reconstruction, by the decoder as it is: the gradient to its activations, and its loss."""
-        assert self.code.pre is not None
-        acts = rule.frozen(self.code.pre, own)
-        if acts is None:
-            return None, 0.0
-        weight = self.prefixes.weight[self.terms.main]
-        plane, whole = self.model.scratch("frozen", 1, *self.target.shape), Prefixes([self.n_latents], [weight], True)
-        code = self.code._replace(acts=acts)
-        decoded = self.backend.decode_loss(
-            self.target, code, self.weights.dec.w, self.weights.b_dec, whole, plane, relu=False
-        )
-        return decoded.grad_acts, weight * serial_sum(decoded.squares[0])
-
-    def _with_price(self, found: Gradient, paid: "Paid") -> Gradient:
-        """The pass's gradient with that of what was paid."""
-        along = paid.along
-        if along is not None and not self.weights.dense:
-            along = along[self.groups.latents.long()]
-        own = dict(paid.own)
-        b_enc = found.b_enc + own.pop("b_enc")
-        return dataclasses.replace(
-            found,
-            for_dec=found.for_dec._replace(along=along),
-            b_enc=b_enc,
-            own=found.own | own,
-            loss=found.loss + paid.penalty + paid.frozen_loss,
-            penalty=paid.penalty,
-            coefficient=paid.coefficient,
-        )
+        return found if paid is None else with_price(found, paid, self.weights.dense)
 
     def _served(self) -> Code:
         """The part of the code that the SAE serves."""
@@ -449,28 +298,3 @@ class Pass:
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0].flatten() if len(tensors) == 1 else torch.cat([t.flatten() for t in tensors])
-
-
-def serial_sum(values: Tensor) -> Number:
-    """Σ values in float64 and in an order that does not depend on the number of threads."""
-    if values.device.type != "cpu":
-        return values.double().sum()
-    return float(values.double().numpy().sum())
-
-
-def fetched(*values: Number) -> list[float]:
-    """The numbers, on the host, which waits once for those that lie on a GPU."""
-    away = [v for v in values if isinstance(v, Tensor) and v.device.type != "cpu"]
-    if not away:
-        return [float(v) for v in values]
-    # One after the other they would cost a wait each. In float64, which holds counts below 2**53 too.
-    found = iter(torch.stack([v.double() for v in away]).tolist())
-    return [next(found) if any(v is a for a in away) else float(v) for v in values]
-
-
-def placed(mask: Tensor, n: int) -> Tensor:
-    """(n,) ascending int64: where the n true values of mask (L,) are."""
-    if mask.device.type == "cpu":
-        return mask.nonzero().squeeze(1)
-    # Their number is known, so the host need not wait for it again.
-    return torch.searchsorted(mask.cumsum(0), torch.arange(1, n + 1, dtype=torch.int64, device=mask.device))

@@ -14,7 +14,7 @@ from saefast.engines import auxk_block
 from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
-from saefast.engines.fused_pass import Gradient
+from saefast.engines.gradient import Gradient
 from saefast.models.sae import SAE
 from saefast.ops.reference import stable_topk
 from saefast.optim.reference import gradient_rows
