@@ -74,6 +74,9 @@ class TrainArgs:
     transcode: str | None = None
     """train a transcoder, which reconstructs this hook from --hook, such as layers.3.mlp from layers.3.mlp:in; of a
     file this key from --key; with --hooks one for each, or a pattern"""
+    cross_layer: str | None = None
+    """train a cross-layer transcoder: the inputs of all layers, comma-separated or a pattern, such as layers.*.mlp:in,
+    and with --transcode their outputs"""
     residual_of: Path | None = None
     """train on what the SAE of this run leaves over, on its data where none is named; eval adds both up"""
     residual_input: Input = "error"
@@ -110,10 +113,14 @@ class TrainArgs:
     def widest(self) -> SAEConfig:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
         widths = self.sae.keywords.get("crosscode_widths")
-        maps = self.transcode or (self.residual_of and self.residual_input == "x")
+        maps = (self.transcode and not self.cross_layer) or (self.residual_of and self.residual_input == "x")
         d_out = self.d_out or (_WIDEST if maps else None)
         more = {} if d_out is None else {"d_out": d_out}
-        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST), {}, **more)
+        if self.cross_layer and "*" not in self.cross_layer:
+            more["n_layers"] = self.cross_layer.count(",") + 1
+        # Wide, and something that layers can share.
+        layers = more.get("n_layers", 1)
+        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST // layers * layers), {}, **more)
 
     @property
     def d_out(self) -> int | None:
@@ -199,7 +206,7 @@ def run_train(args: TrainArgs) -> dict[Path, SAE]:
             raise InputError(f"--hook {args.hook} and --hooks {args.hooks} are given: expected one or the other")
     if args.hook is not None and "*" in args.hook:
         raise InputError(f"--hook {args.hook} means several hooks: --hooks {args.hook} trains an SAE for each of them")
-    check_joined({name: getattr(args, name) for name in ("crosscode", "beside", "hook", "hooks", "key", "transcode")})
+    check_joined(_joint(args))
     _check_residual(args)
     args = _as_recorded(args)
     # Before a model is loaded and an hour harvested.
@@ -241,8 +248,8 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     path, members = _data(args), {}
     trained = set()
     known = [hook["name"] for hook in read_index(path)["hooks"]] if (path / "index.json").is_file() else []
-    if args.crosscode is not None:
-        return {"": _crosscoder(args, path, known)}
+    if args.crosscode or args.cross_layer:
+        return {"": _side_by_side(args, path, known)}
     folders = args.folders(known)
     for hook, target in targets(folders, args.transcode, known).items():
         folder, names = folders[hook], picked(hook, args.key, target)
@@ -265,34 +272,44 @@ def _members(args: TrainArgs) -> dict[str, Member]:
     return members
 
 
-def _crosscoder(args: TrainArgs, path: Path, known: list[str]) -> Member:
-    """One crosscoder on rows that lie side by side."""
-    places, shuffle = (path, *args.beside), _shuffle(args, args.out)
-    hooks = joined(str(args.crosscode), known, len(places))
+def _joint(args: TrainArgs) -> dict[str, Any]:
+    """The flags that say what lies side by side, and those that would say otherwise."""
+    names = ("crosscode", "cross_layer", "transcode", "beside", "hook", "hooks", "key")
+    return {name: getattr(args, name) for name in names}
+
+
+def _side_by_side(args: TrainArgs, path: Path, known: list[str]) -> Member:
+    """One SAE on rows of several layers or models."""
+    places, hooks = (path, *args.beside), joined(_joint(args), known)
     source = open_source(
         places if args.beside else path,
         hooks=hooks,
         d_in=args.d_in,
         skip_bad_shards=args.skip_bad_shards,
-        shuffle=shuffle,
+        shuffle=_shuffle(args, args.out),
     )
     metadata = describe_data(places, args.out, source, hook=None, key=None, heldout=args.heldout, hooks=hooks)
-    return Member(source, _crosscoder_config(args, source, metadata), args.train)
+    return Member(source, _joint_config(args, source, metadata), args.train)
 
 
-def _crosscoder_config(args: TrainArgs, source: Source, metadata: dict[str, Any]) -> SAEConfig:
-    return args.sae_config(source.d_in, metadata, crosscode_widths=source.part_widths())
+def _joint_config(args: TrainArgs, source: Source, metadata: dict[str, Any]) -> SAEConfig:
+    if args.crosscode:
+        return args.sae_config(source.d_in, metadata, crosscode_widths=source.part_widths())
+    d_out = source.widths[TARGET]
+    more = {"n_layers": len(source.part_widths())} | ({"d_out": d_out} if d_out != source.d_in else {})
+    return args.sae_config(source.d_in, metadata, **more)
 
 
-def _live_crosscoder(args: TrainArgs, config: HarvestConfig, text: Any) -> Member:
+def _live_side_by_side(args: TrainArgs, config: HarvestConfig, text: Any) -> Member:
     from saefast.harvest.live import live_source
     from saefast.harvest.reharvest import check_resumed, describe_live
 
-    source = live_source(config, joined(str(args.crosscode), (), 1), text=text)
+    source = live_source(config, joined(_joint(args)), text=text)
     if args.resume and (args.out / CONFIG).is_file():
         check_resumed(args.out, read_config(args.out)[0].metadata, source.identity)
-    metadata = describe_live(config, args.text, {X: list(source.hooks[X])}, source.identity)
-    return Member(source, _crosscoder_config(args, source, metadata), args.train)
+    hooks = {tensor: list(names) for tensor, names in source.hooks.items()}
+    metadata = describe_live(config, args.text, hooks, source.identity)
+    return Member(source, _joint_config(args, source, metadata), args.train)
 
 
 def _member(args: TrainArgs, source: Source, folder: Path, metadata: dict[str, Any]) -> Member:
@@ -313,7 +330,7 @@ def _check_residual(args: TrainArgs) -> None:
         if args.residual_input != "error":
             raise InputError(f"--residual-input {args.residual_input} goes with --residual-of RUN, which is not given")
         return
-    if several := args.hooks or args.crosscode:
+    if several := args.hooks or args.crosscode or args.cross_layer:
         raise InputError(f"--residual-of {run} is of one hook, and {several} are several: train one by one, by --hook")
     if run.resolve() == args.out.resolve():
         raise InputError(f"--residual-of {run} is --out too: a residual SAE needs a folder of its own")
@@ -333,8 +350,8 @@ def _live_members(args: TrainArgs) -> dict[str, Member]:
     configs = [args.out / CONFIG, *sorted(args.out.glob(f"*/{CONFIG}"))] if args.resume else []
     for run in [place.parent for place in configs if place.is_file()]:
         config = as_begun(config, run, read_config(run)[0].metadata)
-    if args.crosscode is not None:
-        return {"": _live_crosscoder(args, config, text)}
+    if args.crosscode or args.cross_layer:
+        return {"": _live_side_by_side(args, config, text)}
     members = {}
     for hook, (source, hooks) in _live_sources(args, config, text).items():
         folder = args.out if args.hooks is None else args.out / hook
@@ -380,8 +397,8 @@ def _with_data_of(args: TrainArgs, runs: list[Path]) -> TrainArgs:
         key = keys.get(X, kept.get("key"))
         named = dict(data=str(runs[0] / kept["path"]), key=key, heldout=kept.get("heldout", args.heldout))
         named["beside"] = tuple(runs[0] / other for other in kept.get("beside", []))
-    if (crosscode := recorded(kept.get("hooks"))) is not None:
-        return dataclasses.replace(args, hook=None, crosscode=crosscode, **named)
+    if (joint := recorded(kept.get("hooks"))) is not None:
+        return dataclasses.replace(args, hook=None, **joint, **named)
     if args.hooks is None:
         named["hook"] = hooks.get(X, kept.get("hook"))
     targets = [_names(_recorded_in(run), name).get(TARGET) for run in runs for name in ("hooks", "keys")]
@@ -431,7 +448,8 @@ def _shuffle(args: TrainArgs, run: Path) -> Shuffle:
 
 def _harvest_args(args: TrainArgs) -> HarvestArgs:
     model = HarvestConfig.model if args.model is None else args.model
-    given = args.crosscode.split(",") if args.crosscode else args.folders()
+    joint = args.crosscode or args.cross_layer
+    given = joint.split(",") if joint else args.folders()
     named = [hook for hook in given if hook is not None]
     named += args.transcode.split(",") if args.transcode else []
     hooks = tuple(dict.fromkeys(named)) or HarvestConfig.hooks

@@ -57,8 +57,7 @@ class CrossLayerTranscoder(Layer):
 
     @property
     def _d_out(self) -> int:
-        d_out = getattr(self.config, "d_out", None)
-        return int(self.config.d_in if d_out is None else d_out)
+        return int(self.config.d_in if self.config.d_out is None else self.config.d_out)
 
     def check(self) -> None:
         super().check()
@@ -75,12 +74,8 @@ class CrossLayerTranscoder(Layer):
                 "activation='topk'"
             )
         for name in ("matryoshka", "hierarchical", "crosscode_widths", "skip"):
-            if getattr(c, name, None):
+            if getattr(c, name):
                 raise InputError(f"{name} is {getattr(c, name)}, which {what} has not: leave it out")
-        if c.apply_b_dec_to_input:
-            raise InputError(
-                f"apply_b_dec_to_input is True, but b_dec is the centre of targets in {what}: set it to False"
-            )
 
     def check_training(self, train: Any) -> None:
         super().check_training(train)

@@ -71,8 +71,8 @@ def test_every_field_is_a_flag_of_its_type(config: type, name: str) -> None:
         words, value = ["2.5"], 2.5
     if name == "crosscode_widths":  # they add up to d_in
         words, value = ["40,24"], (40, 24)
-    if name == "n_layers":  # they share d_in, and b_dec is the centre of targets
-        words, value = ["2", "--no-apply-b-dec-to-input"], 2
+    if name == "n_layers":  # they share d_in
+        words, value = ["2"], 2
     assert getattr(parsed(config, [f"--{flag}", *words]), name) == value
     if type(None) in get_args(hint) and name != "text":
         assert getattr(parsed(config, [f"--{flag}", "None"]), name) is None

@@ -122,3 +122,40 @@ def test_what_does_not_go_together(run: Run, model: Path) -> None:
         assert code != 0
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_a_cross_layer_transcoder_from_text_to_features(run: Run, model: Path) -> None:
+    hooks = ["--cross-layer", "layers.*.mlp:in", "--transcode", "layers.*.mlp"]
+    small = [*SMALL, "--k", "6"]
+    code, _, err = run("train", *reading(model), *hooks, "--out", "run", *small)
+    assert (code, err) == (0, "")
+    config, _ = read_config("run")
+    assert (config.d_in, config.d_out, config.n_layers, config.apply_b_dec_to_input) == (48, None, 3, False)
+    assert config.metadata["data"]["hooks"]["target"] == ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
+    code, out, err = run("eval", "run")
+    assert (code, err) == (0, "")
+    assert "layers or models, scaled alike: fvu of each\n  layers.0.mlp  " in out
+    assert run("features", "run", "--n", "2")[0] == 0
+    # Live too, and both go on where they end.
+    code, _, err = run("train", "--live", *reading(model), *hooks, "--out", "live", *small)
+    assert (code, err) == (0, "")
+    for folder in ("run", "live"):
+        assert run("train", "--resume", "--out", folder)[0] == 0
+
+
+def test_what_a_cross_layer_transcoder_is_not(run: Run, model: Path) -> None:
+    inputs = "layers.0.mlp:in,layers.1.mlp:in,layers.2.mlp:in"
+    both = ["--cross-layer", inputs, "--transcode", inputs.replace(":in", "")]
+    one = ["--cross-layer", inputs, "--transcode", "layers.0.mlp"]
+    cases: list[tuple[list[str], str]] = [
+        (both[:2], "--cross-layer names the inputs of layers: name their outputs with --transcode"),
+        (one, "--cross-layer names 3 inputs and --transcode 1 outputs: expected as many of each"),
+        ([*both, "--hook", "layers.0"], "--cross-layer and --hook are given"),
+        ([*both, "--k", "4"], "k is 4, which 3 layers (n_layers) cannot share"),
+    ]
+    for words, message in cases:
+        code, _, err = run("train", *reading(model), "--out", "run", *SMALL, "--k", "6", *words)
+        assert code != 0
+        assert message in err
+        assert err.count("\n") == 1
+        assert not Path("run/activations").exists()

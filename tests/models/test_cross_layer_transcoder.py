@@ -22,7 +22,7 @@ M, D, F, K, B = 3, 6, 16, 2, 40
 
 
 def config(**changes: Any) -> SAEConfig:
-    return SAEConfig(M * D, M * F, M * K, **(dict(n_layers=M, apply_b_dec_to_input=False) | changes))
+    return SAEConfig(M * D, M * F, M * K, **(dict(n_layers=M) | changes))
 
 
 def data(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -221,12 +221,13 @@ def test_a_run_is_saved_loaded_and_resumed(options: dict[str, Any], tmp_path: Pa
         ),
         (dict(matryoshka=(8,)), r"matryoshka is \(8,\), which a cross-layer transcoder \(n_layers = 3\) has not"),
         (dict(crosscode_widths=(6, 12)), r"crosscode_widths is \(6, 12\), which a cross-layer transcoder"),
-        (dict(apply_b_dec_to_input=True), "apply_b_dec_to_input is True, but b_dec is the centre of targets"),
+        (dict(skip=True), r"skip is True, which a cross-layer transcoder \(n_layers = 3\) has not: leave it out"),
+        (dict(d_out=20), r"d_out is 20, which 3 layers \(n_layers\) cannot share"),
     ],
 )
 def test_what_cannot_be_a_cross_layer_transcoder(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        SAEConfig(**(dict(d_in=18, n_latents=48, k=6, n_layers=3, apply_b_dec_to_input=False) | changes))
+        SAEConfig(**(dict(d_in=18, n_latents=48, k=6, n_layers=3) | changes))
 
 
 def test_what_does_not_train_one() -> None:
