@@ -10,6 +10,7 @@ from saefast.version import __version__
 
 if TYPE_CHECKING:
     from saefast.engines.config import TrainConfig, preset
+    from saefast.models.calibration import as_jumprelu
     from saefast.models.config import SAEConfig
     from saefast.models.sae import SAE, SAEOutput, load
     from saefast.training.api import train
@@ -24,6 +25,7 @@ __all__ = [
     "SAEOutput",
     "TrainConfig",
     "__version__",
+    "as_jumprelu",
     "finetune",
     "load",
     "preset",
@@ -35,6 +37,7 @@ _HOME = {
     "SAE": "saefast.models",
     "SAEConfig": "saefast.models",
     "SAEOutput": "saefast.models",
+    "as_jumprelu": "saefast.models",
     "load": "saefast.models",
     "TrainConfig": "saefast.engines",
     "preset": "saefast.engines",
