@@ -6,7 +6,7 @@ other token. It is how other libraries store BatchTopK SAEs (SAELens, with one t
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ def as_jumprelu(sae: SAE, rows: Tensor, targets: Tensor | None = None, *, per_la
             f"activation is {sae.config.activation!r}, which decides over each latent alone already: expected topk, "
             "batchtopk or groupmax"
         )
+    if sae.architecture.norms(sae.W_dec[:1]).shape[1] > 1:
+        raise InputError("the SAE is a crosscoder, whose latents are ranked by several norms: it is served as it is")
     targets = rows if targets is None else targets
     _check(sae, rows, targets)
     made = _folded(sae)
@@ -74,7 +76,7 @@ def as_jumprelu(sae: SAE, rows: Tensor, targets: Tensor | None = None, *, per_la
     chosen = sae.architecture.serve(encoder, sae.architecture.buffers())
     common = _threshold_for_all(encoder, chosen)
     thresholds = _thresholds(encoder, chosen, common) if per_latent else torch.full_like(encoder.b_enc, common)
-    made.log_threshold.copy_(thresholds.log())
+    made.own()["log_threshold"].copy_(thresholds.log())
     return Calibrated(made, served(sae, rows, targets), served(made, rows, targets))
 
 
@@ -102,10 +104,9 @@ def _check(sae: SAE, rows: Tensor, targets: Tensor) -> None:
 
 def _folded(sae: SAE) -> SAE:
     """The SAE as a JumpReLU without thresholds yet: the same pre-activations, in the units that they are served in."""
-    config = dataclasses.replace(
-        sae.config_as_is(), activation="jumprelu", rescale_acts_by_decoder_norm=False, hierarchical=None,
-        unit_norm_decoder=sae.config.unit_norm_decoder or sae.config.rescale_acts_by_decoder_norm,
-    )  # fmt: skip
+    unit = sae.config.unit_norm_decoder or sae.config.rescale_acts_by_decoder_norm
+    changes: dict[str, Any] = dict(activation="jumprelu", rescale_acts_by_decoder_norm=False, hierarchical=None)
+    config = dataclasses.replace(sae.config_as_is(), unit_norm_decoder=unit, **changes)
     made = SAE(config, device="meta").to_empty(device=sae.device).requires_grad_(False)
     shared = sae.state_dict()
     for name, tensor in made.state_dict().items():

@@ -28,6 +28,7 @@ from attack.summary import Row
 from saefast import ops
 from saefast.analysis.evaluation import evaluate, evaluate_run
 from saefast.cli import main as cli
+from saefast.cli.calibrate import CalibrateArgs
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.harvest import HarvestArgs
@@ -422,6 +423,7 @@ def commands() -> list[Command]:
         Command("harvest", HARVEST, (*flags_of(HarvestArgs, HarvestConfig), "hook")),
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
+        Command("calibrate", ("run", "out", "--rows", "64"), (*flags_of(CalibrateArgs), "data"), RUN),
         # The other settings are those of `train`.
         Command("plan", ("--device", "h100"), (*flags_of(PlanArgs), "k", "batch-size", "optimizer", "n-tokens")),
         Command("demo", DEMO, ("out", "n-latents", "k", "n-tokens", "max-tokens"), bare=False),
