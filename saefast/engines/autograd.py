@@ -84,6 +84,7 @@ class AutogradEngine(EngineBase):
             losses.total.backward()
             grad_norm = self._prepare_gradients()
             if grad_norm.isfinite():
+                self.consider(x, target, losses.residual)
                 return self._update(x, losses, grad_norm)
             self.adam.zero_grad()
         if before is not None:
@@ -134,13 +135,13 @@ class AutogradEngine(EngineBase):
             return
         fresh, alive = begun
         ids = fresh.latents
-        values = {"W_enc": fresh.W_enc, "W_dec": fresh.W_dec, "b_enc": fresh.b_enc} | self.restarted(alive)
+        values = {"W_enc": fresh.W_enc, "W_dec": fresh.W_dec, "b_enc": fresh.b_enc} | self.restarted(fresh, alive)
         for name, rows in values.items():
             parameter = self.parameters[name]
             moments = self.adam.state[parameter]
             parameter.data[ids] = rows.to(parameter.dtype)
             moments["exp_avg"][ids] = 0
-            moments["exp_avg_sq"][ids] = moments["exp_avg_sq"][alive].mean()
+            moments["exp_avg_sq"][ids] = 0.0 if fresh.zeroed else moments["exp_avg_sq"][alive].mean()
 
     @ambient.plainly(grad=True)
     def finish(self) -> None:
@@ -155,7 +156,7 @@ class AutogradEngine(EngineBase):
             moments = self.adam.state.get(parameter, {})
             state |= {f"adam.{name}.{moment}": moments[moment] for moment in MOMENTS if moment in moments}
         state |= {f"ema.{name}": average for name, average in (self.ema or {}).items()}
-        return state | {f"kept.{name}": value for name, value in self.state.items()}
+        return state | {f"kept.{name}": value for name, value in self.state.items()} | self.draw.tensors()
 
     @ambient.plainly(grad=False)
     def load_state_dict(self, state: State) -> None:
@@ -169,6 +170,7 @@ class AutogradEngine(EngineBase):
         self.dead.never = self._copied(state, "dead.never", self.dead.never)
         self.dead.age = self._copied(state, "dead.age", self.dead.age)
         self.state = {name: self._copied(state, f"kept.{name}", value) for name, value in self.state.items()}
+        self.load_draw(state)
         self.adam.state.clear()
         for name, parameter in self.parameters.items():
             if self.step_count:

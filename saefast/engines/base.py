@@ -8,13 +8,15 @@ from torch import Tensor
 from saefast import ambient
 from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
+from saefast.engines.draw import Draw
 from saefast.engines.losses import inverse_variance
 from saefast.engines.recipe import choose, lr_factor
-from saefast.engines.resample import Fresh, due, fresh_in_blocks
+from saefast.engines.resample import Fresh, due, fresh_in_blocks, steps_to_draw
 from saefast.errors import InputError
 from saefast.models.architecture import At
 from saefast.models.sae import SAE
 from saefast.models.start import fit_encoder_, scale_encoder_, start_b_dec_, start_from_rows_, start_in_subspace_
+from saefast.ops.reference import accumulate_dtype
 
 PARAMETERS = ("W_enc", "W_dec", "b_enc", "b_dec")
 # SAEConfig.init -> what sets the weights from the first rows.
@@ -32,6 +34,7 @@ class EngineBase:
         step_count: optimiser updates done.
         mse_scale: see `losses.reconstruction_weight`.
         dead: the counters of dead latents.
+        draw: rows that latents may begin anew at.
         ema: moving averages of the parameters by name, or None.
         state: what the architecture keeps in training alone, by name.
     """
@@ -51,6 +54,7 @@ class EngineBase:
         self.step_count = 0
         self.mse_scale = 1.0
         self.dead = DeadLatents(sae.config.n_latents, self.config, sae.device)
+        self.draw = Draw()
         self.ema: dict[str, Tensor] | None = None
         if config.ema_decay is not None:
             self.ema = {name: torch.zeros_like(getattr(sae, name).data) for name in self.names}
@@ -84,8 +88,21 @@ class EngineBase:
         self.config, self.total_steps = dataclasses.replace(self.config, lr_decay_start=step), total_steps
 
     def resamples(self) -> bool:
-        """Whether latents are resampled at the end of the step under way."""
-        return due(self.step_count + 1, self.total_steps, self.config)
+        """Whether the step under way needs its residual, for latents to be resampled at its end or at a later one's."""
+        return due(self.step_count + 1, self.total_steps, self.config) or self._until_draw() is not None
+
+    def _until_draw(self) -> int | None:
+        return steps_to_draw(self.step_count, self.total_steps, self.config)
+
+    def consider(self, x: Tensor, target: Tensor, residual: Tensor | None) -> None:
+        """The batch of a step that is sure goes by, before its update: latents may begin anew at its rows."""
+        left = self._until_draw()
+        if left is None or residual is None:
+            return
+        # Those that can be dead when it comes to that.
+        longer = self.dead.counted(max(len(x), self.config.batch_size)) * left
+        most = int(self.dead.mask(self.dead.since + longer).sum())
+        self.draw.add(x, target, residual, most, self.config.seed, self.step_count)
 
     def begun_anew(self, x: Tensor, residual: Tensor) -> tuple[Fresh, Tensor] | None:
         """What hopeless latents begin anew with after the step just taken, and (L,) bool which are alive.
@@ -94,8 +111,12 @@ class EngineBase:
             x: (B, d_in) its batch. residual: (B, d_out) target - x_hat.
         """
         alive, matrices = ~self.dead.mask(self.dead.since), (self.sae.W_enc.data, self.sae.W_dec.data)
-        seen = residual, self.dead.hopeless(), alive, *matrices, self.config.seed, self.step_count
-        fresh = fresh_in_blocks(self.architecture.blocks(), *seen, x if self.architecture.has_target else None)
+        blocks = self.architecture.blocks()
+        if self.config.resample == "inputs":
+            fresh = self.draw.take(blocks, self.dead.hopeless(), alive, matrices[0])
+        else:
+            seen = residual, self.dead.hopeless(), alive, *matrices, self.config.seed, self.step_count
+            fresh = fresh_in_blocks(blocks, *seen, x if self.architecture.has_target else None)
         if fresh is None:
             return None
         self.dead.age[fresh.latents] = 0
@@ -113,10 +134,11 @@ class EngineBase:
         for name, value in self.kept().items():
             value.copy_(new[name])
 
-    def restarted(self, alive: Tensor) -> dict[str, Tensor]:
-        """What the architecture's own parameters are in latents that begin anew, by name."""
+    def restarted(self, fresh: Fresh, alive: Tensor) -> dict[str, Tensor]:
+        """What the architecture's own parameters, and perhaps b_enc, are in latents that begin anew, by name."""
         own = {name: value.detach() for name, value in self.sae.own().items()}
-        return self.architecture.restarted(own, alive)
+        found = self.architecture.restarted(own | {"b_enc": self.sae.b_enc.detach()}, alive)
+        return {name: value for name, value in found.items() if not (fresh.zeroed and name == "b_enc")}
 
     def average(self) -> None:
         """The moving average takes the weights of before this step's update, as OpenAI's does."""
@@ -130,6 +152,16 @@ class EngineBase:
             return None
         correction = 1 - self.config.ema_decay**self.step_count
         return {name: average / correction for name, average in self.ema.items()}
+
+    def load_draw(self, state: dict[str, Tensor | int | float]) -> None:
+        """Takes back the draw that a state holds."""
+        x, target = (value.data.new_zeros((0, value.shape[-1])) for value in (self.sae.W_enc, self.sae.b_dec))
+        self.draw.load(state, x.to(self.draw_dtype), target.to(self.draw_dtype))
+
+    @property
+    def draw_dtype(self) -> torch.dtype:
+        """Of the rows that steps are given."""
+        return accumulate_dtype(self.sae.dtype)
 
     def taken(self, state: dict[str, Tensor | int | float], name: str, like: Tensor) -> Tensor:
         """A state's tensor, checked against the one it replaces."""

@@ -64,6 +64,10 @@ class TrainConfig(ArchitectureFields):
         resample_every: steps after which latents that are dead begin anew, at residuals drawn by their squared norm; 0
             is never.
         resample_until: share of the run after which none do.
+        resample: what they begin anew at: "residuals" of the last batch, or "inputs" as Bricken et al. (2023) published
+            it, drawn by the square of their loss (see `saefast.engines.draw`).
+        resample_steps: steps after which they do, instead of resample_every and resample_until.
+        resample_rows: of resample "inputs", the last rows before such a step that it draws from, in whole batches.
         auxk_coef: weight of the AuxK loss (Gao et al. 2024, appendix A.2); 0 turns it off.
         auxk_k: dead latents used per token; None is d_in // 2.
         auxk_scale_few_dead: multiply by min(n_dead / auxk_k, 1).
@@ -127,6 +131,9 @@ class TrainConfig(ArchitectureFields):
     loss: Literal["fvu", "sum", "scaled_mse"] = "fvu"
     resample_every: int | None = None
     resample_until: float = 0.8
+    resample: Literal["residuals", "inputs"] = "residuals"
+    resample_steps: tuple[int, ...] | None = None
+    resample_rows: int = 819_200
     auxk_coef: float = 0.0
     auxk_k: int | None = None
     auxk_scale_few_dead: bool = True
@@ -171,7 +178,7 @@ class TrainConfig(ArchitectureFields):
         limits = {
             "batch_size": 1, "n_tokens": 1, "n_epochs": 1, "auxk_k": 1, "init_rows": 1, "dead_after": 1,
             "lr_warmup_steps": 0, "resample_every": 0, "auxk_coef": 0, "lr": 0, "eps": 0, "lr_end": 0, "log_every": 0,
-            "save_every": 0, "eval_every": 0, "settle_every": 1,
+            "save_every": 0, "eval_every": 0, "settle_every": 1, "resample_rows": 1,
         }  # fmt: skip
         for name, least in limits.items():
             value = getattr(self, name)
@@ -191,6 +198,9 @@ class TrainConfig(ArchitectureFields):
             raise InputError(f"max_grad_norm is {self.max_grad_norm!r}: expected more than 0, or None to not clip")
 
     def _check_pairs(self) -> None:
+        steps = self.resample_steps
+        if steps is not None and (any(step < 1 for step in steps) or list(steps) != sorted(set(steps))):
+            raise InputError(f"resample_steps is {steps!r}: expected numbers of steps from 1 on, ascending, or None")
         if self.stop_at_plateau and self.eval_every == 0:
             raise InputError(
                 "stop_at_plateau is True and eval_every is 0: a plateau is told by the held-out FVU; set eval_every to "

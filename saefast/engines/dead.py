@@ -50,15 +50,16 @@ class DeadLatents:
 
     def unless(self, fired: Tensor, n_rows: int) -> Tensor:
         """The counters after a batch of n_rows in which the latents of fired (n_latents,) bool fired."""
-        return (self.since + self._counted(n_rows)).masked_fill_(fired, 0)
+        return (self.since + self.counted(n_rows)).masked_fill_(fired, 0)
 
     def take(self, since: Tensor, fired: Tensor, n_rows: int) -> None:
         """The counters of a batch of n_rows, as `unless` gave them, and what fired in it: once its step is sure."""
         self.since = since
         self.never.logical_and_(~fired)
-        self.age += self._counted(n_rows)
+        self.age += self.counted(n_rows)
 
-    def _counted(self, n_rows: int) -> int:
+    def counted(self, n_rows: int) -> int:
+        """What a batch of so many rows adds to a counter."""
         return n_rows if self.config.dead_unit == "tokens" else 1
 
     def hopeless(self) -> Tensor:

@@ -117,6 +117,7 @@ class FusedEngine(EngineBase):
         if self.config.max_grad_norm is not None:
             jobs = scaled(jobs, min(1.0, self.config.max_grad_norm / (sure.norm + 1e-6)))
         with uninterrupted():
+            self.consider(x, target, gradient.error)
             self._commit(x, gradient, sure, jobs, lr)
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
@@ -135,6 +136,7 @@ class FusedEngine(EngineBase):
                 raise not_finite(self.step_count, found.loss, x, target)
             scale = min(1.0, self.config.max_grad_norm / (before + 1e-6))
         with uninterrupted():
+            self.consider(x, target, found.error)
             self._begin_update()
             norm = self._by_chunks(dense, row_ops(self.weights.enc.w).update_rows, scale)
             self._end_update(x, found, lr)
@@ -245,7 +247,7 @@ class FusedEngine(EngineBase):
         resamples = due(self.step_count, self.total_steps, self.config)
         if resamples and g.error is not None and (begun := self.begun_anew(x, g.error)) is not None:
             fresh, alive = begun
-            self.weights.restart(fresh, alive, self.restarted(alive))
+            self.weights.restart(fresh, alive, self.restarted(fresh, alive))
 
     def _take_share(self, share: float) -> None:
         if self.share is not None:
@@ -263,7 +265,7 @@ class FusedEngine(EngineBase):
     def state_dict(self) -> State:
         """Everything a bit-exact continuation needs, except the SAE's own weights, which a checkpoint stores beside."""
         state: State = {"step_count": self.step_count, "mse_scale": self.mse_scale}
-        return state | {"drift": self.weights.drift.state()} | self._tensors()
+        return state | {"drift": self.weights.drift.state()} | self._tensors() | self.draw.tensors()
 
     def _tensors(self) -> dict[str, Tensor]:
         """The state's tensors by name, live."""
@@ -286,6 +288,7 @@ class FusedEngine(EngineBase):
         if not isinstance(drift, Tensor):
             raise InputError("state of engine 'fused': drift is missing; it belongs to another engine")
         table = self.weights.table_of(drift)
+        self.load_draw(state)
         self.step_count, self.mse_scale = int(state["step_count"]), float(state["mse_scale"])
         for name, like in wanted.items():
             like.copy_(found[name])

@@ -2,9 +2,11 @@
 
 Bricken et al. (2023, "Towards Monosemanticity", appendix) do so four times in a run, at inputs drawn by their loss.
 Dictionary learning has always done it at the residual: K-SVD (Aharon et al. 2006) replaces an atom that no signal uses
-by the signal that is represented worst. Here it happens all through a run, a few latents at a time, at residuals.
+by the signal that is represented worst. Here it happens all through a run, a few latents at a time, at residuals; or as
+published (`draw.py`), where TrainConfig.resample says "inputs".
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -28,12 +30,34 @@ class Fresh(NamedTuple):
     """(n, d_out)."""
     b_enc: Tensor
     """(n,)."""
+    zeroed: bool = False
+    """Second moments begin at 0 too, and b_enc at this and not at what the architecture says."""
 
 
 def due(step: int, total_steps: int, config: Recipe) -> bool:
     """Whether latents are resampled after `step` updates. Not at the end of a run: they would have no time to learn."""
+    if config.resample_steps is not None:
+        return step in config.resample_steps
     every = config.resample_every
     return every > 0 and step > 0 and step % every == 0 and step <= config.resample_until * total_steps
+
+
+def next_due(step: int, total_steps: int, config: Recipe) -> int | None:
+    """The first number of updates above `step` after which latents are resampled; None where there is none."""
+    if config.resample_steps is not None:
+        return min((s for s in config.resample_steps if step < s <= total_steps), default=None)
+    if config.resample_every == 0:
+        return None
+    found = (step // config.resample_every + 1) * config.resample_every
+    return found if due(found, total_steps, config) else None
+
+
+def steps_to_draw(step: int, total_steps: int, config: Recipe) -> int | None:
+    """Of the step after `step` updates, if rows of its batch may be begun at: updates until that happens, its own
+    included. None where they may not."""
+    if config.resample != "inputs" or (then := next_due(step, total_steps, config)) is None:
+        return None
+    return then - step if then - step <= math.ceil(config.resample_rows / config.batch_size) else None
 
 
 def fresh_in_blocks(
@@ -62,7 +86,10 @@ def fresh_in_blocks(
             whole = W_dec.new_zeros(len(drawn.latents), W_dec.shape[1], dtype=drawn.W_dec.dtype)
             whole[:, writes] = drawn.W_dec
             parts.append(drawn._replace(latents=drawn.latents + own.start, W_dec=whole))
-    return Fresh(*map(torch.cat, zip(*parts, strict=True))) if parts else None
+    if not parts:
+        return None
+    latents, enc, dec, biases = (torch.cat(tensors) for tensors in zip(*(part[:4] for part in parts), strict=True))
+    return Fresh(latents, enc, dec, biases)
 
 
 def fresh_latents(

@@ -169,19 +169,19 @@ class Weights:
         backend.catch_up(self.dec, self._now(norm=self._kept_norm()))
 
     def restart(self, fresh: Fresh, alive: Tensor, own: dict[str, Tensor]) -> None:
-        """Latents begin anew, with the second moment that those alive (L,) bool have on average.
+        """Latents begin anew, with the second moment that those alive (L,) bool have on average, or 0.
 
         Args:
             own: what the architecture's own parameters are in them, by name.
         """
-        ids = fresh.latents
-        self.enc.restart(ids, fresh.W_enc, alive, self.step, self.config.beta2)
-        self.dec.restart(ids, fresh.W_dec, alive, self.step, self.config.beta2)
+        ids, like = fresh.latents, None if fresh.zeroed else alive
+        self.enc.restart(ids, fresh.W_enc, like, self.step, self.config.beta2)
+        self.dec.restart(ids, fresh.W_dec, like, self.step, self.config.beta2)
         for name, value in ({"b_enc": fresh.b_enc} | own).items():
             numbers = self.matrices[name]
             numbers.w[0, ids] = value.to(numbers.w.dtype)
             numbers.m[0, ids] = 0
-            numbers.v[0, ids] = numbers.v[0, alive].mean()
+            numbers.v[0, ids] = 0.0 if like is None else numbers.v[0, like].mean()
         self.copy_biases()
 
     def updated(self, lr: float) -> None:

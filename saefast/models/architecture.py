@@ -161,12 +161,14 @@ class Architecture:
         """
 
     def restarted(self, own: dict[str, Tensor], alive: Tensor) -> dict[str, Tensor]:
-        """What its (L,) parameters are in latents that begin anew: 0-d tensors by name.
+        """What its (L,) parameters are in latents that begin anew: 0-d tensors by name. b_enc is 0 if left out.
 
         Args:
+            own: with "b_enc" beside them.
             alive: (L,) bool, the latents that go on.
         """
-        return {name: value[alive].mean() for name, value in own.items() if value.shape == alive.shape}
+        mine = self.parameters()
+        return {name: value[alive].mean() for name, value in own.items() if name in mine and value.dim() == 1}
 
     def rates(self, train: Any) -> dict[str, float]:
         """Learning rates of its own parameters in units of all others', by name; one that is left out learns alike.

@@ -104,10 +104,10 @@ class Matrix:
         if self.norms is not None:
             self.norms.copy_(self.w.norm(dim=1))
 
-    def restart(self, rows: Tensor, w: Tensor, like: Tensor, step: int, beta2: float) -> None:
+    def restart(self, rows: Tensor, w: Tensor, like: Tensor | None, step: int, beta2: float) -> None:
         """Rows (n,) begin anew at w (n, D): no momentum, and the mean second moment of the rows `like` (R,) bool.
 
-        With a second moment of 0 the first updates would be several times too long.
+        With a second moment of 0, which None asks for, the first updates are several times longer.
 
         Args:
             step: updates done. Rows may stand at an earlier one: their second moments have decayed since, by beta2 a
@@ -116,7 +116,7 @@ class Matrix:
         self.w[rows] = w.to(self.w.dtype)
         self.m[rows] = 0
         decayed = beta2 ** (step - self.last_step).to(self.v.dtype)
-        self.v[rows] = (self.v.mean(dim=1) * decayed)[like].mean()
+        self.v[rows] = 0.0 if like is None else (self.v.mean(dim=1) * decayed)[like].mean()
         self.last_step[rows] = step
         if self.shadow is not None:
             self.shadow[rows] = w.to(torch.bfloat16)
@@ -186,12 +186,12 @@ class LeanMatrix:
         if self.norms is not None:
             self.norms.copy_(self.w.float().norm(dim=1))
 
-    def restart(self, rows: Tensor, w: Tensor, like: Tensor, step: int, beta2: float) -> None:
+    def restart(self, rows: Tensor, w: Tensor, like: Tensor | None, step: int, beta2: float) -> None:
         """As `Matrix.restart`."""
         self.w[rows] = w.to(self.w.dtype)
         self.m[rows] = 0
         decayed = beta2 ** (step - self.last_step).to(self.v.dtype)
-        self.v[rows] = (self.v * decayed)[like].mean()
+        self.v[rows] = 0.0 if like is None else (self.v * decayed)[like].mean()
         self.last_step[rows] = step
         if self.norms is not None:
             self.norms[rows] = self.w[rows].float().norm(dim=1)
