@@ -12,6 +12,7 @@ from saefast.models.hierarchical import Hierarchical
 from saefast.models.jumprelu import JumpReLU
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
+from saefast.models.relu_l1 import ReLU
 from saefast.models.topk import TopK
 from saefast.models.transcoder import Transcoder
 
@@ -23,6 +24,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
         BatchTopK,
         GroupMax,
         JumpReLU,
+        ReLU,
     )
 }  # fmt: skip
 # Each is laid over an activation, or over a layer before it in this list, where its own fields ask for it.
