@@ -24,6 +24,9 @@ def draw(lines: Sequence[Line], path: Path, panels: Sequence[tuple[str, Sequence
         axes = fig.subplots(1, len(there), squeeze=False)[0]
         for axis, panel in zip(axes, there, strict=True):
             _panel(axis, *panel)
+        if len(there) > 1:
+            # The first two are judged by the same rows.
+            axes[1].sharey(axes[0])
         axes[0].set_ylabel("fraction of variance unexplained, held out (log scale)")
 
 
