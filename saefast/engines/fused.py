@@ -91,6 +91,13 @@ class FusedEngine(EngineBase):
             return -1.0
         return dense_pass.PAYS_OFF if given is None else given
 
+    def _many(self, B: int) -> bool:
+        """Whether a batch has so many entries, as far as the one before can tell, that none of them are listed."""
+        if self.share is None:
+            return False
+        longest = dense_pass.ENTRIES / max(B * self.sae.config.n_latents, 1)
+        return float(self.share) > min(self.dense_share, longest)
+
     def _new_hot(self, share: float | None) -> HotLatents | None:
         """Hot latents need one residual per token, codes of a fixed width, and an update of single rows."""
         if share is None:
@@ -109,7 +116,7 @@ class FusedEngine(EngineBase):
         """
         x, target = checked(x, target, self.sae, self.dtype)
         self.weights.bind()
-        if self.share is not None and float(self.share) > self.dense_share:
+        if self._many(len(x)):
             return self._dense_step(x, target)
         gradient = self._gradient(x, target)
         lr, jobs = self.lr(), self._jobs(gradient)

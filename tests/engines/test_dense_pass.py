@@ -291,6 +291,21 @@ def test_it_never_holds_all_entries(monkeypatch: pytest.MonkeyPatch, max_grad_no
     assert seen.peak > everything
 
 
+def test_a_list_that_would_be_too_long_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = rows(B).float()
+    one = engine(name="plain", dtype="float32", dense_share=NEVER)
+    one.initialise(x)
+    one.step(x)
+    assert one.share < 0.9, "the step before was by its entries"
+    n = round(float(one.share) * B * L)
+    monkeypatch.setattr(dense_pass.DensePass, "forward", lambda self: pytest.fail("dense"))
+    monkeypatch.setattr(dense_pass, "ENTRIES", n)
+    one.step(x)
+    monkeypatch.setattr(dense_pass, "ENTRIES", round(0.5 * n))
+    with pytest.raises(pytest.fail.Exception, match="dense"):
+        one.step(x)
+
+
 def test_what_wants_to_see_its_code_is_not_trained_so() -> None:
     assert engine(name="particular").share is None
     assert "share" not in engine(name="particular").state_dict()
