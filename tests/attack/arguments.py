@@ -145,6 +145,7 @@ def api() -> list[Call]:
              dict(f=odd.VALUES | odd.tensors(torch.rand(4, readers.LATENTS)))),
         Call("SAE.decode_sparse", lambda acts, idx: SAE(small(), seed=0).decode_sparse(acts, idx), code(4, 3),
              dict(acts=odd.VALUES | odd.tensors(torch.rand(4, 3)), idx=odd.VALUES | odd.tensors(code(4, 3)["idx"]()))),
+        Call("SAE.with_k", lambda k: SAE(small(), seed=0).with_k(k).encode_sparse(x), {}, dict(k=odd.VALUES)),
         Call("evaluate", evaluate, dict(sae=lambda: SAE(small(), seed=0), batches=lambda: [x]),
              dict(sae=odd.VALUES, batches=odd.VALUES | BATCHES | odd.tensors(x), max_norm_multiple=odd.VALUES)),
         Call("evaluate_run", evaluate_run, dict(run=lambda: "run", lm_tokens=lambda: 0),
