@@ -57,6 +57,13 @@ class Sizes(NamedTuple):
     """Width of what is reconstructed where that is a target of its own; None is x."""
     own: int = 0
     """Numbers in the matrices that the architecture adds."""
+    blocks: int = 1
+    """Of latents, each of which reads its own share of the columns of x."""
+
+    @property
+    def reads(self) -> int:
+        """Width of a row of W_enc."""
+        return self.d_in // self.blocks
 
     @property
     def width_out(self) -> int:
@@ -71,7 +78,8 @@ class Sizes(NamedTuple):
         terms = len(architecture.terms(train, At(0, PLENTY)).prefixes)
         d_out = architecture.shapes()["b_dec"][-1] if architecture.has_target else None
         own = sum(value.numel() for value in architecture.parameters().values() if value.dim() > 1)
-        return cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms, d_out, own)
+        found = cls(sae.d_in, sae.n_latents, k, *settings, None if ranked == k else ranked, terms, d_out, own)
+        return found._replace(blocks=len(architecture.blocks()))
 
 
 class Stage(NamedTuple):
@@ -134,6 +142,8 @@ def memory_of(sizes: Sizes, device: str) -> dict[str, int]:
     weights, state, copies = matrices_of(sizes)
     # Of a target: as drawn and scaled.
     wide = sizes.width_out * (1 + sizes.terms + 2 * (sizes.d_out is not None))
+    # Of blocks: the residual in the columns that each writes.
+    wide += sizes.width_out * sizes.blocks * (sizes.blocks > 1)
     return {
         "weights": weights,
         "optimiser state": state,
@@ -159,7 +169,7 @@ def matrices_of(sizes: Sizes) -> tuple[int, int, int]:
     """Bytes of both weight matrices, their optimiser state, and the encoder's bf16 copy, from the real classes."""
     lean, L = sizes.optimizer == "adam-lean", sizes.n_latents
     kind = torch.bfloat16 if lean else torch.float32
-    enc, dec = (torch.empty(L, width, dtype=kind, device="meta") for width in (sizes.d_in, sizes.width_out))
+    enc, dec = (torch.empty(L, width, dtype=kind, device="meta") for width in (sizes.reads, sizes.width_out))
     total = sum((LeanMatrix.of(w, seed=0) if lean else Matrix.of(w)).bytes() for w in (enc, dec))
     weights = (enc.numel() + dec.numel() + sizes.own) * enc.element_size()
     # What is added trains in float32: moments and a gradient, and with "adam-lean" the weights themselves.
@@ -169,7 +179,7 @@ def matrices_of(sizes: Sizes) -> tuple[int, int, int]:
 
 def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
     """Arithmetic and traffic of a step, latents used uniformly (real use is skewed, which touches fewer rows)."""
-    L, D, B, k, out = sizes.n_latents, sizes.d_in, sizes.batch_size, sizes.k, sizes.width_out
+    L, D, B, k, out = sizes.n_latents, sizes.reads, sizes.batch_size, sizes.k, sizes.width_out
     lean = sizes.optimizer == "adam-lean"
     entries, touched = B * k, L * -math.expm1(-B * k / L)
     weight_bytes = 2 if lean else 4
@@ -179,7 +189,7 @@ def stages_of(sizes: Sizes, device: Device) -> list[Stage]:
     stored = min(1.0, first / L + 1.2 * GROUP * k * max(math.log(L / first), 0) / L)
     scratch = B * L * (8 * stored + 8 / GROUP)
     shapes = [
-        ("encode, top-k", 2.0 * B * L * D, L * D * 2 + B * D * 2 + scratch),
+        ("encode, top-k", 2.0 * B * L * D, L * D * 2 + B * sizes.d_in * 2 + scratch),
         (
             "decode, loss, gradient to acts",
             4.0 * entries * out,

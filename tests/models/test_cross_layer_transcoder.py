@@ -12,9 +12,11 @@ import saefast
 from saefast.engines.autograd import AutogradEngine
 from saefast.engines.base import PARAMETERS
 from saefast.engines.fused import FusedEngine
+from saefast.engines.recipe import choose
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
+from saefast.training.plan import Sizes, memory_of
 from saefast.training.progress import read_metrics
 
 # Layers, columns of each layer's input and output, its latents, and how many of them are on.
@@ -233,3 +235,14 @@ def test_what_cannot_be_a_cross_layer_transcoder(changes: dict[str, Any], messag
 def test_what_does_not_train_one() -> None:
     with pytest.raises(InputError, match=r"auxk_coef is 0\.5, which a cross-layer transcoder has not: set it to 0"):
         engine(FusedEngine, auxk_coef=0.5)
+
+
+def test_the_plan_counts_what_each_layer_reads_and_writes() -> None:
+    sae_config = SAEConfig(3 * 64, 3 * 256, 3 * 8, n_layers=3, d_out=3 * 32)
+    sizes = Sizes.of(sae_config, choose(sae_config, saefast.TrainConfig(), n_rows=1 << 20))
+    weights = sum(matrix.numel() for matrix in (SAE(sae_config).W_enc, SAE(sae_config).W_dec))
+    found = memory_of(sizes, "cpu")
+    assert found["weights"] == 4 * weights == 4 * 3 * 256 * (64 + 3 * 32)
+    # A copy of the residuals for each layer, besides.
+    alone = memory_of(sizes._replace(blocks=1), "cpu")
+    assert found["batch"] - alone["batch"] == 3 * sizes.batch_size * 3 * 32 * 4
