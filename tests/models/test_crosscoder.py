@@ -6,7 +6,7 @@ from typing import Any
 import dense_statements as dense
 import pytest
 import torch
-from classic import CLASSIC
+from classic import CLASSIC, CLASSIC_TRAIN
 from torch import Tensor
 
 import saefast
@@ -67,6 +67,24 @@ def test_training_follows_the_dense_statement(activation: str, kind: Any) -> Non
     assert different > 20, "other rankings give the same codes, so nothing was tested"
     for name in PARAMETERS:
         torch.testing.assert_close(getattr(ours.sae, name).detach(), plain.p[name].detach(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [FusedEngine, AutogradEngine])
+def test_an_l1_penalty_on_summed_norms_follows_the_dense_statement(kind: Any) -> None:
+    """Lindsey et al.'s loss: Σ over layers of the squared errors, and coef · Σ acts · Σ over layers of ‖d‖."""
+    free = dict(decoder_norm="never", project_decoder_grad=False, auxk_coef=0.0, loss="sum", lr_decay_share=0.0)
+    paid = dict(sparsity_coef=0.1, sparsity_warmup_share=0.0, sparse_start=False, fit_encoder=False)
+    train = saefast.TrainConfig(**CLASSIC_TRAIN | dict(lr=3e-3, settle_every=1) | free | paid)
+    sae = SAE(config("relu", dtype="float64", unit_norm_decoder=False, apply_b_dec_to_input=False), seed=3)
+    recipe = dense.Recipe(lr=3e-3, steps=60, betas=(0.9, 0.999), loss="sum", unit_rows=False)
+    start = {name: getattr(sae, name) for name in PARAMETERS}
+    plain = dense.Trainer(start, dense.relu_l1(0.1, by_norm=True, centred=False, blocks=3), recipe)
+    ours = kind(sae, train, 60)
+    for x in rows(30 * B, torch.float64).split(B):
+        loss, _ = plain.step(x)
+        assert float(ours.step(x).loss) == pytest.approx(float(loss), rel=1e-9)
+    for name in PARAMETERS:
+        torch.testing.assert_close(getattr(sae, name).detach(), plain.p[name].detach(), rtol=1e-7, atol=1e-9)
 
 
 def codes(p: Any, x: Tensor) -> tuple[Tensor, Tensor]:
