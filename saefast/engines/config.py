@@ -1,7 +1,7 @@
 """TrainConfig: every choice in the maths of a training step, and presets that reproduce each peer's.
 
 The presets follow the peers' published code: OpenAI sparse_autoencoder, EleutherAI sparsify 1.3.3,
-dictionary_learning 0.1.0 and SAELens 6.54, in their TopK + Adam form.
+dictionary_learning 0.1.0 and SAELens 6.54, in their TopK + Adam form; and two papers, in their ReLU + L1 form.
 """
 
 import dataclasses
@@ -17,7 +17,10 @@ from saefast.models.outliers import check_multiple
 from saefast.schema import Seed, check, check_argument, check_fields
 from saefast.typed import typed
 
-Preset = Literal["saefast", "openai", "sparsify", "dictionary_learning", "saelens"]
+Preset = Literal[
+    "saefast", "openai", "sparsify", "dictionary_learning", "saelens", "towards_monosemanticity",
+    "scaling_monosemanticity",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     # What a type checker cannot read: fields that architectures bring along.
@@ -244,6 +247,19 @@ _PEERS: dict[str, Any] = dict(
     lr_decay_share=0.2,
 )
 
+# What two papers on ReLU with L1 share.
+_PAPERS: dict[str, Any] = dict(
+    activation="relu",
+    n_epochs=1,
+    lr_warmup_steps=0,
+    fit_encoder=False,
+    sparse_start=False,
+    beta1=0.9,
+    loss="sum",
+    max_norm_multiple=None,
+    resample_every=0,
+)
+
 # Each entry: what differs from the defaults of TrainConfig and SAEConfig.
 PRESETS: dict[str, dict[str, Any]] = {
     "saefast": {},
@@ -268,6 +284,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         unit_norm_decoder=False, max_norm_multiple=None, lr=3e-4, lr_decay_start=-1, max_grad_norm=1.0, loss="sum",
         auxk_coef=1.0, auxk_denominator="none", auxk_relu=False, dead_unit="steps", dead_after=1001,
         dead_update_first=False, decoder_norm="never", project_decoder_grad=False,
+    ),
+    # Bricken et al. 2023, with the penalty's weight of its largest SAE (`ReLU.recipe`). The learning rate is chosen.
+    "towards_monosemanticity": _PAPERS | dict(
+        init="kaiming", b_dec_init="geometric_median", normalize="none", batch_size=8192, lr_decay_start=-1,
+        sparsity_warmup_share=0.0, resample="inputs", resample_steps=(25_000, 50_000, 75_000, 100_000),
+        dead_unit="steps", dead_after=12_500,
+    ),
+    # Circuits Updates of April 2024, which Templeton et al. 2024 trained by.
+    "scaling_monosemanticity": _PAPERS | dict(
+        init="tied_0.1", b_dec_init="zeros", normalize="sqrt_d", batch_size=4096, lr=5e-5, lr_decay_share=0.2,
+        max_grad_norm=1.0, apply_b_dec_to_input=False, unit_norm_decoder=False, decoder_norm="never",
+        project_decoder_grad=False, sparsity_coef=5.0, sparsity_warmup_share=0.05, dead_after=10_000_000,
     ),
 }  # fmt: skip
 

@@ -129,7 +129,10 @@ def test_batches_grow_with_the_run() -> None:
         assert one.steps >= rules.STEPS or one.batch_size <= rules.SMALLEST_BATCH
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "saefast"])
+PEERS = ("openai", "sparsify", "dictionary_learning", "saelens")
+
+
+@pytest.mark.parametrize("name", PEERS)
 def test_peers_get_what_their_owners_wrote(name: str) -> None:
     """No number of theirs is chosen, but for what depends on the data and, where they say so, on the dictionary."""
     for n_latents in (4096, 2**16):

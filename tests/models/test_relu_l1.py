@@ -253,3 +253,58 @@ def test_settings_that_do_not_go_together(kind: Any, settings: dict[str, Any], m
 def test_a_rescaling_by_norms_is_refused() -> None:
     with pytest.raises(InputError, match="rescale_acts_by_decoder_norm is True"):
         SAEConfig(D, L, K, activation="relu", rescale_acts_by_decoder_norm=True)
+
+
+# The published recipes.
+
+
+def stepped(name: str, kind: Any, steps: int, **changes: Any) -> tuple[Any, Any, list[Tensor]]:
+    """An engine on a recipe at a rate that shows, its TrainConfig, and batches."""
+    data = [3 * x for x in rows(steps * B, torch.float64).split(B)]
+    sae_config, train = saefast.preset(name, D, L, K, dtype="float64", settle_every=1, lr=1e-3, **changes)
+    one = kind(SAE(sae_config, seed=2), train, steps)
+    one.initialise(data[0])
+    return one, train, data
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_towards_monosemanticity(kind: Any) -> None:
+    """Mean over columns of e², plus 0.004 Σ acts: d_in times that is what we minimise."""
+    steps = 25
+    one, train, data = stepped("towards_monosemanticity", kind, steps)
+    assert float((one.sae.encode(data[0]) > 0).sum(1).double().mean()) > 4 * K, "it begins with half of them active"
+    recipe = dense.Recipe(lr=1e-3, steps=steps, loss="sum")
+    trainer = dense.Trainer(dict(one.sae.named_parameters()), dense.relu_l1(0.004 * D, by_norm=False), recipe)
+    for x in data:
+        loss, _ = trainer.step(x)
+        assert float(one.step(x).loss) == pytest.approx(float(loss), rel=1e-9)
+    for name in PARAMETERS:
+        torch.testing.assert_close(getattr(one.sae, name).detach(), trainer.p[name].detach(), rtol=1e-7, atol=1e-9)
+    published = ((25_000, 50_000, 75_000, 100_000), 819_200, 12_500, "steps", "inputs", 8192)
+    names = ("resample_steps", "resample_rows", "dead_after", "dead_unit", "resample", "batch_size")
+    assert tuple(getattr(train, name) for name in names) == published
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_scaling_monosemanticity(kind: Any) -> None:
+    """Σ e² + 5 Σ acts ‖row‖, warmed up over a twentieth; gradients clipped at 1; the rate falls over the last fifth."""
+    steps = 40
+    one, train, data = stepped("scaling_monosemanticity", kind, steps)
+    assert (one.sae.b_dec == 0).all()
+    assert torch.equal(one.sae.W_enc, one.sae.W_dec)
+    p = {name: value.detach().clone().requires_grad_() for name, value in one.sae.named_parameters()}
+    adam = torch.optim.Adam(p.values(), betas=(0.9, 0.999))
+    statement = dense.relu_l1(dense.rising(5.0, steps // 20), by_norm=True, centred=False)
+    clipped = 0
+    for step, x in enumerate(data):
+        loss = dense.total(statement(p, x, step), x, "sum")
+        loss.backward()
+        clipped += float(torch.nn.utils.clip_grad_norm_(p.values(), 1.0)) > 1
+        adam.param_groups[0]["lr"] = 1e-3 * min(1.0, (steps - step) / (0.2 * steps))
+        adam.step()
+        adam.zero_grad()
+        assert float(one.step(x).loss) == pytest.approx(float(loss.detach()), rel=1e-9)
+    assert clipped > 5
+    for name, value in p.items():
+        torch.testing.assert_close(getattr(one.sae, name).detach(), value.detach(), rtol=1e-6, atol=1e-9)
+    assert (saefast.preset("scaling_monosemanticity", D, L)[1].lr, train.resample_every) == (5e-5, 0)
