@@ -191,10 +191,15 @@ def write_results(out: Path, device: str, what: str, results: object) -> Path:
 def write_named(out: Path, device: str, what: str, of: Mapping[str, Any], body: Mapping[str, object]) -> Path:
     """The same for a device of this name and versions `of` it, which need not be this machine's."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{what}.json"
+    path = out / file_name(device, what)
     text = json.dumps({"device": device, "what": what, "versions": of, **body}, indent=1)
     path.write_text(text + "\n")
     return path
+
+
+def file_name(device: str, what: str) -> str:
+    """Of the results of a benchmark on a device of this name."""
+    return f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}-{what}.json"
 
 
 def print_table(rows: object) -> None:

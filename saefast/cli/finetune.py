@@ -1,6 +1,7 @@
 """`saefast finetune`: a run's SAE through its language model, so that this predicts with it as it does without."""
 
 import dataclasses
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -109,8 +110,9 @@ def run_finetune(args: FinetuneArgs) -> tuple[Evaluation, Evaluation]:
     )
     after = evaluate_run(out, **figures)
     record = read_json(out / RECORD, dict[str, Any])
-    found = {"before": before, "after": after}
-    write_json(out / RECORD, record | {name: result.metrics | result.lm for name, result in found.items()})
+    for name, result in (("before", before.to_dict()), ("after", after.to_dict())):
+        record[name] = result["metrics"] | (result["lm"] or {})
+    write_json(out / RECORD, record)
     return before, after
 
 
@@ -145,12 +147,13 @@ def table(before: Evaluation, after: Evaluation) -> str:
     for names, old, new in ((LM_FIGURES, before.lm, after.lm), (ROW_FIGURES, before.metrics, after.metrics)):
         for name in names:
             if name in old and name in new:
-                change = f"{new[name] / old[name] - 1:+.1%}" if old[name] else ""
-                lines.append(_row(name, f"{old[name]:.5g}", f"{new[name]:.5g}", change))
+                shown = ["none" if math.isnan(value) else f"{value:.5g}" for value in (old[name], new[name])]
+                change = f"{new[name] / old[name] - 1:+.1%}" if old[name] and "none" not in shown else ""
+                lines.append(_row(name, *shown, change))
     if not after.lm:
         lines.append(f"figures of the language model left out: {after.lm_left_out}")
     return "\n".join(lines)
 
 
 def _row(*cells: str) -> str:
-    return f"  {cells[0]:<16}" + "".join(f"{cell:>10}" for cell in cells[1:])
+    return f"  {cells[0]:<16}" + "".join(f"{cell:>13}" for cell in cells[1:])

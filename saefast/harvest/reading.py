@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
+from saefast.files import usable
 from saefast.harvest.documents import Fingerprint
 from saefast.harvest.harvester import Harvester
 from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
@@ -136,6 +137,5 @@ def folder_of(text: Any) -> ShardFolder | None:
     """The harvest that a text is the path of; None where it is something else."""
     if isinstance(text, ShardFolder):
         return text
-    if isinstance(text, str | Path) and (Path(text).expanduser() / "index.json").is_file():
-        return ShardFolder(Path(text).expanduser())
-    return None
+    path = usable(text) if isinstance(text, str | Path) else None
+    return ShardFolder(path) if path is not None and (path / "index.json").is_file() else None

@@ -52,6 +52,8 @@ from saefast.typed import typed
 FINETUNED, RECORD = "finetuned", "finetune.json"
 # Rows by which the scale of the inputs, and which of them are ordinary, is judged.
 FIRST_ROWS = 2048
+# Batches in a row that may have no row to train on.
+MOST_EMPTY = 100
 
 
 class _State(TypedDict):
@@ -59,6 +61,8 @@ class _State(TypedDict):
 
     settings: dict[str, Any]
     step: int
+    # Batches of text, those without rows included.
+    drawn: int
     tokens: int
     seconds: float
     scale: float
@@ -154,7 +158,7 @@ def finetune(
             run_folder.check_ours(folder)
             if not resume:
                 run_folder.check_new(folder)
-            stack.enter_context(run_folder.nothing_begun(folder))
+            stack.enter_context(run_folder.nothing_begun(folder, RECORD))
         reading = _reading(text, through, tokenizer, harvest, config)
         settled = chosen(config, sae.config, min(reading.n_tokens, MOST_TOKENS))
         stack.enter_context(through.attached())
@@ -189,6 +193,9 @@ def _hooks(sae: SAE, hook: Any, target: Any) -> tuple[Sequence[str], Sequence[st
         raise InputError("hook is None, and the SAE's metadata has no hook_name: name the module whose rows it takes")
     target = about.get("hook_name_out", hook) if target is None else target
     hooks, targets = ([one] if isinstance(one, str) else list(one) for one in (hook, target))
+    for name in (*hooks, *targets):
+        if not isinstance(name, str):
+            raise InputError(f"hook is {hook!a} and target_hook {target!a}: expected names of modules")
     return hooks, targets
 
 
@@ -242,6 +249,7 @@ class _Run:
     settings: dict[str, Any]
     scale: float = 1.0
     target_scale: float = 1.0
+    drawn: int = 0
     tokens: int = 0
     seconds: float = 0.0
     kl: Tensor | None = None
@@ -282,10 +290,10 @@ class _Run:
         self._take(tuned, train)
         self.engine.load_state_dict(state["engine"])
         self.scale, self.target_scale = state["scale"], state["target_scale"]
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.drawn, self.tokens, self.seconds = state["drawn"], state["tokens"], state["seconds"]
         self.left_out.load_state_dict(state["left_out"], self.sae.device)
         self.saved_step = state["step"]
-        next(itertools.islice(self.batches, state["step"], state["step"]), None)
+        next(itertools.islice(self.batches, self.drawn, self.drawn), None)
 
     def _text(self) -> Iterator[ReadBatch]:
         """The batches from the first one on."""
@@ -298,10 +306,12 @@ class _Run:
     def _first_rows(self) -> Batch:
         """Rows of the run's first batches, unscaled."""
         found: list[Batch] = []
-        for batch in itertools.islice(self._text(), FIRST_ROWS):
+        for batch in itertools.islice(self._text(), MOST_EMPTY):
             found.append(self._named(self._rows(batch)))
             if sum(map(n_rows_of, found)) >= FIRST_ROWS:
                 break
+        if not any(map(n_rows_of, found)):
+            raise self._without_rows()
         return joined(found)
 
     def _named(self, rows: _Rows) -> Batch:
@@ -339,11 +349,7 @@ class _Run:
     def step(self) -> Line | None:
         """One update, with the line and the checkpoint due after it."""
         begun = time.perf_counter()
-        found = self._rows(next(self.batches))
-        found = found.kept(~self.left_out.far(self._named(found)))
-        if not len(found.x):
-            step = self.engine.step_count
-            raise InputError(f"step {step}: no token of the batch has a row to train on; raise batch_tokens")
+        found = self._next()
         x = found.x * self.scale
         target = found.target * self.target_scale if self.through.maps else None
         stats = self.engine.step(x, target, lambda losses: self._objective(losses, found))
@@ -354,6 +360,22 @@ class _Run:
         if _due(self.engine.step_count, self.config.save_every):
             self.save()
         return line
+
+    def _next(self) -> _Rows:
+        """The next batch with rows to train on."""
+        for _ in range(MOST_EMPTY):
+            found = self._rows(next(self.batches))
+            self.drawn += 1
+            found = found.kept(~self.left_out.far(self._named(found)))
+            if len(found.x):
+                return found
+        raise self._without_rows()
+
+    def _without_rows(self) -> InputError:
+        return InputError(
+            f"no token of {MOST_EMPTY} batches of {self.reading.name} has a row to train on: give other text, or leave "
+            "out less of it"
+        )
 
     def _objective(self, losses: Losses, rows: _Rows) -> Tensor:
         """See the module's docstring."""
@@ -414,6 +436,7 @@ class _Run:
         state: _State = {
             "settings": self.settings,
             "step": step,
+            "drawn": self.drawn,
             "tokens": self.tokens,
             "seconds": self.seconds,
             "scale": self.scale,

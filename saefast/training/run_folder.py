@@ -129,9 +129,12 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def nothing_begun(folder: Path) -> Iterator[None]:
-    """Removes the files of a new run that bad input ends before its first checkpoint; older files stay."""
-    new = [path for path in (folder / CONFIG, folder / METRICS) if not path.exists()]
+def nothing_begun(folder: Path, *more: str) -> Iterator[None]:
+    """Removes the files of a new run that bad input ends before its first checkpoint; older files stay.
+
+    more: files that it has beside config.json and metrics.jsonl.
+    """
+    new = [folder / name for name in (CONFIG, METRICS, *more) if not (folder / name).exists()]
     try:
         yield
     except InputError:

@@ -31,6 +31,7 @@ from saefast.cli import main as cli
 from saefast.cli.calibrate import CalibrateArgs
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
+from saefast.cli.finetune import FinetuneArgs
 from saefast.cli.harvest import HarvestArgs
 from saefast.cli.plan import PlanArgs
 from saefast.cli.train import TrainArgs
@@ -44,6 +45,8 @@ from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.training.api import train
+from saefast.training.finetune import finetune
+from saefast.training.finetune_config import FinetuneConfig
 from saefast.training.plan import make_plan
 from saefast.training.progress import read_metrics
 from saefast.training.run_folder import read_config
@@ -158,6 +161,10 @@ def api() -> list[Call]:
                   tokenizer=odd.VALUES)),
         Call("live_sources", _draw_live, dict(config=lambda: readers.HARVEST, text=lambda: tiny_models.documents(9)),
              dict(config=odd.VALUES, text=odd.VALUES | TEXTS, reservoir_rows=odd.NUMBERS)),
+        Call("finetune", _finetune, dict(sae=_spliceable, text=lambda: tiny_models.documents(9), out_dir=lambda: "out"),
+             dict(sae=odd.VALUES, model=odd.VALUES, text=texts, config=odd.VALUES, out_dir=path | FOLDERS,
+                  hook=odd.VALUES, tokenizer=odd.VALUES, harvest=odd.VALUES, resume=odd.VALUES,
+                  keep_checkpoints=odd.VALUES)),
         Call("ShardFolder", lambda path: ShardFolder(path).verify(), {}, dict(path=path)),
         Call("open_text", lambda text, column: list(open_text(text, column)),
              dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=texts, column=odd.VALUES)),
@@ -242,6 +249,16 @@ def _ops() -> list[Call]:
         Call("ops.sum_by_latent", ops.sum_by_latent, pair | {"n_latents": lambda: 24},
              odd_pair | {"n_latents": odd.VALUES}),
     ]  # fmt: skip
+
+
+def _spliceable() -> SAE:
+    return SAE(SAEConfig(d_in=16, n_latents=24, k=3, metadata={"hook_name": "layers.0"}), seed=0)
+
+
+def _finetune(**given: Any) -> None:
+    model = {"model": tiny_models.model("gpt2", head=True), "tokenizer": tiny_models.tokenizer()}
+    few = {"config": FinetuneConfig(n_tokens=64, batch_tokens=32), "harvest": readers.HARVEST}
+    finetune(**model | few | given, progress=False)
 
 
 def _draw_live(**given: Any) -> None:
@@ -425,6 +442,7 @@ def commands() -> list[Command]:
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
         Command("calibrate", ("run", "out", "--rows", "64"), (*flags_of(CalibrateArgs), "data"), RUN),
+        Command("finetune", ("run", "out"), (*flags_of(FinetuneArgs, FinetuneConfig), "data")),
         # The other settings are those of `train`.
         Command("plan", ("--device", "h100"), (*flags_of(PlanArgs), "k", "batch-size", "optimizer", "n-tokens")),
         Command("demo", DEMO, ("out", "n-latents", "k", "n-tokens", "max-tokens"), bare=False),

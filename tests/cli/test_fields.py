@@ -12,19 +12,22 @@ import pytest
 from saefast.cli import main as cli
 from saefast.cli.args import parse
 from saefast.cli.fields import described
+from saefast.cli.finetune import FinetuneArgs
 from saefast.cli.harvest import HarvestArgs, harvest_config
 from saefast.cli.train import TrainArgs, defaults
 from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.harvest.config import HarvestConfig
 from saefast.models.config import SAEConfig
+from saefast.training.finetune_config import FinetuneConfig
 from saefast.training.run_folder import write_config
 
 NO_FLAGS = {(SAEConfig, "metadata")}
 ELSEWHERE = {"hooks": "hook"}
+ARGS = {"train": TrainArgs, "harvest": HarvestArgs, "finetune": FinetuneArgs}
 FIELDS = [
     (config, item.name)
-    for config in (SAEConfig, TrainConfig, HarvestConfig)
+    for config in (SAEConfig, TrainConfig, HarvestConfig, FinetuneConfig)
     for item in dataclasses.fields(config)
     if (config, item.name) not in NO_FLAGS
 ]
@@ -46,6 +49,8 @@ def parsed(config: type, argv: list[str]) -> Any:
     """What `saefast train` or `saefast harvest` makes of a command line, as attributes."""
     if config is HarvestConfig:
         return harvest_config(parse(HarvestArgs, ["--out", "x", *argv], "harvest"))[0]
+    if config is FinetuneConfig:
+        return parse(FinetuneArgs, ["run", "out", *argv], "finetune").settings
     # What goes with the odd settings: reproduce_bugs has one engine, and beta1 depends on beta2.
     argv = ["--engine", "autograd", "--beta1", "0.1", *argv]
     args = parse(TrainArgs, argv, "train", defaults(argv))
@@ -77,11 +82,11 @@ def test_every_field_is_a_flag_of_its_type(config: type, name: str) -> None:
     if type(None) in get_args(hint) and name != "text":
         assert getattr(parsed(config, [f"--{flag}", "None"]), name) is None
     if hint not in (str, str | None) and get_origin(hint) is not tuple:
-        with pytest.raises(InputError, match=f"^[^\n]*--{flag}[^\n]*see saefast (train|harvest) --help$"):
+        with pytest.raises(InputError, match=f"^[^\n]*--{flag}[^\n]*see saefast (train|harvest|finetune) --help$"):
             parsed(config, [f"--{flag}", "12x"])
 
 
-@pytest.mark.parametrize(("config", "command"), [(SAEConfig, "train"), (TrainConfig, "train"), (HarvestConfig, "harvest")])  # fmt: skip  # noqa: E501
+@pytest.mark.parametrize(("config", "command"), [(SAEConfig, "train"), (TrainConfig, "train"), (HarvestConfig, "harvest"), (FinetuneConfig, "finetune")])  # fmt: skip  # noqa: E501
 def test_every_field_has_help_and_the_page_shows_it(
     capsys: pytest.CaptureFixture[str], config: type, command: str
 ) -> None:
@@ -91,7 +96,7 @@ def test_every_field_has_help_and_the_page_shows_it(
             assert help_texts[name], f"{name} has no help: add it to the Attributes of {config.__name__}"
             assert f"--{ELSEWHERE.get(name, name).replace('_', '-')} " in shown.replace(",", " ")
             # What a command says of a field in its own words stands in its own class.
-            own = {item.name for item in dataclasses.fields(TrainArgs if command == "train" else HarvestArgs)}
+            own = {item.name for item in dataclasses.fields(ARGS[command])}
             assert name in own or help_texts[name] in shown
 
 
