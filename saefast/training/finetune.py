@@ -61,6 +61,8 @@ class _State(TypedDict):
 
     settings: dict[str, Any]
     step: int
+    # Latents a token that the run aims at.
+    k: int
     # Batches of text, those without rows included.
     drawn: int
     tokens: int
@@ -262,7 +264,7 @@ class _Run:
     left_out: LeftOut = field(init=False)
 
     def __post_init__(self) -> None:
-        self.total_steps = self.config.steps
+        self.total_steps, self.k = self.config.steps, self.sae.config.k
         self.batches = self._text()
         self.left_out = LeftOut(self.config.max_norm_multiple)
 
@@ -273,7 +275,13 @@ class _Run:
         scales = {name: 2.0 ** round(math.log2(input_scale(rows, "median"))) for name, rows in first.items()}
         self.scale, self.target_scale = scales[X], scales.get(TARGET, scales[X])
         self.left_out.look_at(first)
-        self._take(fold(_wide(self.sae), 1 / self.scale, 1 / self.target_scale), train)
+        tuned = fold(_wide(self.sae), 1 / self.scale, 1 / self.target_scale)
+        if tuned.architecture.pointwise is not None:
+            # What pays for sparsity is held to k latents: to as many as it has.
+            with torch.no_grad():
+                l0 = float((tuned(first[X] * self.scale).acts > 0).sum(1).double().mean())
+            self.k = min(max(round(l0), 1), self.sae.config.n_latents)
+        self._take(tuned, train)
 
     def restore(self, path: Path, state: dict[str, Any], train: TrainConfig) -> None:
         """The run as it stood when the checkpoint at `path`, which holds `state`, was written."""
@@ -287,6 +295,7 @@ class _Run:
             for name, value in tuned.state_dict().items():
                 if name in state["scaled"]:
                     value.copy_(state["scaled"][name])
+        self.k = state["k"]
         self._take(tuned, train)
         self.engine.load_state_dict(state["engine"])
         self.scale, self.target_scale = state["scale"], state["target_scale"]
@@ -300,6 +309,7 @@ class _Run:
         return self.reading.batches(self.config.batch_tokens, self.config.seed)
 
     def _take(self, tuned: SAE, train: TrainConfig) -> None:
+        tuned.config = dataclasses.replace(tuned.config, k=self.k)
         self.tuned = tuned
         self.engine = AutogradEngine(tuned, train, self.total_steps)
 
@@ -436,6 +446,7 @@ class _Run:
         state: _State = {
             "settings": self.settings,
             "step": step,
+            "k": self.k,
             "drawn": self.drawn,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -469,7 +480,8 @@ class _Run:
         """The SAE as it stands, of raw inputs."""
         sae = fold(self.tuned, self.scale, self.target_scale)
         about = {"text": self.reading.name, **self.config.to_dict()}
-        sae.config = dataclasses.replace(sae.config, metadata=sae.config.metadata | {FINETUNED: about})
+        metadata = sae.config.metadata | {FINETUNED: about}
+        sae.config = dataclasses.replace(sae.config, k=self.sae.config.k, metadata=metadata)
         return sae
 
 

@@ -127,6 +127,10 @@ def recipe(config: Chosen, sae: SAEConfig, train: TrainConfig) -> Recipe:
         "ema_decay": None,
         "reproduce_bugs": False,
     }
+    # Rates that parameters of an architecture have for themselves fall as lr does.
+    slower = config.lr / choose(sae, TrainConfig(n_tokens=LONG)).lr
+    own = {f.name: getattr(train, f.name) for f in dataclasses.fields(train) if f.name.endswith("_lr")}
+    changed |= {name: rate * slower for name, rate in own.items() if rate is not None and slower > 0}
     if not sae.unit_norm_decoder:
         changed |= {"decoder_norm": "never", "project_decoder_grad": False}
     return choose(sae, dataclasses.replace(train, **changed), total_steps=config.steps)

@@ -1,6 +1,7 @@
 """Fine-tuning through a language model: its arithmetic against plain torch, what it gains, and what it leaves alone."""
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -178,9 +179,10 @@ def test_a_dense_statement_takes_the_same_steps(world, fields):
 # --- what comes of it
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"activation": "batchtopk"}, {"matryoshka": (16, 64)}], ids=["topk", "batchtopk", "matryoshka"]
-)
+KINDS = [{}, {"activation": "batchtopk"}, {"matryoshka": (16, 64)}, {"activation": "jumprelu"}]
+
+
+@pytest.mark.parametrize("fields", KINDS, ids=["topk", "batchtopk", "matryoshka", "jumprelu"])
 def test_the_model_predicts_better_at_little_cost(world, fields):
     sae = world.sae(**fields)
     before, kept = world.scores(sae), copy.deepcopy(sae)
@@ -192,6 +194,14 @@ def test_the_model_predicts_better_at_little_cost(world, fields):
     assert after["ce_clean"] == before["ce_clean"]
     assert same(sae, kept)
     assert torch.allclose(tuned.decoder_norms(), torch.ones(64), atol=1e-5)
+
+
+def test_what_pays_for_sparsity_keeps_the_latents_that_it_has(world):
+    sae = copy.deepcopy(world.sae(activation="jumprelu"))
+    sae.config = dataclasses.replace(sae.config, k=12)
+    tuned = finetune(sae, world.model, world.acts, FinetuneConfig(**QUICK), progress=False)
+    assert tuned.config.k == 12
+    assert world.scores(tuned)["l0"] == pytest.approx(world.scores(sae)["l0"], rel=0.15)
 
 
 def test_shares_of_the_loss_pull_two_ways(world, topk):
@@ -238,7 +248,7 @@ def interrupted_at(step):
     return lambda line: os.kill(os.getpid(), signal.SIGINT) if line["step"] == step else None
 
 
-@pytest.mark.parametrize("fields", [{}, {"activation": "batchtopk"}], ids=["topk", "batchtopk"])
+@pytest.mark.parametrize("fields", [KINDS[0], KINDS[1], KINDS[3]], ids=["topk", "batchtopk", "jumprelu"])
 def test_a_stopped_run_goes_on_to_the_bit(world, tmp_path, fields):
     sae = world.sae(**fields)
     config = FinetuneConfig(**QUICK | {"n_tokens": 12 * 256, "save_every": 5})
