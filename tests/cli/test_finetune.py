@@ -117,6 +117,7 @@ def test_other_text_is_cut_as_the_harvest_was(place, tmp_path, capsys, monkeypat
 
 def test_what_is_impossible_is_refused(place, tmp_path, capsys):
     def refused(*words, saying):
+        capsys.readouterr()
         assert cli.main(["finetune", *map(str, words)]) == 2
         error = capsys.readouterr().err
         assert saying in error, error
