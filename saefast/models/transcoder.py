@@ -65,6 +65,9 @@ class Transcoder(Layer):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return super().shapes() | {"W_dec": (self.config.n_latents, self.d_out), "b_dec": (self.d_out,)}
 
+    def target_parts(self) -> tuple[int, ...]:
+        return (self.d_out,)
+
     def parameters(self) -> dict[str, Tensor]:
         own = super().parameters()
         if self.config.skip:

@@ -45,6 +45,7 @@ from saefast.training.finetune_config import MOST_TOKENS, Chosen, FinetuneConfig
 from saefast.training.left_out import LeftOut
 from saefast.training.loop import Line, Stopped, fold
 from saefast.training.progress import MetricsLog, bar
+from saefast.training.residual import RESIDUAL
 from saefast.training.spliced_model import Clean, SplicedModel
 from saefast.typed import typed
 
@@ -190,6 +191,11 @@ def _hooks(sae: SAE, hook: Any, target: Any) -> tuple[Sequence[str], Sequence[st
             "model takes an SAE or a transcoder of one place"
         )
     about = sae.config.metadata
+    if RESIDUAL in about:
+        raise InputError(
+            f"sae is trained on what the SAE of {about[RESIDUAL]['run']} leaves over, and stands in for nothing by "
+            "itself: fine-tune that one"
+        )
     hook = about.get("hook_name") if hook is None else hook
     if not hook:
         raise InputError("hook is None, and the SAE's metadata has no hook_name: name the module whose rows it takes")

@@ -47,6 +47,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "skip, clipped, averaged": (dict(skip=True), dict(max_grad_norm=0.05, ema_decay=0.9)),
     "skip, OpenAI's AuxK": (dict(skip=True), dict(auxk_b_dec_grad=True, decoder_norm="pre_step")),
     "skip, norms": (dict(skip=True, rescale_acts_by_decoder_norm=True), dict(decoder_norm="never")),
+    "skip, jumprelu": (dict(skip=True, activation="jumprelu"), dict(auxk_coef=0.0)),
+    "skip, groupmax": (dict(skip=True, activation="groupmax"), {}),
     "no skip, dead at once": ({}, dict(dead_after=1, auxk_k=3)),
 }
 

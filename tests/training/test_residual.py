@@ -18,6 +18,7 @@ from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 from saefast.training.api import train
+from saefast.training.finetune import finetune
 from saefast.training.residual import Part, ResidualSource, Stack, describe_residual, stack_of
 
 SMALL = SAEConfig(d_in=12, n_latents=48, k=2)
@@ -162,6 +163,9 @@ def test_what_has_no_residual(first: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"has a target besides x: .*--residual-input x"):
         ResidualSource(open_source({"x": x, "target": x}), stack)
     assert ResidualSource(open_source({"x": x, "target": x}), stack, "x").widths == {"x": 12, "target": 12}
+    sae = load(residual_run(first, rows, tmp_path / "second"))
+    with pytest.raises(InputError, match=r"stands in for nothing by itself: fine-tune that one"):
+        finetune(sae, torch.nn.Linear(2, 2), ["text"])
     sae = load(first)
     sae.config.metadata["residual_of"] = {"run": str(tmp_path), "input": "error", "digest": "0"}
     sae.save(tmp_path)
