@@ -243,6 +243,11 @@ def evaluate_run(
         # Better now than after all rows.
         check_given(source.folder.index, model, tokenizer)
     stack = stack_of(folder, sae)
+    if stack.parts[0].sae.architecture.has_target and TARGET not in source.widths:
+        raise InputError(
+            f"{source.source_name} has no target besides x, and {folder} reconstructs one: name data that has both of "
+            "what the run was trained on"
+        )
     given = trained_on(source, stack)
     rows = _checked(sae, given.heldout(batch_size, dtype=sae.dtype), given.describe_heldout, given.stored_dtype)
     parts = metrics_by_part(sae)
@@ -297,8 +302,12 @@ def run_source(
     """
     kept = recorded_data(sae.config.metadata, folder)
     if data is not None:
-        hook, hooks = (kept.get("hook"), kept.get("hooks")) if kept is not None and has_hooks(data) else (None, None)
-        return open_source(data, hook=hook, hooks=hooks, d_in=sae.config.d_in, shuffle="mapped")
+        names: dict[str, Any] = {}
+        if kept is not None and has_hooks(data):
+            names = {"hook": kept.get("hook"), "hooks": kept.get("hooks")}
+        elif kept is not None and isinstance(data, str | Path):
+            names = {"keys": kept.get("keys")}
+        return open_source(data, d_in=sae.config.d_in, shuffle="mapped", **names)
     if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
     if "live" in kept:

@@ -94,6 +94,14 @@ def test_live_and_keys_of_a_file(run: Run, model: Path, monkeypatch: pytest.Monk
     assert code == 0
     assert "it maps x to target" in out
     assert run("train", "--out", "file", "--resume", "--n-tokens", "1500")[0] == 0
+    # Other data of the same names; and some without a target, which no figure could be of.
+    save_file({"into": x[:300], "out": x[:300, :5] ** 2}, "other.safetensors")
+    assert run("eval", "file", "--data", "other.safetensors")[0] == 0
+    torch.save(x, "alone.pt")
+    code, _, err = run("eval", "file", "--data", "alone.pt")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "alone.pt" in err
 
 
 def test_a_residual_sae_from_training_to_features(run: Run, model: Path) -> None:
