@@ -126,9 +126,7 @@ class Pass:
         acts, norms = self.code.acts, self.norms
         if acts.numel() == 0:
             return 0.0
-        # The best entries of a row come first, where every row has some, and where they do not come layer by layer.
-        first = acts.dim() == 2 and len(self.model.architecture.blocks()) == 1
-        largest = acts[:, 0].max() if first else acts.max()
+        largest = acts.max()
         return (largest if norms is None else largest * norms.max()).double()
 
     def _widest(self) -> Number:

@@ -106,6 +106,19 @@ def test_matryoshka_lies_over_it(engine: str) -> None:
     assert_trains_as_stated(config(matryoshka=(12, 24)), {}, nested_groups, engine)
 
 
+def test_an_activation_that_squares_beyond_fp32_is_seen_in_any_group() -> None:
+    sae = SAE(config(dtype="float32"), seed=1)
+    engine = FusedEngine(sae, saefast.TrainConfig(), 10)
+    x = rows(40, D)
+    engine.initialise(x)
+    with torch.no_grad():
+        sae.b_enc[-1] = 1e16
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    with pytest.raises(InputError, match="step 0"):
+        engine.step(x)
+    assert all(torch.equal(value, before[name]) for name, value in sae.state_dict().items())
+
+
 def test_the_plan_counts_k_entries() -> None:
     sizes = Sizes.of(config(), choose(config(), saefast.TrainConfig(), n_rows=1 << 20))
     assert (sizes.k, sizes.ranked, sizes.terms) == (K, None, 1)
