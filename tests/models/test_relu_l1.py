@@ -35,7 +35,7 @@ def rows(n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (code @ torch.randn(30, D) + 0.01 * torch.randn(n, D)).to(dtype)
 
 
-OF_THE_SAE = ("init", "unit_norm_decoder", "apply_b_dec_to_input")
+OF_THE_SAE = ("init", "unit_norm_decoder", "apply_b_dec_to_input", "crosscode_widths", "matryoshka")
 
 
 def engine(kind: Any, dtype: str = "float64", steps: int = STEPS, **settings: Any) -> Any:
@@ -308,3 +308,37 @@ def test_scaling_monosemanticity(kind: Any) -> None:
     for name, value in p.items():
         torch.testing.assert_close(getattr(one.sae, name).detach(), value.detach(), rtol=1e-6, atol=1e-9)
     assert (saefast.preset("scaling_monosemanticity", D, L)[1].lr, train.resample_every) == (5e-5, 0)
+
+
+# Under layers.
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_crosscoder_pays_by_the_sum_of_its_parts_norms(sparse: bool) -> None:
+    """Against the dense statement with two blocks, in both engines."""
+    data = rows(STEPS * B, torch.float64).split(B)
+    settings = dict(
+        crosscode_widths=(D // 2, D // 2), loss="sum", sparsity_coef=0.4, init="tied", sparsity_warmup_share=0.0,
+        apply_b_dec_to_input=False, lr_decay_share=0.0,
+    )  # fmt: skip
+    for kind in ENGINES:
+        one = engine(kind, **FREE, **settings, sparse_start=sparse)
+        scale_rows(one)
+        one.initialise(data[0])
+        statement = dense.relu_l1(0.4, by_norm=True, centred=False, blocks=2)
+        recipe = dense.Recipe(lr=2e-3, steps=STEPS, loss="sum", unit_rows=False)
+        start = {name: getattr(one.sae, name) for name in PARAMETERS}
+        trainer = dense.Trainer(start, statement, recipe)
+        for x in data:
+            loss, _ = trainer.step(x)
+            assert float(one.step(x).loss) == pytest.approx(float(loss), rel=1e-9)
+
+
+def test_nested_dictionaries_reconstruct_from_prefixes_in_both_engines() -> None:
+    data = rows(STEPS * B, torch.float64).split(B)
+    ends = []
+    for kind in ENGINES:
+        one = engine(kind, matryoshka=(12, L), sparse_start=True)
+        one.initialise(data[0])
+        ends.append([float(one.step(x).loss) for x in data])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-8)
