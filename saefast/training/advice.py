@@ -25,8 +25,8 @@ def advice(
         before: of a run that goes on: how many steps it was to have, and the learning rate of the last one done.
 
     Returns:
-        The lines by their subject: "warmup", "steps", "dead", "resume" or "plateau". Empty where all is well, and where
-        no step is left to do.
+        The lines by their subject: "warmup", "steps", "dead", "resample", "resume" or "plateau". Empty where all is
+        well, and where no step is left to do.
     """
     if step >= total_steps:
         return {}
@@ -35,6 +35,7 @@ def advice(
         "warmup": _warmup(config, total_steps, peak),
         "steps": _steps(config, total_steps, tokens),
         "dead": _dead(config, total_steps, tokens),
+        "resample": _resample(config, total_steps),
         "resume": _resume(config, total_steps, peak, step, before),
         "plateau": _plateau(config, total_steps),
     }
@@ -68,13 +69,22 @@ def _dead(config: Recipe, total_steps: int, tokens: int) -> str:
     longest = total_steps if config.dead_unit == "steps" else tokens
     if config.dead_after - config.dead_start <= longest:
         return ""
-    idle = [
-        what for what, on in (("AuxK never runs", config.auxk_coef), ("none is resampled", config.resample_every)) if on
-    ]
+    resamples = config.resample_every if config.resample_steps is None else len(config.resample_steps)
+    idle = [what for what, on in (("AuxK never runs", config.auxk_coef), ("none is resampled", resamples)) if on]
     so = f", so {' and '.join(idle)}" if idle else ""
     return (
         f"dead_after is {config.dead_after:,} {config.dead_unit}, and the run has {longest:,}: no latent can be called "
         f"dead{so}; set dead_after to about {max(longest // 5, 1):,}"
+    )
+
+
+def _resample(config: Recipe, total_steps: int) -> str:
+    if not config.resample_steps or config.resample_steps[0] < total_steps:
+        return ""
+    return (
+        f"resample_steps begin at {config.resample_steps[0]:,}, and the run has {_counted(total_steps)}: no latent is "
+        f"resampled in time to learn; set them lower, the first to {max(total_steps // 40, 1):,} perhaps, or train on "
+        "more tokens"
     )
 
 

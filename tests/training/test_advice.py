@@ -37,6 +37,16 @@ def test_nothing_is_said_where_all_is_well() -> None:
     assert said(stop_at_plateau=True) == {}
 
 
+def test_resampling_that_comes_too_late() -> None:
+    assert said(resample_steps=(499, 1000)) == {}
+    found = said(resample_steps=(500, 1000))
+    assert list(found) == ["resample"]
+    assert "resample_steps begin at 500, and the run has 500 steps: no latent is resampled" in found["resample"]
+    assert "the first to 12 perhaps" in found["resample"]
+    late = said(resample_every=0, resample_steps=(100,), dead_after=10**9, auxk_coef=0.0)
+    assert "so none is resampled;" in late["dead"]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
