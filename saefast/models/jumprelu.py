@@ -15,14 +15,10 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.models.architecture import At, smallest_positive
-from saefast.models.pointwise import Own, Pointwise, warmed_up
+from saefast.models.architecture import At
+from saefast.models.pointwise import Own, Pointwise, threshold_of, warmed_up
 from saefast.ops.code import Number
-from saefast.ops.encoder import Encoder
-from saefast.ops.reference import accumulate_dtype
 
-# Of the first rows, those that thresholds begin at.
-_ROWS = 2048
 STEERED = "sparsity_steered"
 # Width of the window, in units of the threshold, where none is given.
 _WIDTH = 0.5
@@ -129,18 +125,8 @@ class JumpReLU(Pointwise):
     def start(self, sae: Any, rows: Tensor, targets: Tensor, train: Any) -> None:
         threshold = train.jumprelu_threshold
         if threshold is None:
-            threshold = self._of_rows(sae, rows[:_ROWS])
+            threshold = threshold_of(sae, rows)
         sae.log_threshold.fill_(math.log(threshold))
-
-    def _of_rows(self, sae: Any, rows: Tensor) -> float:
-        """The threshold above which rows (n, d_in) have k latents on average; 1 where they have no positive one."""
-        dtype = accumulate_dtype(sae.dtype)
-        x = rows.to(dtype)
-        x = x - sae.b_dec.to(dtype) if self.config.apply_b_dec_to_input else x
-        shadow = sae.W_enc.detach() if sae.dtype != dtype else None
-        code = Encoder(x, sae.W_enc.detach(), sae.b_enc.detach().to(dtype), shadow=shadow).batch_topk(self.config.k)
-        smallest = float(smallest_positive(code, None))
-        return smallest if smallest < math.inf else 1.0
 
     def width(self, train: Any) -> int:
         # Those in the window are about two thirds as many as those above the threshold.

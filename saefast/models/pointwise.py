@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.models.architecture import Architecture, At
+from saefast.models.architecture import Architecture, At, smallest_positive
 from saefast.models.topk import no_annealing
 from saefast.ops.code import Code, Number
 from saefast.ops.encoder import Encoder
+from saefast.ops.reference import accumulate_dtype
 
 Own = Mapping[str, Tensor]
+
+# Of the first rows, those that thresholds begin at.
+_ROWS = 2048
 
 
 @dataclass
@@ -168,3 +172,16 @@ def warmed_up(at: At, train: Any) -> float:
     """The share of its full size that the penalty has in this step."""
     steps = train.sparsity_warmup_share * at.total_steps
     return min((at.step + 1) / steps, 1.0) if steps > 0 else 1.0
+
+
+@torch.no_grad()
+def threshold_of(sae: Any, rows: Tensor) -> float:
+    """Above which pre-activation the first rows (n, d_in) have k latents on average; 1 where none is positive."""
+    dtype = accumulate_dtype(sae.dtype)
+    x = rows[:_ROWS].to(dtype)
+    x = x - sae.b_dec.to(dtype) if sae.config.apply_b_dec_to_input else x
+    shadow = sae.W_enc.detach() if sae.dtype != dtype else None
+    code = Encoder(x, sae.W_enc.detach(), sae.b_enc.detach().to(dtype), shadow=shadow).batch_topk(sae.config.k)
+    smallest = float(smallest_positive(code, None))
+    # A little less, so that the smallest of them passes, whichever way it is rounded.
+    return smallest * (1 - 1e-5) if smallest < math.inf else 1.0

@@ -7,6 +7,7 @@ from saefast.models.architecture import Architecture, Layer
 from saefast.models.batchtopk import BatchTopK
 from saefast.models.cross_layer_transcoder import CrossLayerTranscoder
 from saefast.models.crosscoder import Crosscoder
+from saefast.models.gated import Gated
 from saefast.models.groupmax import GroupMax
 from saefast.models.hierarchical import Hierarchical
 from saefast.models.jumprelu import JumpReLU
@@ -24,6 +25,7 @@ ACTIVATIONS: dict[str, type[Architecture]] = {
         BatchTopK,
         GroupMax,
         JumpReLU,
+        Gated,
         ReLU,
     )
 }  # fmt: skip
