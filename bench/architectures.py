@@ -5,7 +5,9 @@
 Quality: each is trained at every k of KS on rows of MiniLM, through the fused engine; at the k of --dense-at also by
 the plain loop of tests/dense_statements.py, from the same start, on the same batches, at the same rates and
 coefficients. Steps: the fused engine and the dense statement take turns, in processes of their own
-(bench/architectures_child.py). Results and docs/architectures.png, FVU against L0, are written.
+(bench/architectures_child.py), timed at k active latents, and where an architecture was published as beginning with
+half of them, at that too. Results and docs/architectures.png, FVU against L0, are written. All of it takes about a
+quarter of an hour on two idle cores.
 """
 
 import sys
@@ -42,12 +44,14 @@ from saefast.models.sae import SAE
 KS = (8, 16, 32, 64)
 # Of an SAE that serves every one of these: what it is trained to serve.
 ONE_K = 32
-N_LATENTS, BATCH, STEPS = 2048, 512, 300
+N_LATENTS, BATCH, STEPS = 2048, 512, 200
 # How much worse than the dense run the held-out FVU may be.
 ALLOWED = 0.01
 # Rows that a run begins from, and rows that it is judged by.
 FIRST, JUDGED = 4096, 16384
 CPU_SHAPES = (Shape(1024, 384, 8192, 32), Shape(1024, 768, 16384, 32))
+# Of all shapes but the first these alone are timed.
+AT_EVERY_SHAPE = ("topk", "relu", "jumprelu")
 GPU_SHAPES = (Shape(8192, 768, 32768, 32),)
 TINY = (Shape(16, 24, 256, 4),)
 CONTENDERS = ("saefast", "torch fp32", "torch bf16 autocast")
@@ -229,12 +233,14 @@ def steps(name: str, kind: Kind, shape: Shape, device: str, rounds: int, fresh: 
     print(f"\n{what} {tuple(shape)}")
     common.print_timed(rows)
     # By means, so that ours pays for the steps that settle.
-    times = min(other["mean ms"] for other in others) / ours["mean ms"]
+    fp32, bf16 = (other["mean ms"] / ours["mean ms"] for other in others)
     least = 1.0 if fresh else kind.least
+    # A dense pass of ours multiplies in fp32, as the statement itself does; the sparse step is held to the faster one.
+    judged_by = fp32 if fresh else min(fp32, bf16)
     found = {
-        "what": what, **shape._asdict(), "times as fast": round(times, 2), "at least": least,
-        "peak of dense / ours": round(min(o["peak MB"] for o in others) / max(ours["peak MB"], 1), 2),
-        "holds": times >= least,
+        "what": what, **shape._asdict(), "times as fast as fp32": round(fp32, 2), "as bf16 autocast": round(bf16, 2),
+        "at least": least, "peak MB": ours["peak MB"], "dense peak MB": min(other["peak MB"] for other in others),
+        "holds": judged_by >= least,
     }  # fmt: skip
     return [found | {"contenders": rows}]
 
@@ -295,7 +301,7 @@ def measure_steps(o: Any, found: dict[str, list[dict[str, Any]]]) -> bool:
     shapes = TINY if o.rehearse else CPU_SHAPES if o.device == "cpu" else GPU_SHAPES
     rounds, failed = 1 if o.rehearse else ROUNDS // 2 if o.quick else ROUNDS, False
     for shape in shapes[:1] if o.quick else shapes:
-        for name in o.only:
+        for name in o.only if shape == shapes[0] else [name for name in o.only if name in AT_EVERY_SHAPE]:
             kind = kinds()[name]
             for fresh in (False, True) if kind.begins_dense else (False,):
                 case = f"{name}{', as it begins' if fresh else ''} {tuple(shape)}"

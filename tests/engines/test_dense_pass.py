@@ -306,6 +306,14 @@ def test_a_list_that_would_be_too_long_is_not_made(monkeypatch: pytest.MonkeyPat
         one.step(x)
 
 
+def test_every_pointwise_architecture_there_is_can_be_trained_so() -> None:
+    """One that asked for its code would hold a list of half of all entries where it begins with so many."""
+    found = [SAEConfig(D, L, K, activation=name).architecture() for name in registry.ACTIVATIONS]
+    pointwise = [one for one in found if one.pointwise is not None and one.name != "particular"]
+    assert {"plain", "rich", "relu", "jumprelu"} <= {one.name for one in pointwise}
+    assert all(dense_pass.serves(one) for one in pointwise)
+
+
 def test_what_wants_to_see_its_code_is_not_trained_so() -> None:
     assert engine(name="particular").share is None
     assert "share" not in engine(name="particular").state_dict()
