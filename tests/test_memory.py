@@ -144,7 +144,7 @@ def use_everything(folder: Path) -> list[Tensor]:
         step.finish()
         found += [p.detach().clone() for p in sae.parameters()]
     acts, idx = ops.encode_topk(x, found[0], found[2], 3)
-    found += ops.encode_batch_topk(x, found[0], found[2], 3)
+    found += ops.encode_batch_topk(x, found[0], found[2], 3)[:3]
     found += ops.encode_group_max(x, found[0], found[2], 4)
     found += [acts, idx, *ops.threshold_encode(x, found[0], found[2], 0.5), ops.sddmm(x, idx, found[1])]
     found += [ops.spmm(acts, idx, found[1]), gather.gather_rows(x, idx[:, 0].long())]
