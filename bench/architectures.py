@@ -260,6 +260,9 @@ def arguments(argv: Sequence[str] | None) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> int:
     o = arguments(argv)
+    if o.rehearse:
+        # One of each sort of step.
+        o.only = [name for name in o.only if name in AT_EVERY_SHAPE]
     if not o.no_check:
         common.check(o.device, "test_dense_statements.py")
     found: dict[str, list[dict[str, Any]]] = {"quality": [], "steps": []}
@@ -276,8 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_quality(o: Any, found: dict[str, list[dict[str, Any]]]) -> bool:
     """Whether an architecture failed."""
     s = Settings(N_LATENTS, BATCH, STEPS, tuple(o.ks), tuple(o.dense_at), o.device)
-    if o.quick or o.rehearse:
-        s = s._replace(steps=4 if o.rehearse else 60, ks=(32,), dense_at=(32,))
+    if o.quick:
+        s = s._replace(steps=60, ks=(32,), dense_at=(32,))
+    if o.rehearse:
+        s = Settings(256, 64, 4, (8,), (8,), o.device)
     n = s.steps * s.batch
     if not (o.rehearse or harvested(o.rows) or find_spec("transformers")):
         print("no rows of MiniLM, and transformers is not there to harvest them: quality is left out")
