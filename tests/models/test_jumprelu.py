@@ -193,15 +193,15 @@ def test_plain_training_holds_l0_at_k() -> None:
 
 def test_a_rate_like_all_others_leaves_the_code_dense() -> None:
     """What users see elsewhere: Adam moves a logarithm by the learning rate a step, whatever the penalty weighs."""
-    data = rows(12_800)
-    settings: dict[str, Any] = dict(n_tokens=12_800, batch_size=64, lr=1e-3, jumprelu_threshold=0.01)
+    data = rows(5120)
+    settings: dict[str, Any] = dict(n_tokens=5120, batch_size=64, lr=1e-3, jumprelu_threshold=0.01)
     found = {}
-    for rate, coef in ((None, None), (None, 100.0), (0.03, None)):
+    for rate, coef in ((None, None), (None, 100.0), (0.1, None)):
         train = saefast.TrainConfig(jumprelu_threshold_lr=rate, sparsity_coef=coef, **settings)
         sae = saefast.train(data, config(), train)
         found[rate, coef] = float((sae.encode(data) > 0).sum()) / len(data)
     assert min(found[None, None], found[None, 100.0]) > 4 * K
-    assert found[0.03, None] < 2 * K
+    assert found[0.1, None] < 2 * K
 
 
 def test_a_token_is_served_by_its_latents_thresholds_whatever_lies_beside_it() -> None:
