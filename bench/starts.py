@@ -34,10 +34,12 @@ SAMPLE = 20_000
 
 
 def cases(cells: Sequence[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    for cell in cells:
-        yield from ((cell, {"init": init}) for init in STARTS)
-        if cell in UNAIDED:
-            yield from ((cell, {"init": init, "resample_every": 0}) for init in STARTS)
+    """Start by start, so that a run that is stopped has compared the first ones everywhere."""
+    for init in STARTS:
+        for cell in cells:
+            yield cell, {"init": init}
+            if cell in UNAIDED:
+                yield cell, {"init": init, "resample_every": 0}
 
 
 def named(cell: Cell, override: dict[str, Any]) -> dict[str, Any]:
