@@ -31,7 +31,7 @@ CELLS: dict[str, dict[str, float]] = {
     "reconstruction alone": {"kl_share": 0.0},
     "KL alone": {"kl_share": 1.0},
     "a quarter of the rate": {"rate": 0.25},
-    "three times the rate": {"rate": 3.0},
+    "5.8 times the rate": {"rate": 5.8020833},
 }
 
 

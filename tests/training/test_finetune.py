@@ -29,6 +29,7 @@ from saefast.training.finetune import FINETUNED, finetune
 from saefast.training.finetune_config import FinetuneConfig, chosen
 from saefast.training.loop import Stopped
 from saefast.training.progress import read_metrics
+from saefast.training.spliced_model import SplicedModel
 
 HOOK = "middle"
 HARVEST = HarvestConfig(
@@ -202,6 +203,44 @@ def test_what_pays_for_sparsity_keeps_the_latents_that_it_has(world):
     tuned = finetune(sae, world.model, world.acts, FinetuneConfig(**QUICK), progress=False)
     assert tuned.config.k == 12
     assert world.scores(tuned)["l0"] == pytest.approx(world.scores(sae)["l0"], rel=0.15)
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["plain", "skip"])
+def test_a_transcoder_stands_in_where_its_target_was(world, skip):
+    model = copy.deepcopy(world.model)
+    torch.manual_seed(0)
+    model.middle = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    with torch.no_grad():
+        # Again what counts for nothing is large.
+        model.middle[2].weight[6:] *= 8
+    reading = cut(Harvester(HARVEST, text=TEXTS, model=model, tokenizer=world.tokenizer), 10**6)
+    batch, through = next(reading.batches(10**6, 0)), SplicedModel(model, ["before"], ["middle"])
+    with through.attached():
+        clean = through.clean(batch)
+    x, target = (clean.rows[name][batch.kept] for name in ("before", "middle"))
+    fields = {"d_out": 16, "skip": skip, "apply_b_dec_to_input": False}
+    recipe = saefast.TrainConfig(n_tokens=30_000, batch_size=256, device="cpu", eval_every=0, save_every=0)
+    sae = train({"x": x, "target": target}, SAEConfig(d_in=16, n_latents=64, k=4, **fields), recipe, progress=False)
+
+    def kl(sae: SAE) -> float:
+        """Of a model whose middle is the transcoder wherever a token has a row."""
+        with torch.no_grad(), through.attached():
+            put = clean.rows["middle"].clone()
+            put[batch.kept] = sae(x).x_hat
+            handle = model.middle.register_forward_hook(lambda _m, _a, _o: put)
+            now = model(input_ids=batch.ids).logits.log_softmax(-1)
+            handle.remove()
+            before = clean.logits.log_softmax(-1)
+            return float((before.exp() * (before - now)).sum(-1)[batch.kept].mean())
+
+    given = {"hook": "before", "target_hook": "middle", "tokenizer": world.tokenizer, "harvest": HARVEST}
+    by = {
+        share: finetune(sae, model, TEXTS, FinetuneConfig(**QUICK | {"kl_share": share}), progress=False, **given)
+        for share in (0.0, 0.5)
+    }
+    assert kl(by[0.5]) < 0.95 * kl(by[0.0])
+    if skip:
+        assert (by[0.5].W_skip - sae.W_skip).abs().max() > 1e-3
 
 
 def test_shares_of_the_loss_pull_two_ways(world, topk):
