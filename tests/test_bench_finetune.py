@@ -6,7 +6,7 @@ import types
 import pytest
 import tiny_models
 
-from bench import finetune
+from bench import common, finetune
 from saefast.engines.config import TrainConfig
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.models.config import SAEConfig
@@ -24,6 +24,24 @@ def test_a_line_compares_with_the_sae_as_it_was():
     assert (first["against before"], first["FVU against before"], first["lr"]) == ("+0.0%", "+0.0%", None)
     assert (second["against before"], second["FVU against before"], second["lr"]) == ("-25.0%", "+10.0%", 1e-4)
     assert second["loss lost"] == 0.02
+
+
+def test_the_page_shows_what_was_measured():
+    page = (common.ROOT / "docs" / "finetune.md").read_text(encoding="utf-8")
+    kept = json.loads((common.RESULTS / "amd-epyc-x1-finetune.json").read_text(encoding="utf-8"))["results"]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    shown = {name: (lr, *map(float, figures)) for name, lr, *figures in lines[1:]}
+    assert shown == {
+        found["cell"]: (
+            f"{found['lr']:.1e}".replace("e-0", "e-") if found["lr"] else "",
+            *(found[name] for name in ("KL", "loss lost", "FVU", "of ordinary rows", "L0")),
+        )
+        for found in finetune.table(kept["cells"])
+    }
+    assert "20,480 tokens of its own" in page
+    assert kept["sizes"] == {"tokens": 20_480, "heldout": 4000}
 
 
 def test_what_is_known_is_of_the_same_sizes(tmp_path):
