@@ -112,15 +112,16 @@ class TrainArgs:
 
     def widest(self) -> SAEConfig:
         """For the widest rows there may be, before the data is known: what this refuses, no data makes possible."""
-        widths = self.sae.keywords.get("crosscode_widths")
-        maps = (self.transcode and not self.cross_layer) or (self.residual_of and self.residual_input == "x")
-        d_out = self.d_out or (_WIDEST if maps else None)
-        more = {} if d_out is None else {"d_out": d_out}
+        widths, more = self.sae.keywords.get("crosscode_widths"), {}
         if self.cross_layer and "*" not in self.cross_layer:
             more["n_layers"] = self.cross_layer.count(",") + 1
         # Wide, and something that layers can share.
-        layers = more.get("n_layers", 1)
-        return self.sae_config(self.d_in or (sum(widths) if widths else _WIDEST // layers * layers), {}, **more)
+        layers = more.get("n_layers") or self.sae.keywords.get("n_layers") or 1
+        wide = _WIDEST // layers * layers
+        maps = (self.transcode and not self.cross_layer) or (self.residual_of and self.residual_input == "x")
+        if self.d_out or maps:
+            more["d_out"] = self.d_out or wide
+        return self.sae_config(self.d_in or (sum(widths) if widths else wide), {}, **more)
 
     @property
     def d_out(self) -> int | None:

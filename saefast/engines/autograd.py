@@ -48,10 +48,10 @@ class AutogradEngine(EngineBase):
 
     @ambient.plainly(grad=True)
     def __init__(self, sae: SAE, config: TrainConfig, total_steps: int) -> None:
-        if sae.dtype not in (torch.float32, torch.float64):
-            raise InputError(f"dtype is {sae.dtype}: train in float32 and cast the result; halves lose Adam's steps")
         if config.optimizer != "adam":
             raise InputError(f"optimizer is {config.optimizer!r}: engine 'autograd' has 'adam'; use engine='fused'")
+        if sae.dtype not in (torch.float32, torch.float64):
+            raise InputError(f"dtype is {sae.dtype}: train in float32 and cast the result; halves lose Adam's steps")
         super().__init__(sae, config, total_steps)
         self.parameters = {name: getattr(sae, name) for name in self.names}
         for parameter in self.parameters.values():
