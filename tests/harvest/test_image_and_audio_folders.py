@@ -72,7 +72,9 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     settings = config("layers.1", images=str(tmp_path), heldout=0.0)
     harvest(tmp_path / "h", settings, model=model, processor=processor, progress=False)
     found = rows_of(tmp_path / "h", "layers.1")
-    assert all(torch.equal(found[0, t], found[1, t]) for t in range(1, 17))
+    for t in range(1, 17):
+        # Threads share a batch out, so that a product of matrices may be added up in another order for its second half.
+        torch.testing.assert_close(found[0, t], found[1, t], rtol=1e-4, atol=1e-5)
 
 
 def test_images_that_do_not_open_are_skipped_and_named(pictures: Path, tmp_path: Path) -> None:
