@@ -25,8 +25,10 @@ def draw(lines: Sequence[Line], path: Path, panels: Sequence[tuple[str, Sequence
         for axis, panel in zip(axes, there, strict=True):
             _panel(axis, *panel)
         if len(there) > 1:
-            # The first two are judged by the same rows.
-            axes[1].sharey(axes[0])
+            # The first two are judged by the same rows. (sharey would take the limits of the first alone.)
+            low, high = zip(*(axis.get_ylim() for axis in axes[:2]), strict=True)
+            for axis in axes[:2]:
+                axis.set_ylim(min(low), max(high))
         axes[0].set_ylabel("fraction of variance unexplained, held out (log scale)")
 
 
