@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -35,18 +36,31 @@ def config_of(lm: Path) -> HarvestConfig:
 
 
 def settings(lm: Path, then: str = ""):
-    """What each process is given: small windows, and for the one that is first, what happens at its twelfth pass."""
+    """What each process is given: small windows, and for the one that is first, what happens at its twelfth pass.
+
+    The other one waits for that at its first pass: on a busy machine it would be done with everything by then.
+    """
     sequences.WINDOW_CHARS = 800
     if then and multiprocessing.parent_process() is not None:
+        happens, end = (
+            lm.parent / "happens",
+            {"kill": (os.getpid(), signal.SIGKILL), "stop": (os.getppid(), signal.SIGINT)},
+        )
+
+        def happen():
+            happens.touch()
+            os.kill(*end[then])
+
+        def wait():
+            while not happens.exists():
+                time.sleep(0.01)
+
         try:
             (lm.parent / "first").touch(exist_ok=False)
         except FileExistsError:
-            pass
+            at_pass(1, wait)
         else:
-            at_pass(
-                12,
-                lambda: os.kill(*{"kill": (os.getpid(), signal.SIGKILL), "stop": (os.getppid(), signal.SIGINT)}[then]),
-            )
+            at_pass(12, happen)
     return config_of(lm), DOCUMENTS
 
 
