@@ -5,25 +5,20 @@ on where it is above 0, and acts are ReLU(exp(r_mag) · W_enc x + b_mag) there. 
 learns from a second reconstruction, ReLU(π) by the decoder as it is, which gets no gradient from it.
 """
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saefast.models import steering
-from saefast.models.architecture import At
-from saefast.models.pointwise import Own, Pointwise, threshold_of, warmed_up
-from saefast.ops.code import Number
-
-# What the penalty of k equal gates that make up a whole row comes to at first, as a share of the row's variance.
-_FIRST_SHARE = 0.5
+from saefast.models.pointwise import Own, threshold_of
+from saefast.models.steering import Steered
 
 
-class Gated(Pointwise):
+class Gated(Steered):
     """Own parameters: r_mag, b_mag (n_latents,), the magnitude's log-scale over W_enc and its bias."""
 
     name = "gated"
+    first_share = 0.5
 
     def parameters(self) -> dict[str, Tensor]:
         new = torch.zeros(2, self.config.n_latents, dtype=torch.float32, device="cpu")
@@ -52,21 +47,6 @@ class Gated(Pointwise):
 
     def penalty(self, pre: Tensor, acts: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor:
         return pre.relu()
-
-    def state(self, train: Any) -> dict[str, Tensor]:
-        if train.sparsity_coef is not None:
-            return {}
-        # Of a row with a variance of 1 a column, and of k orthogonal unit rows that make it up, Σ acts is √(d · k).
-        paid = math.sqrt(self.config.d_in * self.config.k)
-        return steering.state(_FIRST_SHARE * (self.config.d_in if train.loss == "sum" else 1) / paid)
-
-    def coefficient(self, at: At, kept: dict[str, Tensor], l0: Number, train: Any) -> Number:
-        if train.sparsity_coef is not None:
-            return super().coefficient(at, kept, l0, train)
-        return steering.coefficient(kept, self.config.k) * warmed_up(at, train)
-
-    def counted(self, kept: dict[str, Tensor], l0: Number, at: At, train: Any) -> Any:
-        return kept if train.sparsity_coef is not None else steering.counted(kept, l0, self.config.k, at)
 
     def rescaled(self, tensors: dict[str, Tensor], scale: float, target_scale: float) -> dict[str, Tensor]:
         # A scale of W_enc is the same in any unit.

@@ -54,14 +54,10 @@ class Pointwise(Architecture):
 
     `own` holds the architecture's (L,) parameters by name and "b_enc", each gathered to the shape of pre or to one that
     broadcasts against it.
-
-    Attributes:
-        uses_norms: the penalty depends on the norms of decoder rows.
     """
 
     TrainFields: ClassVar[type] = PointwiseTraining
     fixed_width = False
-    uses_norms: bool = False
 
     @property
     def pointwise(self) -> "Pointwise":
@@ -101,13 +97,13 @@ class Pointwise(Architecture):
 
         Args:
             acts: as `activate` gives them.
-            norms: of the decoder rows, gathered as own is; None without `uses_norms`.
+            norms: of the decoder rows, gathered as own is; None without `wants_norms`.
         """
         raise NotImplementedError
 
     def wants_norms(self, train: Any) -> bool:
         """Whether the penalty depends on the norms of decoder rows under this recipe."""
-        return self.uses_norms
+        return False
 
     def everywhere(self, pre: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor | None:
         """What every latent costs besides on every token, active or not, of pre's shape and without a coefficient.

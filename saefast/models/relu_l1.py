@@ -7,7 +7,6 @@ activation and its row. Which of them it is follows from `SAEConfig.unit_norm_de
 shrink while decoder rows grow.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +14,16 @@ import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.models import steering
-from saefast.models.architecture import At, smallest_positive
-from saefast.models.pointwise import Own, Pointwise, warmed_up
-from saefast.ops.code import Number, padded
+from saefast.models.architecture import smallest_positive
+from saefast.models.pointwise import Own
+from saefast.models.steering import Steered
+from saefast.ops.code import padded
 from saefast.ops.encoder import Encoder
 from saefast.ops.reference import accumulate_dtype
 from saefast.ops.spmm import spmm
 
 # Of the first rows, those that biases begin at.
 _ROWS = 2048
-# What the penalty of k equal activations that make up a whole row comes to at first, as a share of the row's variance.
-_FIRST_SHARE = 0.7
 
 
 @dataclass
@@ -44,14 +41,14 @@ class ReLUTraining:
         """A flag has no bounds."""
 
 
-class ReLU(Pointwise):
+class ReLU(Steered):
     """acts = ReLU(pre). No parameters beside the four."""
 
     name = "relu"
+    first_share = 0.7
     TrainFields = ReLUTraining
 
-    @property
-    def uses_norms(self) -> bool:  # type: ignore[override]
+    def wants_norms(self, train: Any) -> bool:
         return not self.config.unit_norm_decoder
 
     def check_training(self, train: Any) -> None:
@@ -107,18 +104,3 @@ class ReLU(Pointwise):
 
     def penalty(self, pre: Tensor, acts: Tensor, own: Own, norms: Tensor | None, train: Any) -> Tensor:
         return acts if norms is None else acts * norms
-
-    def state(self, train: Any) -> dict[str, Tensor]:
-        if train.sparsity_coef is not None:
-            return {}
-        # Of a row with a variance of 1 a column, and of k orthogonal unit rows that make it up, Σ acts is √(d · k).
-        paid = math.sqrt(self.config.d_in * self.config.k)
-        return steering.state(_FIRST_SHARE * (self.config.d_in if train.loss == "sum" else 1) / paid)
-
-    def coefficient(self, at: At, kept: dict[str, Tensor], l0: Number, train: Any) -> Number:
-        if train.sparsity_coef is not None:
-            return super().coefficient(at, kept, l0, train)
-        return steering.coefficient(kept, self.config.k) * warmed_up(at, train)
-
-    def counted(self, kept: dict[str, Tensor], l0: Number, at: At, train: Any) -> Any:
-        return kept if train.sparsity_coef is not None else steering.counted(kept, l0, self.config.k, at)

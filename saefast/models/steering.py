@@ -7,11 +7,13 @@ but the L0 of past batches goes in, so a resumed run goes on to the bit.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from saefast.models.architecture import At
+from saefast.models.pointwise import Pointwise, warmed_up
 from saefast.ops.code import Number
 
 # What a step answers at once, as a power of L0 / k.
@@ -57,3 +59,29 @@ def counted(kept: dict[str, Tensor], l0: Number, k: int, at: At) -> dict[str, Te
 def _error(log_l0: Tensor, k: int) -> Tensor:
     """log(L0 / k), 0 before the first step."""
     return (log_l0 - math.log(k)).nan_to_num(0.0).clamp(-LARGEST, LARGEST)
+
+
+class Steered(Pointwise):
+    """An L1 penalty whose coefficient is steered where none is given.
+
+    Attributes:
+        first_share: what the penalty of k equal activations that make up a whole row comes to at first, as a share of
+            the row's variance.
+    """
+
+    first_share: float
+
+    def state(self, train: Any) -> dict[str, Tensor]:
+        if train.sparsity_coef is not None:
+            return {}
+        # Of a row with a variance of 1 a column, and of k orthogonal unit rows that make it up, Σ acts is √(d · k).
+        paid = math.sqrt(self.config.d_in * self.config.k)
+        return state(self.first_share * (self.config.d_in if train.loss == "sum" else 1) / paid)
+
+    def coefficient(self, at: At, kept: dict[str, Tensor], l0: Number, train: Any) -> Number:
+        if train.sparsity_coef is not None:
+            return super().coefficient(at, kept, l0, train)
+        return coefficient(kept, self.config.k) * warmed_up(at, train)
+
+    def counted(self, kept: dict[str, Tensor], l0: Number, at: At, train: Any) -> Any:
+        return kept if train.sparsity_coef is not None else counted(kept, l0, self.config.k, at)

@@ -31,13 +31,15 @@ class Rich(Pointwise):
     reconstruction, a limit below which it pays nothing, and state that follows the L0."""
 
     name = "rich"
-    uses_norms = True
 
     def parameters(self) -> dict[str, Tensor]:
         return {"offset": torch.full((L,), 0.1), "gain": torch.linspace(0.5, 1.5, L), "past": torch.zeros(D, D)}
 
     def state(self, train: Any) -> dict[str, Tensor]:
         return {"l0_before": torch.zeros((), dtype=torch.float64)}
+
+    def wants_norms(self, train: Any) -> bool:
+        return True
 
     def limit(self, own: Own, train: Any) -> Tensor | float:
         return own["offset"] - (0.5 if train is not None else 0.0)

@@ -29,13 +29,15 @@ class Everything(Pointwise):
     """
 
     name = "everything"
-    uses_norms = True
 
     def parameters(self) -> dict[str, Tensor]:
         return {"offset": torch.full((L,), 0.1), "gain": torch.linspace(0.5, 1.5, L), "past": torch.zeros(D, D)}
 
     def state(self, train: Any) -> dict[str, Tensor]:
         return {"l0_before": torch.zeros((), dtype=torch.float64)}
+
+    def wants_norms(self, train: Any) -> bool:
+        return True
 
     def limit(self, own: Own, train: Any) -> Tensor | float:
         # Below the offset by a half: the penalty is paid there too.

@@ -98,7 +98,7 @@ def test_gradients_of_the_penalty(form: dict[str, Any]) -> None:
     def paid(pre: Tensor, norms: Tensor | None) -> Tensor:
         return rule.penalty(pre, rule.activate(pre, own), own, norms, None)
 
-    assert rule.uses_norms == bool(form)
+    assert rule.wants_norms(None) == bool(form)
     assert torch.autograd.gradcheck(paid, (pre, norms))
     expected = torch.clamp(pre, min=0) * (1 if norms is None else norms)
     torch.testing.assert_close(paid(pre, norms), expected)
