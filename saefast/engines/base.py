@@ -9,6 +9,7 @@ from saefast import ambient
 from saefast.engines.config import TrainConfig
 from saefast.engines.dead import DeadLatents
 from saefast.engines.draw import Draw
+from saefast.engines.engine import normalised
 from saefast.engines.losses import inverse_variance
 from saefast.engines.recipe import choose, lr_factor
 from saefast.engines.resample import Fresh, due, fresh_in_blocks, steps_to_draw
@@ -67,7 +68,7 @@ class EngineBase:
         Args:
             targets: (n, d_out) what the rows are to be mapped to; None is the rows themselves.
         """
-        targets = rows if targets is None else targets
+        rows, targets = normalised(rows, rows if targets is None else targets, self.sae)
         start_b_dec_(self.sae, targets, self.config.b_dec_init)
         if start := FROM_DATA.get(self.sae.config.init):
             start(self.sae, rows, targets, self.config.seed)

@@ -38,7 +38,10 @@ class StepStats(NamedTuple):
 
 
 class Engine(Protocol):
-    """One way to take training steps. Rows come normalised: scaling inputs is the loop's business.
+    """One way to take training steps. Rows come scaled by one number, which is the loop's business.
+
+    Where the SAE normalises each row by itself, a step does the same, and is of the normalised rows: its loss, its
+    figures.
 
     Call `initialise` once with the first rows of a new run, or `load_state_dict` to continue one; then `step` for
     every batch; `finish` after the last. `state_dict` between steps, together with the SAE's own weights, holds all
@@ -79,7 +82,7 @@ class Engine(Protocol):
 
 
 def checked(x: Tensor, target: Tensor | None, sae: SAE, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and target as an engine takes them, of one dtype and contiguous; target None is x.
+    """x and target as an engine takes them, `normalised`, of one dtype and contiguous; target None is x.
 
     Raises:
         InputError: x is not (B >= 1, d_in) of floats, or target not (B, d_out).
@@ -100,7 +103,25 @@ def checked(x: Tensor, target: Tensor | None, sae: SAE, dtype: torch.dtype) -> t
             f"each of x's {tuple(x.shape)}"
         )
     x = x.to(dtype).contiguous()
-    return x, x if target is None else target.to(dtype).contiguous()
+    return normalised(x, x if target is None else target.to(dtype).contiguous(), sae)
+
+
+def normalised(x: Tensor, target: Tensor, sae: SAE) -> tuple[Tensor, Tensor]:
+    """x and target, which is x itself where there is no other, with each row as the SAE normalises it.
+
+    Raises:
+        InputError: the SAE normalises rows, and the target is not x.
+    """
+    norm = sae.architecture.row_norm(x)
+    if norm is None:
+        return x, target
+    if target is not x:
+        raise InputError(
+            "target is another tensor than x, which this SAE (input_norm) normalises token by token: it reconstructs "
+            "the rows that it takes; leave the target out, or set input_norm to 'none'"
+        )
+    x = norm.normed(x).to(x.dtype)
+    return x, x
 
 
 def not_finite(step: int, loss: float, x: Tensor, target: Tensor | None = None) -> InputError:

@@ -67,6 +67,25 @@ class Terms(NamedTuple):
         return code._replace(acts=torch.where(code.idx < bound, code.acts, 0))
 
 
+class RowNorm(NamedTuple):
+    """What normalises rows (B, d_in), each by figures of its own, and gives them back to their reconstructions."""
+
+    centre: Tensor
+    """(B, 1) what is subtracted."""
+    divisor: Tensor
+    """(B, 1) what is divided by then."""
+    spread: Tensor
+    """(B, 1) what a reconstruction is multiplied by, before the centre is added."""
+
+    def normed(self, x: Tensor) -> Tensor:
+        """x (B, d_in) as it is encoded."""
+        return (x - self.centre) / self.divisor
+
+    def undone(self, x_hat: Tensor) -> Tensor:
+        """x_hat (B, d_out), of normalised rows, as the reconstruction of the rows themselves."""
+        return x_hat * self.spread + self.centre
+
+
 class Block(NamedTuple):
     """Latents that read some columns of x, and write some of the target."""
 
@@ -213,6 +232,13 @@ class Architecture:
         """
         return None
 
+    def row_norm(self, x: Tensor) -> RowNorm | None:
+        """What normalises x (B, d_in) before b_dec is subtracted, and is undone in its reconstruction; None is nothing.
+
+        Differentiable in x, of which it makes float32 or finer.
+        """
+        return None
+
     @property
     def ranks_by_norm(self) -> bool:
         """Whether activations are measured in decoder norms, and latents ranked by that."""
@@ -348,6 +374,9 @@ class Layer(Architecture):
 
     def direct(self, x: Tensor, own: Any) -> Tensor | None:
         return self.inner.direct(x, own)
+
+    def row_norm(self, x: Tensor) -> RowNorm | None:
+        return self.inner.row_norm(x)
 
     @property
     def ranks_by_norm(self) -> bool:

@@ -10,6 +10,7 @@ from saefast.models.crosscoder import Crosscoder
 from saefast.models.gated import Gated
 from saefast.models.groupmax import GroupMax
 from saefast.models.hierarchical import Hierarchical
+from saefast.models.input_norm import InputNorm
 from saefast.models.jumprelu import JumpReLU
 from saefast.models.matryoshka import Matryoshka
 from saefast.models.pointwise import Pointwise
@@ -36,6 +37,7 @@ LAYERS: tuple[type[Layer], ...] = (
     Crosscoder,
     CrossLayerTranscoder,
     Transcoder,
+    InputNorm,
 )
 
 

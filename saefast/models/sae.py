@@ -47,6 +47,8 @@ class SAEOutput(NamedTuple):
 class SAE(nn.Module):
     """A sparse autoencoder. acts, idx = choice(W_enc (x - b_dec) + b_enc); x_hat = Σ acts · W_dec[idx] + b_dec.
 
+    With `SAEConfig.input_norm` the x in it is the normalised row, and x_hat gets back what was taken from it.
+
     Parameters: W_enc, W_dec (n_latents, d_in), b_enc (n_latents,), b_dec (d_in,), of other shapes where the
     architecture says so, and those that it adds (`Architecture.shapes`, `Architecture.parameters`). A latent is a row
     in both matrices. Buffers: what it keeps (`Architecture.buffers`), in float32 for weights of any dtype.
@@ -174,7 +176,8 @@ class SAE(nn.Module):
         """acts, idx (..., K) -> x_hat (..., d_out).
 
         Args:
-            x: (..., d_in) what was encoded; only what the architecture adds straight from it (a skip) needs it.
+            x: (..., d_in) what was encoded; only what the architecture takes straight from it (a skip, an input norm)
+                needs it.
 
         Raises:
             InputError: other shapes, dtypes and ids; no x where it is needed.
@@ -188,20 +191,23 @@ class SAE(nn.Module):
         if self.architecture.ranks_by_norm:
             flat_acts = flat_acts / self._units()[flat_idx.long()]
         x_hat = spmm(flat_acts, flat_idx, self.W_dec) + self.b_dec
-        return self._with_direct(x_hat.reshape(*acts.shape[:-1], self.d_out), x)
+        return self._completed(x_hat.reshape(*acts.shape[:-1], self.d_out), x)
 
-    def _with_direct(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
-        """x_hat (..., d_out) with what the architecture adds to it straight from x."""
-        flat = self.W_enc.new_zeros(0, self.config.d_in) if x is None else self._rows(x)
-        direct = self.architecture.direct(flat, self.own())
-        if direct is None:
+    def _completed(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat (..., d_out) as decoded -> with what x itself gives: a skip, or the norm that was taken from it."""
+        rows = self.W_enc.new_zeros(0, self.config.d_in) if x is None else self._rows(x)
+        direct, norm = self.architecture.direct(rows.to(self.dtype), self.own()), self.architecture.row_norm(rows)
+        if direct is None and norm is None:
             return x_hat
         if x is None:
-            raise InputError("x is not given: this SAE adds a linear map of it to what the code decodes to; pass x too")
+            does = "adds a linear map of it to" if norm is None else "gives its mean and norm back to"
+            raise InputError(f"x is not given: this SAE {does} what the code decodes to; pass x too")
         if x.shape[:-1] != x_hat.shape[:-1]:
-            rows = tuple(x_hat.shape[:-1])
-            raise InputError(f"x has shape {tuple(x.shape)}, the code is of {rows} rows: expected x of as many")
-        return x_hat + direct.view_as(x_hat)
+            n_rows = tuple(x_hat.shape[:-1])
+            raise InputError(f"x has shape {tuple(x.shape)}, the code is of {n_rows} rows: expected x of as many")
+        flat = x_hat.reshape(len(rows), x_hat.shape[-1])
+        flat = flat if norm is None else norm.undone(flat).to(x_hat.dtype)
+        return (flat if direct is None else flat + direct).view_as(x_hat)
 
     @typed
     @ambient.plainly()
@@ -222,7 +228,7 @@ class SAE(nn.Module):
         require_real("f", f)
         if self.architecture.ranks_by_norm:
             f = f / self._units()
-        return self._with_direct(f.to(self.dtype) @ self.W_dec + self.b_dec, x)
+        return self._completed(f.to(self.dtype) @ self.W_dec + self.b_dec, x)
 
     @typed
     @ambient.plainly()
@@ -259,18 +265,20 @@ class SAE(nn.Module):
         return self
 
     def _flatten(self, x: Tensor) -> Tensor:
-        """x (..., d_in) as (B, d_in) in the weights' dtype, centred if the config says so."""
-        flat = self._rows(x)
+        """x (..., d_in) as (B, d_in) in the weights' dtype, normalised and centred if the config says so."""
+        rows = self._rows(x)
+        norm = self.architecture.row_norm(rows)
+        flat = (rows if norm is None else norm.normed(rows)).to(self.dtype)
         return flat - self.b_dec if self.config.apply_b_dec_to_input else flat
 
     def _rows(self, x: Tensor) -> Tensor:
-        """x (..., d_in) as (B, d_in) in the weights' dtype."""
+        """x (..., d_in) as (B, d_in), in its own dtype or the weights', whichever is finer."""
         if x.dim() == 0 or x.shape[-1] != self.config.d_in:
             raise InputError(f"x has shape {tuple(x.shape)}: expected (..., d_in = {self.config.d_in})")
         if x.device != self.device:
             raise InputError(f"x is on {x.device}, the SAE on {self.device}: move one with .to()")
         require_real("x", x)
-        return x.reshape(-1, self.config.d_in).to(self.dtype)
+        return x.reshape(-1, self.config.d_in).to(torch.promote_types(x.dtype, self.dtype))
 
     @typed
     def save(self, path: str | Path) -> None:

@@ -174,7 +174,8 @@ def _begin(source: Source, sae_config: SAEConfig, config: TrainConfig, resume_fr
     first = feed.look_ahead(min(recipe.init_rows, total_steps * recipe.batch_size))
     architecture = sae.architecture
     first = feed.fit_levels(first, recipe.normalize, architecture.parts(), architecture.target_parts())
-    feed.fit_scales(first, recipe.normalize)
+    # An SAE that normalises every token by itself takes rows of any scale, and is to be served them as they are.
+    feed.fit_scales(first, recipe.normalize if architecture.row_norm(first.x) is None else "none")
     engine.initialise(*feed.scaled(feed.look_at(first)))
     check_heldout(feed)
     return Run(sae, engine, feed, recipe, total_steps)

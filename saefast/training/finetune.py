@@ -278,7 +278,8 @@ class _Run:
         """Measures the first rows, and puts the SAE into units of their size."""
         first = self._first_rows()
         # Powers of two, so that nothing is rounded on the way there and back.
-        scales = {name: 2.0 ** round(math.log2(input_scale(rows, "median"))) for name, rows in first.items()}
+        kind = "none" if self.sae.architecture.row_norm(first[X]) is not None else "median"
+        scales = {name: 2.0 ** round(math.log2(input_scale(rows, kind))) for name, rows in first.items()}
         self.scale, self.target_scale = scales[X], scales.get(TARGET, scales[X])
         self.left_out.look_at(first)
         tuned = fold(_wide(self.sae), 1 / self.scale, 1 / self.target_scale)
@@ -395,7 +396,8 @@ class _Run:
 
     def _objective(self, losses: Losses, rows: _Rows) -> Tensor:
         """See the module's docstring."""
-        x_hat = (losses.x_hat / self.target_scale).to(self.through.device)
+        x_hat, norm = losses.x_hat / self.target_scale, self.tuned.architecture.row_norm(rows.x)
+        x_hat = (x_hat if norm is None else norm.undone(x_hat)).to(self.through.device)
         logits = self.through.spliced(rows.batch, rows.clean, rows.where, x_hat)
         kl = mean_kl(logits, rows.clean.logits, rows.where).to(losses.total.device)
         self.kl = kl.detach()

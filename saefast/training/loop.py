@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.data.source import TARGET, X
-from saefast.engines.engine import Engine, StepStats
+from saefast.engines.engine import Engine, StepStats, normalised
 from saefast.engines.losses import total_variance
 from saefast.engines.recipe import Recipe
 from saefast.errors import InputError
@@ -282,7 +282,7 @@ def _line(run: Run, rows: Rows, stats: StepStats) -> Line:
     run.feed.confirm()
     line = (
         {"step": run.step, "tokens": run.tokens, "seconds": run.seconds}
-        | _figures(run, rows.target, stats)
+        | _figures(run, normalised(*rows, run.sae)[1], stats)
         | run.speeds()
     )
     if not math.isfinite(line["losses/overall_loss"]):
