@@ -5,6 +5,7 @@ those groups: each latent's gradient row is summed, used by its Adam update and 
 """
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -26,7 +27,7 @@ from saefast.engines.resample import due
 from saefast.engines.weights import Scratch, Weights
 from saefast.errors import InputError
 from saefast.models.sae import SAE
-from saefast.ops.code import Number
+from saefast.ops.code import Code, Number
 from saefast.ops.reference import accumulate_dtype
 from saefast.optim.dispatch import row_ops
 from saefast.optim.state import AdamStep, Job, Norm, RowGradient
@@ -129,6 +130,19 @@ class FusedEngine(EngineBase):
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
         return StepStats(*figures, gradient.penalty, gradient.coefficient)
+
+    @ambient.plainly(grad=False)
+    def look(self, x: Tensor, target: Tensor | None = None) -> tuple[Code, Gradient]:
+        """What a step from x (B, d_in) would find: its code, and its gradient with the residual. Nothing is changed.
+
+        Raises:
+            InputError: as `step`.
+        """
+        x, target = checked(x, target, self.sae, self.dtype)
+        self.weights.bind()
+        work = Pass(dataclasses.replace(self._model(), wants_error=True), x, target)
+        found = work.gradient()
+        return work.code, found
 
     def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
         return Pass(self._model(), x, target).gradient()
@@ -261,11 +275,17 @@ class FusedEngine(EngineBase):
             self.share.fill_(share)
 
     @ambient.plainly(grad=False)
-    def finish(self) -> None:
-        """Settles all rows, and gives decoder rows the unit norm that SAEConfig promises."""
+    def settle(self) -> None:
+        """Makes the SAE's weights what dense training would have by now: to be read in the middle of a run."""
         self.weights.bind()
         with uninterrupted():
             self.weights.settle_all()
+
+    @ambient.plainly(grad=False)
+    def finish(self) -> None:
+        """Settles all rows, and gives decoder rows the unit norm that SAEConfig promises."""
+        self.settle()
+        with uninterrupted():
             if self.sae.config.unit_norm_decoder and self.config.decoder_norm != "never":
                 self.weights.normalise_decoder()
 

@@ -1,0 +1,1 @@
+"""Other people's SAEs, training loops and models, with saefast's kernels inside."""
