@@ -91,12 +91,18 @@ def describe_data(
     metadata[DATA] |= {name: by_tensor(given) for name, given in (("hooks", hooks), ("keys", keys)) if given}
     if isinstance(source, MappedSource | ShardBuffer) and source.folder is not None:
         metadata[DATA]["shuffle"] = "buffer" if isinstance(source, ShardBuffer) else "mapped"
-        metadata |= _shard_facts(source.folder, source.hooks)
-        others = source.others if isinstance(source, MappedSource) else ()
-        if others:
-            models = [str(one.index.get("model")) for one in (source.folder, *others)]
-            metadata |= {"model_name": ",".join(models)}
-    return metadata
+    return metadata | facts_of(source)
+
+
+def facts_of(source: Source) -> dict[str, Any]:
+    """What the rows of a source are, in SAELens' names; nothing of rows that are not from a shard folder."""
+    if not isinstance(source, MappedSource | ShardBuffer) or source.folder is None:
+        return {}
+    facts = _shard_facts(source.folder, source.hooks)
+    others = source.others if isinstance(source, MappedSource) else ()
+    if others:
+        facts["model_name"] = ",".join(str(one.index.get("model")) for one in (source.folder, *others))
+    return facts
 
 
 def _shard_facts(folder: ShardFolder, hooks: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
