@@ -10,9 +10,10 @@ from saefast.version import __version__
 
 if TYPE_CHECKING:
     from saefast.engines.config import TrainConfig, preset
+    from saefast.formats.opening import load, save
     from saefast.models.calibration import as_jumprelu
     from saefast.models.config import SAEConfig
-    from saefast.models.sae import SAE, SAEOutput, load
+    from saefast.models.sae import SAE, SAEOutput
     from saefast.training.api import train
     from saefast.training.finetune import finetune
     from saefast.training.finetune_config import FinetuneConfig
@@ -29,6 +30,7 @@ __all__ = [
     "finetune",
     "load",
     "preset",
+    "save",
     "train",
 ]
 
@@ -38,7 +40,8 @@ _HOME = {
     "SAEConfig": "saefast.models",
     "SAEOutput": "saefast.models",
     "as_jumprelu": "saefast.models",
-    "load": "saefast.models",
+    "load": "saefast.formats",
+    "save": "saefast.formats",
     "TrainConfig": "saefast.engines",
     "preset": "saefast.engines",
     "train": "saefast.training",

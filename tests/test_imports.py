@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room is a folder of saefast and imports from rooms above it in this list alone. "ground" is the files beside the
 # folders, "saefast" the package itself and its __main__. Files of one room have an order too: no circle.
 ROOMS = (
-    "ground", "kernels", "metrics", "ops", "data", "harvest", "models", "optim", "engines", "training", "analysis",
-    "integrations", "cli", "saefast",
+    "ground", "kernels", "metrics", "ops", "data", "harvest", "models", "formats", "optim", "engines", "training",
+    "analysis", "integrations", "cli", "saefast",
 )  # fmt: skip
 MOST_FLOORS = 10
 # The fused engine exists to do without autograd: it stands above it and still does not use it.

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -380,13 +380,17 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, verify: bool =
         warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 2)
     # Copies, so that writing into the file later does not change an SAE that was loaded from it.
     tensors = {name: map_tensor(file, entry).to(place, copy=True) for name, entry in entries.items()}
-    sae = SAE(_config_of(file, facts, tensors), device="meta")
+    sae = SAE(config_in(file, facts, tensors), device="meta")
     sae.load_state_dict(tensors, assign=True)
     return sae.requires_grad_(True)
 
 
-def _config_of(file: Path, facts: dict[str, str], tensors: dict[str, Tensor]) -> SAEConfig:
-    """The config in a file's header, once the tensors are known to be of its shapes and of one dtype, which it gets."""
+def config_in(file: Path, facts: dict[str, str], tensors: Mapping[str, Any]) -> SAEConfig:
+    """The config in a file's header, once the tensors are known to be of its shapes and of one dtype, which it gets.
+
+    Args:
+        tensors: by name, with a shape and a dtype each.
+    """
     try:
         config = SAEConfig.from_dict(parse_json(facts.get("config", ""), "its config"))
     except InputError as error:
