@@ -100,18 +100,18 @@ LEAN_TILES = {"half": Tiles(128, 128, 64, 8, 3, 1), "tf32": Tiles(128, 128, 32, 
 # What descriptors cannot address (a row stride that is no multiple of 16 bytes, a list of latents) takes pointers.
 POINTER_TILES = {"half": Tiles(128, 128, 32, 8, 4, 0), "tf32": Tiles(128, 128, 32, 8, 3, 0)}
 
-# encode_topk's method for a GPU: (architecture, kind of product) -> (narrow, wide). Calculated, not measured.
+# encode_topk's method for a GPU: (architecture, kind of product) -> (narrow, wide).
 #
-# half and tf32. Of a GEMM's time on an H200, with B = 8192 and 1024 columns at a time (90 us at D = 4096, 17 at 768):
-# the library's products pay a filter kernel out of L2 (14 us) and two gaps between launches (4 us each), 1.25 at
-# D = 4096 and 2.3 at 768, and then the merges. The fused kernel loses 8-12 % to the library's main loop at D = 4096
-# and 20-25 % at 768, pays an epilogue of 2-4 % and 10-13 %, and the same merges: 1.13-1.22 and 1.45-1.6. It also
-# takes 2 launches a chunk instead of 2 every 1024 columns: 14 instead of 267 at 131k latents, 72 instead of 2132 at 1M.
-# ieee. tl.dot has no tensor cores for it and reaches perhaps half of the library's rate, while the filter is 8 % of
+# half. Measured on an H100 with B = 8192 (results/nvidia-h100-80gb-hbm3-gpu-kernels.json): the fused kernel's main loop is as
+# fast as the library's at D = 4096 and 0.75 of it at 768; with merges 1.16 and 1.8 of the product alone. Library products of
+# 1024 columns pay for their gaps and a filter kernel each: 1.43 and 2.5.
+# ieee. tl.dot has no tensor cores for it and reaches perhaps half of the library's rate (not measured), while the filter is 8 % of
 # a library product at D = 768 (22 us on 258) and 2 % at 4096.
+# tf32. Tensor cores that read fp32 from shared memory cut its last bits off, where the library rounds them: sums lean
+# towards 0, by 2**-10 of themselves (measured: three times the library's error).
 # The interpreter runs the fused form.
 METHODS: dict[tuple[int, str], tuple[str, str]] = {
-    (arch, kind): ("chunked", "chunked") if kind == "ieee" and arch else ("fused", "fused") for arch, kind in TILES
+    (arch, kind): ("chunked", "chunked") if kind != "half" and arch else ("fused", "fused") for arch, kind in TILES
 }
 
 # The part of x that tiles pass over before they go on to the next span of rows; it should stay in L2 beside W_enc.

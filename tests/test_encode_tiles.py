@@ -103,20 +103,21 @@ def test_the_reference_says_what_the_definition_says():
 
 
 @pytest.mark.parametrize(
-    ("W", "described"),
+    ("make", "shape", "dtype", "described"),
     [
-        (torch.zeros(40, 24).half(), True),
-        (sliced(torch.zeros(1, 24).half()), True),
-        (misaligned(torch.zeros(40, 24).half()), False),
-        (torch.zeros(40, 25).half(), False),
-        (torch.zeros(40, 12), True),
-        (torch.zeros(40, 13), False),
+        (torch.Tensor.clone, (40, 24), torch.float16, True),
+        (sliced, (1, 24), torch.float16, True),
+        (misaligned, (40, 24), torch.float16, False),
+        (torch.Tensor.clone, (40, 25), torch.float16, False),
+        (torch.Tensor.clone, (40, 12), torch.float32, True),
+        (torch.Tensor.clone, (40, 13), torch.float32, False),
     ],
 )
-def test_descriptors_take_what_they_can_address(W, described, use_form):
+def test_descriptors_take_what_they_can_address(make, shape, dtype, described, use_form, device):
     use_form("descriptor")
-    precision = "tf32" if W.dtype == torch.float32 else "ieee"
-    enc = tiles.make_encoder(torch.zeros(2, W.shape[1], dtype=W.dtype), W, None, None, None, "fused", precision)
+    W, precision = make(torch.zeros(shape, dtype=dtype, device=device)), "tf32" if dtype == torch.float32 else "ieee"
+    x = torch.zeros(2, shape[1], dtype=dtype, device=device)
+    enc = tiles.make_encoder(x, W, None, None, None, "fused", precision)
     assert enc.described == described
     assert (enc.tiles().per_sm > 0) == described, "the pointer form has settings of its own"
 

@@ -1,12 +1,13 @@
 """What every launch of a Triton kernel needs to know about its tensors and their device.
 
 CPU tensors are served only by Triton's interpreter (TRITON_INTERPRET=1 before the first import), which is how tests
-run the kernels. No GPU has run this module yet: it is unproven on a GPU.
+run the kernels where there is no GPU.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -89,5 +90,13 @@ def parts(B: int, rows: int) -> Iterator[slice]:
     return (slice(start, min(start + rows, B)) for start in range(0, B, max(1, rows)))
 
 
-def tf32(allow: bool) -> AbstractContextManager[object]:
-    return torch.backends.cuda.matmul.flags(allow_tf32=allow) if torch.cuda.is_available() else nullcontext()
+@contextmanager
+def tf32(allow: bool) -> Iterator[None]:
+    """fp32 products of torch's in tf32, or in full: one setting of the process, as it was before when this ends."""
+    matmul: Any = torch.backends.cuda.matmul  # its settings are made on the fly, which its types do not say
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if allow else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
