@@ -14,6 +14,7 @@ from torch import Tensor
 from saefast import ambient
 from saefast.errors import InputError
 from saefast.metrics.streaming import Reconstruction
+from saefast.models.architecture import Block
 from saefast.models.sae import SAE, require_real
 from saefast.ops.code import Code
 from saefast.ops.encoder import Encoder
@@ -55,7 +56,8 @@ def as_jumprelu(sae: SAE, rows: Tensor, targets: Tensor | None = None, *, per_la
         rows: (n, d_in) as the SAE takes them; some ten thousand tell a threshold well.
         targets: (n, d_out) what they are to be mapped to; None is the rows themselves.
         per_latent: each latent gets a threshold of its own, above which it is active on as many of the rows as it was
-            chosen on; one that was never chosen has the threshold for all. False is one threshold for all latents.
+            chosen on; one that was never chosen has the threshold for all. False is one threshold for all latents, or
+            for all of a layer in a cross-layer transcoder.
 
     Raises:
         InputError: the SAE has thresholds already, no row a positive activation, or rows are of another shape or not
@@ -74,9 +76,11 @@ def as_jumprelu(sae: SAE, rows: Tensor, targets: Tensor | None = None, *, per_la
     encoder = Encoder(made._flatten(rows), made.W_enc, made.b_enc)
     # Buffers as they begin: a batch chooses, and not a threshold that it was given.
     chosen = sae.architecture.serve(encoder, sae.architecture.buffers())
-    common = _threshold_for_all(encoder, chosen)
-    thresholds = _thresholds(encoder, chosen, common) if per_latent else torch.full_like(encoder.b_enc, common)
-    made.own()["log_threshold"].copy_(thresholds.log())
+    for block, part in zip(blocks := sae.architecture.blocks(), _parts(chosen, blocks), strict=True):
+        own = encoder.of(*block[:2])
+        common = _threshold_for_all(own, part)
+        thresholds = _thresholds(own, part, common) if per_latent else torch.full_like(own.b_enc, common)
+        made.own()["log_threshold"][block.latents] = thresholds.log()
     return Calibrated(made, served(sae, rows, targets), served(made, rows, targets))
 
 
@@ -118,6 +122,14 @@ def _folded(sae: SAE) -> SAE:
         made.b_enc.mul_(units)
         made.W_dec.div_(units[:, None])
     return made
+
+
+def _parts(chosen: Code, blocks: tuple[Block, ...]) -> list[Code]:
+    """The code of each block's own latents, counted from its first: they lie beside each other, as many of each."""
+    if len(blocks) == 1:
+        return [chosen]
+    acts, idx = chosen.acts.chunk(len(blocks), dim=1), chosen.idx.chunk(len(blocks), dim=1)
+    return [Code(a, i - block.latents.start) for a, i, block in zip(acts, idx, blocks, strict=True)]
 
 
 def _threshold_for_all(encoder: Encoder, chosen: Code) -> float:

@@ -5,6 +5,9 @@ layer m is reconstructed as Σ over l <= m of acts_l · W_dec[l → m]. x holds 
 the target their outputs. Latents are the layers' own, layer by layer: W_enc (L, d_in / M) reads its layer's columns,
 and a decoder row (d_out,) is 0 in the columns of earlier layers and stays so. Those zeros are kept and computed with,
 which wastes (M - 1) / 2M of W_dec, just under half.
+
+One that is trained here has the best latents of each layer. Those that others publish have a threshold for each latent
+or a ReLU alone: they are served.
 """
 
 from collections.abc import Mapping
@@ -17,11 +20,12 @@ from torch import Tensor
 from saefast.errors import InputError
 from saefast.models.architecture import Block, Layer
 from saefast.models.topk import no_annealing
-from saefast.ops.code import Code
+from saefast.ops.code import Code, padded
 from saefast.ops.encoder import Encoder
 
 # The buffer: what each layer's targets were multiplied by in training.
 TARGET_SCALE = "target_scale"
+_ACTIVATIONS = ("topk", "relu", "jumprelu")
 
 
 @dataclass
@@ -42,7 +46,7 @@ class CrossLayerFields:
 
 
 class CrossLayerTranscoder(Layer):
-    """k / M latents of each layer, over activation "topk". Buffer: target_scale (M,)."""
+    """k / M latents of each layer, or all that pass ReLU or JumpReLU. Buffer: target_scale (M,)."""
 
     Fields = CrossLayerFields
     has_target = True
@@ -68,10 +72,10 @@ class CrossLayerTranscoder(Layer):
                     f"{name} is {value}, which {M} layers (n_layers) cannot share: expected a multiple of {M}"
                 )
         what = f"a cross-layer transcoder (n_layers = {M})"
-        if c.activation != "topk":
+        if c.activation not in _ACTIVATIONS:
             raise InputError(
-                f"activation is {c.activation!r}, but {what} takes the k / n_layers best latents of each layer: use "
-                "activation='topk'"
+                f"activation is {c.activation!r}, but {what} takes the k / n_layers best latents of each layer, or all "
+                "above a threshold: use activation='topk', or 'relu' or 'jumprelu' for one that is not trained here"
             )
         for name in ("matryoshka", "hierarchical", "crosscode_widths", "skip"):
             if getattr(c, name):
@@ -79,6 +83,11 @@ class CrossLayerTranscoder(Layer):
 
     def check_training(self, train: Any) -> None:
         super().check_training(train)
+        if self.pointwise is not None:
+            raise InputError(
+                f"activation is {self.config.activation!r}: a cross-layer transcoder is trained with activation='topk' "
+                "alone (n_layers is set)"
+            )
         no_annealing(train, f"a cross-layer transcoder (n_layers = {self._layers})", "its layers share k")
         for name in ("multi_topk_coef", "auxk_coef", "init_encoder_scale"):
             if getattr(train, name):
@@ -106,13 +115,23 @@ class CrossLayerTranscoder(Layer):
         return self._best_of_layers(encoder)
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
-        return self._best_of_layers(encoder)
+        if self.pointwise is None:
+            return self._best_of_layers(encoder)
+        # As many entries for each layer, so that entry and layer can be told from each other's place.
+        found = [self.pointwise.serve(encoder.of(*block[:2]), buffers) for block in self.blocks()]
+        width = max(code.fullest for code in found)
+        return self._beside([padded(code, self.config.n_latents // self._layers, width) for code in found])
 
     def _best_of_layers(self, encoder: Encoder) -> Code:
         """(B, k): those of the first layer, then of the next."""
-        codes = [encoder.of(*block[:2]).topk(self.config.k // self._layers) for block in self.blocks()]
+        return self._beside([encoder.of(*block[:2]).topk(self.config.k // self._layers) for block in self.blocks()])
+
+    def _beside(self, codes: list[Code]) -> Code:
+        """Codes (B, K) of the layers, whose latents count from 0, as one (B, M · K)."""
         idx = [code.idx + block.latents.start for code, block in zip(codes, self.blocks(), strict=True)]
-        return Code(torch.cat([code.acts for code in codes], dim=1), torch.cat(idx, dim=1))
+        pre = [code.pre for code in codes if code.pre is not None]
+        acts = torch.cat([code.acts for code in codes], dim=1)
+        return Code(acts, torch.cat(idx, dim=1), pre=torch.cat(pre, dim=1) if pre else None)
 
     def parts(self) -> tuple[int, ...]:
         return (self.config.d_in // self._layers,) * self._layers

@@ -260,7 +260,9 @@ class SAE(nn.Module):
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
-            self._buffers[name] = buffer.to(self._buffers[name].device)  # type: ignore[union-attr]
+            moved = self._buffers[name]
+            # On the meta device it had no values.
+            self._buffers[name] = (moved if buffer.is_meta else buffer).to(moved.device, buffer.dtype)  # type: ignore[union-attr]
         self._shadow = None
         return self
 

@@ -29,6 +29,13 @@ class Code(NamedTuple):
     def rows(self) -> int:
         return len(self.idx) if self.row_ptr is None else len(self.row_ptr) - 1
 
+    @property
+    def fullest(self) -> int:
+        """Entries of the row that has the most of them."""
+        if self.row_ptr is None:
+            return self.idx.shape[1]
+        return int(self.row_ptr.diff().max()) if self.rows else 0
+
     def tokens(self) -> Tensor:
         """(entries,) int64: the row of every entry; some row for padding."""
         device = self.idx.device
@@ -79,15 +86,18 @@ class Decoded(NamedTuple):
     """dloss / dacts in the shape of acts, for the loss Σ_p weight[p] · Σ e[p]². 0 in padding."""
 
 
-def padded(code: Code, n_latents: int) -> Code:
+def padded(code: Code, n_latents: int, width: int = 0) -> Code:
     """The code with as many entries in every row as the fullest has, (B, K): what is added has act 0.
 
     A row is filled up with the lowest latents that it does not have, so that its ids stay distinct. Their pre is 0.
+
+    Args:
+        width: the least that K is to be, at most n_latents.
     """
     if code.row_ptr is None:
         return code
     counts, B = code.row_ptr.diff().long(), code.rows
-    K = int(counts.max()) if B else 0
+    K = max(code.fullest, width)
     n = int(code.row_ptr[-1])
     token, column = code.tokens()[:n], code.columns()[:n]
     acts = code.acts.new_zeros(B, K)

@@ -35,7 +35,8 @@ class Encoder:
     def of(self, latents: slice, reads: slice) -> "Encoder":
         """Some latents, which read some columns of x alone; its codes count from the first of them."""
         scale, shadow = (None if t is None else t[latents] for t in (self.scale, self.shadow))
-        return Encoder(self.x[:, reads].contiguous(), self.W_enc[latents], self.b_enc[latents], scale, shadow)
+        own = {name: value[latents] for name, value in self.own.items() if value.dim() == 1}
+        return Encoder(self.x[:, reads].contiguous(), self.W_enc[latents], self.b_enc[latents], scale, shadow, own)
 
     def topk(self, k: int, latents: Tensor | None = None, relu: bool = True) -> Code:
         """The k best of each row, (B, k). Arguments as `saefast.ops.encode_topk`."""

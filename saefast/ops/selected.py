@@ -46,7 +46,7 @@ def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, *, clip
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc))):
         return code.acts
     acts, idx, width = code.acts, code.idx, W_enc.shape[1]
-    if x.shape[1] != width:
-        x, acts, idx = x.reshape(-1, width), *(t.reshape(-1, t.shape[1] * width // x.shape[1]) for t in (acts, idx))
+    if (layers := x.shape[1] // width) > 1:
+        x, acts, idx = x.reshape(-1, width), *(t.reshape(len(t) * layers, t.shape[1] // layers) for t in (acts, idx))
     found: Tensor = Selected.apply(x, W_enc, b_enc, acts, idx, clip)
     return found.view(code.acts.shape)

@@ -246,3 +246,52 @@ def test_the_plan_counts_what_each_layer_reads_and_writes() -> None:
     # A copy of the residuals for each layer, besides.
     alone = memory_of(sizes._replace(blocks=1), "cpu")
     assert found["batch"] - alone["batch"] == 3 * sizes.batch_size * 3 * 32 * 4
+
+
+def with_thresholds(activation: str, dtype: str = "float64") -> SAE:
+    """One as others publish it, with biases and thresholds that some pre-activations pass."""
+    sae = SAE(config(activation=activation, dtype=dtype), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in (sae.b_enc, sae.b_dec):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+        if activation == "jumprelu":
+            sae.log_threshold.copy_(torch.rand(M * F, generator=generator).log())
+    return sae
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_one_with_thresholds_is_served_layer_by_layer(activation: str) -> None:
+    sae, x = with_thresholds(activation), data(30, torch.float64)[0]
+    found, expected = sae.encode(x).detach(), []
+    for m, rows in enumerate(x.split(D, dim=1)):
+        mine = slice(m * F, (m + 1) * F)
+        pre = rows @ sae.W_enc[mine].T + sae.b_enc[mine]
+        limit = sae.log_threshold[mine].exp() if activation == "jumprelu" else torch.zeros(F, dtype=x.dtype)
+        expected.append(torch.where(pre > limit, pre, 0))
+    code = torch.cat(expected, dim=1).detach()
+    assert len(set((code > 0).sum(1).tolist())) > 2
+    torch.testing.assert_close(found, code)
+    torch.testing.assert_close(sae(x).x_hat.detach(), (code @ sae.W_dec + sae.b_dec).detach())
+    idx = sae.encode_sparse(x)[1]
+    assert all(len(set(row.tolist())) == idx.shape[1] for row in idx)
+    assert sae(x[:0]).x_hat.shape == (0, M * D)
+    rows = x[:4].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sae(x).x_hat, (rows,))
+
+
+def test_one_with_thresholds_is_not_trained() -> None:
+    with pytest.raises(InputError, match="activation is 'relu': a cross-layer transcoder is trained with"):
+        saefast.train({"x": data(100)[0], "target": data(100)[1]}, config(activation="relu"), settings())
+
+
+@pytest.mark.parametrize("per_latent", [False, True])
+def test_thresholds_for_one_that_was_trained(per_latent: bool, tmp_path: Path) -> None:
+    sae, x = SAE(config(), seed=1), data(2000)[0]
+    found = saefast.as_jumprelu(sae, x, x, per_latent=per_latent)
+    assert found.after.l0 == pytest.approx(M * K, rel=0.01)
+    on = (found.sae.encode(x) > 0).reshape(len(x), M, F).sum(2).double().mean(0)
+    # Each layer by itself, for its pre-activations may be of another size.
+    assert on.tolist() == pytest.approx([K] * M, rel=0.01)
+    limits = found.sae.log_threshold.reshape(M, F)
+    assert bool((limits == limits[:, :1]).all()) is not per_latent
