@@ -8,14 +8,15 @@ the same.
 import hashlib
 import json
 import math
+import mmap
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,9 @@ PAGE = 4096
 BLOCK = 1 << 24
 # Bytes copied from a GPU at a time, so that the host never holds a second copy of a training state or an SAE.
 _PIECE_BYTES = 1 << 28
+# Pages that could be written to count as taken at once where this is not said: a file larger than memory would not map.
+# Python names the flag from 3.13 on.
+_NOT_RESERVED = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 # The header of a shard is a few hundred bytes; a foreign file with thousands of tensors has a few megabytes.
 _LARGEST_HEADER = 100 << 20
 
@@ -181,11 +185,24 @@ def map_tensor(path: Path, entry: Entry) -> Tensor:
     """The tensor as a view of the mapped file: nothing is read until touched, nothing written ever reaches the file."""
     if math.prod(entry.shape) == 0:
         return torch.zeros(entry.shape, dtype=entry.dtype, device="cpu")
-    raw = np.memmap(path, dtype=np.uint8, mode="c", offset=entry.start, shape=(entry.end - entry.start,))
-    flat = torch.from_numpy(raw)
+    flat = map_bytes(path, entry.start, entry.end)
     if entry.start % entry.dtype.itemsize:
         flat = flat.clone()
     return flat.view(entry.dtype).view(entry.shape)
+
+
+def map_bytes(path: Path, start: int, end: int) -> Tensor:
+    """At least one byte of a file, (end - start,) uint8, as `map_tensor`; it may be larger than memory."""
+    first = start - start % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        mapped = mmap.mmap(
+            file.fileno(),
+            end - first,
+            flags=mmap.MAP_PRIVATE | _NOT_RESERVED,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=first,
+        )
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=end - start, offset=start - first)
 
 
 def write_file(

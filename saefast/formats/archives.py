@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saefast.data.shardfile import map_bytes
 from saefast.errors import InputError
 
 # A state dict's pickle names a few tensors, and each takes some hundred bytes.
@@ -73,10 +74,11 @@ def _npy(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Held | 
     if info.compress_type != zipfile.ZIP_STORED or not length:
         return Held(Entry(shape, kind), lambda: _unpacked(path, info.filename))
     offset = _data_offset(path, info) + start
-    order: Any = "F" if by_column else "C"
 
     def mapped() -> Tensor:
-        return torch.from_numpy(np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape, order=order))
+        # An archive puts files at any address; processors that saefast runs on read numbers from there all the same.
+        flat = map_bytes(path, offset, offset + length).view(kind)
+        return flat.view(shape[::-1]).permute(*range(len(shape))[::-1]) if by_column else flat.view(shape)
 
     return Held(Entry(shape, kind), mapped)
 
@@ -94,7 +96,7 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 def _unpacked(path: Path, name: str) -> Tensor:
     with _reading(path, "an .npz file"), np.load(path, allow_pickle=False) as arrays:
-        return torch.from_numpy(np.ascontiguousarray(arrays[name.removesuffix(".npy")]).reshape(arrays[name].shape))
+        return torch.from_numpy(np.asarray(arrays[name.removesuffix(".npy")], order="C"))
 
 
 def read_pt(path: Path) -> dict[str, Held]:

@@ -50,7 +50,7 @@ def fetched(name: str) -> Fetched | None:
 def _parts(name: str) -> tuple[str, str, str | None]:
     found = _ID.fullmatch(name)
     inside = (found["inside"] or "") if found else ""
-    if not found or any(part in ("", ".", "..") for part in inside.split("/")[: len(inside)]):
+    if not found or (inside and {"", ".", ".."} & set(inside.split("/"))):
         raise InputError(f"path is {name!a}: expected hub:owner/name, hub:owner/name/folder or ...@revision")
     return found["repo"], inside, found["revision"]
 

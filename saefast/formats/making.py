@@ -97,7 +97,7 @@ def _mapped(source: Source, name: str, given: Made, dtype: torch.dtype, place: t
     reason = ""
     if place.type != "cpu":
         reason = f"device is {place}, and a file is mapped into the memory of the CPU"
-    elif len(parts) > 1 or not plain or not value.is_contiguous():
+    elif len(parts) > 1 or not plain or not value.is_contiguous() or value.data_ptr() % value.element_size():
         reason = f"{name} is not in {source.folder / piece.file} with a latent in a row, as it is used"
     elif value.dtype != dtype:
         reason = f"{name} is of {value.dtype} in {source.folder / piece.file}, and {dtype} was asked for"

@@ -22,13 +22,18 @@ class Own(Format):
 
     def recognises(self, source: Source) -> bool:
         file = _file(source)
-        known = source.alone is not None or WEIGHTS in source.files
-        return known and Path(file).suffix not in _OTHERS and source.facts(file).get("format") == "saefast"
+        try:
+            return file in source.files and source.facts(file).get("format") == "saefast"
+        except InputError:
+            # Damage to what may be ours is worth a word; a file of any other kind is not ours.
+            if Path(file).suffix == ".safetensors":
+                raise
+            return False
 
     def check(self, source: Source) -> None:
         file = source.folder / _file(source)
         if not verify_seal(file, _FACTS):
-            warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 4)
+            warnings.warn(f"{file} has no digest, so damage to it cannot be seen: save it again", RuntimeWarning, 5)
 
     def describe(self, source: Source) -> Described:
         file = _file(source)
@@ -41,10 +46,6 @@ class Own(Format):
     def write(self, sae: SAE, folder: Path) -> list[str]:
         sae.save(folder)
         return []
-
-
-# Files of these kinds are of other formats; ours may have any name.
-_OTHERS = (".npz", ".pt", ".pth", ".json", ".yaml", ".yml")
 
 
 def _file(source: Source) -> str:

@@ -65,7 +65,7 @@ _INPUTS = {
 }
 # Fields that SAELens has no place for, and that are kept in its metadata under this name.
 _OURS = "saefast"
-_KEPT = ("k", "unit_norm_decoder", "matryoshka", "hierarchical", "jumprelu_bandwidth", "jumprelu_ste_to_input")
+_KEPT = ("unit_norm_decoder", "matryoshka", "hierarchical", "jumprelu_bandwidth", "jumprelu_ste_to_input")
 _SAID = {
     "d_in", "n_latents", "activation", "apply_b_dec_to_input", "rescale_acts_by_decoder_norm", "d_out", "skip",
     "input_norm", "metadata",
@@ -119,7 +119,7 @@ class SAELens(Format):
         architecture = _named(config)
         write_file(folder / WEIGHTS, _columns(sae, architecture), {"format": "pt"})
         write_json(folder / CONFIG, _cfg(config, architecture))
-        lost = left_out(config, _SAID | set(_KEPT), "SAELens")
+        lost = left_out(config, _SAID | set(_KEPT) | {"k"}, "SAELens")
         if config.activation == "batchtopk":
             lost.append("activation 'batchtopk' is written as 'jumprelu' with one threshold, as SAELens does itself")
         return lost
@@ -180,8 +180,9 @@ def _config(cfg: Mapping[str, Any], kind: _Kind, source: Source) -> SAEConfig:
     shape = source.entries(WEIGHTS)["W_enc"].shape if "W_enc" in source.entries(WEIGHTS) else (None, None)
     d_in, n_latents = cfg.get("d_in", shape[0]), cfg.get("d_sae", shape[-1])
     found = cfg.get("k") if kind.activation in ("topk", "batchtopk") else None
+    ours: dict[str, Any] = facts[_OURS] if isinstance(facts.get(_OURS), dict) else {}
     if found is None and isinstance(n_latents, int):
-        found = likely_k(n_latents, facts.get("l0"))
+        found = likely_k(n_latents, ours.get("k"), facts.get("l0"))
     beside = {name: cfg[name] for name in ("reshape_activations",) if cfg.get(name, "none") != "none"}
     values: dict[str, Any] = dict(
         d_in=d_in,
@@ -200,9 +201,7 @@ def _config(cfg: Mapping[str, Any], kind: _Kind, source: Source) -> SAEConfig:
         values |= {"d_out": cfg.get("d_out"), "skip": kind.skip}
     if cfg["architecture"] == "matryoshka_batchtopk":
         values["matryoshka"] = tuple(cfg.get("matryoshka_widths") or (n_latents,))
-    ours = facts.get(_OURS)
-    kept = {name: ours[name] for name in _KEPT if name in ours} if isinstance(ours, dict) else {}
-    return SAEConfig(**values | kept)
+    return SAEConfig(**values | {name: ours[name] for name in _KEPT if name in ours})
 
 
 def _fine_tuned(source: Source) -> float | Tensor:
@@ -261,7 +260,7 @@ def _cfg(config: SAEConfig, architecture: str) -> dict[str, Any]:
     reshape = facts.pop("reshape_activations", "none")
     major = str(facts.get("sae_lens_version", "0")).partition(".")[0]
     facts["sae_lens_version"] = facts["sae_lens_version"] if major.isdigit() and int(major) >= 6 else _VERSION
-    facts[_OURS] = {name: getattr(config, name) for name in _KEPT}
+    facts[_OURS] = {name: getattr(config, name) for name in (*_KEPT, "k")}
     found: dict[str, Any] = dict(
         architecture=architecture,
         d_in=config.d_in,

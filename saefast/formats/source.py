@@ -14,6 +14,7 @@ from saefast.data.shardfile import map_tensor, read_header, read_metadata
 from saefast.errors import InputError
 from saefast.files import no_pipe, read_json, usable
 from saefast.formats.archives import Entry, Held, read_npz, read_pt
+from saefast.schema import check
 
 # What lies deeper in a folder, or comes after so many files, is not looked at.
 _DEPTH, _MOST = 3, 2000
@@ -37,8 +38,9 @@ class Source:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = no_pipe(usable(path))
+        self.path = usable(path)
         try:
+            no_pipe(self.path)
             is_folder, is_file = self.path.is_dir(), self.path.is_file()
             self.folder = self.path if is_folder else self.path.parent
             self.alone = self.path.name if is_file else None
@@ -63,7 +65,7 @@ class Source:
             )
         if name not in self._json:
             self._json[name] = read_json(file)
-        return read_json(file, kind) if kind is not Any else self._json[name]
+        return check(self._json[name], kind, file)
 
     def facts(self, file: str) -> dict[str, str]:
         """The strings in the header of a safetensors file."""

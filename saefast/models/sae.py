@@ -398,10 +398,13 @@ def config_in(file: Path, facts: dict[str, str], tensors: Mapping[str, Any]) -> 
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
     architecture = config.architecture()
-    parameters = architecture.shapes() | {name: tuple(p.shape) for name, p in architecture.parameters().items()}
-    expected = parameters | {name: tuple(b.shape) for name, b in architecture.buffers().items()}
+    expected = architecture.shapes()
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    dtypes = {tensor.dtype for name, tensor in tensors.items() if name in parameters}
+    kept: dict[str, Tensor] = {}
+    if expected.items() <= found.items():  # others are made in sizes that the file has, and not in any that it claims
+        kept = architecture.buffers()
+        expected |= {name: tuple(t.shape) for name, t in (architecture.parameters() | kept).items()}
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if name not in kept}
     names = [name for name, dtype in DTYPES.items() if {dtype} == dtypes]
     if expected != found or not names:
         kinds = ", ".join(map(str, dtypes))
