@@ -119,7 +119,32 @@ class FusedEngine(EngineBase):
         self.weights.bind()
         if self._many(len(x)):
             return self._dense_step(x, target)
-        gradient = self._gradient(x, target)
+        return self._update(x, target, self._gradient(x, target))
+
+    @ambient.plainly(grad=False)
+    def look(self, x: Tensor, target: Tensor | None = None) -> "Look":
+        """What a step from x (B, d_in) would find. Nothing is changed; `take` makes the step of it.
+
+        Raises:
+            InputError: as `step`.
+        """
+        x, target = checked(x, target, self.sae, self.dtype)
+        self.weights.bind()
+        work = Pass(dataclasses.replace(self._model(), wants_error=True), x, target)
+        found = work.gradient()
+        return Look(x, target, work.code, found)
+
+    @ambient.plainly(grad=False)
+    def take(self, seen: "Look") -> StepStats:
+        """The update from a batch that `look` has seen, with no other look and no step in between.
+
+        Raises:
+            InputError: as `step`.
+        """
+        self.weights.bind()
+        return self._update(seen.x, seen.target, seen.gradient)
+
+    def _update(self, x: Tensor, target: Tensor, gradient: Gradient) -> StepStats:
         lr, jobs = self.lr(), self._jobs(gradient)
         sure = self._look(gradient, jobs, x, target)
         if self.config.max_grad_norm is not None:
@@ -130,19 +155,6 @@ class FusedEngine(EngineBase):
         norm = total_norm(jobs)
         figures = sure.loss, sure.fvu, sure.l0, self.dead.share(), sure.auxk, norm, lr
         return StepStats(*figures, gradient.penalty, gradient.coefficient)
-
-    @ambient.plainly(grad=False)
-    def look(self, x: Tensor, target: Tensor | None = None) -> tuple[Code, Gradient]:
-        """What a step from x (B, d_in) would find: its code, and its gradient with the residual. Nothing is changed.
-
-        Raises:
-            InputError: as `step`.
-        """
-        x, target = checked(x, target, self.sae, self.dtype)
-        self.weights.bind()
-        work = Pass(dataclasses.replace(self._model(), wants_error=True), x, target)
-        found = work.gradient()
-        return work.code, found
 
     def _gradient(self, x: Tensor, target: Tensor) -> Gradient:
         return Pass(self._model(), x, target).gradient()
@@ -337,6 +349,16 @@ def _check_settings(sae: SAE, config: TrainConfig, settle_every: int | None) -> 
         raise InputError(f"eps is {config.eps}: engine 'fused' needs more than 0")
     if settle_every is not None and settle_every < 1:
         raise InputError(f"settle_every is {settle_every}: expected at least 1")
+
+
+class Look(NamedTuple):
+    """A batch that an engine has looked at: `FusedEngine.look`."""
+
+    x: Tensor
+    target: Tensor
+    code: Code
+    gradient: Gradient
+    """With the residual in `error`, which is good until the next look or step."""
 
 
 class Sure(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
+from saefast.integrations.fused_step import row_major, shared
 from saefast.models.architecture import Architecture, At, Layer, Term, Terms
 from saefast.models.batchtopk import UNSET
 from saefast.models.config import SAEConfig
@@ -39,8 +40,8 @@ class TopKTrainer:
     Args:
         steps, activation_dim, dict_size, k, layer, lm_name, dict_class, lr, auxk_alpha, warmup_steps, decay_start,
             threshold_beta, threshold_start_step, seed, device, wandb_name, submodule_name: as there.
-        settle_every: steps after which the encoder's rows that have not fired are brought up to date; 1 is dense Adam's
-            arithmetic at every step, at its cost (`TrainConfig.settle_every`).
+        settle_every: steps after which the encoder's rows that have not fired are brought up to date. 1 is Adam's
+            arithmetic at every step, as dictionary_learning has it; more is faster (`TrainConfig.settle_every`).
 
     Attributes:
         engine: saefast's FusedEngine.
@@ -74,7 +75,7 @@ class TopKTrainer:
         wandb_name: str | None = None,
         submodule_name: str | None = None,
         *,
-        settle_every: int = 4,
+        settle_every: int = 1,
     ) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._named = dict(layer=layer, lm_name=lm_name, submodule_name=submodule_name, seed=seed)
@@ -130,7 +131,7 @@ class TopKTrainer:
         sae.take(ae.encoder.weight, ae.decoder.weight.T, ae.encoder.bias, ae.b_dec, ae.threshold)
         ae.encoder.weight, ae.encoder.bias, ae.b_dec, ae.threshold = sae.W_enc, sae.b_enc, sae.b_dec, sae.threshold
         ae.decoder.weight = nn.Parameter(sae.W_dec.detach().T)
-        ae.register_state_dict_post_hook(_row_major)
+        ae.register_state_dict_post_hook(row_major)
 
     @property
     def ae(self) -> Any:
@@ -185,16 +186,17 @@ class TopKTrainer:
 
         With logging, LossLog(x, x_hat, f, losses): f is dense (B, dict_size), as `trainSAE` wants it.
         """
-        code, found = self.engine.look(x.to(self.device))
+        seen = self.engine.look(x.to(self.device))
+        found = seen.gradient
         if not logging:
             return float(found.loss)
         assert found.error is not None
-        entries = padded(code, self._trained.config.n_latents)
+        entries = padded(seen.code, self._trained.config.n_latents)
         f = x.new_zeros(len(x), self._trained.config.n_latents, dtype=found.error.dtype, device=self.device)
         f.scatter_(1, entries.idx.long(), entries.acts.to(f.dtype))
         auxk, alpha = float(found.auxk), self.engine.config.auxk_coef
         losses = {"l2_loss": float(found.loss) - alpha * auxk, "auxk_loss": auxk, "loss": float(found.loss)}
-        return LossLog(x, x.to(self.device) - found.error, f, losses)
+        return LossLog(x, seen.x - found.error, f, losses)
 
     def get_logging_parameters(self) -> dict[str, float]:
         """Figures of the step taken last."""
@@ -282,7 +284,7 @@ class MatryoshkaBatchTopKTrainer(BatchTopKTrainer):
         sae.take(ae.W_enc.T, ae.W_dec, ae.b_enc, ae.b_dec, ae.threshold)
         ae.W_dec, ae.b_enc, ae.b_dec, ae.threshold = sae.W_dec, sae.b_enc, sae.b_dec, sae.threshold
         ae.W_enc = nn.Parameter(sae.W_enc.detach().T)
-        ae.register_state_dict_post_hook(_row_major)
+        ae.register_state_dict_post_hook(row_major)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -334,18 +336,11 @@ class _Trained(SAE):
     def take(self, W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
         """Has these tensors from now on, W_enc and W_dec (L, D)."""
         given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
-        self.load_state_dict({name: t.detach().contiguous() for name, t in given.items()}, assign=True)
-        self.requires_grad_(True)
+        shared(self, {name: tensor.contiguous() for name, tensor in given.items()})
 
     def plain(self) -> SAE:
         """The same tensors without that layer."""
         found = SAE(self.config, device="meta")
         known, state = found.state_dict(), self.state_dict()
-        found.load_state_dict({name: state[name] for name in known}, assign=True)
-        return found.requires_grad_(True)
-
-
-def _row_major(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """A state dict without transposed views, which other readers of the file need not know."""
-    for name, value in state.items():
-        state[name] = value.contiguous()
+        shared(found, {name: state[name] for name in known})
+        return found

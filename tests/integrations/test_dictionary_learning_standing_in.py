@@ -47,7 +47,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def new(trainer: type[TopKTrainer], **changes: Any) -> TopKTrainer:
     settings: dict[str, Any] = dict(
         steps=STEPS, activation_dim=D, dict_size=L, k=K, layer=0, lm_name="none", warmup_steps=WARMUP,
-        decay_start=DECAY, threshold_start_step=5, device="cpu", seed=2, settle_every=1,
+        decay_start=DECAY, threshold_start_step=5, device="cpu", seed=2,
     )  # fmt: skip
     found = trainer(**settings | changes)
     found.dead_feature_threshold = DEAD

@@ -106,7 +106,7 @@ def test_the_same_curve_and_the_same_file(kind: str, tmp_path: Path) -> None:
     load = pytest.importorskip("dictionary_learning.utils").load_dictionary
     data = clear(kind)
     here, there = tmp_path / "ours", tmp_path / "theirs"
-    losses = run(getattr(ours, KINDS[kind]), kind, data, here, settle_every=1)
+    losses = run(getattr(ours, KINDS[kind]), kind, data, here)
     assert losses == pytest.approx(run(theirs(kind), kind, data, there), rel=TOLERANCE)
     assert losses[-1] < losses[0]
     saved = {folder: load(str(folder / "trainer_0"), "cpu")[0] for folder in (here, there)}
@@ -128,8 +128,8 @@ def test_rows_brought_up_to_date_every_fourth_step_change_little(kind: str, tmp_
     last step, which Adam keeps below some lr a number. That is lr / (1 / √D) = 0.9 % of a unit row here, in rows that
     do not fire: the losses stay within that of each other."""
     data = clear(kind)
-    exact = run(getattr(ours, KINDS[kind]), kind, data, tmp_path / "exact", settle_every=1)
-    fast = run(getattr(ours, KINDS[kind]), kind, data, tmp_path / "fast")
+    exact = run(getattr(ours, KINDS[kind]), kind, data, tmp_path / "exact")
+    fast = run(getattr(ours, KINDS[kind]), kind, data, tmp_path / "fast", settle_every=4)
     assert fast == pytest.approx(exact, rel=LR * D**0.5)
 
 
@@ -137,7 +137,7 @@ def test_rows_brought_up_to_date_every_fourth_step_change_little(kind: str, tmp_
 def test_looking_at_a_batch_changes_nothing_and_says_what_a_step_would(kind: str) -> None:
     """`loss(logging=True)`, which their loop calls for its logs, against the object's own encode and decode."""
     data = clear(kind)
-    trainers = [noting(getattr(ours, KINDS[kind]), [])(**settings(kind, settle_every=1)) for _ in range(2)]
+    trainers = [noting(getattr(ours, KINDS[kind]), [])(**settings(kind)) for _ in range(2)]
     for step, x in enumerate(data[:8]):
         if step:
             log = trainers[0].loss(x, step=step, logging=True)
@@ -159,7 +159,7 @@ def test_looking_at_a_batch_changes_nothing_and_says_what_a_step_would(kind: str
 def test_weights_of_nested_dictionaries(tmp_path: Path) -> None:
     kind, changes = "matryoshka_batch_top_k", {"group_weights": [0.5, 0.3, 0.2]}
     data = clear(kind)
-    losses = run(ours.MatryoshkaBatchTopKTrainer, kind, data, tmp_path / "ours", settle_every=1, **changes)
+    losses = run(ours.MatryoshkaBatchTopKTrainer, kind, data, tmp_path / "ours", **changes)
     assert losses[:5] == pytest.approx(run(theirs(kind), kind, data, tmp_path / "theirs", **changes)[:5], rel=TOLERANCE)
 
 
@@ -169,8 +169,7 @@ def test_scaled_activations(kind: str, tmp_path: Path) -> None:
     train = pytest.importorskip("dictionary_learning.training").trainSAE
     found = []
     for trainer in (getattr(ours, KINDS[kind]), theirs(kind)):
-        changes = {"settle_every": 1} if trainer.__module__.startswith("saefast") else {}
-        config = settings(kind, trainer=noting(trainer, []), **changes)
+        config = settings(kind, trainer=noting(trainer, []))
         folder = tmp_path / trainer.__module__
         data = [10 * x for x in plain_rows()]
         train(
