@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from safetensors.torch import save_file
@@ -23,10 +23,12 @@ from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
 from saefast.data.provenance import recorded_data
-from saefast.data.shards import ShardFolder
+from saefast.data.shards import HookEntry, ShardFolder
 from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
-from saefast.files import replacing, usable, write_json
+from saefast.files import read_json, replacing, usable, write_json
+from saefast.formats.opening import load
+from saefast.formats.own import EVALUATED
 from saefast.harvest.hooks import find_hook
 from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
 from saefast.harvest.language_models import unwrapped
@@ -34,7 +36,7 @@ from saefast.harvest.reharvest import harvest_again
 from saefast.metrics.language_model import LM_METRICS, TokenBatch, batch_sequences, lm_scores, why_missing
 from saefast.metrics.streaming import METRICS, Metric, Reconstruction, SAEMetrics, density_histogram
 from saefast.models.outliers import FIRST_ROWS, Multiple, check_multiple, ordinary_rows
-from saefast.models.sae import SAE, WEIGHTS, load, require_real
+from saefast.models.sae import SAE, WEIGHTS, require_real
 from saefast.places import Place
 from saefast.training.checkpoint import list_steps
 from saefast.training.progress import SILENT, read_metrics
@@ -42,7 +44,7 @@ from saefast.training.residual import Stack, stack_of, trained_on
 from saefast.training.run_folder import CHECKPOINTS
 from saefast.typed import typed
 
-EVAL, LATENTS = "eval.json", "latents.safetensors"
+EVAL, LATENTS = "eval.json", EVALUATED
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
 LM_TOKENS = 1 << 16
 TOGETHER: dict[str, Metric] = {
@@ -51,6 +53,12 @@ TOGETHER: dict[str, Metric] = {
     "l0_before": Metric("mean over rows of #(f ≠ 0) of the SAEs before this one", "as l0"),
     "l0_together": Metric("the same of all", "as l0"),
 }
+
+
+class HasHooks(TypedDict):
+    """index.json of a harvest, as far as it is read here."""
+
+    hooks: list[HookEntry]
 
 
 @dataclass
@@ -271,7 +279,11 @@ def evaluate_run(
 
 
 def load_finished(run: Path) -> SAE:
-    """The SAE of a run, without gradients, on the GPU if there is one. Raises InputError where there is none (yet)."""
+    """The SAE of a run, or of a folder in any format, without gradients, on the GPU if there is one.
+
+    Raises:
+        InputError: there is none (yet); see `saefast.load`.
+    """
     if not (run / WEIGHTS).exists() and list_steps(run / CHECKPOINTS):
         raise InputError(f"{run} is not trained to its end: go on with saefast train --out {run} --resume")
     return load(run, "cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
@@ -307,6 +319,8 @@ def run_source(
             names = {"hook": kept.get("hook"), "hooks": kept.get("hooks")}
         elif kept is not None and isinstance(data, str | Path):
             names = {"keys": kept.get("keys")}
+        elif kept is None and has_hooks(data):
+            names = {"hook": _named_hook(sae.config.metadata, usable(data))}
         return open_source(data, d_in=sae.config.d_in, shuffle="mapped", **names)
     if kept is None:
         raise InputError(f"{folder} does not say what data it was trained on: name it with --data")
@@ -326,6 +340,15 @@ def run_source(
         heldout=kept.get("heldout", HELDOUT),
         shuffle="mapped",
     )
+
+
+def _named_hook(metadata: dict[str, Any], data: Path) -> str | None:
+    """The hook of a harvest that another library's SAE says it is of, where the harvest has it by that name."""
+    if not (data / "index.json").is_file():
+        return None
+    hooks = read_json(data / "index.json", HasHooks)["hooks"]
+    there = [name for hook in hooks for name in (hook["name"], hook["hf_name"])]
+    return next((name for key in ("hook_name", "hf_hook_name") if (name := metadata.get(key)) in there), None)
 
 
 def _about(folder: Path, source: Source, n_rows: int) -> dict[str, Any]:

@@ -40,6 +40,9 @@ COMMANDS = {
     "finetune": Command("saefast.cli.finetune", "fine-tune a run's SAE through its language model"),
     "features": Command("saefast.cli.features", "show what a run's most telling latents respond to"),
     "calibrate": Command("saefast.cli.calibrate", "save a run's SAE with thresholds, as JumpReLU, calibrated on data"),
+    "convert": Command(
+        "saefast.cli.convert", "write an SAE of any library's files as another's: SAELens, sparsify, ..."
+    ),
     "plan": Command("saefast.cli.plan", "say what a training run will need before it starts"),
     "bench": Command("saefast.cli.bench", "measure speed and memory on this machine"),
 }

@@ -84,6 +84,10 @@ class Format:
         """Raises InputError where a source of this format cannot be an SAE of ours, and says why."""
         raise NotImplementedError
 
+    def density(self, source: Source) -> Tensor | None:
+        """(n_latents,) share of tokens on which each latent fires, where the files say so."""
+        return None
+
     def write(self, sae: SAE, folder: Path) -> list[str]:
         """Writes files of this format into a folder that is there.
 

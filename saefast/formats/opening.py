@@ -1,7 +1,9 @@
 """load, save: an SAE from files of any format, and into them. Weights are in memory once."""
 
+import contextlib
 import dataclasses
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,12 @@ def load(
             or have one of another shape, weights that are not finite, an SAE that saefast cannot be, not enough memory.
     """
     place, kind = pick_device(str(device)), _dtype(dtype)
-    fetched = hub.fetched(str(path))
-    source = Source(path if fetched is None else fetched.path)
-    chosen = _recognised(source) if format == AUTO else named(format)
+    source, chosen, fetched = _found(path, format)
     if verify:
         chosen.check(source)
     try:
         described = chosen.describe(source)
-        config = _about(described.config, chosen, str(path) if fetched is None else fetched.name)
+        config = _about(described.config, chosen, path, fetched)
     except InputError as error:
         # Messages of configs do not know which file their values are from.
         raise InputError(str(error) if str(source.path) in str(error) else f"{source.path}: {error}") from None
@@ -96,6 +96,7 @@ def save(sae: SAE, path: str | Path, format: str = Own.name, density: Tensor | N
         raise InputError(
             f"density has shape {tuple(density.shape)}: expected ({sae.config.n_latents},), one share for each latent"
         )
+    new = not os.path.exists(folder)
     try:
         if not isinstance(chosen, Own):
             _require_free(folder, chosen)
@@ -104,6 +105,29 @@ def save(sae: SAE, path: str | Path, format: str = Own.name, density: Tensor | N
         return lost if density is None else lost + chosen.write_density(density, folder)
     except OSError as error:
         raise InputError(f"cannot write {folder} ({error.strerror or error}): choose another folder") from error
+    finally:
+        # What was refused leaves no empty folder behind.
+        with contextlib.suppress(OSError):
+            if new:
+                folder.rmdir()
+
+
+@typed
+@ambient.plainly(grad=False)
+def density(path: str | Path, *, format: str = AUTO) -> Tensor | None:
+    """(n_latents,) float32, the share of tokens on which each latent fires, where the files of an SAE say so.
+
+    Those of SAELens may, and a run's folder does once `saefast eval` has been there. Arguments and errors as `load`.
+    """
+    source, chosen, _ = _found(path, format)
+    return chosen.density(source)
+
+
+def _found(path: str | Path, format: str) -> tuple[Source, Format, hub.Fetched | None]:
+    """What there is at a path or hub id, of which format it is, and where it came from if that is the hub."""
+    fetched = hub.fetched(str(path))
+    source = Source(path if fetched is None else fetched.path)
+    return source, _recognised(source) if format == AUTO else named(format), fetched
 
 
 def named(name: str) -> Format:
@@ -191,10 +215,11 @@ def _inner(source: Source) -> list[str]:
     return found
 
 
-def _about(config: SAEConfig, chosen: Format, where: str) -> SAEConfig:
-    """The config with where it is from in its metadata."""
-    if isinstance(chosen, Own):
+def _about(config: SAEConfig, chosen: Format, path: str | Path, fetched: hub.Fetched | None) -> SAEConfig:
+    """The config with where it is from in its metadata; what comes from a folder of ours stays as it is."""
+    if isinstance(chosen, Own) and fetched is None:
         return config
+    where = str(path) if fetched is None else fetched.name
     return dataclasses.replace(config, metadata=config.metadata | {"format": chosen.name, "source": where})
 
 

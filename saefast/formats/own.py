@@ -3,6 +3,8 @@
 import warnings
 from pathlib import Path
 
+from torch import Tensor
+
 from saefast.data.shardfile import read_header, verify_seal
 from saefast.errors import InputError
 from saefast.formats.format import Described, Format, Piece
@@ -10,6 +12,8 @@ from saefast.formats.source import Source
 from saefast.models.sae import CONFIG, SAE, WEIGHTS, config_in
 
 _FACTS = {"format", "config"}
+# What `saefast eval` leaves in a run's folder.
+EVALUATED = "latents.safetensors"
 
 
 class Own(Format):
@@ -42,6 +46,11 @@ class Own(Format):
         entries = read_header(source.folder / file)
         config = config_in(source.folder / file, source.facts(file), entries)
         return Described(config, {name: Piece(file, name) for name in entries})
+
+    def density(self, source: Source) -> Tensor | None:
+        if EVALUATED not in source.files or not {"counts", "n_rows"} <= source.entries(EVALUATED).keys():
+            return None
+        return source.values(EVALUATED, "counts").float() / max(source.number(EVALUATED, "n_rows"), 1)
 
     def write(self, sae: SAE, folder: Path) -> list[str]:
         sae.save(folder)

@@ -114,6 +114,11 @@ class SAELens(Format):
             tensors["W_skip"] = Piece(WEIGHTS, "W_skip")
         return Described(config, tensors)
 
+    def density(self, source: Source) -> Tensor | None:
+        if SPARSITY not in source.files or "sparsity" not in source.entries(SPARSITY):
+            return None
+        return (10.0 ** source.values(SPARSITY, "sparsity").float() - _LEAST).clamp(0, 1)
+
     def write(self, sae: SAE, folder: Path) -> list[str]:
         config = sae.config_as_is()
         architecture = _named(config)
@@ -127,13 +132,6 @@ class SAELens(Format):
     def write_density(self, density: Tensor, folder: Path) -> list[str]:
         write_file(folder / SPARSITY, {"sparsity": Column.of((density.float() + _LEAST).log10())}, {"format": "pt"})
         return []
-
-
-def density(source: Source) -> Tensor | None:
-    """(d_sae,) share of tokens on which each latent fires, where a folder of SAELens says so."""
-    if SPARSITY not in source.files or "sparsity" not in source.entries(SPARSITY):
-        return None
-    return 10.0 ** source.values(SPARSITY, "sparsity").float() - _LEAST
 
 
 def _today(cfg: Mapping[str, Any], source: Source) -> dict[str, Any]:
