@@ -7,6 +7,8 @@ VENV := .venv
 PEERS := .peers
 ENV := $(VENV)/.installed
 PEERS_ENV := $(PEERS)/.installed
+CIRCUITS := $(PEERS)/circuit-tracer
+CIRCUITS_ENV := $(CIRCUITS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
@@ -20,7 +22,7 @@ help:
 	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
-	@echo "make peers   the tests against SAELens, sparsify and dictionary_learning, in an environment of their own"
+	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning and circuit-tracer, in two environments"
 	@echo "make gpu     on a CUDA machine: are the kernels right, how fast, GPU tests, benchmarks; ARGS=\"--budget 540\" bounds it"
 	@echo "make clean   remove what the above built, environments excepted"
 
@@ -70,8 +72,17 @@ $(PEERS_ENV): constraints-peers.txt $(SOURCES)
 	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt -e ".[test]"
 	@touch $@
 
-peers: $(PEERS_ENV)
+# circuit-tracer needs transformers 4, which SAELens' other dependencies have left behind.
+$(CIRCUITS_ENV): constraints-circuit-tracer.txt $(SOURCES)
+	test -x $(CIRCUITS)/bin/python || $(PYTHON) -m venv $(CIRCUITS)
+	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-circuit-tracer.txt circuit-tracer
+	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-circuit-tracer.txt -e ".[test]"
+	@touch $@
+
+# CHECKOUTS=DIR: a folder with git checkouts of bartbussmann's BatchTopK and matryoshka_sae, which no index has.
+peers: $(PEERS_ENV) $(CIRCUITS_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
+	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats/test_owners.py -k circuit_tracer
 
 # Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:
@@ -79,4 +90,4 @@ gpu:
 
 clean:
 	rm -rf build dist saefast.egg-info saefast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(ENV) $(PEERS_ENV)
+	rm -f $(ENV) $(PEERS_ENV) $(CIRCUITS_ENV)

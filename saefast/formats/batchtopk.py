@@ -15,7 +15,7 @@ from torch import Tensor
 from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Piece, left_out, likely_k
-from saefast.formats.restated import check_kind, check_same_width, own_facts, restated, sizes
+from saefast.formats.restated import check_kind, check_same_width, own_facts, require_agreement, restated, sizes
 from saefast.formats.source import Source
 from saefast.formats.torchfile import write_pt
 from saefast.models.config import SAEConfig
@@ -59,6 +59,7 @@ class BatchTopKRepo(Format):
             raise InputError(f"{source.path} holds no {WEIGHTS} and {CONFIG} of this kind: it needs {self.layout}")
         settings = source.json(CONFIG)
         n_latents, d_in = sizes(source, file, "W_enc", "b_enc", self.layout, transpose=True)
+        require_agreement(source.folder / CONFIG, settings, {"act_size": d_in, "dict_size": n_latents})
         kind = self._type(source, settings)
         activation = self.types[kind]
         config = SAEConfig(

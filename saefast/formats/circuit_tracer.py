@@ -1,10 +1,11 @@
 """circuit-tracer's transcoders, one file a layer or across layers (decoderesearch/circuit-tracer, PyPI 0.5).
 
 Per layer: `layer_{i}.safetensors` with W_enc and W_dec (n_latents, d_model) both, and `config.yaml` for all layers. One
-with `activation_function.threshold` is JumpReLU, any other ReLU, but that the config may say "activation: topk". Across
-layers: `W_enc_{i}.safetensors` and `W_dec_{i}.safetensors` for every layer, decoder rows (n_latents, layers from i on,
-d_model). Nothing is subtracted from inputs. Their JumpReLU lets a negative pre-activation pass where its threshold is
-lower, and their TopK one that is among the k best: ours lets none.
+with `activation_function.threshold` is JumpReLU, any other ReLU, but that the config may say "activation: topk", which
+their code reads since April 2026, and 0.5.0 does not. Across layers: `W_enc_{i}.safetensors` and
+`W_dec_{i}.safetensors` for every layer, decoder rows (n_latents, layers from i on, d_model). Nothing is subtracted from
+inputs. Their JumpReLU lets a negative pre-activation pass where its threshold is lower, and their TopK one that is among
+the k best: ours lets none.
 """
 
 import json
@@ -38,6 +39,10 @@ _KEPT = {
     "d_out", "skip", "n_layers", "metadata",
 }  # fmt: skip
 _LARGEST_YAML = 1 << 20
+_TOPK = (
+    "activation 'topk' stands in config.yaml, which circuit-tracer up to 0.5.0 does not look at: it lets every positive "
+    "latent pass; saefast.as_jumprelu(sae, rows) makes one that all versions read"
+)
 
 
 class CircuitTracer(Format):
@@ -88,8 +93,9 @@ class CircuitTracer(Format):
             check_kind(sae, target, ("topk", "batchtopk", "relu", "jumprelu"), input_norm="none")
             check_same_width(sae, target)
             _write_layer(sae, folder)
-        kept = _KEPT | ({"k"} if sae.config.activation == "topk" else set())
-        return left_out(sae.config, kept, target) + _guessed(sae.config)
+        if sae.config.activation != "topk":
+            return left_out(sae.config, _KEPT, target) + _guessed(sae.config)
+        return [*left_out(sae.config, _KEPT | {"k"}, target), _TOPK, *_guessed(sae.config)]
 
 
 def _files(source: Source, pattern: re.Pattern[str]) -> list[str]:

@@ -16,7 +16,15 @@ from torch import Tensor
 from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Piece, left_out, likely_k, log_threshold, rows_of, wide
-from saefast.formats.restated import Restated, check_kind, check_same_width, own_facts, restated, sizes
+from saefast.formats.restated import (
+    Restated,
+    check_kind,
+    check_same_width,
+    own_facts,
+    require_agreement,
+    restated,
+    sizes,
+)
 from saefast.formats.source import Source
 from saefast.formats.torchfile import write_pt
 from saefast.models.batchtopk import UNSET
@@ -92,6 +100,7 @@ class DictionaryLearning(Format):
         n_latents, d_in = sizes(
             source, file, encoder, kind.names["b_enc"], self.layout, transpose=_turned("W_enc", encoder)
         )
+        require_agreement(source.folder / CONFIG, trainer, {"activation_dim": d_in, "dict_size": n_latents})
         nested: dict[str, Any] = (
             {"matryoshka": _groups(source, file, n_latents)} if name == "MatryoshkaBatchTopKSAE" else {}
         )

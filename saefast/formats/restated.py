@@ -1,5 +1,6 @@
 """An SAE said in another way: what other formats cannot say is folded into weights, so that the codes stay the same."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -63,6 +64,18 @@ def sizes(source: Source, file: str, W_enc: str, b_enc: str, layout: str, transp
     said = entries[b_enc].shape if b_enc in entries else ()
     # Where it lies the wrong way round, the seam says so of the matrix itself.
     return (d_in, n_latents) if said == (d_in,) else (n_latents, d_in)
+
+
+def require_agreement(config: Path, said: dict[str, Any], found: dict[str, int]) -> None:
+    """Raises InputError where sizes that a config states are not those of the tensors: it is of another SAE.
+
+    Args:
+        said: what the config holds. found: the sizes by its own names for them.
+    """
+    for name, size in found.items():
+        if name in said and said[name] != size:
+            message = f"{name} is {said[name]!a}, but the tensors beside it have {size}: one is of another SAE"
+            raise InputError(f"{config}: {message}")
 
 
 def uncentred(source: Source, file: str, W_enc: str, b_enc: str, b_dec: str, transpose: bool = False) -> Piece:

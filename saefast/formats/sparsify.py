@@ -13,7 +13,15 @@ from typing import Any
 from saefast.data.shardfile import write_file
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Piece, column, left_out
-from saefast.formats.restated import check_kind, check_same_width, own_facts, restated, sizes, uncentred
+from saefast.formats.restated import (
+    check_kind,
+    check_same_width,
+    own_facts,
+    require_agreement,
+    restated,
+    sizes,
+    uncentred,
+)
 from saefast.formats.source import Source
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -41,6 +49,8 @@ class Sparsify(Format):
     def describe(self, source: Source) -> Described:
         cfg = source.json(CONFIG)
         n_latents, d_in = sizes(source, WEIGHTS, "encoder.weight", "encoder.bias", self.layout)
+        stated = {"d_in": d_in} | ({"num_latents": n_latents} if cfg.get("num_latents") else {})
+        require_agreement(source.folder / CONFIG, cfg, stated)
         signed, skip, transcode = (_flag(source, cfg, key) for key in ("signed", "skip_connection", "transcode"))
         config = SAEConfig(
             d_in, n_latents * (2 if signed else 1), check(cfg.get("k", 32), int, f"{source.folder / CONFIG}: k"),

@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -296,6 +297,8 @@ def redrawn(theirs: nn.Module) -> Any:
 def test_circuit_tracer_writes_and_we_read(kind: str, skip: bool, tmp_path: Path) -> None:
     single = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
     functions = pytest.importorskip("circuit_tracer.transcoder.activation_functions")
+    if kind == "topk" and not hasattr(functions, "TopK"):
+        pytest.skip("this circuit-tracer has no TopK")
     act = {"relu": nn.functional.relu, "jumprelu": functions.JumpReLU(torch.rand(L)), "topk": functions.TopK(K)}[kind]
     layers = {}
     for layer in range(2):
@@ -324,6 +327,10 @@ CIRCUITS_OURS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("lazy", [False, True], ids=["", "lazy"])
 def test_we_write_and_circuit_tracer_reads(name: str, lazy: bool, tmp_path: Path) -> None:
     hub = pytest.importorskip("circuit_tracer.utils.hf_utils")
+    single = pytest.importorskip("circuit_tracer.transcoder.single_layer_transcoder")
+    reads_topk = "k" in inspect.signature(single.load_transcoder_set).parameters
+    if "activation" not in CIRCUITS_OURS[name] and not reads_topk:
+        pytest.skip("circuit-tracer 0.5.0 reads no topk; later code does")
     yaml = pytest.importorskip("yaml")
     made = [ours(metadata={"layer": layer, "model_name": "m"}, **CIRCUITS_OURS[name]) for layer in range(2)]
     for sae in made:
@@ -380,7 +387,7 @@ def test_circuit_tracer_reads_one_across_layers(lazy: bool, tmp_path: Path) -> N
     assert_same(sae, read_across(tmp_path), x[:B])
 
 
-# BatchTopK's and the Matryoshka SAEs' repositories, which are on no package index: CHECKOUTS names a folder of checkouts
+# BatchTopK's and the Matryoshka SAEs' repositories are on no package index: CHECKOUTS names a folder of checkouts
 
 
 def checked_out(repository: str, module: str) -> Any:

@@ -127,6 +127,9 @@ def test_bad_files(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "c", activation="softmax")
     with pytest.raises(InputError, match="softmax"):
         saefast.load(tmp_path / "c")
+    write_sparsify(tmp_path / "e", d_in=D + 1)
+    with pytest.raises(InputError, match="d_in is 17, but the tensors beside it have 16: one is of another SAE"):
+        saefast.load(tmp_path / "e")
     # SAELens' way round, which is what its own reader expects of sparsify.
     write_sparsify(tmp_path / "d")
     tensors = load_file(tmp_path / "d" / "sae.safetensors")
@@ -137,3 +140,15 @@ def test_bad_files(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "d" / "sae.safetensors")
     with pytest.raises(InputError, match="lacks the tensor 'W_dec'"):
         saefast.load(tmp_path / "d")
+
+
+def test_a_file_is_mapped(tmp_path: Path) -> None:
+    """Their matrices have a latent in a row, as ours: nothing is copied but biases."""
+    write_sparsify(tmp_path, transcode=True)
+    sae, x = saefast.load(tmp_path, map=True), rows()
+    assert_same(sae, read_sparsify(tmp_path), x)
+    with (tmp_path / "sae.safetensors").open("r+b") as file:
+        file.seek(-4 * L * D, 2)
+        file.write(bytes(4 * L * D))
+    # The last tensor by name.
+    assert bool((sae.W_enc == 0).all())
