@@ -4,8 +4,8 @@ Per layer: `layer_{i}.safetensors` with W_enc and W_dec (n_latents, d_model) bot
 with `activation_function.threshold` is JumpReLU, any other ReLU, but that the config may say "activation: topk", which
 their code reads since April 2026, and 0.5.0 does not. Across layers: `W_enc_{i}.safetensors` and
 `W_dec_{i}.safetensors` for every layer, decoder rows (n_latents, layers from i on, d_model). Nothing is subtracted from
-inputs. Their JumpReLU lets a negative pre-activation pass where its threshold is lower, and their TopK one that is among
-the k best: ours lets none.
+inputs. Their JumpReLU lets a negative pre-activation pass where its threshold is lower, and their TopK one that is
+among the k best: ours lets none.
 """
 
 import json
@@ -40,7 +40,7 @@ _KEPT = {
 }  # fmt: skip
 _LARGEST_YAML = 1 << 20
 _TOPK = (
-    "activation 'topk' stands in config.yaml, which circuit-tracer up to 0.5.0 does not look at: it lets every positive "
+    "activation 'topk' stands in config.yaml, where circuit-tracer up to 0.5.0 does not look: it lets every positive "
     "latent pass; saefast.as_jumprelu(sae, rows) makes one that all versions read"
 )
 
