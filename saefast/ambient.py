@@ -164,7 +164,7 @@ _OFF = (None,) * len(DEVICES)
 
 def _is_plain() -> bool:
     """Whether `plain(None)` would change nothing."""
-    return not any(map(torch.is_autocast_enabled, DEVICES)) and _precision.untouched()
+    return not torch._C._is_any_autocast_enabled() and _precision.untouched()
 
 
 def plainly(grad: bool | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:

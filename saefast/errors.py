@@ -11,7 +11,8 @@ class InputError(ValueError):
     breaks, which a path may hold, are written as \\n, and the middle of a very long text is left out.
     """
 
-    def __init__(self, message: object = "") -> None:
-        line = "\\n".join(str(message).splitlines())
+    # Here and not where it is made: torch.compile traces how an error is made, if its class leaves that to Python.
+    def __str__(self) -> str:
+        line = "\\n".join(super().__str__().splitlines())
         half = _LONGEST // 2
-        super().__init__(line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}")
+        return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
+
 from saefast.errors import InputError
 
 P = ParamSpec("P")
@@ -28,18 +30,33 @@ def typed(function: Callable[P, T]) -> Callable[P, T]:
     """
     names = tuple(inspect.signature(function).parameters)
     checks: dict[str, Fits] = {}
+    in_order: list[Fits] = []
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+        # torch.compile traces what is called, and could not trace how annotations are read.
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
         if not checks:  # at the first call, when every name that the annotations use exists
             checks.update(_checks(function))
-        for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-            fits = checks.get(name)
-            if fits is not None and not fits(value):
-                raise InputError(f"{name} is {_kind(value)}: expected {_words(get_type_hints(function)[name])}")
+            in_order.extend(checks.get(name, _anything) for name in names)
+        for place, (fits, value) in enumerate(zip(in_order, args, strict=False)):
+            if not fits(value):
+                raise _refusal(function, names[place], value)
+        for name, value in kwargs.items():
+            if not checks.get(name, _anything)(value):
+                raise _refusal(function, name, value)
         return function(*args, **kwargs)
 
     return checked
+
+
+def _refusal(function: Callable[..., Any], name: str, value: Any) -> InputError:
+    return InputError(f"{name} is {_kind(value)}: expected {_words(get_type_hints(function)[name])}")
+
+
+def _anything(value: Any) -> bool:
+    return True
 
 
 def _checks(function: Callable[..., Any]) -> dict[str, Fits]:
@@ -51,7 +68,7 @@ def _checks(function: Callable[..., Any]) -> dict[str, Fits]:
 def _check(hint: Any) -> Fits:
     """Whether a value is of a type, as a function that is cheap to call."""
     if hint is Any:
-        return lambda value: True
+        return _anything
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         kinds = tuple(option for option in inner if isinstance(option, type) and option not in _PLAIN)
@@ -71,9 +88,12 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str))
 
 
+# torch's stand for sizes that are not known yet.
+_INTEGERS = (numbers.Integral, torch.SymInt)
 _PLAIN: dict[Any, Fits] = {
-    int: lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool),
-    float: lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool),
+    # Python's own numbers first: to ask for a kind of number costs ten times as much.
+    int: lambda value: type(value) is int or (isinstance(value, _INTEGERS) and not isinstance(value, bool)),
+    float: lambda value: type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool)),
     Path: _is_path,
 }
 

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from saefast.ops import triton_launch
+from saefast.ops import registered, triton_launch
 
 aten = torch.ops.aten
 NAME = torch.device("cuda:0")
@@ -174,6 +174,8 @@ def _patch_torch(patch: pytest.MonkeyPatch) -> None:
         found = tensor(data, dtype=dtype, **kwargs)
         return found if device is None else found.to(device)
 
+    # On a GPU no mode looks on, and a call goes past the dispatcher.
+    patch.setattr(registered, "looked_at", lambda args: False)
     # In C++ it copies past the dispatcher.
     patch.setattr(torch, "tensor", made)
     # A module's parameters are replaced by .to(), not given other memory, which `inner` would not learn of.

@@ -16,15 +16,15 @@ def dense(**tensors: Tensor) -> None:
             raise InputError(f"{name} is {tensor.layout}: expected a dense tensor; use {name}.to_dense()")
 
 
-def encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> int:
-    """x (B, D), W_enc (L, D) of one dtype and device, b_enc (L,) or None. -> L."""
+def encoder(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, low: torch.dtype | None = None) -> int:
+    """x (B, D), W_enc (L, D) of one device and dtype, unless both become `low`, b_enc (L,) or None. -> L."""
     dense(x=x, W_enc=W_enc)
     if W_enc.dim() != 2 or W_enc.shape[0] == 0:
         raise InputError(f"W_enc has shape {tuple(W_enc.shape)}: expected (n_latents, d_in) with n_latents >= 1")
     width("x", x, W_enc)
     if W_enc.shape[0] >= 2**31:
         raise InputError(f"W_enc has {W_enc.shape[0]} latents: at most 2**31 - 1 fit the int32 indices")
-    if x.dtype not in FLOATS or W_enc.dtype != x.dtype:
+    if x.dtype not in FLOATS or W_enc.dtype not in FLOATS or (low is None and W_enc.dtype != x.dtype):
         raise InputError(f"x is {x.dtype} and W_enc {W_enc.dtype}: expected one floating dtype for both; cast one")
     if b_enc is not None:
         vector("b_enc", b_enc, W_enc)
@@ -57,41 +57,70 @@ def listed(latents: Tensor, W: Tensor) -> None:
             f"latents is {latents.dtype} of shape {tuple(latents.shape)} on {latents.device}: "
             f"expected a 1-D int32 or int64 tensor on {W.device}"
         )
-    if latents.device.type == "cpu" and len(latents):  # on a GPU the check would stall the stream
-        ascending = bool((latents[1:] > latents[:-1]).all())
-        if not ascending or latents[0] < 0 or latents[-1] >= W.shape[0]:
-            raise InputError(f"latents must be strictly ascending ids in [0, {W.shape[0]}): sort and deduplicate them")
 
 
-def code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = None) -> None:
-    """acts and idx (B, K), idx being rows of W."""
-    dense(idx=idx, W=W, **({} if acts is None else {"acts": acts}))
+def ascending(latents: Tensor, n_latents: int) -> None:
+    """The values of what is `listed`. On a GPU the check would stall the stream."""
+    if latents.device.type == "cpu" and len(latents):
+        in_order = bool((latents[1:] > latents[:-1]).all())
+        if not in_order or latents[0] < 0 or latents[-1] >= n_latents:
+            raise InputError(f"latents must be strictly ascending ids in [0, {n_latents}): sort and deduplicate them")
+
+
+def code(acts: Tensor | None, idx: Tensor, W: Tensor, rows: int | None = None, row_ptr: Tensor | None = None) -> None:
+    """acts and idx (B, K), or (n,) where there is a row_ptr (B + 1,), idx being rows of W; its values are `inside`."""
+    dense(idx=idx, W=W)
     if W.dim() != 2 or W.dtype not in FLOATS:
         raise InputError(f"W is {W.dtype} of shape {tuple(W.shape)}: expected a floating (n_latents, D) tensor")
-    if idx.dim() != 2 or idx.dtype not in INTS:
-        raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected (batch, k) int32 or int64")
+    held = _rows(idx, row_ptr)
+    if acts is not None:
+        dense(acts=acts)
     if acts is not None and (acts.shape != idx.shape or acts.dtype not in FLOATS):
         raise InputError(
             f"acts is {acts.dtype} of shape {tuple(acts.shape)}: expected floats of idx's {tuple(idx.shape)}"
         )
-    if rows is not None and idx.shape[0] != rows:
-        raise InputError(f"idx has {idx.shape[0]} rows and x {rows}: expected as many")
+    if rows is not None and held != rows:
+        raise InputError(f"idx has {held} rows and x {rows}: expected as many")
     if idx.device != W.device or (acts is not None and acts.device != W.device):
         raise InputError(f"acts and idx must be on W's device {W.device}, idx is on {idx.device}")
-    _inside(idx, W.shape[0])
 
 
-def entries(acts: Tensor, idx: Tensor, n_latents: int) -> None:
-    """acts and idx (B, K) of which only the number of latents is known."""
+def entries(acts: Tensor, idx: Tensor, n_latents: int, row_ptr: Tensor | None = None) -> int:
+    """acts and idx (B, K), or (n,) with a row_ptr, of which only the number of latents is known. -> B."""
     dense(acts=acts, idx=idx)
-    if acts.dim() != 2 or acts.shape != idx.shape or acts.dtype not in FLOATS or acts.device != idx.device:
+    if acts.shape != idx.shape or acts.dtype not in FLOATS or acts.device != idx.device:
         raise InputError(f"acts is {of(acts)} and idx {of(idx)}: expected floats and ints, both (batch, k)")
-    if idx.dtype not in INTS:
-        raise InputError(f"idx is {of(idx)}: expected int32 or int64")
+    held = _rows(idx, row_ptr)
     if not 1 <= n_latents < 2**31:
         raise InputError(f"n_latents is {n_latents}: expected an int from 1 to 2**31 - 1")
-    require_memory(acts.device, n_latents * 4, f"one number for each of n_latents = {n_latents}")
-    _inside(idx, n_latents)
+    return held
+
+
+def _rows(idx: Tensor, row_ptr: Tensor | None) -> int:
+    """The rows of idx (B, K), or (n,) with row_ptr (B + 1,)."""
+    if idx.dim() != (2 if row_ptr is None else 1) or idx.dtype not in INTS:
+        shape = "(batch, k)" if row_ptr is None else "(n,) as there is a row_ptr"
+        raise InputError(f"idx is {idx.dtype} of shape {tuple(idx.shape)}: expected int32 or int64, {shape}")
+    if row_ptr is None:
+        return idx.shape[0]
+    dense(row_ptr=row_ptr)
+    if row_ptr.dim() != 1 or row_ptr.dtype not in INTS or row_ptr.device != idx.device or not row_ptr.shape[0]:
+        raise InputError(f"row_ptr is {of(row_ptr)}: expected (batch + 1,) int32 or int64 on {idx.device}")
+    return row_ptr.shape[0] - 1
+
+
+def pointers(row_ptr: Tensor, n: int) -> None:
+    """The values of a row_ptr over n entries. On a GPU the check would stall the stream."""
+    if row_ptr.device.type == "cpu" and (row_ptr[0] != 0 or row_ptr[-1] > n or bool((row_ptr.diff() < 0).any())):
+        seen = f"{int(row_ptr[0])} to {int(row_ptr[-1])}"
+        raise InputError(f"row_ptr goes from {seen}: expected to ascend from 0, to no more than the {n} entries")
+
+
+def one_each(device: torch.device, n_latents: int) -> None:
+    """Raises InputError where the device could not hold a number for each latent."""
+    # To ask costs more than a small sum, and this much fits anywhere.
+    if n_latents > 1 << 26:
+        require_memory(device, n_latents * 4, f"one number for each of n_latents = {n_latents}")
 
 
 def of(tensor: Tensor) -> str:
@@ -109,8 +138,8 @@ def rounded(W_low: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> No
         )
 
 
-def _inside(idx: Tensor, n_latents: int) -> None:
-    """On a GPU the check would stall the stream."""
+def inside(idx: Tensor, n_latents: int) -> None:
+    """The values of idx, where work is done on them. On a GPU the check would stall the stream."""
     if idx.device.type == "cpu" and idx.numel():
         low, high = torch.aminmax(idx)
         if int(low) < 0 or int(high) >= n_latents:

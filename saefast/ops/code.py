@@ -114,3 +114,22 @@ def padded(code: Code, n_latents: int, width: int = 0) -> Code:
     spare = there[:, :width].argsort(dim=1, stable=True)
     left = torch.arange(K, device=idx.device) - counts[:, None]
     return Code(acts, torch.where(left < 0, idx, spare.gather(1, left.clamp_min(0)).int()), pre=pre)
+
+
+def to_rows(values: Tensor, row_ptr: Tensor) -> Tensor:
+    """What a CSR code has for its entries, (n,), as (B, K): K of the fullest row, and 0 in what a row leaves over."""
+    places = _places(row_ptr)
+    return values.new_zeros(places.shape).masked_scatter(places, values)
+
+
+def to_csr(values: Tensor, row_ptr: Tensor, n: int) -> Tensor:
+    """`to_rows` undone: (B, K) as (n,), 0 for entries that belong to no row."""
+    found = values[_places(row_ptr)]
+    return torch.nn.functional.pad(found, (0, n - len(found)))
+
+
+def _places(row_ptr: Tensor) -> Tensor:
+    """(B, K) bool: which places of its row an entry takes. Here the host waits for a GPU."""
+    counts = row_ptr.diff()
+    fullest = int(counts.max()) if len(counts) else 0
+    return torch.arange(fullest, dtype=counts.dtype, device=counts.device) < counts[:, None]

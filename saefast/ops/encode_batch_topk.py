@@ -8,19 +8,20 @@ take memory of O(k · B) whatever the data: never B · L.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saefast.errors import InputError
-from saefast.ops import checks
-from saefast.ops.code import Code, padded
+from saefast.ops import checks, reference
+from saefast.ops.code import Code
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.mixed import encode_topk_mixed
 from saefast.ops.reference import positive_keys
+from saefast.ops.registered import Registered, low_precision
 from saefast.ops.select_kth import select_kth
-from saefast.ops.selected import selected
+from saefast.ops.selected import gradients, remember
 from saefast.typed import typed
 
 # (x (m, D), k) -> acts (m, k) that no ReLU has clipped, idx (m, k) int32: in `encode_topk`'s order and as exact.
@@ -37,7 +38,7 @@ def encode_batch_topk(
 
     Exact over the accumulators of `encode_topk`; ties go to the lower row, then to the lower latent, NaN ranks above
     +inf. A function of its arguments alone. Differentiable in x, W_enc and b_enc. The host waits for a GPU once, or a
-    few times where rows hold many more than k entries.
+    few times where rows hold many more than k entries. Autocast as for `encode_topk`; a W_low stands in its way.
 
     Args:
         x: (B, D) float. W_enc: (L, D), x's dtype and device. b_enc: (L,) float, or None.
@@ -52,9 +53,9 @@ def encode_batch_topk(
     Raises:
         InputError: a shape, dtype, device or k that cannot be served.
     """
-    # Two precisions meet where there is a W_low.
-    L = checks.encoder(x if W_low is None else x.to(W_enc.dtype), W_enc, b_enc)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= L:
+    low = low_precision(x, W_enc) if W_low is None else None
+    L = checks.encoder(x, W_enc, b_enc, low if W_low is None else W_enc.dtype)
+    if not 1 <= k <= L:
         raise InputError(f"k is {k!r}: expected an int between 1 and n_latents = {L}")
     if k * x.shape[0] >= 2**31:
         raise InputError(f"k is {k} and x has {x.shape[0]} rows: expected a product below 2**31; encode fewer rows")
@@ -62,22 +63,45 @@ def encode_batch_topk(
         checks.vector("scale", scale, W_enc)
     if W_low is not None:
         checks.rounded(W_low, x, W_enc, b_enc)
+    return Code(*_encode_batch_topk(x, W_enc, b_enc, k, scale, W_low, low))
+
+
+def _run(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scale: Tensor | None, W_low: Tensor | None,
+    low: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> acts, idx, row_ptr."""
+    if low is not None:
+        x, W_enc = x.to(low), W_enc.to(low)
 
     def encode(rows: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            if W_low is not None and b_enc is not None:
-                return encode_topk_mixed(
-                    rows, W_low.contiguous(), W_enc.contiguous(), b_enc, wanted, scale=scale, relu=False
-                )
-            return encode_topk(rows, W_enc, b_enc, wanted, scale=scale, relu=False)
+        if W_low is not None and b_enc is not None:
+            return encode_topk_mixed(
+                rows, W_low.contiguous(), W_enc.contiguous(), b_enc, wanted, scale=scale, relu=False
+            )
+        return encode_topk(rows, W_enc, b_enc, wanted, scale=scale, relu=False)
 
-    code = batch_topk(encode, x.detach().contiguous(), k, L, scale)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, W_enc, b_enc))):
-        return code
+    code = batch_topk(encode, x.contiguous(), k, len(W_enc), scale)
     assert code.row_ptr is not None
-    n = int(code.row_ptr[-1])
-    acts = selected(x, W_enc, b_enc, padded(code, L))[code.tokens()[:n], code.columns()[:n]]
-    return code._replace(acts=torch.nn.functional.pad(acts, (0, len(code.acts) - n)))
+    return code.acts, code.idx, code.row_ptr
+
+
+def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B = x.shape[0]
+    acts = x.new_empty(k * B, dtype=reference.accumulate_dtype(x.dtype))
+    return acts, x.new_empty(k * B, dtype=torch.int32), x.new_empty(B + 1, dtype=torch.int32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, W_enc, b_enc = inputs[:3]
+    remember(ctx, x, W_enc, b_enc, Code(*output), clip=True)
+
+
+def _backward(ctx: Any, grad_acts: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, grad_acts) + (None,) * 4
+
+
+_encode_batch_topk = Registered("encode_batch_topk", _run, _fake, save=_save, backward=_backward)
 
 
 def batch_topk(encode: RowEncoder, x: Tensor, k: int, n_latents: int, scale: Tensor | None = None) -> Code:

@@ -1,13 +1,16 @@
 """encode_group_max: the largest pre-activation of each of k equal groups of latents."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.ops import backends, checks, native, reference
 from saefast.ops.code import Code
+from saefast.ops.registered import Registered, low_precision
 from saefast.ops.sddmm import sddmm
-from saefast.ops.selected import selected
+from saefast.ops.selected import gradients, remember
 from saefast.typed import typed
 
 # Latents of each group that bf16 products choose, for fp32 products to decide among. In groups of 256 and 1024 normal
@@ -31,7 +34,8 @@ def encode_group_max(
     """The largest of x W_encᵀ + b_enc in each of k groups of L / k consecutive latents (sparsify's "groupmax").
 
     Exact over fp32 accumulators (fp64 for fp64 inputs), ties to the lower latent, NaN above +inf. The (B, L) matrix is
-    never held. Differentiable in x, W_enc and b_enc, through the entries selected and not where ReLU clipped.
+    never held. Differentiable in x, W_enc and b_enc, through the entries selected and not where ReLU clipped. Autocast
+    and torch.vmap as for `encode_topk`; a W_low stands in the way of autocast.
 
     Args:
         x: (B, D) float. W_enc: (L, D), x's dtype and device. b_enc: (L,) float, or None.
@@ -47,20 +51,46 @@ def encode_group_max(
     Raises:
         InputError: a shape, dtype or device that cannot be served, or a k that does not divide L.
     """
-    # Two precisions meet where there is a W_low.
-    L = checks.encoder(x if W_low is None else x.to(W_enc.dtype), W_enc, b_enc)
+    low = low_precision(x, W_enc) if W_low is None else None
+    L = checks.encoder(x, W_enc, b_enc, low if W_low is None else W_enc.dtype)
     check_groups(L, k)
     if scale is not None:
         checks.vector("scale", scale, W_enc)
     if W_low is not None:
         checks.rounded(W_low, x, W_enc, b_enc)
-    with torch.no_grad():
-        if W_low is None or (W_enc.dtype == x.dtype and L // k < WIDE):
-            pre, idx = _best(x, W_enc, b_enc, k, 1, scale)
-        else:
-            pre, idx = _best_mixed(x, W_low, W_enc, b_enc, k, scale)
-        acts = pre.relu() if relu else pre
-    return selected(x, W_enc, b_enc, Code(acts, idx), clip=relu), idx
+    found: tuple[Tensor, Tensor] = _encode_group_max(x, W_enc, b_enc, k, scale, relu, W_low, low)
+    return found
+
+
+def _run(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, scale: Tensor | None, relu: bool, W_low: Tensor | None,
+    low: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if low is not None:
+        x, W_enc = x.to(low), W_enc.to(low)
+    if W_low is None or (W_enc.dtype == x.dtype and len(W_enc) // k < WIDE):
+        pre, idx = _best(x, W_enc, b_enc, k, 1, scale)
+    else:
+        pre, idx = _best_mixed(x, W_low, W_enc, b_enc, k, scale)
+    return pre.relu() if relu else pre, idx
+
+
+def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, k: int, *options: Any) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    acts = x.new_empty(shape, dtype=reference.accumulate_dtype(x.dtype))
+    return acts, x.new_empty(shape, dtype=torch.int32)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, W_enc, b_enc, _, _, relu = inputs[:6]
+    remember(ctx, x, W_enc, b_enc, Code(*output), clip=relu)
+
+
+def _backward(ctx: Any, grad_acts: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    return gradients(ctx, grad_acts) + (None,) * 5
+
+
+_encode_group_max = Registered("encode_group_max", _run, _fake, save=_save, backward=_backward, rows=("x",))
 
 
 def check_groups(n_latents: int, k: int) -> None:

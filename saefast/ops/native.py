@@ -133,7 +133,11 @@ def threshold_encode(
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.threshold_encode` over the tiles of `encode_topk`; memory grows with the entries found only."""
-    theta = torch.as_tensor(threshold, dtype=torch.float32, device="cpu").expand(W_enc.shape[0])
+    L = W_enc.shape[0]
+    if isinstance(threshold, Tensor):
+        theta = threshold.to("cpu", torch.float32).expand(L)
+    else:
+        theta = torch.full((L,), threshold, dtype=torch.float32, device="cpu")
     _check_matrices(x, W_enc)
     bias, bound = _vector("b_enc", b_enc, W_enc), _vector("threshold", theta, W_enc)
     scratch = (max_scratch_bytes, kernel, torch.get_num_threads())

@@ -6,31 +6,10 @@ import torch
 from torch import Tensor
 
 from saefast.ops.code import Code
+from saefast.ops.registered import Registered
 from saefast.ops.spmm import spmm
 from saefast.ops.spmm_t import spmm_t
 from saefast.ops.sum_by_latent import sum_by_latent
-
-
-class Selected(torch.autograd.Function):
-    """Lets gradients through the entries of a code whose activations are known. Saves B·K entries."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, acts: Tensor, idx: Tensor, clip: bool
-    ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, acts, idx)
-        ctx.clip, ctx.b_dtype = clip, None if b_enc is None else b_enc.dtype
-        return acts.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, acts, idx = ctx.saved_tensors
-        grad = grads[0] * (acts > 0) if ctx.clip else grads[0]  # (B, K)
-        L = W_enc.shape[0]
-        grad_x = spmm(grad, idx, W_enc).to(x.dtype) if ctx.needs_input_grad[0] else None
-        grad_W = spmm_t(grad, idx, x, L).to(W_enc.dtype) if ctx.needs_input_grad[1] else None
-        grad_b = sum_by_latent(grad, idx, L).to(ctx.b_dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_W, grad_b, None, None, None
 
 
 def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, *, clip: bool = True) -> Tensor:
@@ -48,5 +27,46 @@ def selected(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, *, clip
     acts, idx, width = code.acts, code.idx, W_enc.shape[1]
     if (layers := x.shape[1] // width) > 1:
         x, acts, idx = x.reshape(-1, width), *(t.reshape(len(t) * layers, t.shape[1] // layers) for t in (acts, idx))
-    found: Tensor = Selected.apply(x, W_enc, b_enc, acts, idx, clip)
+    found: Tensor = _selected(x, W_enc, b_enc, acts, idx, clip)
     return found.view(code.acts.shape)
+
+
+def remember(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor | None, code: Code, clip: bool) -> None:
+    """Keeps what `gradients` needs of a choice: beside the inputs, an index and with clip a byte for each entry.
+
+    A code with padding, whose acts are 0, is clipped: nothing comes back from what belongs to no row.
+    """
+    passed = code.acts > 0 if clip else None
+    ctx.save_for_backward(x, W_enc, code.idx, code.row_ptr, passed)
+    ctx.b_dtype = None if b_enc is None else b_enc.dtype
+
+
+def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """grad, in the shape of acts -> the gradients of x, W_enc and b_enc, the op's first three inputs."""
+    x, W_enc, idx, row_ptr, passed = ctx.saved_tensors
+    grad = grad if passed is None else grad * passed
+    L, wanted = W_enc.shape[0], ctx.needs_input_grad
+    grad_x = spmm(grad, idx, W_enc, row_ptr).to(x.dtype) if wanted[0] else None
+    grad_W = spmm_t(grad, idx, x, L, row_ptr).to(W_enc.dtype) if wanted[1] else None
+    grad_b = sum_by_latent(grad, idx, L).to(ctx.b_dtype) if wanted[2] else None
+    return grad_x, grad_W, grad_b
+
+
+def _run(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, acts: Tensor, idx: Tensor, clip: bool) -> Tensor:
+    return acts.clone(memory_format=torch.contiguous_format)
+
+
+def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor | None, acts: Tensor, idx: Tensor, clip: bool) -> Tensor:
+    return acts.new_empty(acts.shape, dtype=acts.dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, W_enc, b_enc, acts, idx, clip = inputs
+    remember(ctx, x, W_enc, b_enc, Code(acts, idx), clip)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *gradients(ctx, grad), None, None, None
+
+
+_selected = Registered("selected", _run, _fake, save=_save, backward=_backward)

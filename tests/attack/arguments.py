@@ -223,6 +223,9 @@ def _ops() -> list[Call]:
     pair = {"acts": lambda: acts, "idx": lambda: idx}
     odd_pair = {name: odd.VALUES | odd.tensors(make()) for name, make in pair.items()}
     matrices = {"W": odd.VALUES | odd.tensors(W), "x": odd.VALUES | odd.tensors(x)}
+    row_ptr = torch.tensor([0, 3, 3, 9, 10, 15], dtype=torch.int32)
+    csr = {"acts": acts.flatten, "idx": idx.flatten, "row_ptr": lambda: row_ptr}
+    odd_row_ptr = {"row_ptr": odd.VALUES | odd.tensors(row_ptr)}
     return [
         Call(
             "ops.encode_topk", ops.encode_topk, encoder | {"k": lambda: 3},
@@ -241,6 +244,10 @@ def _ops() -> list[Call]:
         ),
         Call("ops.threshold_encode", ops.threshold_encode, encoder | {"threshold": lambda: 0.5},
              odd_encoder | {"threshold": odd.VALUES | odd.tensors(b)}),
+        Call("ops.spmm of CSR", ops.spmm, csr | {"W": lambda: W}, odd_row_ptr),
+        Call("ops.sddmm of CSR", lambda acts, **given: ops.sddmm(**given), csr | {"x": lambda: x, "W": lambda: W},
+             odd_row_ptr),
+        Call("ops.spmm_t of CSR", ops.spmm_t, csr | {"x": lambda: x, "n_latents": lambda: 24}, odd_row_ptr),
         Call("ops.spmm", ops.spmm, pair | {"W": lambda: W}, odd_pair | {"W": matrices["W"]}),
         Call("ops.sddmm", ops.sddmm, {"x": lambda: x, "idx": lambda: idx, "W": lambda: W},
              matrices | {"idx": odd_pair["idx"]}),
