@@ -1,6 +1,6 @@
 """The whole training step at the first shapes of the design's table: undisturbed, then by stage, then by kernel.
 
-Adam and the lean optimiser after enough steps for hot latents to be chosen; Adam with an eighth of the latents dead, so
+Adam and the lean optimiser after their first steps; Adam with an eighth of the latents dead, so
 that AuxK runs; Adam late in a run, whose drift table is long. The undisturbed time comes from an engine that nothing
 watches; it waits for the device once, and counts settling as often as it comes.
 """
@@ -20,14 +20,13 @@ from bench.gpu_smoke_steps import make_dead
 from bench.kernel_times import by_kernel
 from bench.step_child import batches
 from bench.step_stages import by_stage, settle_ms
-from saefast.engines import hot
 from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 
 TINY = (Shape(6, 16, 64, 3),)
 VARIANTS = ("adam", "adam-lean", "adam AuxK", "adam late")
-LATE = 100_000
+LATE, WARM_UP = 100_000, 10
 ORDER = (
     (VARIANTS[:2], ("", "by stage ")),
     (VARIANTS[2:], ("", "by stage ")),
@@ -79,9 +78,7 @@ def new_run(shape: Shape, what: str, settings: Settings) -> Run:
         make_late(engine, 20 if settings.rehearse else LATE)
     prepare = partial(make_dead, engine, every=8) if what == "adam AuxK" else None
     run = Run(engine, batches(shape.B, shape.D, device), prepare)
-    # Hot latents are chosen after so many steps; the other variants measure something else.
-    warm_up = hot.REFRESH_EVERY + 10 if what in VARIANTS[:2] else 5
-    for number in range(1 if settings.rehearse else warm_up):
+    for number in range(1 if settings.rehearse else WARM_UP):
         run.step(number)
     return run
 
@@ -107,7 +104,7 @@ def undisturbed(shape: Shape, what: str, settings: Settings) -> dict[str, Any]:
     n = every * max(1, min(25, round(settings.seconds / 5 / max(once, 1e-6) / every)))
     rounds = [seconds_of(run, n, device) for _ in range(1 if settings.rehearse else 5)]
     found = {"shape": shape._asdict(), "steps a round": n, "seconds": common.spread(rounds)._asdict()}
-    found |= {"tokens/s": shape.B / found["seconds"]["median"], "hot latents": hot_count(run.engine)}
+    found |= {"tokens/s": shape.B / found["seconds"]["median"]}
     if device == "cuda":
         held = sum(x.numel() * x.element_size() for x in run.data)
         torch.cuda.reset_peak_memory_stats()
@@ -127,10 +124,6 @@ def seconds_of(run: Run, n: int, device: str) -> float:
         run.step(number)
     common.synchronize(device)
     return (time.perf_counter() - begin) / n
-
-
-def hot_count(engine: FusedEngine) -> int | None:
-    return None if engine.hot is None else int((engine.hot.slot >= 0).sum())
 
 
 def staged(shape: Shape, what: str, settings: Settings) -> dict[str, Any]:

@@ -20,7 +20,8 @@ BEFORE, AFTER = tl.constexpr(1), tl.constexpr(2)
 def sum_entries(
     source_ptr, row_ptr, coef_ptr, begin, end, D, offs_d, mask_d, BLOCK_D: tl.constexpr, UNROLL: tl.constexpr
 ):
-    """Σ coef[e] · source[row[e]] over e in begin .. end; row e itself and weight 1 where those are None."""
+    """Σ coef[e] · source[row[e]] over e in begin .. end; row e itself and weight 1 where those are None. A row of -1
+    adds nothing."""
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(begin, end, UNROLL):
         # Unrolled so that several rows are on their way at once.
@@ -28,7 +29,8 @@ def sum_entries(
             e = first + u
             live = e < end
             row = e if row_ptr is None else tl.load(row_ptr + e, mask=live, other=0)
-            value = tl.load(source_ptr + row.to(tl.int64) * D + offs_d, mask=mask_d & live, other=0.0).to(tl.float32)
+            there = mask_d & live & (row >= 0)
+            value = tl.load(source_ptr + row.to(tl.int64) * D + offs_d, mask=there, other=0.0).to(tl.float32)
             acc += value if coef_ptr is None else tl.load(coef_ptr + e, mask=live, other=0.0) * value
     return acc
 
@@ -76,13 +78,13 @@ def piece_sums(
     BLOCK_D: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(D, BLOCK_D)
-    piece = pid // blocks
+    # Block after block of columns, each with all pieces: the part of source that they all gather from stays in L2.
+    room = tl.num_programs(0) // tl.cdiv(D, BLOCK_D)
+    piece = (tl.program_id(0) % room).to(tl.int64)
     # There is room for more pieces than there may be.
     if piece < tl.load(first_ptr + n):
         r = tl.load(group_ptr + piece).to(tl.int64)
-        offs_d = (pid % blocks).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+        offs_d = tl.program_id(0) // room * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = offs_d < D
         begin = tl.load(offsets_ptr + r) + (piece.to(tl.int32) - tl.load(first_ptr + r)) * CUT
         end = tl.minimum(begin + CUT, tl.load(offsets_ptr + r + 1))

@@ -102,11 +102,11 @@ POINTER_TILES = {"half": Tiles(128, 128, 32, 8, 4, 0), "tf32": Tiles(128, 128, 3
 
 # encode_topk's method for a GPU: (architecture, kind of product) -> (narrow, wide).
 #
-# half. Measured on an H100 with B = 8192 (results/nvidia-h100-80gb-hbm3-gpu-kernels.json): the fused kernel's main loop is as
-# fast as the library's at D = 4096 and 0.75 of it at 768; with merges 1.16 and 1.8 of the product alone. Library products of
-# 1024 columns pay for their gaps and a filter kernel each: 1.43 and 2.5.
-# ieee. tl.dot has no tensor cores for it and reaches perhaps half of the library's rate (not measured), while the filter is 8 % of
-# a library product at D = 768 (22 us on 258) and 2 % at 4096.
+# half. Measured on an H100 with B = 8192 (bench/NOTES.md): the fused kernel's main loop is as fast as the library's at
+# D = 4096 and 0.75 of it at 768; with merges 1.16 and 1.8 of the product alone. Library products of 1024 columns pay
+# for their gaps and a filter kernel each: 1.43 and 2.5.
+# ieee. tl.dot has no tensor cores for it and reaches perhaps half of the library's rate (not measured), while the
+# filter is 8 % of a library product at D = 768 (22 us on 258) and 2 % at 4096.
 # tf32. Tensor cores that read fp32 from shared memory cut its last bits off, where the library rounds them: sums lean
 # towards 0, by 2**-10 of themselves (measured: three times the library's error).
 # The interpreter runs the fused form.
@@ -219,6 +219,12 @@ def rows(D: int, whole: bool) -> Rows:
     block = max(32, _power_of_2(D)) if whole else min(1024, max(32, _power_of_2(D)))
     wide = block > WIDE
     return Rows(block, 2 if wide else 4, max(1, block // (512 if wide else 256)))
+
+
+def pieces(D: int) -> Rows:
+    """Of piece_sums: as many columns as leave a batch's part of them, 16 MB at B = 8192, room in L2."""
+    block = min(512, max(32, _power_of_2(D)))
+    return Rows(block, 4, max(1, block // 256))
 
 
 def method(arch: int, kind: str, D: int, wide: bool = True) -> str:

@@ -460,7 +460,7 @@ def test_real_values_are_as_close_as_torch_gets(dtype, method, device):
     acts, idx = driver.encode_topk(x, W, b, 10, method=method, chunk=128, relu=False)
 
     def at_found(x, W, b):
-        """Values at the indices found, from a sum in fp32, term after term as the kernel has it without tensor cores."""
+        """Values at the indices found, summed in fp32 term after term as the kernel does without tensor cores."""
         if x.dtype not in (torch.float32, torch.float64):
             return reference.pre_activations(x, W, b).gather(1, idx.long())
         pre = x.new_zeros(len(x), len(W))
@@ -603,7 +603,9 @@ def test_gpu_precision_of_fp32_products(precision, method, monkeypatch):
 def test_gpu_products_in_tf32_leave_the_setting_as_it_was():
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
-    driver.encode_topk(torch.randn(8, 64, device="cuda"), torch.randn(300, 64, device="cuda"), None, 4, precision="tf32")
+    driver.encode_topk(
+        torch.randn(8, 64, device="cuda"), torch.randn(300, 64, device="cuda"), None, 4, precision="tf32"
+    )
     assert matmul.fp32_precision == before
 
 

@@ -22,7 +22,7 @@ from saefast.engines.config import TrainConfig
 from saefast.engines.engine import State, StepStats, checked, not_finite
 from saefast.engines.fused_pass import Pass
 from saefast.engines.gradient import BlockGradient, Gradient, Model, fetched, serial_sum
-from saefast.engines.hot import HotLatents, threshold
+from saefast.engines.hot import HotLatents
 from saefast.engines.resample import due
 from saefast.engines.weights import Scratch, Weights
 from saefast.errors import InputError
@@ -45,8 +45,7 @@ class FusedEngine(EngineBase):
         total_steps: length of the run, which the learning rate's decay ends at.
         settle_every: instead of the config's.
         mixed: bf16 products choose the candidates for the top k (saefast.ops.mixed); None is where that is faster.
-        hot_share: share of tokens above which a latent is computed densely (`hot.py`); None is what the device's
-            figures say, and never on a CPU.
+        hot_share: share of tokens above which a latent is computed densely (`hot.py`); None is never.
         dense_share: share of all B · L entries above which a step is done by dense chunks, where each latent decides
             for itself (`dense_pass.py`); None is what was measured.
 
@@ -101,8 +100,6 @@ class FusedEngine(EngineBase):
 
     def _new_hot(self, share: float | None) -> HotLatents | None:
         """Hot latents need one residual per token, codes of a fixed width, and an update of single rows."""
-        if share is None:
-            share = threshold(self.sae.device, self.sae.dtype)
         several = len(self.terms.prefixes) > 1 or len(self.architecture.blocks()) > 1
         if share is None or self.dense or several or not self.architecture.fixed_width:
             return None

@@ -1,10 +1,12 @@
-"""Hot latents: those that fire on so many tokens that a dense block on the matrix units beats gathering row by row.
+"""Hot latents: those that fire on so many tokens that a dense block on the matrix units may beat gathering row by row.
 
 An entry of the sparse code costs the bytes of one row; a column of a dense block costs the arithmetic of B entries.
-With BW bytes and F operations a second the two meet at a firing share of 2 · BW / (bytes of a weight · F). Latents
-above it form a block A (B, H): decode gains A W_hot, gradients come from three products, and the rest stays sparse.
-Same results within rounding, for the block's products run in fp32 for weights of any dtype: in bf16 they would round
-the largest activations of all to 8 bits. So F is fp32's rate.
+Latents above a share of tokens form a block A (B, H): decode gains A W_hot, gradients come from three products, and the
+rest stays sparse. Same results within rounding, for the block's products run in fp32 for weights of any dtype: in bf16
+they would round the largest activations of all to 8 bits.
+
+Only where it is asked for: on an H100 it gained nothing at D = 4096, and at 768 its launches cost two of 7.5 ms
+(bench/NOTES.md), for the gathers of the most frequent rows come from L2.
 """
 
 from typing import NamedTuple
@@ -12,29 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saefast.devices import DEVICES, find
-
 REFRESH_EVERY = 100
 # The block's columns come in multiples of this, the hottest latents first.
 COLUMNS = 128
-
-
-def threshold(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The firing share above which a dense block pays for weights of a dtype, or None where it never does."""
-    # A CPU has none: its gathers run from the caches, where a row costs little more than its arithmetic.
-    if device.type != "cuda":
-        return None
-    key = find(torch.cuda.get_device_name(device))
-    if key is None:
-        return None
-    # By bf16's rate an H200 would take latents from 0.5 % of tokens on: at (4096, 131k, k = 64) some 1,200, whose block
-    # takes 5 ms in fp32 and spares 0.8 ms of gathers.
-    return break_even(DEVICES[key].flops_fp32, DEVICES[key].bandwidth, dtype.itemsize)
-
-
-def break_even(flops: float, bandwidth: float, weight_bytes: int) -> float:
-    """The firing share at which one entry's bytes take as long as one column's arithmetic."""
-    return 2 * bandwidth / (weight_bytes * flops)
 
 
 class Block(NamedTuple):

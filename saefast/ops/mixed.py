@@ -61,9 +61,8 @@ def encode_topk_mixed(
             *(x, W_low, W_enc, b_enc, k), candidates=candidates(k), latents=latents, scale=scale, relu=relu
         )
     _, idx = encode_topk(x.to(W_low.dtype), W_low, b_enc, min(candidates(k), n), latents=latents, scale=scale)
-    idx = idx.sort(dim=1).values  # ascending, so that a stable choice gives ties to the lower latent
     pre = sddmm(x, idx, W_enc) + b_enc[idx.long()]
     rank = pre if scale is None else pre * scale[idx.long()]
-    best = stable_topk(rank, k)
+    best = stable_topk(rank, k, idx)
     acts, idx = pre.gather(1, best), idx.gather(1, best)
     return (acts.relu_() if relu else acts), idx

@@ -102,14 +102,21 @@ def merge_topk(best: Ranked, chunk: Ranked, k: int) -> Ranked:
     return kept, kept if rank is acts else rank.gather(1, order), idx.gather(1, order)
 
 
-def stable_topk(values: Tensor, k: int) -> Tensor:
-    """Columns (B, k) of the k largest values of each row, descending, ties to the lower column, NaN first."""
+def stable_topk(values: Tensor, k: int, ids: Tensor | None = None) -> Tensor:
+    """Columns (B, k) of the k largest values of each row, descending, ties to the lower column, NaN first.
+
+    Args:
+        ids: (B, n) integers below 2^31, distinct in a row: ties go to the lower of these instead.
+    """
     if values.dtype == torch.float64 or values.shape[1] >= 2**31:
-        return values.argsort(dim=1, descending=True, stable=True)[:, :k]
+        if ids is None:
+            return values.argsort(dim=1, descending=True, stable=True)[:, :k]
+        ascending = ids.argsort(dim=1)
+        return ascending.gather(1, stable_topk(values.gather(1, ascending), k))
     # One int64 per value, ordered as (value, -column): all keys differ, so any top-k is the stable one.
     bits = torch.where(values.isnan(), torch.full_like(values, torch.nan), values + 0.0).view(torch.int32)
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
-    columns = torch.arange(values.shape[1], device=values.device)
+    columns = torch.arange(values.shape[1], device=values.device) if ids is None else ids.long()
     return ((ordered << 32) | (0x7FFFFFFF - columns)).topk(k, dim=1).indices
 
 

@@ -44,11 +44,18 @@ __all__ = [
 FUSION = False
 
 
-class Pieces(NamedTuple):
-    """How long groups are cut; see kernels/row_update.py."""
+class Cut(NamedTuple):
+    """How long groups are cut into pieces; see kernels/row_update.py."""
 
+    first: Tensor
+    """(groups + 1,) int32: group r has pieces first[r] .. first[r + 1]."""
+    group: Tensor
+    """(room,) int32: the group of each piece. How many there are stays on the device."""
+
+
+class Pieces(NamedTuple):
     sums: Tensor
-    """(pieces, D) fp32."""
+    """(room, D) fp32."""
     first: Tensor
     """(groups + 1,) int32."""
 
@@ -56,14 +63,14 @@ class Pieces(NamedTuple):
 def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None = None) -> Tensor:
     """As `saefast.optim.reference.weighted_row_sum`; rows of -1 add nothing."""
     n = len(W) if rows is None else len(rows)
-    if rows is not None and coef is not None:
-        rows, coef = rows.clamp_min(0), torch.where(rows < 0, 0, coef)
     if W.dtype not in (torch.float32, torch.bfloat16) or n <= tuning.CUT:
+        if rows is not None and coef is not None:
+            rows, coef = rows.clamp_min(0), torch.where(rows < 0, 0, coef)
         return plain.weighted_row_sum(W, rows, coef)
-    ends = torch.arange(0, n + 1, n, dtype=torch.int32, device=W.device)
-    pieces = _cut(readable(W), ends, rows, coef, n)
-    assert pieces is not None
-    return pieces.sums[: -(-n // tuning.CUT)].sum(0)
+    room = triton.cdiv(n, tuning.CUT)
+    # One group, all of whose pieces are known beforehand.
+    ends, first = constant((0, n), W.device), constant((0, room), W.device)
+    return _piece_sums(readable(W), ends, rows, coef, Cut(first, constant((0,) * room, W.device))).sum(0)
 
 
 def decode_loss(
@@ -140,7 +147,7 @@ class Prepared(NamedTuple):
 
 
 def gradient_squares(job: Job) -> None:
-    prepared = _prepare(job)
+    prepared = _prepare(job, {})
     _, pieces, squares = prepared
     if len(squares) == 0:
         return
@@ -158,7 +165,8 @@ def gradient_squares(job: Job) -> None:
 
 
 def update_rows(jobs: list[Job]) -> None:
-    for prepared in [_prepare(job) for job in jobs]:
+    cuts: dict[int, Cut] = {}
+    for prepared in [_prepare(job, cuts) for job in jobs]:
         if len(prepared.squares) == 0:
             continue
         if _serves(prepared.job):
@@ -168,11 +176,15 @@ def update_rows(jobs: list[Job]) -> None:
                 plain.update_by(part, grad)
 
 
-def _prepare(job: Job) -> Prepared:
+def _prepare(job: Job, cuts: dict[int, Cut]) -> Prepared:
+    """cuts: of offsets by their id, for jobs over the same groups."""
     g, n, D = job.gradient, len(job.gradient.offsets) - 1, job.matrix.w.shape[1]
     blocks = triton.cdiv(D, _config(job.matrix, job.step).block_d)
     squares = torch.zeros((n, blocks), dtype=torch.float32, device=job.matrix.w.device)
-    return Prepared(job, _cut(g.source, g.offsets, g.row, g.coef, len(g.row)) if n else None, squares)
+    if n == 0 or len(g.row) <= tuning.CUT:
+        return Prepared(job, None, squares)
+    cut = cuts.get(id(g.offsets)) or cuts.setdefault(id(g.offsets), _cut(g.offsets, len(g.row)))
+    return Prepared(job, Pieces(_piece_sums(g.source, g.offsets, g.row, g.coef, cut), cut.first), squares)
 
 
 def _update(prepared: Prepared) -> None:
@@ -318,26 +330,25 @@ def _blocks_along(g: RowGradient) -> int:
     return 0 if g.along is None else g.along.shape[1]
 
 
-def _cut(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | None, n_entries: int) -> Pieces | None:
-    """Sums the pieces of groups longer than tuning.CUT; None where so few entries have no such group.
-
-    How many pieces there are stays on the device; there is room for as many as there may be.
-    """
-    if n_entries <= tuning.CUT:
-        return None
-    n, D, cut = len(offsets) - 1, source.shape[1], tuning.CUT
+def _cut(offsets: Tensor, n_entries: int) -> Cut:
+    """Where groups longer than tuning.CUT are cut."""
+    n, cut = len(offsets) - 1, tuning.CUT
     lengths = offsets[1:] - offsets[:-1]
     # A group longer than one piece has less than two pieces for every CUT entries.
     room = 2 * n_entries // cut
     first = offsets.new_zeros(n + 1)
     torch.cumsum(torch.where(lengths > cut, (lengths + cut - 1) // cut, 0), 0, dtype=torch.int32, out=first[1:])
-    numbers = torch.arange(room, dtype=torch.int32, device=source.device)
-    group = (torch.searchsorted(first, numbers, right=True) - 1).clamp_max(n - 1).int()
+    numbers = torch.arange(room, dtype=torch.int32, device=offsets.device)
+    return Cut(first, (torch.searchsorted(first, numbers, right=True) - 1).clamp_max(n - 1).int())
+
+
+def _piece_sums(source: Tensor, offsets: Tensor, row: Tensor | None, coef: Tensor | None, cut: Cut) -> Tensor:
+    """(room, D) fp32: the sum of each piece."""
+    room, D, config = len(cut.group), source.shape[1], tuning.pieces(source.shape[1])
     sums = source.new_empty((room, D), dtype=torch.float32)
-    config = tuning.rows(D, False)
     with on_device(source):
         row_kernels.piece_sums[(room * triton.cdiv(D, config.block_d),)](
-            source, offsets, row, coef, first, group, sums, n, D, CUT=cut, UNROLL=config.unroll,
-            **_options(config),
+            source, offsets, row, coef, cut.first, cut.group, sums, len(offsets) - 1, D, CUT=tuning.CUT,
+            UNROLL=config.unroll, **_options(config),
         )  # fmt: skip
-    return Pieces(sums, first)
+    return sums

@@ -258,3 +258,12 @@ def test_every_row_in_every_update_leaves_no_room_for_blocks(monkeypatch):
 def test_stable_topk_gives_ties_to_the_lower_latent():
     """What the block selects by, on a row of equal values."""
     assert stable_topk(torch.ones(1, 9), 4).sort().values.tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stable_topk_gives_ties_to_the_lower_id(dtype: torch.dtype) -> None:
+    values = torch.randint(0, 3, (20, 12)).to(dtype)
+    ids = torch.stack([torch.randperm(1000)[:12] for _ in range(20)]).int()
+    found = stable_topk(values, 5, ids)
+    for row, (value, id_) in enumerate(zip(values.tolist(), ids.tolist(), strict=True)):
+        assert found[row].tolist() == sorted(range(12), key=lambda c: (-value[c], id_[c]))[:5]

@@ -1,4 +1,4 @@
-"""Hot latents: the dense block gives what the sparse path gives, and the threshold is where costs meet."""
+"""Hot latents: the dense block gives what the sparse path gives, and none are hot unless that is asked for."""
 
 from typing import Any
 
@@ -7,7 +7,6 @@ import torch
 from classic import CLASSIC
 from torch import Tensor
 
-from saefast.devices import DEVICES
 from saefast.engines import hot
 from saefast.engines.base import PARAMETERS
 from saefast.engines.config import preset
@@ -15,7 +14,7 @@ from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
 from saefast.ops.groups import group_entries
 
-# A share of tokens that no latent exceeds. None leaves it to the device, which on a GPU has a threshold.
+# A share of tokens that no latent exceeds.
 NEVER = 1.0
 DEVICE = torch.device("cpu")
 on_each_device = pytest.mark.usefixtures("on_each_device")
@@ -100,26 +99,8 @@ def test_a_lean_run_has_hot_latents_too() -> None:
     assert losses[-1][0] == pytest.approx(losses[-1][1], rel=0.02)
 
 
-def test_where_costs_meet() -> None:
-    """The design's figure for an H200 in bf16, one entry's bytes against one column's arithmetic."""
-    h200 = DEVICES["h200"]
-    low, bandwidth = h200.flops, h200.bandwidth
-    assert hot.break_even(low, bandwidth, 2) == pytest.approx(0.0054, rel=0.02)
-    B, D = 8192, 768
-    for weight_bytes in (2, 4):
-        share = hot.break_even(low, bandwidth, weight_bytes)
-        assert share * B * (weight_bytes * D) / bandwidth == pytest.approx(2 * B * D / low)
-
-
-@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.086), (torch.float32, 0.043)])
-def test_the_rate_is_that_of_the_products(dtype: torch.dtype, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The block's products run in fp32 for weights of either dtype, so both are held to fp32's rate."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert hot.threshold(torch.device("cuda"), dtype) == pytest.approx(share, rel=0.01)
-
-
-def test_a_cpu_has_no_hot_latents() -> None:
-    assert hot.threshold(torch.device("cpu"), torch.float32) is None
+@on_each_device
+def test_no_latent_is_hot_unless_that_is_asked_for() -> None:
     assert engine(batches(1, torch.float32), None).hot is None
 
 
