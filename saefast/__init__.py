@@ -11,6 +11,8 @@ from saefast.version import __version__
 if TYPE_CHECKING:
     from saefast.engines.config import TrainConfig, preset
     from saefast.formats.opening import load, save
+    from saefast.integrations.hooks import encode, replace
+    from saefast.integrations.steering import Steering, steer
     from saefast.models.calibration import as_jumprelu
     from saefast.models.config import SAEConfig
     from saefast.models.sae import SAE, SAEOutput
@@ -24,13 +26,17 @@ __all__ = [
     "FinetuneConfig",
     "SAEConfig",
     "SAEOutput",
+    "Steering",
     "TrainConfig",
     "__version__",
     "as_jumprelu",
+    "encode",
     "finetune",
     "load",
     "preset",
+    "replace",
     "save",
+    "steer",
     "train",
 ]
 
@@ -46,6 +52,10 @@ _HOME = {
     "preset": "saefast.engines",
     "train": "saefast.training",
     "finetune": "saefast.training",
+    "encode": "saefast.integrations.hooks",
+    "replace": "saefast.integrations.hooks",
+    "Steering": "saefast.integrations.steering",
+    "steer": "saefast.integrations.steering",
     "FinetuneConfig": "saefast.training",
 }
 

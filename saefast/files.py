@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Iterator
@@ -70,6 +71,25 @@ def write_sealed_json(path: str | Path, value: dict[str, Any]) -> None:
     seal = hashlib.sha256(body.encode()).hexdigest()
     with replacing(path) as temporary:
         temporary.write_text(f'{body},\n  "{SEAL}": "{seal}"\n}}\n', encoding="utf-8")
+
+
+def create_sealed_json(path: Path, value: dict[str, Any]) -> bool:
+    """Writes the file whole, unless there is one: then that stays what it is. False if there was one."""
+    # Made beside it first, since a link, unlike a new file, is there at once with all its content.
+    own = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    write_sealed_json(own, value)
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without links: two that begin at once may then differ.
+        if path.exists():
+            return False
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
+    return True
 
 
 def read_json(path: str | Path, kind: Any = Any) -> Any:

@@ -119,7 +119,7 @@ def by_token(batch: int, lengths: Sequence[int], turned: set[str] | None = None)
     return shaped
 
 
-def _with_activations(given: Any, hidden: Tensor) -> Any:
+def with_activations(given: Any, hidden: Tensor) -> Any:
     """What a module took or gave, with other activations (batch, length, d) in it."""
     if isinstance(given, Tensor):
         return hidden.reshape(given.shape)
@@ -204,7 +204,7 @@ def replaced(
     def visit(place: Place, given: Any) -> Any:
         if turns.next(place) != wanted[place]:
             return None
-        return _with_activations(given, replace[place](shaped(given, str(place))))
+        return with_activations(given, replace[place](shaped(given, str(place))))
 
     with visited(model, replace, visit):
         yield

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saefast import ambient
 from saefast.analysis.crosscoder import CROSSCODER, PartMetrics, metrics_by_part
 from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
+from saefast.analysis.latent_stats import LATENTS, write_latent_stats
 from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
 from saefast.data.opening import HELDOUT, has_hooks, open_source
@@ -26,9 +26,8 @@ from saefast.data.provenance import recorded_data
 from saefast.data.shards import HookEntry, ShardFolder
 from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, where_it_ends
 from saefast.errors import InputError
-from saefast.files import read_json, replacing, usable, write_json
+from saefast.files import read_json, usable, write_json
 from saefast.formats.opening import load
-from saefast.formats.own import EVALUATED
 from saefast.harvest.hooks import find_hook
 from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
 from saefast.harvest.language_models import unwrapped
@@ -44,7 +43,7 @@ from saefast.training.residual import Stack, stack_of, trained_on
 from saefast.training.run_folder import CHECKPOINTS
 from saefast.typed import typed
 
-EVAL, LATENTS = "eval.json", EVALUATED
+EVAL = "eval.json"
 # Text that the spliced language model reads: its loss is then known to about 0.01 nats.
 LM_TOKENS = 1 << 16
 TOGETHER: dict[str, Metric] = {
@@ -291,16 +290,8 @@ def load_finished(run: Path) -> SAE:
 
 def write_evaluation(folder: Path, result: Evaluation) -> None:
     """eval.json and latents.safetensors, each whole or not at all."""
-    sparsity = result.accumulated.sparsity
-    tensors = {
-        "counts": sparsity.counts,
-        "total_act": sparsity.total_act,
-        "max_act": sparsity.max_act,
-        "n_rows": torch.tensor(sparsity.n_rows, dtype=torch.int64, device="cpu"),
-    }
-    tensors |= {} if result.parts is None else result.parts.latents()
-    with replacing(folder / LATENTS) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+    more = {} if result.parts is None else result.parts.latents()
+    write_latent_stats(folder / LATENTS, result.accumulated.sparsity, more)
     write_json(folder / EVAL, result.to_dict())
 
 

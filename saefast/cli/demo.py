@@ -185,6 +185,7 @@ done in {seconds:.0f} s; in {out}/
   sae.safetensors, config.json, metrics.jsonl      the SAE, its settings, how training went
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
+  feature_stats.safetensors                        how often and how strongly each of them fired
 
 held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   {training}
 {silent_latents(last)}{about_tokens}

@@ -14,6 +14,7 @@ from saefast.analysis.evaluation import load_finished, run_source
 from saefast.analysis.feature_table import FeatureTable, make_table
 from saefast.analysis.features import collect
 from saefast.analysis.harvested_model import harvested_model, harvested_tokenizer
+from saefast.analysis.latent_stats import FEATURE_STATS, write_latent_stats
 from saefast.analysis.plots import draw_features
 from saefast.analysis.report import summary, write_features
 from saefast.cli.args import announce_harvest, named, parse, watched
@@ -32,7 +33,7 @@ class FeaturesArgs:
     """Show what a run's most telling latents respond to.
 
     Needs a run trained on a harvest, whose tokens are known. Leaves features.html, features.md and features.png in the
-    run's folder.
+    run's folder, and how often and how strongly every latent fired in feature_stats.safetensors.
     """
 
     run: tyro.conf.Positional[Path]
@@ -89,8 +90,9 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
     title = (
         f"{index.get('model', '')} {hook}: what {len(table.features)} of {sae.config.n_latents:,} latents respond to"
     )
+    write_latent_stats(args.run / FEATURE_STATS, stats.sparsity)
     pages, picture = write_features(args.run, table, title), args.run / "features.png"
-    return table, named(pages, lambda: draw_features(table, picture, title))
+    return table, named([*pages, args.run / FEATURE_STATS], lambda: draw_features(table, picture, title))
 
 
 def _embedding(index: dict[str, Any], given: Any) -> Tensor | None:

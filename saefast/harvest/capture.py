@@ -173,16 +173,7 @@ class HookedRunner(_PlacesRunner):
     workers = 1
 
     def __init__(self, model: Any, hooks: Sequence[str]) -> None:
-        known = getattr(model, "hook_dict", None)
-        names, every = (hooks, []) if known is None else (expand_names(list(known), hooks), list(known))
-        super().__init__(model, [Hook(name, tuple(known_place(every, p) for p in name.split("+"))) for name in names])
-        for place in self._places:
-            name = place.path
-            if known is not None and name not in known:
-                near = [key for key in known if key.split(".")[-1] == name.split(".")[-1]] or list(known)
-                raise InputError(f"hook {name!r} is not in this model; there are {', '.join(near[:6])}")
-            if place.side == "in":
-                raise InputError(f"hook {str(place)!r}: a hook point has no input of its own, leave out :in")
+        super().__init__(model, lens_hooks(model, hooks))
         parameters = inspect.signature(model.run_with_hooks).parameters.values()
         takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
         # Asks TransformerLens not to compute logits, should no hook end the pass.
@@ -213,6 +204,24 @@ class HookedRunner(_PlacesRunner):
         with torch.inference_mode(), contextlib.suppress(_Stop):
             self._model.run_with_hooks(ids, fwd_hooks=fwd_hooks, **self._extra)
         return taken
+
+
+def lens_hooks(model: Any, names: Sequence[str]) -> list[Hook]:
+    """What hook names mean in a model with hook points of its own (TransformerLens'); patterns are those they match.
+
+    Raises InputError for a name that it has not.
+    """
+    known = getattr(model, "hook_dict", None)
+    names, every = (names, []) if known is None else (expand_names(list(known), names), list(known))
+    hooks = [Hook(name, tuple(known_place(every, p) for p in name.split("+"))) for name in names]
+    for place in (place for hook in hooks for place in hook.places):
+        name = place.path
+        if known is not None and name not in known:
+            near = [key for key in known if key.split(".")[-1] == name.split(".")[-1]] or list(known)
+            raise InputError(f"hook {name!r} is not in this model; there are {', '.join(near[:6])}")
+        if place.side == "in":
+            raise InputError(f"hook {str(place)!r}: a hook point has no input of its own, leave out :in")
+    return hooks
 
 
 @contextlib.contextmanager

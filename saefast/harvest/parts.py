@@ -13,8 +13,6 @@ Processes may come and go. What was not recorded is harvested again from the par
 """
 
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +24,7 @@ from saefast.data.parts import join_parts
 from saefast.data.shard_writer import ShardWriter
 from saefast.data.shards import IndexFacts, read_index
 from saefast.errors import InputError
-from saefast.files import SEAL, read_sealed_json, usable, write_sealed_json
+from saefast.files import SEAL, create_sealed_json, read_sealed_json, usable, write_sealed_json
 from saefast.harvest.claims import Claim, Holder, latest, take
 from saefast.harvest.config import HarvestConfig
 from saefast.harvest.documents import Document, Fingerprint, Text
@@ -360,7 +358,7 @@ def _agree(path: Path, harvester: Harvester, settings: dict[str, Any]) -> None:
     """Writes the settings that all share, or takes them over where they are the same."""
     if not path.exists():
         harvester.find_norms()
-        if _created(path, _agreed(harvester, settings)):
+        if create_sealed_json(path, _agreed(harvester, settings)):
             return
     theirs, ours = read_sealed_json(path, IndexFacts), _agreed(harvester, settings)
     for name in [name for name in dict.fromkeys([*ours, *theirs]) if name not in (SEAL, "identity", "median_norms")]:
@@ -378,22 +376,3 @@ def _agreed(harvester: Harvester, settings: dict[str, Any]) -> dict[str, Any]:
     how = {name: getattr(config, name) for name in ("dtype", "rows_per_shard", "batch_tokens")}
     agreed: dict[str, Any] = {**settings, **how, **harvester.facts(), "hooks": harvester.runner.hooks}
     return dict(json.loads(json.dumps(agreed)))
-
-
-def _created(path: Path, settings: dict[str, Any]) -> bool:
-    """Writes the file whole, unless there is one: then it stays what it is. False if there was one."""
-    # Made beside it first, since a link, unlike a new file, is there at once with all its content.
-    own = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-    write_sealed_json(own, settings)
-    try:
-        os.link(own, path)
-    except FileExistsError:
-        return False
-    except OSError:
-        # A file system without links: two that begin at once may then differ, which is found when parts are joined.
-        if path.exists():
-            return False
-        os.replace(own, path)
-    finally:
-        own.unlink(missing_ok=True)
-    return True

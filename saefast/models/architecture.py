@@ -213,6 +213,19 @@ class Architecture:
         """The code at inference, where a token's must not depend on those beside it."""
         raise NotImplementedError
 
+    def alone(
+        self, pre: Tensor, own: Mapping[str, Tensor], scale: Tensor | None, buffers: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        """What `serve` makes of some latents, from their own pre-activations alone: (B, S), differentiable.
+
+        None is where it depends on other latents.
+
+        Args:
+            pre: (B, S). own: "b_enc" and the (L,) parameters that it adds, of these S latents. scale: (S,) as
+                `Encoder.scale`, or None.
+        """
+        return None
+
     def with_k(self, k: int) -> Any:
         """The SAEConfig of the same weights serving k latents a token.
 
@@ -365,6 +378,11 @@ class Layer(Architecture):
 
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return self.inner.serve(encoder, buffers)
+
+    def alone(
+        self, pre: Tensor, own: Mapping[str, Tensor], scale: Tensor | None, buffers: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        return self.inner.alone(pre, own, scale, buffers)
 
     def with_k(self, k: int) -> Any:
         return self.inner.with_k(k)

@@ -5,6 +5,7 @@ the smallest activation that was chosen.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,14 @@ class BatchTopK(Architecture):
         threshold = buffers["threshold"]
         # Before training has set it, the batch itself is the measure.
         return encoder.batch_topk(self.config.k) if threshold < 0 else encoder.above(threshold)
+
+    def alone(
+        self, pre: Tensor, own: Mapping[str, Tensor], scale: Tensor | None, buffers: Mapping[str, Tensor]
+    ) -> Tensor | None:
+        threshold = buffers["threshold"]
+        if threshold < 0:
+            return None
+        return torch.where((pre if scale is None else pre * scale) > threshold, pre, 0)
 
     def observed(self, kept: dict[str, Tensor], code: Code, scale: Tensor | None, at: At, train: Any) -> Any:
         # A wider k has a lower threshold, which is not what the SAE will serve with.

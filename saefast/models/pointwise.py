@@ -152,6 +152,9 @@ class Pointwise(Architecture):
     def serve(self, encoder: Encoder, buffers: dict[str, Tensor]) -> Code:
         return self._above(encoder, self.limit(encoder.own, None))
 
+    def alone(self, pre: Tensor, own: Own, scale: Tensor | None, buffers: Mapping[str, Tensor]) -> Tensor:
+        return self.activate(pre, own)
+
     @torch.no_grad()
     def _above(self, encoder: Encoder, limit: Tensor | float) -> Code:
         code = encoder.above(limit)

@@ -25,6 +25,7 @@ from saefast.ops import spmm
 from saefast.ops.code import Code, padded
 from saefast.ops.encoder import Encoder
 from saefast.ops.mixed import pays_off
+from saefast.ops.reference import accumulate_dtype
 from saefast.ops.selected import selected
 from saefast.placement import pick_device, require_device, require_memory
 from saefast.schema import Seed, check_argument
@@ -133,6 +134,68 @@ class SAE(nn.Module):
             acts = acts * norms[idx.long()]
         shape = (*x.shape[:-1], idx.shape[1])
         return acts.reshape(shape), idx.reshape(shape)
+
+    @typed
+    @ambient.plainly()
+    def encode_latents(self, x: Tensor, latents: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., S), the activations of some latents, as `encode` has them; differentiable.
+
+        Where each latent is on by itself (relu, jumprelu, gated, batchtopk with its threshold) no other row of W_enc is
+        touched. Where latents compete, all have to be ranked.
+
+        Args:
+            latents: (S,) int64, distinct ids.
+        """
+        kind, buffers = accumulate_dtype(self.dtype), dict(self.named_buffers())
+        flat, norms = self._flatten(x).to(kind), self._norms_of(latents)
+        own = {name: value.to(kind) for name, value in gathered(self.own() | {"b_enc": self.b_enc}, latents).items()}
+        pre = self._products(flat, latents) + own["b_enc"]
+        found = self.architecture.alone(pre, own, norms, buffers)
+        if found is None:
+            return self.picked(*self.encode_sparse(x), latents)
+        return (found if norms is None else found * norms).reshape(*x.shape[:-1], len(latents))
+
+    @typed
+    @ambient.plainly()
+    def decode_latents(self, change: Tensor, latents: Tensor, x: Tensor) -> Tensor:
+        """change (..., S) of the activations of some latents -> (..., d_out), what it adds to the reconstruction of x.
+
+        Exactly the difference of two decodes, of S rows of W_dec. Sums are in float32 (float64 for float64 weights).
+
+        Args:
+            latents: (S,) int64, distinct ids. x: (..., d_in) what was encoded.
+        """
+        kind, norms = accumulate_dtype(self.dtype), self._norms_of(latents)
+        flat = change.reshape(-1, len(latents)).to(kind)
+        if norms is not None:
+            flat = flat / torch.where(norms > 0, norms, 1)
+        added, norm = flat @ self.W_dec[latents].to(kind), self.architecture.row_norm(self._rows(x))
+        added = added if norm is None else added * norm.spread.to(kind)
+        return added.reshape(*change.shape[:-1], self.d_out)
+
+    def _products(self, flat: Tensor, latents: Tensor) -> Tensor:
+        """flat (B, d_in) -> (B, S), what the rows of W_enc of some latents make of the columns that they read."""
+        found = flat.new_zeros(len(flat), len(latents))
+        for block in self.architecture.blocks():
+            here = ((latents >= block.latents.start) & (latents < block.latents.stop)).nonzero()[:, 0]
+            W_enc = self.W_enc[latents[here]].to(flat.dtype)
+            found = found.index_copy(1, here, flat[:, block.reads] @ W_enc.T)
+        return found
+
+    def _norms_of(self, latents: Tensor) -> Tensor | None:
+        """(S,) what the activations of some latents are measured in; None is 1."""
+        if not self.architecture.ranks_by_norm:
+            return None
+        found = self.architecture.norms(self.W_dec[latents], dict(self.named_buffers())).sum(1)
+        return found.to(accumulate_dtype(self.dtype))
+
+    def picked(self, acts: Tensor, idx: Tensor, latents: Tensor) -> Tensor:
+        """Of a code acts, idx (..., K), the activations (..., S) of some latents, 0 where they have none."""
+        order = latents.argsort()
+        place = torch.searchsorted(latents[order], idx.long()).clamp_max(len(latents) - 1)
+        place = order[place]
+        there = torch.where(latents[place] == idx, acts, 0)
+        return acts.new_zeros(*acts.shape[:-1], len(latents)).scatter_add(-1, place, there)
 
     @typed
     def with_k(self, k: int) -> "SAE":

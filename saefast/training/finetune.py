@@ -45,8 +45,7 @@ from saefast.training.finetune_config import MOST_TOKENS, Chosen, FinetuneConfig
 from saefast.training.left_out import LeftOut
 from saefast.training.loop import Line, Stopped, fold
 from saefast.training.progress import MetricsLog, bar
-from saefast.training.residual import RESIDUAL
-from saefast.training.spliced_model import Clean, SplicedModel
+from saefast.training.spliced_model import Clean, SplicedModel, own_hooks
 from saefast.typed import typed
 
 # What a finetuned SAE's metadata says of it, and the file beside it with the settings.
@@ -184,27 +183,12 @@ def finetune(
 
 
 def _hooks(sae: SAE, hook: Any, target: Any) -> tuple[Sequence[str], Sequence[str]]:
-    """The hooks whose rows an SAE takes, and those whose rows it gives out."""
     if (n := len(sae.architecture.target_parts())) > 1:
         raise InputError(
             f"sae reconstructs {n} layers or models at once, none of which can stand in alone: fine-tuning through a "
             "model takes an SAE or a transcoder of one place"
         )
-    about = sae.config.metadata
-    if RESIDUAL in about:
-        raise InputError(
-            f"sae is trained on what the SAE of {about[RESIDUAL]['run']} leaves over, and stands in for nothing by "
-            "itself: fine-tune that one"
-        )
-    hook = about.get("hook_name") if hook is None else hook
-    if not hook:
-        raise InputError("hook is None, and the SAE's metadata has no hook_name: name the module whose rows it takes")
-    target = about.get("hook_name_out", hook) if target is None else target
-    hooks, targets = ([one] if isinstance(one, str) else list(one) for one in (hook, target))
-    for name in (*hooks, *targets):
-        if not isinstance(name, str):
-            raise InputError(f"hook is {hook!a} and target_hook {target!a}: expected names of modules")
-    return hooks, targets
+    return own_hooks(sae, hook, target)
 
 
 def _reading(

@@ -13,7 +13,9 @@ from saefast.forward import check_ids, eval_mode
 from saefast.harvest.hooks import find_hook
 from saefast.harvest.reading import ReadBatch
 from saefast.metrics.language_model import spliced
+from saefast.models.sae import SAE
 from saefast.places import Place, Taken, by_token, visited
+from saefast.training.residual import RESIDUAL
 
 
 class Clean(NamedTuple):
@@ -23,6 +25,35 @@ class Clean(NamedTuple):
     rows: dict[str, Tensor]
     logits: Tensor
     calls: dict[Place, int]
+
+
+def own_hooks(sae: SAE, hook: Any = None, target: Any = None) -> tuple[list[str], list[str]]:
+    """The hooks whose rows an SAE takes, side by side, and those whose rows it gives out.
+
+    Args:
+        hook, target: one, or several; None is what its metadata says.
+
+    Raises:
+        InputError: neither says it; the SAE is trained on what another one leaves over.
+    """
+    about = sae.config.metadata
+    if RESIDUAL in about:
+        raise InputError(
+            f"sae is trained on what the SAE of {about[RESIDUAL]['run']} leaves over, and stands in for nothing by "
+            "itself: take that one"
+        )
+    # A run on several hooks keeps their names in one text.
+    own = str(about.get("hook_name") or "").split(",")
+    hook = own if hook is None else hook
+    if not hook or not hook[0]:
+        raise InputError("hook is None, and the SAE's metadata has no hook_name: name the module whose rows it takes")
+    if target is None:
+        target = str(about["hook_name_out"]).split(",") if about.get("hook_name_out") else hook
+    hooks, targets = ([one] if isinstance(one, str) else list(one) for one in (hook, target))
+    for name in (*hooks, *targets):
+        if not isinstance(name, str):
+            raise InputError(f"hook is {hook!a} and target_hook {target!a}: expected names of modules")
+    return hooks, targets
 
 
 class SplicedModel:

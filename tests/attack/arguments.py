@@ -432,7 +432,7 @@ LIVE = (
 )  # fmt: skip
 # Small, for a demo that is refused nothing takes its minutes.
 DEMO = ("--max-tokens", "300", "--n-latents", "64", "--k", "4", "--n-tokens", "4096", "--out", "out")
-RUN = ("run/eval.json", "run/latents.safetensors", "run/curves.png", "run/density.png", "run/features.")
+RUN = ("run/eval.json", "run/latents.safetensors", "run/curves.png", "run/density.png", "run/feature")
 
 
 def commands() -> list[Command]:

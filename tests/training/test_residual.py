@@ -164,7 +164,7 @@ def test_what_has_no_residual(first: Path, rows: Path, tmp_path: Path) -> None:
         ResidualSource(open_source({"x": x, "target": x}), stack)
     assert ResidualSource(open_source({"x": x, "target": x}), stack, "x").widths == {"x": 12, "target": 12}
     sae = load(residual_run(first, rows, tmp_path / "second"))
-    with pytest.raises(InputError, match=r"stands in for nothing by itself: fine-tune that one"):
+    with pytest.raises(InputError, match=r"stands in for nothing by itself: take that one"):
         finetune(sae, torch.nn.Linear(2, 2), ["text"])
     sae = load(first)
     sae.config.metadata["residual_of"] = {"run": str(tmp_path), "input": "error", "digest": "0"}
