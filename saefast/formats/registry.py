@@ -4,8 +4,14 @@ from saefast.formats.batchtopk import BatchTopKRepo
 from saefast.formats.circuit_tracer import CircuitTracer
 from saefast.formats.dictionary_learning import DictionaryLearning
 from saefast.formats.format import Format
+from saefast.formats.gemma_scope import GemmaScope
+from saefast.formats.gemma_scope_2 import GemmaScope2
+from saefast.formats.llama_scope import LlamaScope
+from saefast.formats.llamascopium import Llamascopium
 from saefast.formats.matryoshka_sae import MatryoshkaRepo
+from saefast.formats.openai import OpenAI
 from saefast.formats.own import Own
+from saefast.formats.qwen_scope import QwenScope
 from saefast.formats.saelens import SAELens
 from saefast.formats.sparsify import Sparsify
 
@@ -19,5 +25,11 @@ formats: dict[str, Format] = {
         BatchTopKRepo(),
         MatryoshkaRepo(),
         CircuitTracer(),
+        GemmaScope(),
+        GemmaScope2(),
+        OpenAI(),
+        LlamaScope(),
+        QwenScope(),
+        Llamascopium(),
     )
 }  # fmt: skip

@@ -1,7 +1,8 @@
-"""Writing the .pt files of others: a dictionary of tensors by torch.save, whole or not at all."""
+"""Writing the .pt files of others: a dictionary of tensors, numbers and text by torch.save, whole or not at all."""
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,10 +10,11 @@ from torch import Tensor
 from saefast.files import replacing
 
 
-def write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_pt(path: Path, tensors: Mapping[str, Any]) -> None:
     """What torch.load gives back as a state_dict; a tensor that is transposed is written as it lies, without a copy."""
+    found = {name: _alone(item) if isinstance(item, Tensor) else item for name, item in tensors.items()}
     with replacing(path) as temporary:
-        torch.save({name: _alone(tensor) for name, tensor in tensors.items()}, temporary)
+        torch.save(found, temporary)
 
 
 def _alone(tensor: Tensor) -> Tensor:
