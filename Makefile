@@ -7,7 +7,7 @@ VENV := .venv
 PEERS := .peers
 ENV := $(VENV)/.installed
 PEERS_ENV := $(PEERS)/.installed
-CIRCUITS := $(PEERS)/circuit-tracer
+CIRCUITS := $(PEERS)/circuits
 CIRCUITS_ENV := $(CIRCUITS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
@@ -22,7 +22,7 @@ help:
 	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
-	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning and circuit-tracer, in two environments"
+	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning, circuit-tracer and llamascopium"
 	@echo "make gpu     on a CUDA machine: are the kernels right, how fast, GPU tests, benchmarks; ARGS=\"--budget 540\" bounds it"
 	@echo "make clean   remove what the above built, environments excepted"
 
@@ -73,16 +73,16 @@ $(PEERS_ENV): constraints-peers.txt $(SOURCES)
 	@touch $@
 
 # circuit-tracer needs transformers 4, which SAELens' other dependencies have left behind.
-$(CIRCUITS_ENV): constraints-circuit-tracer.txt $(SOURCES)
+$(CIRCUITS_ENV): constraints-peers-circuits.txt $(SOURCES)
 	test -x $(CIRCUITS)/bin/python || $(PYTHON) -m venv $(CIRCUITS)
-	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-circuit-tracer.txt circuit-tracer
-	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-circuit-tracer.txt -e ".[test]"
+	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-peers-circuits.txt circuit-tracer llamascopium
+	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-peers-circuits.txt -e ".[test]"
 	@touch $@
 
 # CHECKOUTS=DIR: a folder with git checkouts of bartbussmann's BatchTopK and matryoshka_sae, which no index has.
 peers: $(PEERS_ENV) $(CIRCUITS_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
-	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats/test_owners.py -k circuit_tracer
+	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats/test_owners.py
 
 # Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:

@@ -21,7 +21,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C and hands that down: processes under test would never get theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer")
+PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks among the marks

@@ -387,6 +387,64 @@ def test_circuit_tracer_reads_one_across_layers(lazy: bool, tmp_path: Path) -> N
     assert_same(sae, read_across(tmp_path), x[:B])
 
 
+# llamascopium, beside circuit-tracer
+
+SCOPIUM: dict[str, dict[str, Any]] = {
+    "relu": dict(act_fn="relu"),
+    "jumprelu": dict(act_fn="jumprelu"),
+    "jumprelu without norms": dict(act_fn="jumprelu", sparsity_include_decoder_norm=False),
+    "topk": dict(act_fn="topk", top_k=K),
+    "topk without norms": dict(act_fn="topk", top_k=K, sparsity_include_decoder_norm=False),
+    "of each token's norm": dict(act_fn="topk", top_k=K, norm_activation="token-wise"),
+}
+
+
+@pytest.mark.parametrize("name", SCOPIUM)
+def test_llamascopium_writes_and_we_read(name: str, tmp_path: Path) -> None:
+    models = pytest.importorskip("llamascopium.models.sae")
+    hook = "blocks.5.hook_resid_post"
+    config = models.SAEConfig(
+        hook_point_in=hook, hook_point_out=hook, d_model=D, expansion_factor=L / D, dtype=torch.float32, device="cpu",
+        **SCOPIUM[name],
+    )  # fmt: skip
+    theirs = models.SparseAutoEncoder(config).requires_grad_(False)
+    for key, parameter in theirs.named_parameters():
+        parameter.copy_(drawn(*parameter.shape, scale=0.3) + (0.3 if "log" not in key and parameter.dim() == 1 else 0))
+    theirs.set_dataset_average_activation_norm({hook: 7.0})
+    theirs.save_pretrained(tmp_path)
+    config.save_hyperparameters(tmp_path)
+    sae, x = saefast.load(tmp_path), rows()
+    assert sae.config.metadata["hook_name"] == hook
+    batch = theirs.normalize_activations({hook: x})
+    f = theirs.encode(batch[hook])
+    per_token = "token" in name
+    scale = (x.norm(dim=1, keepdim=True) if per_token else torch.full((B, 1), 7.0)) / D**0.5
+    torch.testing.assert_close(sae(x).x_hat.detach(), theirs.decode(f) * scale, **CLOSE)
+    units = theirs.decoder_norm() if sae.config.rescale_acts_by_decoder_norm else 1.0
+    torch.testing.assert_close(sae.encode(x).detach(), f * units * (1 if per_token else scale), **CLOSE)
+
+
+SCOPIUM_OURS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "topk by norms": dict(rescale_acts_by_decoder_norm=True, unit_norm_decoder=False),
+    "relu, not centred": dict(activation="relu", apply_b_dec_to_input=False),
+    "jumprelu": dict(activation="jumprelu"),
+    "batchtopk": dict(activation="batchtopk"),
+}
+
+
+@pytest.mark.parametrize("name", SCOPIUM_OURS)
+def test_we_write_and_llamascopium_reads(name: str, tmp_path: Path) -> None:
+    models = pytest.importorskip("llamascopium.models.sae")
+    sae, x = ours(metadata={"hook_name": "blocks.5.hook_resid_post"}, **SCOPIUM_OURS[name]), rows()
+    saefast.save(sae, tmp_path, format="llamascopium")
+    theirs = models.SparseAutoEncoder.from_pretrained(str(tmp_path), device="cpu", dtype=torch.float32)
+    f = theirs.requires_grad_(False).encode(x)
+    units = theirs.decoder_norm() if sae.config.rescale_acts_by_decoder_norm else 1.0
+    torch.testing.assert_close(sae.encode(x).detach(), f * units, **CLOSE)
+    torch.testing.assert_close(sae(x).x_hat.detach(), theirs.decode(f), **CLOSE)
+
+
 # BatchTopK's and the Matryoshka SAEs' repositories are on no package index: CHECKOUTS names a folder of checkouts
 
 
