@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from saefast.engines.config import TrainConfig, preset
     from saefast.formats.opening import load, save
     from saefast.integrations.hooks import encode, replace
+    from saefast.integrations.recorded import RecordedCodes
+    from saefast.integrations.recording import record
     from saefast.integrations.steering import Steering, steer
     from saefast.models.calibration import as_jumprelu
     from saefast.models.config import SAEConfig
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "SAE",
     "FinetuneConfig",
+    "RecordedCodes",
     "SAEConfig",
     "SAEOutput",
     "Steering",
@@ -34,6 +37,7 @@ __all__ = [
     "finetune",
     "load",
     "preset",
+    "record",
     "replace",
     "save",
     "steer",
@@ -54,6 +58,8 @@ _HOME = {
     "finetune": "saefast.training",
     "encode": "saefast.integrations.hooks",
     "replace": "saefast.integrations.hooks",
+    "RecordedCodes": "saefast.integrations.recorded",
+    "record": "saefast.integrations.recording",
     "Steering": "saefast.integrations.steering",
     "steer": "saefast.integrations.steering",
     "FinetuneConfig": "saefast.training",
