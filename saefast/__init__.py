@@ -11,6 +11,7 @@ from saefast.version import __version__
 if TYPE_CHECKING:
     from saefast.engines.config import TrainConfig, preset
     from saefast.formats.opening import load, save
+    from saefast.integrations.accelerate import accelerate, restore
     from saefast.integrations.hooks import encode, replace
     from saefast.integrations.recorded import RecordedCodes
     from saefast.integrations.recording import record
@@ -32,6 +33,7 @@ __all__ = [
     "Steering",
     "TrainConfig",
     "__version__",
+    "accelerate",
     "as_jumprelu",
     "encode",
     "finetune",
@@ -39,6 +41,7 @@ __all__ = [
     "preset",
     "record",
     "replace",
+    "restore",
     "save",
     "steer",
     "train",
@@ -63,6 +66,8 @@ _HOME = {
     "Steering": "saefast.integrations.steering",
     "steer": "saefast.integrations.steering",
     "FinetuneConfig": "saefast.training",
+    "accelerate": "saefast.integrations.accelerate",
+    "restore": "saefast.integrations.accelerate",
 }
 
 
