@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.optim import Adam, Optimizer
 
 from saefast.errors import InputError
 from saefast.integrations import accelerate_dictionary_learning as of_dictionary_learning
 from saefast.integrations import accelerate_sae_lens as of_sae_lens
 from saefast.integrations import accelerate_sparsify as of_sparsify
+from saefast.integrations.accelerate_optimizer import fuse, guard, unfuse
 from saefast.integrations.accelerate_state import NAME, State, contiguous_state, latents, put_back, state_of
 
 T = TypeVar("T")
@@ -86,6 +88,7 @@ _SAE_LENS = {
     "MatryoshkaBatchTopKTrainingSAE": _sae(training_forward_pass=of_sae_lens.topk_training_forward_pass),
     "JumpReLUTrainingSAE": _sae(training_forward_pass=of_sae_lens.jumprelu_training_forward_pass),
     "StandardTrainingSAE": _sae(training_forward_pass=of_sae_lens.standard_training_forward_pass),
+    "SAETrainer": Kind({}, inside="sae"),
 }
 _DICTIONARY_LEARNING = {
     "AutoEncoderTopK": _dictionary("decoder.weight", "encoder.weight"),
@@ -104,15 +107,23 @@ PACKAGES = {
 }
 
 
-def accelerate(sae: T, *, mixed: bool = True, reproduce_bugs: bool = False, any_version: bool = False) -> T:
+def accelerate(
+    sae: T,
+    optimizer: Optimizer | None = None,
+    *,
+    mixed: bool = True,
+    reproduce_bugs: bool = False,
+    any_version: bool = False,
+) -> T:
     """Makes a live SAE of another library run on saefast's ops: encode, decode, forward and training forward.
 
-    Values, gradients and what is returned are the peer's, within rounding; hidden (B, L) tensors are not made. Call it
-    before training begins: an optimiser's state that exists already keeps its layout, which costs time, no more.
+    Values, gradients and what is returned are the peer's, within rounding; hidden (B, L) tensors are not made.
 
     Args:
-        sae: an SAE or transcoder of SAELens, a SparseCoder of sparsify, a dictionary of dictionary_learning, or one of
-            its trainers, whose `loss` is then replaced and its `ae` accelerated.
+        sae: an SAE or transcoder of SAELens, a SparseCoder of sparsify, a dictionary of dictionary_learning; or a
+            trainer of SAELens or dictionary_learning: its SAE, its optimiser and, of the latter, its `loss`.
+        optimizer: a torch.optim.Adam or AdamW of the SAE's parameters: steps in its fused form from now on, the same
+            mathematics in one pass over memory. Of an accelerated step its usual form is the dearest part.
         mixed: let bf16 products choose candidates for the k best of each token, and fp32 products decide among them,
             where that is faster. False: fp32 alone. See `saefast.ops.mixed`.
         reproduce_bugs: sparsify only: give AuxK and MultiTopK no encoder gradient, and let gradients through where ReLU
@@ -123,7 +134,7 @@ def accelerate(sae: T, *, mixed: bool = True, reproduce_bugs: bool = False, any_
         The very same object.
 
     Raises:
-        InputError: a class or a version of a package that is not known.
+        InputError: a class, a version of a package or an optimiser that is not known.
     """
     package, name, kind = _known(sae)
     if not any_version:
@@ -133,6 +144,10 @@ def accelerate(sae: T, *, mixed: bool = True, reproduce_bugs: bool = False, any_
         restore(thing)
     if kind.inside is not None:
         accelerate(getattr(thing, kind.inside), mixed=mixed, reproduce_bugs=reproduce_bugs, any_version=any_version)
+        optimizer = optimizer or (thing.optimizer if type(thing.optimizer) is Adam else None)
+    if optimizer is not None:
+        fuse(optimizer)
+    guard()
     state = State(package, name, mixed, reproduce_bugs, tuple(kind.methods))
     setattr(thing, NAME, state)
     if kind.inside is None and isinstance(thing, nn.Module):
@@ -145,9 +160,15 @@ def accelerate(sae: T, *, mixed: bool = True, reproduce_bugs: bool = False, any_
     return sae
 
 
-def restore(sae: T) -> T:
-    """Undoes `accelerate`: the object's own methods, and its matrices as they lay. One that is not is left alone."""
+def restore(sae: T, optimizer: Optimizer | None = None) -> T:
+    """Undoes `accelerate`: the object's own methods, and its matrices as they lay. One that is not is left alone.
+
+    Args:
+        optimizer: what was given to `accelerate`; a trainer's is known.
+    """
     thing: Any = sae
+    if optimizer is not None:
+        unfuse(optimizer)
     if NAME not in vars(thing):
         return sae
     state = state_of(thing)
@@ -155,7 +176,7 @@ def restore(sae: T) -> T:
         delattr(thing, method)
     inside = PACKAGES[state.package].kinds[state.kind].inside
     if inside is not None:
-        restore(getattr(thing, inside))
+        restore(getattr(thing, inside), thing.optimizer)
     elif isinstance(thing, nn.Module):
         put_back(thing, state.laid_out)
         hooks = thing._state_dict_hooks

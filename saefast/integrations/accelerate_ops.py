@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from saefast import ambient
+from saefast.integrations.accelerate_gradients import chosen, decoded, room_for
 from saefast.ops.code import Code, padded
 from saefast.ops.encode_batch_topk import encode_batch_topk
 from saefast.ops.encode_group_max import encode_group_max
 from saefast.ops.encode_topk import encode_topk
 from saefast.ops.mixed import encode_topk_mixed, pays_off
-from saefast.ops.selected import selected
-from saefast.ops.spmm import spmm
 from saefast.ops.threshold_encode import threshold_encode
 
 # Rows of a batch for which a bf16 copy of W_enc, made anew, costs less than it saves.
@@ -48,7 +47,7 @@ class Encoder(NamedTuple):
         """
         low = None
         if mixed and len(x) >= ROWS_FOR_MIXED and x.dtype == W_enc.dtype and pays_off(W_enc):
-            low = W_enc.detach().to(torch.bfloat16)
+            low = _rounded(W_enc)
         return cls(x, W_enc, b_enc, None if scale is None else scale.detach(), low)
 
     @ambient.plainly()
@@ -106,7 +105,8 @@ class Encoder(NamedTuple):
         with torch.no_grad():
             if len(self.x) > PROBED:
                 # Spread over the batch, whose first rows may all be of one kind.
-                rows = torch.linspace(0, len(self.x) - 1, PROBED, device=self.x.device).long()
+                step = torch.arange(PROBED, dtype=torch.int64, device=self.x.device)
+                rows = step * len(self.x) // PROBED
                 if self._is_dense(threshold_encode(self.x[rows], self.W_enc, self.b_enc, limit)[0]):
                     return None
             row_ptr, idx, acts = threshold_encode(*parts, limit)
@@ -120,17 +120,25 @@ class Encoder(NamedTuple):
         return len(row_ptr) > 1 and int(row_ptr.diff().max()) > max(1, SPARSE * len(self.W_enc))
 
     def _differentiable(self, code: Code, clip: bool = True) -> Tensor:
-        return selected(self.x, self.W_enc, self.b_enc, code, clip=clip).to(self.x.dtype)
+        return chosen(self.x, self.W_enc, self.b_enc, code, clip=clip).to(self.x.dtype)
 
     def dense(self) -> Tensor:
         """(B, L) pre-activations, for those who read them."""
         return self.x @ self.W_enc.T + self.b_enc
 
 
+def _rounded(W: Tensor) -> Tensor:
+    """A copy in bf16."""
+    if W.device.type != "cpu":
+        return W.detach().to(torch.bfloat16)
+    with torch.no_grad():
+        return room_for(W, torch.bfloat16).copy_(W)
+
+
 @ambient.plainly()
 def decode(code: Code, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """(B, D) reconstruction, differentiable in acts, W_dec and b_dec."""
-    found = spmm(code.acts, code.idx, W_dec)
+    found = decoded(code, W_dec)
     return found if b_dec is None else found + b_dec
 
 
@@ -162,9 +170,9 @@ def nested(code: Code, W_dec: Tensor, b_dec: Tensor, widths: Sequence[int]) -> l
 
 
 def dense(code: Code, n_latents: int) -> Tensor:
-    """(B, L) activations, 0 where a latent is off. Remembers the code that it is, for `code_of`."""
-    zeros = torch.zeros(code.idx.shape[0], n_latents, dtype=code.acts.dtype, device=code.acts.device)
-    return zeros.scatter_(1, code.idx.long(), code.acts)
+    """(B, L) activations, 0 where a latent is off."""
+    shape, dtype, device = (code.idx.shape[0], n_latents), code.acts.dtype, code.acts.device
+    return torch.zeros(shape, dtype=dtype, device=device).scatter_(1, code.idx.long(), code.acts)
 
 
 def sparse(code: Code, n_latents: int) -> Tensor:

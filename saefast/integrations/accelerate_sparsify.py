@@ -14,6 +14,8 @@ from saefast.integrations.accelerate_ops import Encoder, decode
 from saefast.integrations.accelerate_state import Later, state_of, with_late_item
 from saefast.ops.code import Code
 
+ROWS = 512
+
 
 def encode(self: Any, x: Tensor) -> Any:
     """x (..., d_in) -> EncoderOutput: top_acts, top_indices (..., k), and pre_acts, which is made when it is read."""
@@ -74,8 +76,9 @@ def remove_parallel_gradient(self: Any) -> None:
     """Takes from W_dec's gradient what would change the norms of its rows, in place and without a matrix beside it."""
     assert self.W_dec is not None, "Decoder weight was not initialized."
     assert self.W_dec.grad is not None
-    along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec.data)
-    self.W_dec.grad.addcmul_(self.W_dec.data, along[:, None], value=-1)
+    # Rows that stay in the caches between the two passes over them.
+    for grad, W in zip(self.W_dec.grad.split(ROWS), self.W_dec.data.split(ROWS), strict=True):
+        grad.addcmul_(W, (grad * W).sum(1, keepdim=True), value=-1)
 
 
 def _theirs(self: Any, name: str) -> Any:

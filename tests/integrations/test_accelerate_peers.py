@@ -5,8 +5,8 @@ compared with the unaccelerated object's dense autograd to rounding.
 """
 
 import copy
+import importlib
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -450,6 +450,39 @@ def test_parameters_are_the_same_objects_and_adam_updates_them(case: str) -> Non
     assert_same(ours.state_dict(), theirs.state_dict())
 
 
+@pytest.mark.parametrize("name", ["TopK", "MatryoshkaBatchTopK"])
+def test_the_trainer_of_sae_lens(name: str, tmp_path: Path) -> None:
+    """Its own loop, with dead latents, its clipping, its Adam (fused for ours), its counts and its checkpoints."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    widths = dict(matryoshka_widths=WIDTHS) if name != "TopK" else {}
+
+    def make() -> Any:
+        config = SAETrainerConfig(
+            total_training_samples=8 * B, train_batch_size_samples=B, device="cpu", lr=1e-2, lr_end=1e-3,
+            dead_feature_window=1, logger=LoggingConfig(log_to_wandb=False),
+        )  # fmt: skip
+        sae = sae_lens(f"{name}TrainingSAE", k=K, **widths)
+        return SAETrainer(cfg=config, sae=sae, data_provider=iter([rows(seed) for seed in range(8)]))
+
+    ours, theirs = both(make)
+    assert ours.optimizer.param_groups[0]["fused"]
+    for one in (ours, theirs):
+        one.fit()
+    assert int(ours.dead_neurons.sum()) > 0
+    torch.testing.assert_close(ours.sae.state_dict(), theirs.sae.state_dict(), rtol=1e-7, atol=1e-7)
+    for statistic in ("act_freq_scores", "n_forward_passes_since_fired"):
+        assert torch.equal(getattr(ours, statistic), getattr(theirs, statistic))
+    for folder, one in (("ours", ours), ("theirs", theirs)):
+        one.save_checkpoint(folder, tmp_path)
+    ours.load_trainer_state(tmp_path / "theirs")
+    files = [tmp_path / folder / "sparsity.safetensors" for folder in ("ours", "theirs")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    restore(ours)
+    assert ours.optimizer.param_groups[0]["fused"] is not True
+
+
 def test_gradients_lie_as_their_parameters_do() -> None:
     """Else each step of Adam would go through a matrix against the grain."""
     ours = accelerate(sae_lens("TopKTrainingSAE", k=K))
@@ -545,14 +578,22 @@ def test_restore_leaves_nothing_behind(case: str) -> None:
     restore(thing)
 
 
+HOMES = {
+    "sae_lens": ("sae_lens", "sae_lens.saes.transcoder", "sae_lens.training.sae_trainer"),
+    "sparsify": ("sparsify",),
+    "dictionary_learning": (
+        "dictionary_learning.dictionary",
+        *(f"dictionary_learning.trainers.{n}" for n in ("top_k", "batch_top_k", "matryoshka_batch_top_k", "jumprelu")),
+    ),
+}
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_class_that_is_named_exists(package: str) -> None:
-
-    homes = [module for name, module in sys.modules.items() if name.split(".")[0] == package]
+    modules = [importlib.import_module(name) for name in HOMES[package]]
     for name, kind in PACKAGES[package].kinds.items():
-        found = [getattr(module, name) for module in homes if hasattr(module, name)]
-        assert found, name
-        assert all(hasattr(found[0], method) for method in kind.methods)
+        found = next(getattr(module, name) for module in modules if hasattr(module, name))
+        assert all(callable(getattr(found, method)) for method in kind.methods)
 
 
 def test_refused() -> None:
