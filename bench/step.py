@@ -24,7 +24,6 @@ import torch
 from bench import common, step_child
 from bench.step_child import batches
 from bench.step_stages import by_stage, settle_ms
-from saefast.engines import hot
 from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.models.sae import SAE
@@ -127,11 +126,6 @@ def contenders(names: Sequence[str], shape: Shape, device: str, kind: Kind = TOP
         yield found
 
 
-def warm_up(name: str, device: str) -> int:
-    """Steps that are not timed. On a GPU ours choose hot latents after REFRESH_EVERY of them."""
-    return hot.REFRESH_EVERY + 10 if device == "cuda" and name in OURS else WARM_UP
-
-
 def groups(names: Sequence[str], device: str) -> list[list[str]]:
     """Who takes turns with whom: all of them, or on a GPU, whose memory does not hold all, each with ours."""
     if device == "cpu":
@@ -155,7 +149,7 @@ def interleaved(
     """Interleaved rounds of some contenders, all of them in memory."""
     with contenders(names, shape, device, kind) as found:
         for one in found:
-            for _ in range(warm_up(one.name, device)):
+            for _ in range(WARM_UP):
                 one.ask("step")
         seconds: dict[str, list[float]] = {one.name: [] for one in found}
         last: dict[str, dict[str, float]] = {}
@@ -211,7 +205,7 @@ def new_engine(shape: Shape, device: str, kind: Kind = TOPK) -> FusedEngine:
 def profile(shape: Shape, device: str, steps: int, kind: Kind = TOPK) -> list[dict[str, Any]]:
     """Median milliseconds of each stage of our step, in this process, and what settling adds to a step on average."""
     engine, data = new_engine(shape, device, kind), batches(shape.B, shape.D, device)
-    for number in range(warm_up("saefast", device)):
+    for number in range(WARM_UP):
         engine.step(data[number % len(data)])
     table = by_stage(engine, data, device, steps)
     whole = table["whole step"]

@@ -167,7 +167,8 @@ def tiles_descriptor(
 ):
     """Persistent: program p does tiles p, p + programs, …; TMA fills what lies past an edge with zeros."""
     tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(n, BLOCK_L)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    # Flattened, the next tile's operands are on their way while this one is filtered and stored.
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         block_b, block_l = _tile_at(tile, B, n, span, BLOCK_B, BLOCK_L)
         acc = tl.zeros((BLOCK_B, BLOCK_L), tl.float32)
         for d in range(0, D, BLOCK_D):

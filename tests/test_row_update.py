@@ -384,17 +384,17 @@ def test_a_learning_rate_of_zero_moves_no_lean_weight(device):
 
 def test_memory_runs_out_before_the_first_row_is_written(device, monkeypatch):
     """The second job's pieces do not fit: the first job's rows stay as they were."""
-    jobs = [random_job(random_matrix(9, 24, 7, device), [1, 70, 5]) for _ in range(2)]
+    jobs = [random_job(random_matrix(9, 24, 7, device), [1, 700, 5]) for _ in range(2)]
     before = [copied(job) for job in jobs]
-    cut, calls = rows_triton._cut, []
+    piece_sums, calls = rows_triton._piece_sums, []
 
     def failing(*args):
         calls.append(args)
         if len(calls) == 2:
             raise MemoryError
-        return cut(*args)
+        return piece_sums(*args)
 
-    monkeypatch.setattr(rows_triton, "_cut", failing)
+    monkeypatch.setattr(rows_triton, "_piece_sums", failing)
     with pytest.raises(MemoryError):
         rows_triton.update_rows(jobs)
     for job, was in zip(jobs, before, strict=True):

@@ -3,6 +3,8 @@
 The random bits of a rounding are those of the C++ and GPU versions: hash(key(seed, step, row) + column).
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,11 @@ def add_along(grad: Tensor, w: Tensor, along: Tensor | None) -> Tensor:
     return grad
 
 
-def mix(x: Tensor) -> Tensor:
-    """An integer hash (Wellons 2018, "lowbias32") of int64 tensors that hold 32-bit words."""
+Word = TypeVar("Word", int, Tensor)
+
+
+def mix(x: Word) -> Word:
+    """An integer hash (Wellons 2018, "lowbias32") of a 32-bit word, or of int64 tensors that hold such."""
     x = x ^ (x >> 16)
     x = x * 0x7FEB352D & WORD
     x = x ^ (x >> 15)

@@ -290,7 +290,7 @@ def _blocks(matrix: LeanMatrix) -> dict[str, int]:
 
 def _when(matrix: LeanMatrix, step: AdamStep, salt: int = 0) -> int:
     """The hash of seed and step, as the int32 of the same bits."""
-    word = int(mix(torch.tensor(matrix.seed + step.step * COLUMN + salt & WORD, dtype=torch.int64, device="cpu")))
+    word = mix(matrix.seed + step.step * COLUMN + salt & WORD)
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
