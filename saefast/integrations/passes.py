@@ -6,6 +6,7 @@ time. Padding, on whichever side, is no token, and counts in no position.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,8 +76,9 @@ class Passes:
     """The passes of a model while `attached` is open. current: the one under way or the last; None before the first,
     and where a pass does not say what it reads. number: how many there were.
 
-    `model(...)` says it by its arguments. TransformerLens' `run_with_hooks` goes past the hooks on a model as a whole:
-    then it is what the embedding is given.
+    `model(...)` says it by its arguments. TransformerLens' models call their own `forward`, past torch's hooks on the
+    model as a whole, so that theirs is wrapped. Where a part of a model is called alone, it is what the embedding is
+    given.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -98,15 +100,41 @@ class Passes:
     def attached(self) -> Iterator[None]:
         embedding = _embedding(self._model)
         with contextlib.ExitStack() as stack:
-            handles = [
-                self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
-                self._model.register_forward_hook(self._leave, always_call=True),
-            ]
+            handles = []
+            if hasattr(self._model, "run_with_hooks"):
+                stack.enter_context(self._wrapped())
+            else:
+                handles = [
+                    self._model.register_forward_pre_hook(self._enter, with_kwargs=True),
+                    self._model.register_forward_hook(self._leave, always_call=True),
+                ]
             if embedding is not None and embedding is not self._model:
                 handles.append(embedding.register_forward_pre_hook(self._embed))
             for handle in handles:
                 stack.callback(handle.remove)
             yield
+
+    @contextlib.contextmanager
+    def _wrapped(self) -> Iterator[None]:
+        """The model with a forward of its own for as long."""
+        model, before, plain = self._model, vars(self._model).get("forward"), self._model.forward
+
+        @functools.wraps(plain)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._enter(model, args, kwargs)
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._leave(model, args, None)
+
+        model.forward = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                del model.forward
+            else:
+                model.forward = before
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = True
@@ -155,9 +183,11 @@ def _shape(given: Mapping[str, Any]) -> tuple[tuple[int, int] | None, Tensor | N
         if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dim() in (1, 2):
             ids = ids if ids.dim() == 2 else ids[None]
             return (ids.shape[0], ids.shape[1]), ids
-    embeds = given.get("inputs_embeds")
-    if isinstance(embeds, Tensor) and embeds.dim() == 3:
-        return (embeds.shape[0], embeds.shape[1]), None
+    # TransformerLens' HookedTransformer.generate gives embeddings as its input.
+    for name in ("inputs_embeds", "input"):
+        embeds = given.get(name)
+        if isinstance(embeds, Tensor) and embeds.dim() == 3:
+            return (embeds.shape[0], embeds.shape[1]), None
     return None, None
 
 
