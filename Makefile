@@ -82,7 +82,7 @@ $(CIRCUITS_ENV): constraints-peers-circuits.txt $(SOURCES)
 # CHECKOUTS=DIR: a folder with git checkouts of bartbussmann's BatchTopK and matryoshka_sae, which no index has.
 peers: $(PEERS_ENV) $(CIRCUITS_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
-	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats/test_owners_of_circuits.py tests/formats/test_owners_published.py
+	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats
 
 # Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:

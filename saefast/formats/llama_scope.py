@@ -21,7 +21,7 @@ from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Made, Piece, column, left_out, likely_k, log_threshold
 from saefast.formats.norms import column_norms
-from saefast.formats.restated import check_kind, check_same_width, own_facts, restated, sizes
+from saefast.formats.restated import check_kind, check_same_width, own_facts, require_agreement, restated, sizes
 from saefast.formats.source import Source
 from saefast.formats.thresholds import thresholds
 from saefast.models.config import SAEConfig
@@ -106,6 +106,7 @@ def _is_tensor(value: Any) -> bool:
 def _config(cfg: dict[str, Any], source: Source) -> SAEConfig:
     """Raises InputError for what their code did with rows and saefast does not."""
     n_latents, d = sizes(source, FILE, "encoder.weight", "encoder.bias", LlamaScope.layout)
+    require_agreement(source.folder / CONFIG, cfg, {"d_model": d, "d_sae": n_latents})
     inside, outside = cfg.get("hook_point_in"), cfg.get("hook_point_out")
     transcodes, centred = inside != outside, bool(cfg.get("apply_decoder_bias_to_pre_encoder", False))
     where = source.folder / CONFIG

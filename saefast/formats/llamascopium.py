@@ -22,7 +22,7 @@ from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Made, Piece, column, left_out, likely_k, log_threshold, wide
 from saefast.formats.norms import column_norms, row_norms
-from saefast.formats.restated import check_kind, check_same_width, own_facts, product, sizes
+from saefast.formats.restated import check_kind, check_same_width, own_facts, product, require_agreement, sizes
 from saefast.formats.source import Source
 from saefast.formats.thresholds import thresholds
 from saefast.models.config import SAEConfig
@@ -164,6 +164,7 @@ def _config(cfg: dict[str, Any], source: Source, names: _Names) -> SAEConfig:
     where = source.folder / CONFIG
     _check(cfg, where)
     n_latents, d = sizes(source, names.file, names.W_E, names.b_E, Llamascopium.layout, transpose=not names.earlier)
+    require_agreement(where, cfg, {"d_model": d})
     inside, outside = cfg.get("hook_point_in"), cfg.get("hook_point_out")
     activation, k, transcodes = str(cfg["act_fn"]).lower(), cfg.get("top_k"), inside != outside
     centred = bool(cfg.get("apply_decoder_bias_to_pre_encoder", False))

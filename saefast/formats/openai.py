@@ -49,7 +49,13 @@ class OpenAI(Format):
 
     def recognises(self, source: Source) -> bool:
         files = _files(source)
-        return bool(files) and source.entries(files[0]).keys() >= _SIGNS
+        try:
+            return bool(files) and source.entries(files[0]).keys() >= _SIGNS
+        except InputError:
+            # Beside other files it may be anything: a run's state, an optimizer.
+            if len(source.files) > len(files):
+                return False
+            raise
 
     def describe(self, source: Source) -> Described:
         files = _files(source)

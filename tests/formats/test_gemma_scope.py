@@ -7,7 +7,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from public_files import (
+    F,
+    M,
+    across,
+    drawn_tensors,
+    jumprelu,
+    of,
+    read_2,
+    read_clt,
+    read_npz,
+    write_2,
+    write_clt,
+    write_npz,
+)
+from safetensors.torch import save_file
 from their_files import B, D, L, Statement, assert_same, double, drawn, rows, there_and_back
 from torch import Tensor
 
@@ -15,46 +29,6 @@ import saefast
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
-
-M, F = 3, 16
-
-
-def drawn_tensors(d_out: int = D) -> dict[str, Tensor]:
-    return {
-        "W_enc": drawn(D, L, scale=D**-0.5), "W_dec": drawn(L, d_out, scale=L**-0.5), "b_enc": drawn(L, scale=0.3),
-        "b_dec": drawn(d_out), "threshold": torch.rand(L, dtype=torch.float32) + 0.2,
-    }  # fmt: skip
-
-
-def write_npz(folder: Path, tensors: dict[str, Tensor], compressed: bool = False) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
-    (np.savez_compressed if compressed else np.savez)(folder / "params.npz", **arrays)
-
-
-def jumprelu(w: dict[str, Tensor], size: float = 1.0) -> Statement:
-    """JumpReLU of upper-case tensors; inputs are `size` times those of training."""
-
-    def encode(x: Tensor) -> Tensor:
-        pre = x / size @ w["W_enc"] + w["b_enc"]
-        return pre.relu() * (pre > w["threshold"])
-
-    def decode(f: Tensor, x: Tensor) -> Tensor:
-        y = f @ (w["W_dec"] * size) + w["b_dec"]
-        return y + x @ w["affine_skip_connection"] if "affine_skip_connection" in w else y
-
-    return Statement(encode, decode)
-
-
-def read_npz(folder: Path) -> Statement:
-    with np.load(folder / "params.npz") as arrays:
-        return jumprelu({name: torch.from_numpy(arrays[name]).double() for name in arrays})
-
-
-def of(repository: str, inside: str) -> Path:
-    """As the hub's cache has it."""
-    return Path(f"models--google--gemma-scope-{repository}") / "snapshots" / "0a1b2c" / inside
-
 
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "residual stream": (
@@ -237,26 +211,6 @@ class Tells:
 # Gemma Scope 2
 
 
-def write_2(folder: Path, hook: str, out: str | None = None, skip: bool = False, config: bool = True) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name.lower(): tensor for name, tensor in drawn_tensors().items()}
-    if skip:
-        tensors["affine_skip_connection"] = drawn(D, D, scale=0.3)
-    save_file(tensors, folder / "params.safetensors")
-    cfg = {
-        "hf_hook_point_in": hook, "hf_hook_point_out": out or hook, "width": L, "model_name": "google/gemma-3-4b-pt",
-        "architecture": "jump_relu", "l0": 7, "affine_connection": skip, "type": "transcoder" if out else "sae",
-    }  # fmt: skip
-    if config:
-        (folder / "config.json").write_text(json.dumps(cfg), encoding="utf-8")
-
-
-def read_2(folder: Path) -> Statement:
-    found = double(load_file(folder / "params.safetensors"))
-    upper = {"w_enc": "W_enc", "w_dec": "W_dec"}
-    return jumprelu({upper.get(name, name): tensor for name, tensor in found.items()})
-
-
 PRE, POST = "model.layers.5.pre_feedforward_layernorm.output", "model.layers.5.post_feedforward_layernorm.output"
 SITES: dict[str, tuple[str, dict[str, Any], str]] = {
     "resid_post/layer_5_width_16k_l0_big": ("model.layers.5.output", {}, "blocks.5.hook_resid_post"),
@@ -298,48 +252,6 @@ def test_a_folder_of_gemma_scope_2_and_back(inside: str, config: bool, tmp_path:
     if config:
         written = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
         assert json.loads((folder / "config.json").read_text(encoding="utf-8")).items() <= written.items()
-
-
-def write_clt(folder: Path, skip: bool = False) -> list[dict[str, Tensor]]:
-    """Earlier layers' decoder rows hold numbers that nobody is to use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = []
-    for i in range(M):
-        tensors = {
-            "w_enc": drawn(D, F, scale=D**-0.5), "w_dec": drawn(F, M, D, scale=F**-0.5), "b_enc": drawn(F, scale=0.3),
-            "b_dec": drawn(D), "threshold": torch.rand(F, dtype=torch.float32),
-        }  # fmt: skip
-        if skip:
-            tensors["affine_skip_connection"] = drawn(D, D, scale=0.3)
-        save_file(tensors, folder / f"params_layer_{i}.safetensors")
-        layers.append(double(tensors))
-    cfg = {"architecture": "jump_relu", "model_name": "google/gemma-3-1b-pt", "type": "clt", "l0": 5}
-    (folder / "config.json").write_text(json.dumps(cfg), encoding="utf-8")
-    return layers
-
-
-def across(layers: list[dict[str, Tensor]]) -> Statement:
-    """Latents of layer i read its columns, and write those of its own output and all later ones."""
-
-    def encode(x: Tensor) -> Tensor:
-        found = []
-        for part, w in zip(x.chunk(M, dim=1), layers, strict=True):
-            pre = part @ w["w_enc"] + w["b_enc"]
-            found.append(pre.relu() * (pre > w["threshold"]))
-        return torch.cat(found, dim=1)
-
-    def decode(f: Tensor, x: Tensor) -> Tensor:
-        codes = f.chunk(M, dim=1)
-        outputs = [
-            sum(codes[i] @ layers[i]["w_dec"][:, m] for i in range(m + 1)) + layers[m]["b_dec"] for m in range(M)
-        ]
-        return torch.cat(outputs, dim=1)
-
-    return Statement(encode, decode)
-
-
-def read_clt(folder: Path) -> Statement:
-    return across([double(load_file(folder / f"params_layer_{i}.safetensors")) for i in range(M)])
 
 
 def test_a_cross_layer_transcoder_and_back(tmp_path: Path) -> None:

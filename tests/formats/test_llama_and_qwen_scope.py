@@ -1,68 +1,19 @@
 """Llama Scope and Qwen Scope, against what their authors' code makes of their files."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from their_files import D, K, L, Statement, assert_same, best, double, drawn, rows, there_and_back
-from torch import Tensor
+from public_files import HOOK, read_llama, read_qwen, write_llama, write_qwen
+from safetensors.torch import load_file
+from their_files import D, K, L, assert_same, double, drawn, rows, there_and_back
 
 import saefast
 from saefast.errors import InputError
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
-
-HOOK = "blocks.8.hook_resid_post"
-
-
-def write_llama(folder: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> None:
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    made = {
-        "encoder.weight": drawn(L, D, scale=D**-0.5), "encoder.bias": drawn(L, scale=0.3),
-        "decoder.weight": drawn(D, L, scale=D**-0.5), "decoder.bias": drawn(D),
-    } | (tensors or {})  # fmt: skip
-    save_file({name: tensor.contiguous() for name, tensor in made.items()}, folder / "checkpoints/final.safetensors")
-    cfg: dict[str, Any] = {
-        "hook_point_in": HOOK, "hook_point_out": HOOK, "use_decoder_bias": True, "d_model": D, "d_sae": L,
-        "apply_decoder_bias_to_pre_encoder": False, "act_fn": "jumprelu", "jump_relu_threshold": 0.2021484375,
-        "norm_activation": "dataset-wise", "dataset_average_activation_norm": {"in": 6.3125, "out": 6.3125},
-        "sparsity_include_decoder_norm": True, "top_k": 50, "use_glu_encoder": False, "expansion_factor": L // D,
-    } | changes  # fmt: skip
-    (folder / "hyperparams.json").write_text(json.dumps(cfg), encoding="utf-8")
-
-
-def read_llama(folder: Path) -> Statement:
-    """`from_pretrained` of the release: rows' scales and decoder norms are folded in, then the activation."""
-    cfg = json.loads((folder / "hyperparams.json").read_text(encoding="utf-8"))
-    w = double(load_file(folder / "checkpoints/final.safetensors"))
-    W_enc, W_dec, b_enc = w["encoder.weight"], w["decoder.weight"], w["encoder.bias"]
-    b_dec = w.get("decoder.bias", torch.zeros(D, dtype=torch.float64))
-    if cfg["norm_activation"] == "dataset-wise":
-        inward, outward = (math.sqrt(D) / cfg["dataset_average_activation_norm"][side] for side in ("in", "out"))
-        b_enc, b_dec, W_dec = b_enc / inward, b_dec / outward, W_dec * inward / outward
-    if cfg.get("sparsity_include_decoder_norm", True):
-        norms = W_dec.norm(dim=0)
-        W_dec, W_enc, b_enc = W_dec / norms, W_enc * norms[:, None], b_enc * norms
-    threshold = cfg.get("jump_relu_threshold", 0)
-
-    def size(x: Tensor) -> Tensor:
-        one = torch.ones_like(x[:, :1])
-        return math.sqrt(D) / x.norm(dim=1, keepdim=True) if cfg["norm_activation"] == "token-wise" else one
-
-    def encode(x: Tensor) -> Tensor:
-        x = x * size(x)
-        x = x - b_dec if cfg["apply_decoder_bias_to_pre_encoder"] else x
-        pre = x @ W_enc.T + b_enc
-        if cfg["act_fn"] == "topk" and threshold <= 0:
-            return best(pre.relu(), cfg["top_k"])
-        return pre.relu() if cfg["act_fn"] == "relu" else pre.where(pre > threshold, 0)
-
-    return Statement(encode, lambda f, x: (f @ W_dec.T + b_dec) / size(x))
-
 
 OUT = dict(hook_point_in="blocks.8.ln2.hook_normalized", hook_point_out="blocks.8.hook_mlp_out")
 LLAMA: dict[str, dict[str, Any]] = {
@@ -164,6 +115,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no threshold": (dict(jump_relu_threshold=None), "without a number for jump_relu_threshold"),
     "glu": (dict(use_glu_encoder=True), "use_glu_encoder is set"),
     "another activation": (dict(act_fn="gelu"), "act_fn is 'gelu'"),
+    "of another SAE": (dict(d_sae=L + 1), "d_sae is 65, but the tensors beside it have 64"),
     "k of another kind": (dict(act_fn="topk", jump_relu_threshold=0, top_k="many"), "k is 'many'"),
 }
 
@@ -188,26 +140,6 @@ def test_bad_tensors_of_llama_scope(tmp_path: Path) -> None:
 # Qwen Scope
 
 REPOSITORY = f"models--Qwen--SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}"
-
-
-def write_qwen(file: Path, changes: dict[str, Any] | None = None) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        "W_enc": drawn(L, D, scale=D**-0.5), "W_dec": drawn(D, L), "b_enc": drawn(L, scale=0.1), "b_dec": drawn(D),
-    }  # fmt: skip
-    torch.save(tensors | (changes or {}), file)
-    return file
-
-
-def read_qwen(folder: Path) -> Statement:
-    (file,) = folder.glob("layer*.sae.pt")
-    found = torch.load(file, weights_only=True)
-    w = double({name: item for name, item in found.items() if isinstance(item, Tensor)})
-
-    def encode(x: Tensor) -> Tensor:
-        return best(x @ w["W_enc"].T + w["b_enc"], found.get("k", K)).relu()
-
-    return Statement(encode, lambda f, x: f @ w["W_dec"].T + w["b_dec"])
 
 
 def test_qwen_scope_and_back(tmp_path: Path) -> None:

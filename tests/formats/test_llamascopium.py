@@ -238,6 +238,7 @@ def test_sizes_of_any_ratio_survive_their_expansion_factor() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": (dict(sae_type="clt"), "sae_type is 'clt': expected 'sae'"),
+    "of another SAE": (dict(d_model=D + 1), "d_model is 17, but the tensors beside it have 16"),
     "glu": (dict(use_glu_encoder=True), "use_glu_encoder is set"),
     "another activation": (dict(act_fn="layertopk"), "act_fn is 'layertopk'"),
     "by batch": (dict(norm_activation="batch-wise"), "norm_activation is 'batch-wise'"),

@@ -181,9 +181,18 @@ class Evil:
         return Path.touch, (self.file,)
 
 
+def test_a_pickle_beside_an_sae_of_another_format_is_left_alone(tmp_path: Path) -> None:
+    sae = ours()
+    saefast.save(sae, tmp_path, format="saelens")
+    write(tmp_path / "trainer_state.pt", {"optimizer": Evil(tmp_path / "ran")})
+    assert torch.equal(saefast.load(tmp_path).W_enc, sae.W_enc)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
     write(tmp_path / "1.pt", state("ReLU") | {"activation_state_dict": Evil(tmp_path / "ran")})
     for format in ("auto", "openai"):
-        with pytest.raises(InputError, match=r"holds Python objects.* nothing else is read"):
-            saefast.load(tmp_path / "1.pt", format=format)
+        for path in (tmp_path, tmp_path / "1.pt"):
+            with pytest.raises(InputError, match=r"holds Python objects.* nothing else is read"):
+                saefast.load(path, format=format)
     assert not (tmp_path / "ran").exists()
