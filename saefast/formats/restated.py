@@ -92,6 +92,16 @@ def uncentred(source: Source, file: str, W_enc: str, b_enc: str, b_dec: str, tra
     return Piece(file, b_enc, also=shifted)
 
 
+def both_signs(piece: Piece, n_latents: int) -> tuple[Piece, Piece]:
+    """A tensor of latents that act with their sign: as it is, and below it for activations that are negative there.
+
+    Of the two pre-activations of a latent one is positive, so that the k best of all of them are those with the largest
+    absolute value, and what they decode to is the same.
+    """
+    first, second = slice(0, n_latents), slice(n_latents, 2 * n_latents)
+    return piece._replace(into=(first,)), piece._replace(scale=-1 * piece.scale, into=(second,))
+
+
 def product(W: Tensor, x: Tensor) -> Tensor:
     """W (n, d) x (d,) in float32 or finer, some rows at a time."""
     return torch.cat([wide(W[rows]) @ wide(x) for rows in rows_of(W)])

@@ -19,6 +19,7 @@ from saefast.data.shardfile import Column, write_file
 from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Made, Piece, column, left_out, likely_k, log_threshold
+from saefast.formats.restated import both_signs
 from saefast.formats.source import Source
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -36,12 +37,15 @@ class _Kind(NamedTuple):
     activation: str
     transcodes: bool = False
     skip: bool = False
+    signed: bool = False
+    """Latents act with their sign, and are chosen by absolute value: each becomes two of ours."""
 
 
 _KINDS = {
     "standard": _Kind("relu"),
     "gated": _Kind("gated"),
     "topk": _Kind("topk"),
+    "abstopk": _Kind("topk", signed=True),
     "jumprelu": _Kind("jumprelu"),
     "transcoder": _Kind("relu", True),
     "skip_transcoder": _Kind("relu", True, True),
@@ -52,7 +56,6 @@ _KINDS = {
     "matryoshka_batchtopk": _Kind("batchtopk"),
 }
 _NOT_OURS = {
-    "abstopk": "keeps the largest pre-activations by size, negative ones among them",
     "temporal": "predicts a token's code from the tokens before it",
     "matching_pursuit": "chooses one latent after the other, each from what those before it left over",
 }
@@ -112,6 +115,11 @@ class SAELens(Format):
             tensors["threshold"] = -1.0 if unset else Piece(WEIGHTS, "topk_threshold")
         if kind.skip:
             tensors["W_skip"] = Piece(WEIGHTS, "W_skip")
+        if kind.signed:
+            for name in ("W_enc", "b_enc", "W_dec"):
+                piece = tensors[name]
+                assert isinstance(piece, Piece)
+                tensors[name] = both_signs(piece, config.n_latents // 2)
         return Described(config, tensors)
 
     def density(self, source: Source) -> Tensor | None:
@@ -177,6 +185,8 @@ def _config(cfg: Mapping[str, Any], kind: _Kind, source: Source) -> SAEConfig:
         raise InputError(f"{source.folder / CONFIG}: metadata is {facts!a}: expected an object")
     shape = source.entries(WEIGHTS)["W_enc"].shape if "W_enc" in source.entries(WEIGHTS) else (None, None)
     d_in, n_latents = cfg.get("d_in", shape[0]), cfg.get("d_sae", shape[-1])
+    if kind.signed and isinstance(n_latents, int):
+        n_latents *= 2
     found = cfg.get("k") if kind.activation in ("topk", "batchtopk") else None
     ours: dict[str, Any] = facts[_OURS] if isinstance(facts.get(_OURS), dict) else {}
     if found is None and isinstance(n_latents, int):

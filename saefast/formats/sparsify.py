@@ -2,8 +2,7 @@
 
 A hook of a run has a folder of its own, named after the module (`layers.10.mlp`). W_dec has a latent in a row, as here.
 b_dec is subtracted from inputs but for transcoders. Before August 2024 an SAE could be "signed": its latents are the k
-with the largest absolute value, and act with their sign. Here such a latent is two, one for each sign: of the two
-pre-activations one is positive, so that the k best of all are the same, and what they decode to is, too.
+with the largest absolute value, and act with their sign. Here such a latent is two, one for each sign.
 """
 
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from saefast.data.shardfile import write_file
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Piece, column, left_out
 from saefast.formats.restated import (
+    both_signs,
     check_kind,
     check_same_width,
     own_facts,
@@ -66,7 +66,9 @@ class Sparsify(Format):
             if not transcode:
                 tensors["b_enc"] = uncentred(source, WEIGHTS, "encoder.weight", "encoder.bias", "b_dec")
         if signed:
-            tensors |= {name: _both_signs(_OURS[name], n_latents) for name in ("W_enc", "b_enc", "W_dec")}
+            tensors |= {
+                name: both_signs(Piece(WEIGHTS, _OURS[name]), n_latents) for name in ("W_enc", "b_enc", "W_dec")
+            }
         return Described(config, tensors)
 
     def write(self, sae: SAE, folder: Path) -> list[str]:
@@ -105,11 +107,3 @@ def _metadata(cfg: dict[str, Any]) -> dict[str, Any]:
     known = ("multi_topk", "expansion_factor", "signed", "normalize_decoder")
     ours = cfg.get("metadata")
     return {name: cfg[name] for name in known if name in cfg} | (ours if isinstance(ours, dict) else {})
-
-
-def _both_signs(key: str, n_latents: int) -> tuple[Piece, Piece]:
-    """A tensor of signed latents as it is, and below it as it is for those with a negative activation."""
-    return (
-        Piece(WEIGHTS, key, into=(slice(0, n_latents),)),
-        Piece(WEIGHTS, key, scale=-1.0, into=(slice(n_latents, 2 * n_latents),)),
-    )

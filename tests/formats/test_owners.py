@@ -32,6 +32,8 @@ LENS: dict[str, dict[str, Any]] = {
     "topk": dict(k=K, rescale_acts_by_decoder_norm=False),
     "topk by norms": dict(k=K, rescale_acts_by_decoder_norm=True),
     "topk of normalised rows": dict(k=K, normalize_activations="layer_norm"),
+    "abstopk": dict(k=K, rescale_acts_by_decoder_norm=False),
+    "abstopk by norms": dict(k=K, rescale_acts_by_decoder_norm=True),
     "jumprelu": dict(apply_b_dec_to_input=False),
     "transcoder": dict(d_out=9, apply_b_dec_to_input=False),
     "skip_transcoder": dict(d_out=9, apply_b_dec_to_input=False),
@@ -52,6 +54,12 @@ def test_saelens_writes_and_we_read(name: str, tmp_path: Path) -> None:
     theirs.save_model(tmp_path)
     sae, x = saefast.load(tmp_path), rows()
     assert sae.config.metadata["hook_name"] == "blocks.2.hook_resid_post"
+    if "abstopk" in name:
+        # Each of its latents is two of ours, one for each sign.
+        f = sae.encode(x).detach()
+        torch.testing.assert_close(f[:, :L] - f[:, L:], theirs.encode(x), **CLOSE)
+        torch.testing.assert_close(sae(x).x_hat.detach(), theirs(x), **CLOSE)
+        return
     # Their decode of normalised rows takes the figures of the rows that were encoded last, and a skip the rows.
     assert_alike(sae, theirs.encode, lambda f: theirs.forward(x) if "skip" in name else theirs.decode(f), x)
     torch.testing.assert_close(sae(x).x_hat.detach(), theirs(x), **CLOSE)
