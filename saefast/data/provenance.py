@@ -9,6 +9,7 @@ from saefast.data.mapped_source import MappedSource
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.data.shards import Identity, ShardFolder
 from saefast.data.source import TARGET, Names, Source, X, by_tensor
+from saefast.errors import InputError
 from saefast.files import usable
 from saefast.schema import check
 
@@ -63,6 +64,8 @@ def recorded_data(metadata: dict[str, Any], run: Path) -> Recorded | None:
     if kept is None:
         return None
     found: Recorded = check(kept, Recorded, f"{run}: its config's {DATA}")
+    if not 0 <= found.get("heldout", 0) < 1:
+        raise InputError(f"{run}: its config's {DATA}.heldout is {found['heldout']}, expected a share below 1: edited?")
     return found
 
 

@@ -20,7 +20,7 @@ from saefast.formats.own import Own
 from saefast.formats.registry import formats
 from saefast.formats.source import Source
 from saefast.models.config import DTYPES, SAEConfig
-from saefast.models.sae import SAE
+from saefast.models.sae import SAE, require_real
 from saefast.placement import pick_device
 from saefast.typed import typed
 
@@ -92,10 +92,8 @@ def save(sae: SAE, path: str | Path, format: str = Own.name, density: Tensor | N
     """
     chosen, folder = named(format), usable(path)
     sae.config_as_is()
-    if density is not None and tuple(density.shape) != (sae.config.n_latents,):
-        raise InputError(
-            f"density has shape {tuple(density.shape)}: expected ({sae.config.n_latents},), one share for each latent"
-        )
+    if density is not None:
+        _check_density(density, sae.config.n_latents)
     new = not os.path.exists(folder)
     try:
         if not isinstance(chosen, Own):
@@ -137,6 +135,18 @@ def named(name: str) -> Format:
         hint = f"perhaps {near[0]}?" if near else f"choose from {', '.join(formats)}"
         raise InputError(f"format is {name!a}, which there is not: {hint}")
     return formats[name]
+
+
+def _check_density(density: Tensor, n_latents: int) -> None:
+    """Raises InputError for anything but (n_latents,) shares."""
+    require_real("density", density)
+    if tuple(density.shape) != (n_latents,) or density.device.type == "meta":
+        raise InputError(
+            f"density has shape {tuple(density.shape)} on {density.device}: expected ({n_latents},), a share of tokens "
+            "for each latent"
+        )
+    if not bool(((density >= 0) & (density <= 1)).all()):
+        raise InputError("density has values that are no shares: expected numbers from 0 to 1")
 
 
 def _require_free(folder: Path, chosen: Format) -> None:

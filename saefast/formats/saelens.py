@@ -159,11 +159,11 @@ def _today(cfg: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _kind(cfg: Mapping[str, Any]) -> _Kind:
-    name = cfg["architecture"]
+    name = cfg["architecture"] if isinstance(cfg["architecture"], str) else None
     if name in _NOT_OURS:
         raise InputError(f"architecture is {name!r}, which {_NOT_OURS[name]}: saefast has no such SAE")
-    if not isinstance(name, str) or name not in _KINDS:
-        raise InputError(f"architecture is {name!a}: expected one of {', '.join(_KINDS)}")
+    if name is None or name not in _KINDS:
+        raise InputError(f"architecture is {cfg['architecture']!a}: expected one of {', '.join(_KINDS)}")
     return _KINDS[name]
 
 

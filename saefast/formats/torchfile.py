@@ -13,8 +13,9 @@ from saefast.files import replacing
 def write_pt(path: Path, tensors: Mapping[str, Any]) -> None:
     """What torch.load gives back as a state_dict; a tensor that is transposed is written as it lies, without a copy."""
     found = {name: _alone(item) if isinstance(item, Tensor) else item for name, item in tensors.items()}
-    with replacing(path) as temporary:
-        torch.save(found, temporary)
+    # An open file, because torch.save writes a file's name into it, and this one's is made up.
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(found, file)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -25,10 +25,12 @@ from attack.odd import Make
 from attack.pool import HANG, Arena, run_all
 from attack.summary import Row
 
-from saefast import ops
+import saefast
+from saefast import formats, ops
 from saefast.analysis.evaluation import evaluate, evaluate_run
 from saefast.cli import main as cli
 from saefast.cli.calibrate import CalibrateArgs
+from saefast.cli.convert import ConvertArgs
 from saefast.cli.eval import EvalArgs
 from saefast.cli.features import FeaturesArgs
 from saefast.cli.finetune import FinetuneArgs
@@ -43,7 +45,7 @@ from saefast.harvest.live import live_sources
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.models.config import SAEConfig
-from saefast.models.sae import SAE, load
+from saefast.models.sae import SAE
 from saefast.training.api import train
 from saefast.training.finetune import finetune
 from saefast.training.finetune_config import FinetuneConfig
@@ -134,7 +136,12 @@ def api() -> list[Call]:
                  keys=odd.VALUES, d_in=odd.VALUES, d_out=odd.VALUES,
                  skip_bad_shards=odd.VALUES, verify=odd.VALUES, shuffle=odd.VALUES),
         ),
-        Call("load", load, dict(path=lambda: "run"), dict(path=path, device=odd.VALUES | DEVICES, verify=odd.VALUES)),
+        Call("load", saefast.load, dict(path=lambda: "run"),
+             dict(path=path, device=odd.VALUES | DEVICES, verify=odd.VALUES, format=odd.VALUES, dtype=odd.VALUES,
+                  map=odd.VALUES)),
+        Call("save", saefast.save, dict(sae=lambda: SAE(small(), seed=0), path=lambda: "out", format=lambda: "saelens"),
+             dict(sae=odd.VALUES, path=path, format=odd.VALUES, density=odd.VALUES | odd.tensors(torch.rand(24)))),
+        Call("formats.density", formats.density, dict(path=lambda: "run"), dict(path=path, format=odd.VALUES)),
         Call("SAE", SAE, dict(config=small), dict(config=odd.VALUES, seed=odd.VALUES, device=odd.VALUES | DEVICES)),
         Call("SAE.save", lambda path: SAE(small(), seed=0).save(path), {}, dict(path=path)),
         Call("preset", preset, dict(name=lambda: "saefast", d_in=lambda: 6, n_latents=lambda: 24, k=lambda: 3),
@@ -448,6 +455,7 @@ def commands() -> list[Command]:
         Command("harvest", HARVEST, (*flags_of(HarvestArgs, HarvestConfig), "hook")),
         Command("eval", ("run", "--lm-tokens", "0"), (*flags_of(EvalArgs), "data"), RUN),
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
+        Command("convert", ("run", "out", "--format", "saelens"), flags_of(ConvertArgs)),
         Command("calibrate", ("run", "out", "--rows", "64"), (*flags_of(CalibrateArgs), "data"), RUN),
         Command("finetune", ("run", "out"), (*flags_of(FinetuneArgs, FinetuneConfig), "data")),
         # The other settings are those of `train`.

@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from saefast import formats
 from saefast.analysis import latent_stats
 from saefast.cli import main as cli
 from saefast.data import shard_writer
@@ -201,6 +202,27 @@ def make_sae(folder: Path) -> None:
 
 def read_sae(folder: Path) -> Any:
     return found_in(load(folder))
+
+
+def make_foreign(name: str) -> Callable[[Path], None]:
+    """An SAE in another library's format, of the first kind that this one has."""
+
+    def make(folder: Path) -> None:
+        nested: dict[str, Any] = dict(activation="batchtopk", matryoshka=(8, LATENTS))
+        for changes in ({}, dict(activation="jumprelu"), dict(activation="relu"), nested):
+            sae = SAE(dataclasses.replace(SMALL, **changes), seed=0)
+            for buffer in sae.buffers():
+                buffer.fill_(0.5)
+            with contextlib.suppress(InputError):
+                formats.save(sae, folder, name)
+                return
+        raise AssertionError(f"{name} has none of these")
+
+    return make
+
+
+def read_foreign(folder: Path) -> Any:
+    return found_in(formats.load(folder))
 
 
 def found_in(loaded: SAE) -> list[Any]:
@@ -390,6 +412,11 @@ READERS = [
     Reader("chunk cache, .pt", lambda folder: make_chunks(folder, torch.save, ".pt"), read_folder, ("blocks.0/*",)),
     Reader("Arrow cache", make_arrow, read_folder, ("*.arrow",), needs=("pyarrow",)),
     Reader("SAE", make_sae, read_sae, ("sae.safetensors", "config.json"), ("sae.safetensors",), weight=3),
+    *[
+        Reader(f"SAE, {name}", make_foreign(name), read_foreign, ("**/*.*",))
+        for name, one in formats.formats.items()
+        if one.writes and name != "saefast"
+    ],
     Reader("config.json", make_config, read_settings, ("config.json",), weight=2),
     Reader(
         "checkpoint", make_run, resume_run, (CHECKPOINT + "*", "run/config.json", "run/metrics.jsonl"),

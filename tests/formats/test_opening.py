@@ -367,8 +367,9 @@ def test_how_often_latents_fire_goes_along(tmp_path):
     torch.testing.assert_close(10**found - 1e-10, shares)
     lost = save(make(), tmp_path / "b", density=shares)
     assert lost == ["how often latents fire is left out: saefast has no place for it"]
-    with pytest.raises(InputError, match="density has shape"):
-        save(make(), tmp_path / "c", "saelens", density=shares[1:])
+    for odd, message in ((shares[1:], "has shape"), (shares - 1, "no shares"), (shares * torch.nan, "no shares")):
+        with pytest.raises(InputError, match=f"density .*{message}"):
+            save(make(), tmp_path / "c", "saelens", density=odd)
 
 
 @pytest.mark.parametrize("one", formats.values(), ids=lambda one: one.name)
