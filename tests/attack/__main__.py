@@ -3,6 +3,7 @@
     make attack                                   everything, in about a quarter of an hour on two cores
     make attack ARGS="--part fuzz"                one part; the table keeps what the others found before
     make attack ARGS="--part fuzz --case 1234"    one damaged file again, with its traceback
+    make attack ARGS="--part formats"             damaged files of other libraries' SAEs
 
 Exit code 1 where there was a fault. How to read the table: docs/attack.md.
 """
@@ -58,7 +59,8 @@ def again(args: argparse.Namespace) -> int:
     """One damaged file or odd argument in this process, with all that it says."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         odd = args.part == ["arguments"]
-        arena = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only)
+        part = "formats" if args.part == ["formats"] else "fuzz"
+        arena = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only, part)
         try:
             print(arena.show(args.case))
         except BaseException:
@@ -77,6 +79,11 @@ def run_fuzz(args: argparse.Namespace) -> Iterator[Row]:
     return fuzz.run(range(args.first, args.first + args.mutations), args.seed, args.workers, args.only)
 
 
+def run_formats(args: argparse.Namespace) -> Iterator[Row]:
+    """Half as many of the files of other libraries' SAEs."""
+    return fuzz.run(range(args.first, args.first + args.mutations // 2), args.seed, args.workers, args.only, "formats")
+
+
 def run_arguments(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         yield from arguments.run(place, workers=args.workers, only=args.only)
@@ -89,6 +96,7 @@ def run_soak(args: argparse.Namespace) -> Iterator[Row]:
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "kill": run_kill,
     "fuzz": run_fuzz,
+    "formats": run_formats,
     "arguments": run_arguments,
     "soak": run_soak,
 }

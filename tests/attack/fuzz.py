@@ -35,10 +35,10 @@ class Case(NamedTuple):
 class Fuzz:
     """An arena (see pool.py): the readers' whole folders, and what they are read as."""
 
-    def __init__(self, place: str, seed: int, only: str = "") -> None:
+    def __init__(self, place: str, seed: int, only: str = "", part: str = "fuzz") -> None:
         torch.set_num_threads(1)
         self._seed = seed
-        self._readers = [reader for reader in readers.available() if only in reader.name]
+        self._readers = [reader for reader in readers.available(part) if only in reader.name]
         self._place = Path(place, str(os.getpid()))
         self._expected: dict[str, str] = {}
 
@@ -127,17 +127,17 @@ def open_arena(**arguments: Any) -> Fuzz:
     return Fuzz(**arguments)
 
 
-def run(numbers: Iterable[int], seed: int, workers: int = 1, only: str = "") -> Iterator[Row]:
-    """What came of every case, in whatever order they are done."""
+def run(numbers: Iterable[int], seed: int, workers: int = 1, only: str = "", part: str = "fuzz") -> Iterator[Row]:
+    """What came of every case of a part, "fuzz" or "formats", in whatever order they are done."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
-        arena = Arena("attack.fuzz", {"place": place, "seed": seed, "only": only})
+        arena = Arena("attack.fuzz", {"place": place, "seed": seed, "only": only, "part": part})
         for number, answer in run_all(arena, numbers, workers):
             if isinstance(answer, str):
                 # The worker is gone and could not say what it was doing: the case is the same in this process.
                 lost = outcome.HANG if answer == HANG else outcome.CRASH
-                answer = _answer(Fuzz(place, seed, only).case(number), lost, answer)
+                answer = _answer(Fuzz(place, seed, only, part).case(number), lost, answer)
             filtered = f' --only "{only}"' if only else ""
-            yield Row(**answer, again=f"make attack ARGS='--part fuzz --seed {seed}{filtered} --case {number}'")
+            yield Row(**answer, again=f"make attack ARGS='--part {part} --seed {seed}{filtered} --case {number}'")
 
 
 def _answer(case: Case, found: str, detail: str) -> dict[str, str]:

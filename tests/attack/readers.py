@@ -56,7 +56,8 @@ class Reader:
     """make(folder) writes whole files; read(folder) gives what a user would get of them, or raises InputError.
 
     files: glob patterns of the files to damage. covered: those whose every byte a digest covers. writes: reading
-    changes the folder. weight: share of the cases. needs: packages without which it is left out.
+    changes the folder. weight: share of the cases. needs: packages without which it is left out. part: of the
+    attack, that it belongs to.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Reader:
     writes: bool = False
     weight: int = 1
     needs: tuple[str, ...] = ()
+    part: str = "fuzz"
 
 
 def rows(n: int, seed: int = 0) -> Tensor:
@@ -413,7 +415,7 @@ READERS = [
     Reader("Arrow cache", make_arrow, read_folder, ("*.arrow",), needs=("pyarrow",)),
     Reader("SAE", make_sae, read_sae, ("sae.safetensors", "config.json"), ("sae.safetensors",), weight=3),
     *[
-        Reader(f"SAE, {name}", make_foreign(name), read_foreign, ("**/*.*",))
+        Reader(f"SAE, {name}", make_foreign(name), read_foreign, ("**/*.*",), part="formats")
         for name, one in formats.formats.items()
         if one.writes and name != "saefast"
     ],
@@ -446,5 +448,7 @@ READERS = [
 ]  # fmt: skip
 
 
-def available() -> list[Reader]:
-    return [reader for reader in READERS if all(importlib.util.find_spec(name) for name in reader.needs)]
+def available(part: str | None = None) -> list[Reader]:
+    """Those whose packages are there, of one part or all."""
+    mine = [reader for reader in READERS if part in (None, reader.part)]
+    return [reader for reader in mine if all(importlib.util.find_spec(name) for name in reader.needs)]
