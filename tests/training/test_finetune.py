@@ -180,10 +180,16 @@ def test_a_dense_statement_takes_the_same_steps(world, fields):
 # --- what comes of it
 
 
-KINDS = [{}, {"activation": "batchtopk"}, {"matryoshka": (16, 64)}, {"activation": "jumprelu"}]
+KINDS = [
+    {},
+    {"activation": "batchtopk"},
+    {"matryoshka": (16, 64)},
+    {"activation": "jumprelu"},
+    {"input_norm": "layer_norm"},
+]
 
 
-@pytest.mark.parametrize("fields", KINDS, ids=["topk", "batchtopk", "matryoshka", "jumprelu"])
+@pytest.mark.parametrize("fields", KINDS, ids=["topk", "batchtopk", "matryoshka", "jumprelu", "layer norm"])
 def test_the_model_predicts_better_at_little_cost(world, fields):
     sae = world.sae(**fields)
     before, kept = world.scores(sae), copy.deepcopy(sae)
@@ -287,7 +293,7 @@ def interrupted_at(step):
     return lambda line: os.kill(os.getpid(), signal.SIGINT) if line["step"] == step else None
 
 
-@pytest.mark.parametrize("fields", [KINDS[0], KINDS[1], KINDS[3]], ids=["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("fields", [KINDS[0], KINDS[1], KINDS[3], KINDS[4]], ids=["topk", "batchtopk", "jumprelu", "normed"])
 def test_a_stopped_run_goes_on_to_the_bit(world, tmp_path, fields):
     sae = world.sae(**fields)
     config = FinetuneConfig(**QUICK | {"n_tokens": 12 * 256, "save_every": 5})
