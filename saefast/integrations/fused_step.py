@@ -29,7 +29,7 @@ class LedEngine(FusedEngine):
         return self.rate
 
 
-class FusedStep:
+class StepInLoop:
     """The step of one SAE in such a loop.
 
     Args:
@@ -123,7 +123,7 @@ class Noted(torch.autograd.Function):
     """The loss as it is. Its backward notes that it was called."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, step: FusedStep, seen: Look) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, step: StepInLoop, seen: Look) -> Tensor:
         ctx.step, ctx.seen = step, seen
         return loss.clone()
 

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-PEERS = {"dictionary_learning_training": "dictionary_learning"}
+PEERS = {
+    "dictionary_learning_training": "dictionary_learning",
+    "sae_lens_training": "sae_lens",
+    "sparsify_training": "sparsify",
+}
 SIZES = ["--d-in", "32", "--n-latents", "256", "--k", "6", "--batch", "128", "--steps", "12", "--device", "cpu"]
 
 
