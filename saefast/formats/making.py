@@ -122,13 +122,16 @@ def _filled(source: Source, name: str, given: Made, target: Tensor, verify: bool
 def _copy(source: Source, piece: Piece, target: Tensor) -> None:
     value = source.values(piece.file, piece.key)
     value = value.T if piece.transpose else value
-    if piece.also is not None:
+    by_rows = value.dim() > 1
+    if piece.also is not None and not by_rows:
         value = piece.also(wide(value))
     if target.dim() == 0:
         target.copy_(value if isinstance(piece.scale, float) and piece.scale == 1.0 else wide(value) * piece.scale)
         return
     for rows in rows_of(target):
         part = value[rows]
+        if piece.also is not None and by_rows:
+            part = piece.also(wide(part))
         if isinstance(piece.scale, Tensor):
             part = wide(part) * wide(piece.scale[rows]).reshape(-1, *[1] * (part.dim() - 1))
         elif piece.scale != 1.0:

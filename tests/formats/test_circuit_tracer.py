@@ -23,9 +23,11 @@ from their_files import (
     write_circuit_tracer,
     write_yaml,
 )
+from torch import Tensor
 
 import saefast
 from saefast.errors import InputError
+from saefast.formats import circuit_tracer, format
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 
@@ -135,6 +137,21 @@ def test_across_layers_and_back(layers: int, thresholds: bool, tmp_path: Path) -
         assert old.keys() == new.keys()
         for key, tensor in old.items():
             torch.testing.assert_close(new[key], tensor, rtol=1e-6 if "threshold" in key else 0.0, atol=0.0)
+
+
+def test_decoders_are_laid_out_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def flat(rows: Tensor) -> Tensor:
+        seen.append(len(rows))
+        return rows.flatten(1)
+
+    monkeypatch.setattr(circuit_tracer, "_flat", flat)
+    monkeypatch.setattr(format, "PIECE_BYTES", 256)
+    write_across(tmp_path, 3, thresholds=False)
+    assert_same(saefast.load(tmp_path), read_across(tmp_path), rows(B, 18))
+    assert sum(seen) == 36
+    assert max(seen) < 12
 
 
 def test_one_that_was_trained_is_calibrated_first(tmp_path: Path) -> None:
