@@ -2,7 +2,6 @@
 
 One program per block of rows and of columns, with the first row as the origin: the rows' variance is then the
 difference of two sums of its own size, which fp64 holds to ten digits. No copy of the batch in fp64 is made.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

@@ -5,7 +5,6 @@ held in registers, summed down for the reconstruction, and once the residual of 
 for the gradient. So every decoder row is read exactly once, not counting on caches. `decode_loss_csr` is for codes of
 any number of entries a token: it goes through them, a few at a time, for the residual and once more for the gradient.
 Sums are taken in an order fixed by the tile: results repeat bit for bit.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

@@ -14,7 +14,6 @@ Comparisons are written `~(a <= b)`: a NaN always passes and surfaces in the res
 
 Three sources of the product, one epilogue: pointers (any architecture, any alignment, gathers rows of a latent list),
 host TMA descriptors in a persistent grid (sm_90 and later), and a finished product of the GEMM library in scratch.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

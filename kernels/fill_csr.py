@@ -4,7 +4,6 @@ Reference: saefast.ops.reference.threshold_encode.
 
 `encode_tiles` with COUNT left the number of hits of every group; their running sum says where each group's hits go, so
 programs are independent, counts are exact and latents ascend within a row.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

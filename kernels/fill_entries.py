@@ -2,7 +2,6 @@
 
 Reference: saefast.optim.reference.fill_entries.
 
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

@@ -7,7 +7,6 @@ survivor, so sorting before compacting would mostly sort empty places. A value t
 
 The running top-k lives in its final form (`acts`, `idx`), so nothing is decoded afterwards. Work and memory follow
 what passes; no list has a capacity that data could exceed.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

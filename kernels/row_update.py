@@ -6,7 +6,6 @@ One program per row and block of columns; what needs a whole row (projection, no
 A group longer than CUT is summed in pieces of CUT entries by `piece_sums`, and its row adds up the pieces: no program
 walks a long group, and the order of additions is fixed, so results repeat bit for bit.
 What a row missed in the steps since its last update (moments' decay, drift) is looked up in the table of saefast.optim.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

@@ -2,7 +2,6 @@
 
 One program per row and block of its entries; partial sums stay in registers over all of D and are added across
 threads once, in a fixed order.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

@@ -3,7 +3,6 @@
 A launch counts for each of 16 continuations of the bits found so far how many keys are at least that large; the next
 launch reads its four bits off the counts. Programs count apart and their counts are integers, added by whoever reads
 them: nothing is added by atomics, and the answer is exact.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

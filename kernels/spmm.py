@@ -2,7 +2,6 @@
 
 One program per row and block of columns; entries are added in the order they are stored, so a result does not depend
 on how programs are scheduled or how many rows there are. Rows are K entries each, or CSR with `row_ptr`.
-Unproven on a GPU: so far run under Triton's interpreter and compiled ahead of time (tests/test_aot.py).
 """
 
 import triton

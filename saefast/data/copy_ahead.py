@@ -12,8 +12,7 @@ def copied_ahead(batches: Iterator[Tensor], device: torch.device) -> Iterator[Te
     """The batches on a device, in their order, each copied on a stream of its own while the one before is in use.
 
     A batch may lie in memory that the next draw reuses, so its copy is waited for first. Only the host waits, and for
-    that copy alone, not for what the device still computes. Unproven on a GPU so far: its logic is tested with the CPU
-    as the device.
+    that copy alone, not for what the device still computes.
     """
     copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 

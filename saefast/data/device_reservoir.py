@@ -1,8 +1,7 @@
 """The shuffle buffer's reservoir in the memory of the device that trains: batches are gathered there.
 
 Draws the same batches as the host's reservoir (reservoir.py), from the same plan. Rows cross the bus once, when they
-enter the reservoir, on a stream of their own; training waits for nothing but the gather. Unproven on a GPU so far: its
-logic is tested with the CPU as the device.
+enter the reservoir, on a stream of their own; training waits for nothing but the gather.
 """
 
 from collections import deque

@@ -3,7 +3,7 @@
 Each of B tokens takes k of n dead latents. As a sparse code that is B · k entries, each of which gathers a row of a
 matrix four times in a step: to be ranked in full precision, decoded, and summed up for both weight matrices. As a dense
 block it is five products over B · n places. Same results within rounding, for one reconstruction of the batch
-(no MultiTopK). Unproven on a GPU.
+(no MultiTopK).
 """
 
 from collections.abc import Iterator

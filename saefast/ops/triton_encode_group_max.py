@@ -2,7 +2,6 @@
 
 Chunks are whole groups, or parts of one group where it is wider than a chunk. A chunk is read back once, while most of
 it is still in L2. Arguments are validated by `saefast.ops`; tensors are contiguous.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 import torch

@@ -1,7 +1,6 @@
 """The product x · W_encᵀ of an encoder on a GPU, of which only what a bound lets through is stored.
 
 By kernels/encode_tiles.py, or by library products that it filters. `encode_topk` and `threshold_encode` stand on it.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 from dataclasses import dataclass, replace

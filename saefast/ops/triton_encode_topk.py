@@ -1,7 +1,6 @@
 """encode_topk on a GPU: chunk after chunk of tiles (`triton_encode_tiles`), merged by kernels/merge_topk.py.
 
 Arguments are validated by `saefast.ops`; tensors are contiguous, on one CUDA device, of one 2-byte or fp32 dtype.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 import math

@@ -1,7 +1,6 @@
 """sddmm on a GPU, by kernels/sddmm.py.
 
 Arguments are validated by `saefast.ops`; tensors are contiguous, on one CUDA device, of a 2-byte dtype or fp32.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 import torch

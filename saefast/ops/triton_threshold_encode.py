@@ -1,7 +1,6 @@
 """threshold_encode on a GPU: tiles (`triton_encode_tiles`) count hits, kernels/fill_csr.py writes them to their places.
 
 Arguments are validated by `saefast.ops`; tensors are contiguous, on one CUDA device, of one 2-byte or fp32 dtype.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 from dataclasses import replace

@@ -5,7 +5,6 @@ may name more rows than there are (`Groups.latents`): those of -1 are passed ove
 program holds where an operation needs whole rows (`tuning.MAX_ROW`; a `LeanMatrix` always does; beyond `tuning.WIDE`,
 Adam with `RowGradient.along` of several blocks): plain torch takes them, some at a time, with gradient rows that the
 kernels sum.
-No GPU has run this module yet: it is unproven on a GPU.
 """
 
 import math

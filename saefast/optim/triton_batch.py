@@ -1,7 +1,7 @@
 """What a step asks of a batch on a GPU: its sums, its code grouped by latent, the entries as updates want them.
 
 Sizes depend on the batch's shape alone, not on its values, so the host waits for nothing. `saefast.optim.triton` has
-these functions beside those on rows of weights. No GPU has run this module yet: it is unproven on a GPU.
+these functions beside those on rows of weights.
 """
 
 from functools import cache
