@@ -125,6 +125,8 @@ class SAELens(Format):
     def density(self, source: Source) -> Tensor | None:
         if SPARSITY not in source.files or "sparsity" not in source.entries(SPARSITY):
             return None
+        if _kind(_today(source.json(CONFIG), source)).signed:
+            return None  # of a latent for each sign it says nothing
         return (10.0 ** source.values(SPARSITY, "sparsity").float() - _LEAST).clamp(0, 1)
 
     def write(self, sae: SAE, folder: Path) -> list[str]:
