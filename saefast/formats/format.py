@@ -24,8 +24,8 @@ class Piece(NamedTuple):
     Attributes:
         file: name relative to the folder. key: of the tensor in it.
         transpose: theirs lies the other way round.
-        also: what is done to it, after transposing, in float32 or float64: log, expand, ... It sees a vector as a whole,
-            anything else some rows at a time.
+        also: what is done to it, after transposing, in float32 or float64: log, expand, ... A vector it sees as a
+            whole, anything else some rows at a time.
         scale: what it is multiplied by, after that, some rows at a time: one number, or (n,) one for each row.
         shape: of theirs, where `also` changes it; None is ours, or its transpose.
         into: where it goes in ours, which is 0 elsewhere; () is everywhere.
