@@ -17,9 +17,6 @@ class OtherModel(InputError):
     """The model or tokenizer is not the one that was harvested."""
 
 
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
-
-
 def harvested_model(
     index: Mapping[str, Any], given: Any = None, *, head: str = "AutoModel", device: torch.device | str = "cpu"
 ) -> Any:
@@ -67,7 +64,7 @@ def causal_language_model(index: Mapping[str, Any], given: Any = None, device: t
             f"{_called(index, given)} is a {kinds[0]}, which writes after another text, or images or sound: "
             "there is no next-token loss of a text alone"
         )
-    if not any(kind.endswith(_CAUSAL) for kind in kinds):
+    if not any(kind.endswith(models.CAUSAL) for kind in kinds):
         raise InputError(f"{_called(index, given)} is a {kinds[0]}, which has no language-model head")
     return harvested_model(index, given, head="AutoModelForCausalLM", device=device)
 

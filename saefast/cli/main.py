@@ -39,6 +39,7 @@ COMMANDS = {
     "eval": Command("saefast.cli.eval", "evaluate a run on its held-out rows"),
     "finetune": Command("saefast.cli.finetune", "fine-tune a run's SAE through its language model"),
     "features": Command("saefast.cli.features", "show what a run's most telling latents respond to"),
+    "steer": Command("saefast.cli.steer", "print what a language model writes with some latents set to other values"),
     "calibrate": Command("saefast.cli.calibrate", "save a run's SAE with thresholds, as JumpReLU, calibrated on data"),
     "convert": Command(
         "saefast.cli.convert", "write an SAE of any library's files as another's: SAELens, sparsify, ..."

