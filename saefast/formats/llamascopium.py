@@ -22,7 +22,16 @@ from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.formats.format import Described, Format, Made, Piece, column, left_out, likely_k, log_threshold, wide
 from saefast.formats.norms import column_norms, row_norms
-from saefast.formats.restated import check_kind, check_same_width, own_facts, product, require_agreement, sizes
+from saefast.formats.restated import (
+    Restated,
+    check_kind,
+    check_same_width,
+    own_facts,
+    product,
+    require_agreement,
+    restated,
+    sizes,
+)
 from saefast.formats.source import Source
 from saefast.formats.thresholds import thresholds
 from saefast.models.config import SAEConfig
@@ -106,10 +115,12 @@ class Llamascopium(Format):
                 "input_norm is 'layer_norm', and llamascopium has none but 'constant_norm': choose another"
             )
         served = _served(sae)
+        # Decoder norms may rank latents there, but what is compared with a threshold here is told by itself.
+        stated = restated(sae, centred=False) if served != config.activation else _kept_apart(sae)
         columns = {
-            "W_E": column(sae.W_enc, transpose=True),
-            "b_E": Column.of(_b_E(sae)),
-            "W_D": column(sae.W_dec),
+            "W_E": column(sae.W_enc, transpose=True, scale=stated.enc_scale),
+            "b_E": Column.of(stated.b_enc),
+            "W_D": column(sae.W_dec, scale=stated.dec_scale),
             "b_D": column(sae.b_dec),
         }
         if served == "jumprelu":
@@ -124,12 +135,12 @@ class Llamascopium(Format):
         return lost
 
 
-def _b_E(sae: SAE) -> Tensor:
-    """b_enc of an SAE from whose inputs nothing is subtracted."""
+def _kept_apart(sae: SAE) -> Restated:
+    """The SAE for inputs from which nothing is subtracted, with decoder norms left where they are."""
     b_enc = sae.b_enc.detach()
-    if not sae.config.apply_b_dec_to_input:
-        return b_enc
-    return (wide(b_enc) - product(sae.W_enc.detach(), sae.b_dec.detach())).to(b_enc.dtype)
+    if sae.config.apply_b_dec_to_input:
+        b_enc = (wide(b_enc) - product(sae.W_enc.detach(), sae.b_dec.detach())).to(b_enc.dtype)
+    return Restated(b_enc, {}, 1.0, 1.0)
 
 
 def _served(sae: SAE) -> str:
@@ -237,7 +248,7 @@ def _cfg(sae: SAE, served: str) -> dict[str, Any]:
         "use_glu_encoder": False,
         "act_fn": served,
         "norm_activation": "token-wise" if config.input_norm == "constant_norm" else "inference",
-        "sparsity_include_decoder_norm": config.rescale_acts_by_decoder_norm,
+        "sparsity_include_decoder_norm": config.rescale_acts_by_decoder_norm and served == config.activation,
         "top_k": config.k,
         "jumprelu_threshold_window": 2.0 if window is None else window,
     }

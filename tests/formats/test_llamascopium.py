@@ -203,11 +203,13 @@ def test_ours(name: str, tmp_path: Path) -> None:
     lost = saefast.save(sae, tmp_path, format="llamascopium")
     theirs, norms, cfg = read(tmp_path)
     assert int(cfg["d_model"] * cfg["expansion_factor"]) == sae.config.n_latents
-    unit = norms if sae.config.rescale_acts_by_decoder_norm else torch.ones_like(norms)
+    unit = norms if cfg["sparsity_include_decoder_norm"] else torch.ones_like(norms)
+    assert cfg["sparsity_include_decoder_norm"] is (name == "topk by norm")
     expected = theirs.encode(x.double())
     torch.testing.assert_close(sae.encode(x).double(), expected * unit, **CLOSE)
     torch.testing.assert_close(sae(x).x_hat.double(), theirs.decode(expected, x.double()), **CLOSE)
     again = saefast.load(tmp_path)
+    torch.testing.assert_close(again.encode(x), sae.encode(x), **CLOSE)
     torch.testing.assert_close(again(x).x_hat, sae(x).x_hat, **CLOSE)
     assert any("batchtopk" in line for line in lost) is ("batchtopk" in name)
     assert again.config.activation == ("jumprelu" if "batchtopk" in name else sae.config.activation)
@@ -316,6 +318,6 @@ def test_the_package_reads_what_we_write(name: str, tmp_path: Path) -> None:
     theirs = models.SparseAutoEncoder.from_pretrained(str(tmp_path))
     cfg = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     f, x_hat = numbers(theirs, cfg, x)
-    unit = theirs.decoder_norm() if sae.config.rescale_acts_by_decoder_norm else 1.0
+    unit = theirs.decoder_norm() if cfg["sparsity_include_decoder_norm"] else 1.0
     torch.testing.assert_close(sae.encode(x), f * unit, **CLOSE)
     torch.testing.assert_close(sae(x).x_hat, x_hat, **CLOSE)
