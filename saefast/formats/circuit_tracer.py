@@ -10,7 +10,7 @@ among the k best: ours lets none.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ _KEPT = {
     "d_in", "n_latents", "activation", "apply_b_dec_to_input", "unit_norm_decoder", "rescale_acts_by_decoder_norm",
     "d_out", "skip", "n_layers", "metadata",
 }  # fmt: skip
-_LARGEST_YAML = 1 << 20
+_LARGEST_YAML, _DEEPEST = 1 << 20, 16
 _TOPK = (
     "activation 'topk' stands in config.yaml, where circuit-tracer up to 0.5.0 does not look: it lets every positive "
     "latent pass; saefast.as_jumprelu(sae, rows) makes one that all versions read"
@@ -201,7 +201,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """A YAML file of settings.
 
     Raises:
-        InputError: not installed, damaged, or no settings.
+        InputError: PyYAML is not installed; damaged, or no settings.
     """
     try:
         import yaml
@@ -210,14 +210,28 @@ def read_yaml(file: Path) -> dict[str, Any]:
     try:
         if no_pipe(file).stat().st_size > _LARGEST_YAML:
             raise InputError(f"{file} is larger than a config is: expected some kilobytes of YAML")
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        text = file.read_text(encoding="utf-8")
+        _require_plain(file, yaml.parse(text, Loader=yaml.SafeLoader), yaml)
+        found = yaml.safe_load(text)
+        # As JSON: dates and the like have no place in metadata.
+        plain = {str(key): json.loads(json.dumps(value, default=str)) for key, value in dict(found or {}).items()}
+    except InputError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"{file} cannot be read as YAML ({reason}): it was cut short or edited") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{file} holds no settings: expected lines such as 'model_kind: {_SET}'")
-    # As JSON: dates and the like have no place in metadata.
-    return {str(key): json.loads(json.dumps(value, default=str)) for key, value in found.items()}
+        raise InputError(f"{file} cannot be read as YAML settings ({reason}): it was cut short or edited") from None
+    return plain
+
+
+def _require_plain(file: Path, events: Iterable[Any], yaml: Any) -> None:
+    """Raises InputError for YAML that takes for ever: names that stand for names, and brackets in brackets."""
+    depth = 0
+    for event in events:
+        if isinstance(event, yaml.AliasEvent):
+            raise InputError(f"{file} has YAML aliases: write out what they stand for")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise InputError(f"{file} is nested {depth} deep: expected lines such as 'model_kind: {_SET}'")
 
 
 def _metadata(settings: dict[str, Any], layer: int | None) -> dict[str, Any]:

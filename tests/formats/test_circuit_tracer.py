@@ -193,7 +193,12 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="W_dec_1"):
         saefast.load(tmp_path / "e")
     write_circuit_tracer(tmp_path / "f")
-    for text in ("a: [1, 2", "- 1\n", "x: !!python/object/apply:os.system ['true']\n"):
+    # Nine levels of ten names for the level below would be 10^9 values.
+    laughs = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10)
+    )
+    deep, dated = "a: " + "[" * 300_000, "a: {2020-01-01: 1}\n"
+    for text in ("a: [1, 2", "- 1\n", "x: !!python/object/apply:os.system ['true']\n", laughs, deep, dated, "a: b: c"):
         (tmp_path / "f" / "config.yaml").write_text(text, encoding="utf-8")
         with pytest.raises(InputError, match=r"config\.yaml"):
             saefast.load(tmp_path / "f")
