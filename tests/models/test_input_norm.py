@@ -153,8 +153,9 @@ def test_both_engines_train_alike(norm: str) -> None:
 
 
 @NORMS
-def test_a_run_is_saved_and_goes_on_bit_for_bit(norm: str, tmp_path: Path) -> None:
-    sae = assert_goes_on_bit_for_bit(config(norm), {}, tmp_path)
+@pytest.mark.parametrize("optimizer", ["adam", "adam-lean"])
+def test_a_run_is_saved_and_goes_on_bit_for_bit(norm: str, optimizer: str, tmp_path: Path) -> None:
+    sae = assert_goes_on_bit_for_bit(config(norm), dict(optimizer=optimizer), tmp_path)
     assert saefast.load(tmp_path / "whole").config.input_norm == norm
     # Served as trained: rows as they are, whatever normalize says.
     x = rows(200, D)
