@@ -10,9 +10,9 @@ from recipes_plain import STEPS, B, D, K, L, clear_batches, distance
 from torch import Tensor, nn
 
 from saefast.errors import InputError
+from saefast.integrations import sparsify_training as ours
 
 sparsify = pytest.importorskip("sparsify")
-ours: Any = pytest.importorskip("saefast.integrations.sparsify_training")
 
 pytestmark = [pytest.mark.peers, pytest.mark.usefixtures("exact_matmul")]
 WARMUP, DEAD = 4, 3 * B
