@@ -141,6 +141,15 @@ def tiles_pointer(
     )  # fmt: skip
 
 
+@triton.jit
+def _fenced(tile):
+    """The tile's number, known once what this thread wrote to shared memory is there for TMA: the start of the mbarriers,
+    after which the compiler leaves the fence out of a flattened loop."""
+    return tl.inline_asm_elementwise(
+        "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def tiles_descriptor(
     x_desc,  # (B, D) in blocks (BLOCK_B, BLOCK_D)
@@ -163,12 +172,13 @@ def tiles_descriptor(
     GROUP: tl.constexpr,
     COUNT: tl.constexpr,
     PRECISION: tl.constexpr,
+    FENCE: tl.constexpr,  # False in the interpreter, which knows no assembly
 ):
     """Persistent: program p does tiles p, p + programs, …; TMA fills what lies past an edge with zeros."""
     tiles = tl.cdiv(B, BLOCK_B) * tl.cdiv(n, BLOCK_L)
     # Flattened, the next tile's operands are on their way while this one is filtered and stored.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        block_b, block_l = _tile_at(tile, B, n, span, BLOCK_B, BLOCK_L)
+        block_b, block_l = _tile_at(_fenced(tile) if FENCE else tile, B, n, span, BLOCK_B, BLOCK_L)
         acc = tl.zeros((BLOCK_B, BLOCK_L), tl.float32)
         for d in range(0, D, BLOCK_D):
             x = x_desc.load([block_b * BLOCK_B, d])

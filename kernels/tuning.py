@@ -184,10 +184,8 @@ def decode_loss(D: int, k: int, planes: int = 1) -> DecodeLoss:
     and 0.51. Half the registers where there are several residual planes, whose sums want some too.
     """
     block_k = _power_of_2(k)
-    if planes == 1:
-        warps = min(16, max(1, block_k // 16))
-    else:
-        warps = 4 if block_k < 64 else 8 if block_k < 256 else 16
+    several = 4 if block_k < 64 else 8 if block_k < 256 else 16
+    warps = several if planes > 1 else min(16, max(1, block_k // 16))
     # 512 columns of 4 or 8 rows spill a few words on sm_80 and sm_90.
     block_d = max(1, min(256, warps * (1024 if planes == 1 else 512) // block_k))
     return DecodeLoss(block_k, min(block_d, max(16, _power_of_2(D))), warps)

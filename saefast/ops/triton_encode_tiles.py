@@ -15,6 +15,7 @@ from saefast.ops.triton_launch import (
     check_device,
     descriptor,
     descriptor_fits,
+    interpreted,
     processors,
     readable,
     tf32,
@@ -138,7 +139,7 @@ def _launch_tiles(
     if enc.described:
         operands = descriptor(x, [config.block_b, config.block_d]), descriptor(enc.W, [config.block_l, config.block_d])
         grid = (min(tiles, config.per_sm * processors(x.device)),)
-        encode_tiles.tiles_descriptor[grid](*operands, *tail, **options)
+        encode_tiles.tiles_descriptor[grid](*operands, *tail, **options, FENCE=not interpreted())
     else:
         encode_tiles.tiles_pointer[(tiles,)](x, enc.W, enc.latents, *tail, **options)
 

@@ -63,7 +63,7 @@ def test_exact_on_integers(sm: int, kind: str, config: tuning.Tiles, options: di
         if config.per_sm and latents is None:
             boxes = [TensorDescriptor.from_tensor(x, [config.block_b, config.block_d])]
             boxes.append(TensorDescriptor.from_tensor(W, [config.block_l, config.block_d]))
-            operands = dict(x_desc=boxes[0], W_desc=boxes[1])
+            operands = dict(x_desc=boxes[0], W_desc=boxes[1], FENCE=True)
             # A persistent grid: fewer programs than tiles.
             launch(encode_tiles.tiles_descriptor, (max(1, tiles - 1),), config, **operands, **vectors, **numbers, **how)
         else:

@@ -293,7 +293,9 @@ def interrupted_at(step):
     return lambda line: os.kill(os.getpid(), signal.SIGINT) if line["step"] == step else None
 
 
-@pytest.mark.parametrize("fields", [KINDS[0], KINDS[1], KINDS[3], KINDS[4]], ids=["topk", "batchtopk", "jumprelu", "normed"])
+@pytest.mark.parametrize(
+    "fields", [KINDS[0], KINDS[1], KINDS[3], KINDS[4]], ids=["topk", "batchtopk", "jumprelu", "normed"]
+)
 def test_a_stopped_run_goes_on_to_the_bit(world, tmp_path, fields):
     sae = world.sae(**fields)
     config = FinetuneConfig(**QUICK | {"n_tokens": 12 * 256, "save_every": 5})
