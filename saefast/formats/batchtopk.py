@@ -59,8 +59,10 @@ class BatchTopKRepo(Format):
             raise InputError(f"{source.path} holds no {WEIGHTS} and {CONFIG} of this kind: it needs {self.layout}")
         settings = source.json(CONFIG)
         n_latents, d_in = sizes(source, file, "W_enc", "b_enc", self.layout, transpose=True)
-        require_agreement(source.folder / CONFIG, settings, {"act_size": d_in, "dict_size": n_latents})
         kind = self._type(source, settings)
+        # Nested dictionaries are as large as their groups.
+        stated = {"act_size": d_in} | ({"dict_size": n_latents} if kind in ACTIVATIONS else {})
+        require_agreement(source.folder / CONFIG, settings, stated)
         activation = self.types[kind]
         config = SAEConfig(
             d_in, n_latents, self._k(source, settings, activation, n_latents), activation=activation,

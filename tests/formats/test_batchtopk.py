@@ -23,6 +23,12 @@ KINDS: dict[str, tuple[str, bool, dict[str, Any], str]] = {
     "jumprelu": ("jumprelu", False, {}, "batchtopk"),
     "batchtopk with a threshold": ("batch-topk", True, {}, "matryoshka_sae"),
     "nested": ("global-matryoshka-topk", True, dict(group_sizes=GROUPS, input_unit_norm=False), "matryoshka_sae"),
+    "nested, of another size": (
+        "global-matryoshka-topk",
+        True,
+        dict(group_sizes=GROUPS, dict_size=12288),
+        "matryoshka_sae",
+    ),
 }
 
 
@@ -43,8 +49,9 @@ def test_theirs_and_back(name: str, tmp_path: Path) -> None:
     read, wrote = (
         json.loads((tmp_path / folder / "config.json").read_text(encoding="utf-8")) for folder in ("run_5", "again")
     )
-    same = read.keys() - {"sae_type"}
+    same = read.keys() - {"sae_type", "dict_size"}
     assert {key: wrote[key] for key in same} == {key: read[key] for key in same}
+    assert wrote["dict_size"] == L
     if "nested" in name:
         assert sae.config.matryoshka == (8, 32, 64)
 
