@@ -15,7 +15,7 @@ from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 
 # A piece of a matrix that is copied at a time, so that no second copy of it is ever whole.
-PIECE_BYTES = 1 << 26
+PIECE_BYTES = 1 << 24
 
 
 class Piece(NamedTuple):
