@@ -86,7 +86,9 @@ def cell(kind: str, one: Format, folder: Path) -> str:
             saefast.save(sae, folder, one.name)
         except InputError:
             continue
-        return came_back(sae, saefast.load(folder, format=one.name), kind) + note
+        again = saefast.load(folder)
+        assert again.config.metadata.get("format", "saefast") == one.name, f"{kind} in {one.name} is told for another"
+        return came_back(sae, again, kind) + note
     return NO
 
 
