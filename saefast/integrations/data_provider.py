@@ -17,6 +17,8 @@ from saefast.data.opening import open_source
 from saefast.data.provenance import facts_of
 from saefast.data.source import X, first_bad_row, where_it_ends
 from saefast.errors import InputError
+from saefast.placement import pick_device, require_memory
+from saefast.schema import Seed, check_argument
 from saefast.typed import typed
 
 
@@ -38,7 +40,8 @@ class DataProvider:
         config: what is known of the data, as JSON holds it. dictionary_learning writes it beside the SAE.
 
     Raises:
-        InputError: data that cannot be read; a batch_size below 1; while drawing, a row that holds NaN or inf.
+        InputError: data that cannot be read; a batch_size below 1 or larger than memory; a device that is not there;
+            while drawing, a row that holds NaN or inf.
     """
 
     @typed
@@ -54,15 +57,21 @@ class DataProvider:
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected at least 1")
+        check_argument("seed", seed, Seed)
+        if not dtype.is_floating_point:
+            raise InputError(f"dtype is {dtype}: expected a floating-point one")
+        self.device = pick_device(str(device))
         self.source = open_source(data, **options)
-        self.batch_size, self.seed, self.device, self.dtype = batch_size, seed, device, dtype
+        size = batch_size * self.d_in * dtype.itemsize
+        require_memory(self.device, size, f"a batch of {batch_size} rows of {self.d_in} columns")
+        self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
         facts = facts_of(self.source)
         self.config: dict[str, Any] = {
             # dictionary_learning's names first, SAELens' after them.
             "d_submodule": self.d_in,
             "out_batch_size": batch_size,
             **({"ctx_len": facts["context_size"]} if "context_size" in facts else {}),
-            "device": str(device),
+            "device": str(self.device),
             "seed": seed,
             "source": self.source.source_name,
             "n_rows": self.source.n_rows,

@@ -173,7 +173,9 @@ class SAETrainer(sae_lens.SAETrainer):
             feature_acts=ops.sparse(acts, sae.cfg.d_sae),
             hidden_pre=Later("hidden_pre", lambda: sae.encode_with_hidden_pre(seen.x)[1], sae.W_enc, sae.W_dec),
             loss=loss,
-            losses={name: torch.as_tensor(value, device=loss.device) for name, value in losses.items()},
+            losses={
+                name: torch.as_tensor(value, dtype=torch.float32, device=loss.device) for name, value in losses.items()
+            },
             metrics={"topk_threshold": sae.topk_threshold} if hasattr(sae, "topk_threshold") else {},
         )
 

@@ -87,5 +87,14 @@ def test_bad_rows_and_arguments_are_named(tmp_path: Path) -> None:
         DataProvider(rows, 0)
     with pytest.raises(InputError, match="batch_size is '64'"):
         DataProvider(rows, "64")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="GB"):
+        DataProvider(rows, 1 << 50)
+    with pytest.raises(InputError, match=r"dtype is torch\.int64"):
+        DataProvider(rows, 4, dtype=torch.int64)
+    with pytest.raises(InputError, match="seed"):
+        DataProvider(rows, 4, seed=-1)
+    for device in ("nowhere", "meta"):
+        with pytest.raises(InputError, match=f"device is '{device}'"):
+            DataProvider(rows, 4, device=device)
     with pytest.raises(InputError, match="none"):
         DataProvider(tmp_path / "none", 4)

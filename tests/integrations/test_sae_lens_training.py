@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saefast.errors import InputError
 from saefast.integrations import sae_lens_training as ours
+from saefast.integrations.data_provider import DataProvider
 
 sae_lens = pytest.importorskip("sae_lens")
 from sae_lens.config import SAETrainerConfig  # noqa: E402
@@ -158,6 +159,18 @@ def test_a_checkpoint_goes_on_to_the_bit(kind: str, tmp_path: Path) -> None:
     (tmp_path / "half" / ours.ENGINE).unlink()
     with pytest.raises(InputError, match="is of SAELens' own trainer"):
         second.load_trainer_state(tmp_path / "half")
+
+
+def test_our_source_is_a_data_provider() -> None:
+    """SAELens' fit() draws from it, and goes on beyond the end of an epoch."""
+    data = [x.float() for x in plain.batches(0, 0.1, n=4)]
+    batches = DataProvider(torch.cat(data), B, heldout=0.0)
+    trainer = trainer_for(new("TopK"), data * 3, ours.SAETrainer)
+    trainer.data_provider = batches
+    outputs = run(trainer)
+    assert len(outputs) == 12
+    expected = DataProvider(torch.cat(data), B, heldout=0.0)
+    assert all(torch.equal(output.sae_in, next(expected)) for output in outputs)
 
 
 def test_scaled_activations_are_folded_in_the_end() -> None:
