@@ -238,7 +238,8 @@ class Chosen:
                 f"positions is {str(self.positions)[:60]!r}: expected 'all', 'prompt', 'generated', a position, "
                 "several of them, a slice without a step, or a bool tensor (batch, length)"
             )
-        found = [self.skip_ids] if isinstance(self.skip_ids, str) else list(self.skip_ids)
+        skip = self.skip_ids.flatten().tolist() if isinstance(self.skip_ids, Tensor) else self.skip_ids
+        found = [skip] if isinstance(skip, str) else list(skip)
         if not all(_is_int(one) for one in found):
             raise InputError(f"skip_ids is {str(found)[:60]}: expected ids of tokens, whole numbers")
         object.__setattr__(self, "_skip", tuple(int(one) for one in found))
@@ -282,12 +283,13 @@ class Chosen:
         several = [asked] if _is_int(asked) else [int(one) for one in asked]
         found = torch.zeros_like(at, dtype=torch.bool)
         for one in several:
-            found |= at == self._from(of, at, int(one))
+            found |= at == self._from(of, at, one)
         return found
 
     @staticmethod
     def _from(of: Pass, at: Tensor, position: int) -> Tensor | int:
         """A position; a negative one, beyond the prompt's beginning, is none."""
+        position = max(min(int(position), 2**31), -(2**31))
         if position >= 0:
             return position
         found = of.prompt(at.device) + position

@@ -123,12 +123,19 @@ class Recorder:
         return write_file(self.folder / self._folders[name] / file, whole, sealed=True).sha256
 
     def _end(self, complete: bool) -> None:
-        """Writes what waits. After an interrupt it may be named already."""
-        if read_index(self.folder)["rows"] == self._index["rows"]:
+        """Writes what waits. After an interrupt it may be named already. Of a recording that broke off without a row
+        nothing stays."""
+        rows = read_index(self.folder)["rows"]
+        if rows == self._index["rows"]:
             self._flush()
+            rows = self._index["rows"]
         if complete:
             self._index["complete"] = True
             write_sealed_json(self.folder / INDEX, dict(self._index))
+        elif not rows:
+            (self.folder / INDEX).unlink()
+            with contextlib.suppress(OSError):  # what else lies there was there before
+                self.folder.rmdir()
 
 
 @typed

@@ -50,9 +50,8 @@ def own_hooks(sae: SAE, hook: Any = None, target: Any = None) -> tuple[list[str]
     if target is None:
         target = str(about["hook_name_out"]).split(",") if about.get("hook_name_out") else hook
     hooks, targets = ([one] if isinstance(one, str) else list(one) for one in (hook, target))
-    for name in (*hooks, *targets):
-        if not isinstance(name, str):
-            raise InputError(f"hook is {hook!a} and target_hook {target!a}: expected names of modules")
+    if not hooks or not targets or not all(isinstance(name, str) for name in (*hooks, *targets)):
+        raise InputError(f"hook is {hook!a} and target_hook {target!a}: expected names of modules")
     return hooks, targets
 
 

@@ -45,6 +45,10 @@ from saefast.errors import InputError
 from saefast.harvest.live import live_sources
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.integrations.hooks import encode, replace
+from saefast.integrations.recorded import RecordedCodes
+from saefast.integrations.recording import record
+from saefast.integrations.steering import steer
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.training.api import train
@@ -173,6 +177,20 @@ def api() -> list[Call]:
              dict(sae=odd.VALUES, model=odd.VALUES, text=texts, config=odd.VALUES, out_dir=path | FOLDERS,
                   hook=odd.VALUES, tokenizer=odd.VALUES, harvest=odd.VALUES, resume=odd.VALUES,
                   keep_checkpoints=odd.VALUES)),
+        Call("steer", functools.partial(_inside, steer),
+             dict(sae=_spliceable, latents=lambda: {3: 1.0}),
+             dict(model=odd.VALUES, sae=path, latents=odd.VALUES | LATENT_VALUES, mode=odd.VALUES, unit=odd.VALUES,
+                  error_term=odd.VALUES, positions=odd.VALUES | POSITIONS, skip_ids=odd.VALUES, hook=odd.VALUES,
+                  target_hook=odd.VALUES, max_acts=odd.VALUES | odd.tensors(torch.rand(24)))),
+        Call("replace", functools.partial(_inside, replace), dict(saes=_spliceable),
+             dict(saes=odd.VALUES, error_term=odd.VALUES, positions=odd.VALUES | POSITIONS,
+                  skip_ids=odd.VALUES, hook=odd.VALUES)),
+        Call("encode", functools.partial(_inside, encode), dict(saes=_spliceable),
+             dict(model=odd.VALUES, saes=odd.VALUES, hook=odd.VALUES, every_pass=odd.VALUES)),
+        Call("record", functools.partial(_inside, record), dict(saes=_spliceable, folder=lambda: "out"),
+             dict(saes=odd.VALUES, folder=path | FOLDERS, dtype=odd.VALUES, positions=odd.VALUES | POSITIONS,
+                  skip_ids=odd.VALUES, rows_per_shard=odd.VALUES)),
+        Call("RecordedCodes", lambda folder: RecordedCodes(folder).verify(), {}, dict(folder=path)),
         Call("ShardFolder", lambda path: ShardFolder(path).verify(), {}, dict(path=path)),
         Call("open_text", lambda text, column: list(open_text(text, column)),
              dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=texts, column=odd.VALUES)),
@@ -270,6 +288,13 @@ def _spliceable() -> SAE:
     return SAE(SAEConfig(d_in=16, n_latents=24, k=3, metadata={"hook_name": "layers.0"}), seed=0)
 
 
+def _inside(block: Any, **given: Any) -> None:
+    """A pass of a model within a block over it."""
+    lm = tiny_models.model("gpt2", head=True)
+    with torch.no_grad(), block(**{"model": lm} | given):
+        lm(torch.arange(5, 17).view(2, 6))
+
+
 def _finetune(**given: Any) -> None:
     model = {"model": tiny_models.model("gpt2", head=True), "tokenizer": tiny_models.tokenizer()}
     few = {"config": FinetuneConfig(n_tokens=64, batch_tokens=32), "harvest": readers.HARVEST}
@@ -288,6 +313,16 @@ def _draw_live(**given: Any) -> None:
 
 # --- what else may be given
 
+POSITIONS: dict[str, Make] = {
+    "a word": lambda: "last", "none": list, "far": lambda: [10**9, -(10**9)], "a slice": lambda: slice(-3, None),
+    "a mask": lambda: torch.ones(2, 6, dtype=torch.bool), "a narrow mask": lambda: torch.ones(1, 6, dtype=torch.bool),
+    "a slice of words": lambda: slice("a", "b"),
+}  # fmt: skip
+LATENT_VALUES: dict[str, Make] = {
+    "huge": lambda: {3: 1e300}, "beyond": lambda: {24: 1.0}, "negative": lambda: {-1: 1.0}, "NaN": lambda: {3: np.nan},
+    "numpy's": lambda: {np.int64(3): np.float32(1)}, "text": lambda: {"3": "1"}, "ids": lambda: [3, 4],
+    "twice": lambda: [3, 3],
+}  # fmt: skip
 DEVICES: dict[str, Make] = {name: lambda name=name: name for name in ("meta", "cuda", "cuda:99", "mps", "cpu:7", "x:y")}
 FOLDERS: dict[str, Make] = {
     "a run": lambda: "run",
@@ -458,7 +493,7 @@ def commands() -> list[Command]:
         Command("features", ("run",), (*flags_of(FeaturesArgs), "data"), RUN),
         Command("convert", ("run", "out", "--format", "saelens"), flags_of(ConvertArgs)),
         Command("calibrate", ("run", "out", "--rows", "64"), (*flags_of(CalibrateArgs), "data"), RUN),
-        Command("steer", ("model", "run", "--set", "3=1", "--prompt", "w1 w2", "--hook", "layers.0", "--device", "cpu"),
+        Command("steer", ("lm", "steered", "--set", "3=1", "--prompt", "w1 w2", "--new-tokens", "2", "--device", "cpu"),
                 flags_of(SteerArgs)),
         Command("finetune", ("run", "out"), (*flags_of(FinetuneArgs, FinetuneConfig), "data")),
         # The other settings are those of `train`.
@@ -560,6 +595,9 @@ def make_template(folder: Path) -> None:
     readers.make_finished(folder)
     readers.language_model()["model"].save_pretrained(folder / "model")
     readers.language_model()["tokenizer"].save_pretrained(folder / "model")
+    tiny_models.model("gpt2", head=True).save_pretrained(folder / "lm")
+    tiny_models.tokenizer(special=False).save_pretrained(folder / "lm")
+    _spliceable().save(folder / "steered")
     documents = tiny_models.documents(20)
     (folder / "text.txt").write_text("\n\n".join(documents))
     (folder / "text.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in documents))
