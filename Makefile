@@ -9,6 +9,8 @@ ENV := $(VENV)/.installed
 PEERS_ENV := $(PEERS)/.installed
 CIRCUITS := $(PEERS)/circuits
 CIRCUITS_ENV := $(CIRCUITS)/.installed
+SAEBENCH := $(PEERS)/saebench
+SAEBENCH_ENV := $(SAEBENCH)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
@@ -22,7 +24,7 @@ help:
 	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
-	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning, circuit-tracer and llamascopium"
+	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning, circuit-tracer, llamascopium and SAEBench"
 	@echo "make gpu     on a CUDA machine: are the kernels right, how fast, GPU tests, benchmarks; ARGS=\"--budget 540\" bounds it"
 	@echo "make clean   remove what the above built, environments excepted"
 
@@ -79,10 +81,19 @@ $(CIRCUITS_ENV): constraints-peers-circuits.txt $(SOURCES)
 	$(CIRCUITS)/bin/python $(PIP_INSTALL) -c constraints-peers-circuits.txt -e ".[test]"
 	@touch $@
 
+# SAEBench needs numpy 1 and datasets 3.
+$(SAEBENCH_ENV): constraints-peers-saebench.txt $(SOURCES)
+	test -x $(SAEBENCH)/bin/python || $(PYTHON) -m venv $(SAEBENCH)
+	$(SAEBENCH)/bin/python $(PIP_INSTALL) -c constraints-peers-saebench.txt sae-bench
+	$(SAEBENCH)/bin/python -m pip uninstall --yes torchvision
+	$(SAEBENCH)/bin/python $(PIP_INSTALL) -c constraints-peers-saebench.txt -e ".[test]"
+	@touch $@
+
 # CHECKOUTS=DIR: a folder with git checkouts of bartbussmann's BatchTopK and matryoshka_sae, which no index has.
-peers: $(PEERS_ENV) $(CIRCUITS_ENV)
+peers: $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
 	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats
+	$(SAEBENCH)/bin/python -m pytest -m peers tests/integrations/test_saebench.py
 
 # Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:
@@ -90,4 +101,4 @@ gpu:
 
 clean:
 	rm -rf build dist saefast.egg-info saefast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(ENV) $(PEERS_ENV) $(CIRCUITS_ENV)
+	rm -f $(ENV) $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV)

@@ -48,6 +48,7 @@ from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.integrations.hooks import encode, replace
 from saefast.integrations.recorded import RecordedCodes
 from saefast.integrations.recording import record
+from saefast.integrations.saebench import for_saebench
 from saefast.integrations.steering import steer
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
@@ -199,6 +200,9 @@ def api() -> list[Call]:
         Call("make_plan", make_plan,
              dict(sae_config=small, train_config=TrainConfig, device=lambda: "h100"),
              dict.fromkeys(("sae_config", "train_config", "device"), odd.VALUES)),
+        Call("for_saebench", for_saebench,
+             dict(sae=_spliceable, model_name=lambda: "gpt2", hook_name=lambda: "layers.0"),
+             dict.fromkeys(("sae", "model_name", "hook_name", "hook_layer", "context_size"), odd.VALUES)),
         *_ops(),
     ]  # fmt: skip
     return calls
