@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -84,12 +85,12 @@ GROWTH = (8192, 16384, 32768, 65536)
 class Contender:
     """A child process that waits for orders."""
 
-    def __init__(self, name: str, shape: Shape, device: str, kind: Kind = TOPK) -> None:
-        python = str(PEERS_PYTHON) if name in PEERS else sys.executable
+    def __init__(self, name: str, shape: Shape, device: str, kind: Kind = TOPK, python: Path | None = None) -> None:
+        python = python or (PEERS_PYTHON if name in PEERS else Path(sys.executable))
         sizes = json.dumps(shape._asdict() | kind._asdict() | {"device": device})
         environment = os.environ | {"PYTHONPATH": str(common.ROOT)}
         self.name, self.process = name, subprocess.Popen(
-            [python, str(common.ROOT / "bench" / kind.script), name, sizes],
+            [str(python), str(common.ROOT / "bench" / kind.script), name, sizes],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         self._reply()
@@ -116,11 +117,13 @@ class Contender:
 
 
 @contextmanager
-def contenders(names: Sequence[str], shape: Shape, device: str, kind: Kind = TOPK) -> Iterator[list[Contender]]:
+def contenders(
+    names: Sequence[str], shape: Shape, device: str, kind: Kind = TOPK, python: Path | None = None
+) -> Iterator[list[Contender]]:
     with ExitStack() as stack:
         found = []
         for name in names:
-            one = Contender(name, shape, device, kind)
+            one = Contender(name, shape, device, kind, python)
             stack.callback(one.close)
             found.append(one)
         yield found

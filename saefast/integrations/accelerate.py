@@ -17,6 +17,7 @@ from saefast.errors import InputError
 from saefast.integrations import accelerate_dictionary_learning as of_dictionary_learning
 from saefast.integrations import accelerate_sae_lens as of_sae_lens
 from saefast.integrations import accelerate_sparsify as of_sparsify
+from saefast.integrations.accelerate_gradients import release
 from saefast.integrations.accelerate_optimizer import fuse, guard, unfuse
 from saefast.integrations.accelerate_state import NAME, State, contiguous_state, latents, put_back, state_of
 
@@ -136,6 +137,9 @@ def accelerate(
     Raises:
         InputError: a class, a version of a package or an optimiser that is not known.
     """
+    for option, value in (("mixed", mixed), ("reproduce_bugs", reproduce_bugs), ("any_version", any_version)):
+        if not isinstance(value, bool):
+            raise InputError(f"{option} is {value!r}: expected True or False")
     package, name, kind = _known(sae)
     if not any_version:
         _check_version(package)
@@ -169,7 +173,7 @@ def restore(sae: T, optimizer: Optimizer | None = None) -> T:
     thing: Any = sae
     if optimizer is not None:
         unfuse(optimizer)
-    if NAME not in vars(thing):
+    if NAME not in getattr(thing, "__dict__", ()):
         return sae
     state = state_of(thing)
     for method in state.methods:
@@ -179,6 +183,7 @@ def restore(sae: T, optimizer: Optimizer | None = None) -> T:
         restore(getattr(thing, inside), thing.optimizer)
     elif isinstance(thing, nn.Module):
         put_back(thing, state.laid_out)
+        release(thing)
         hooks = thing._state_dict_hooks
         for key in [key for key, hook in hooks.items() if hook is contiguous_state]:
             del hooks[key]

@@ -38,10 +38,6 @@ def _W_dec(ae: Any) -> Tensor:
     return latents(ae, "decoder.weight", is_turned=True) if hasattr(ae, "decoder") else ae.W_dec
 
 
-def _b_dec(ae: Any) -> Tensor:
-    return ae.b_dec
-
-
 def _is_watched(ae: Any) -> bool:
     """Whether hooks on the linear layers want what goes through them."""
     return hooked(*(getattr(ae, name) for name in ("encoder", "decoder") if hasattr(ae, name)))
@@ -77,6 +73,11 @@ def _active(ae: Any, code: Code | None) -> Code | None:
     return ops.between(code, 0, int(ae.group_indices[ae.active_groups]))
 
 
+def _shaped(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (B, n) as (..., n), x being (..., D)."""
+    return rows.view(*x.shape[:-1], rows.shape[-1])
+
+
 # What a dictionary is called with.
 
 
@@ -89,8 +90,7 @@ def encode(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     code = _served(self, x, by_threshold=by_threshold)
     if code is None:
         return _own(self, "encode", x, **kwargs)
-    L = len(_W_dec(self))
-    return ops.marked(ops.dense(code, L).view(*x.shape[:-1], L), code)
+    return ops.marked(_shaped(ops.dense(code, len(_W_dec(self))), x), code)
 
 
 def decode(self: Any, f: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def decode(self: Any, f: Tensor) -> Tensor:
     code = None if _is_watched(self) else ops.code_of(f)
     if code is None:
         return _own(self, "decode", f)
-    return ops.decode(code, _W_dec(self), _b_dec(self)).view(*f.shape[:-1], -1)
+    return _shaped(ops.decode(code, _W_dec(self), self.b_dec), f)
 
 
 def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
@@ -106,8 +106,8 @@ def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
     if code is None:
         return _own(self, "forward", x, output_features=output_features)
     W_dec = _W_dec(self)
-    x_hat = ops.decode(code, W_dec, _b_dec(self)).view(*x.shape[:-1], -1)
-    return (x_hat, ops.dense(code, len(W_dec)).view(*x.shape[:-1], -1)) if output_features else x_hat
+    x_hat = _shaped(ops.decode(code, W_dec, self.b_dec), x)
+    return (x_hat, _shaped(ops.dense(code, len(W_dec)), x)) if output_features else x_hat
 
 
 # What a trainer asks of it.
@@ -122,7 +122,7 @@ def topk_loss(self: Any, x: Tensor, step: Any = None, logging: bool = False) -> 
     code = encoder.topk(int(ae.k))
     if step > self.threshold_start_step:
         self.update_threshold(code.acts)
-    x_hat = ops.decode(code, _W_dec(ae), _b_dec(ae))
+    x_hat = ops.decode(code, _W_dec(ae), ae.b_dec)
     self.effective_l0 = code.acts.shape[1]
     _count(self, code.idx.flatten(), len(x))
     e = x - x_hat
@@ -140,7 +140,7 @@ def batch_topk_loss(self: Any, x: Tensor, step: Any = None, logging: bool = Fals
         return _own(self, "loss", x, step=step, logging=logging)
     encoder = _encoder(self.ae, x)
     code = _of_batch(self, encoder, step)
-    x_hat = ops.decode(code, _W_dec(self.ae), _b_dec(self.ae))
+    x_hat = ops.decode(code, _W_dec(self.ae), self.ae.b_dec)
     e = x - x_hat
     l2_loss = e.pow(2).sum(dim=-1).mean()
     auxk_loss = _auxk_loss(self, encoder, e.detach())

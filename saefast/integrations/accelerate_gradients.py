@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -39,6 +40,7 @@ class Chosen(torch.autograd.Function):
         return acts.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, acts, idx = ctx.saved_tensors
         grad = grads[0] * (acts > 0) if ctx.clip else grads[0]
@@ -58,6 +60,7 @@ class Decoded(torch.autograd.Function):
         return spmm(acts, idx, W_dec)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         acts, idx, W_dec = ctx.saved_tensors
         grad = grads[0].contiguous()  # autograd hands over expanded tensors after a sum
@@ -134,6 +137,13 @@ def room_for(W: Tensor, dtype: torch.dtype) -> Tensor:
         array = np.empty(size, dtype=np.uint8)
         arrays[:] = [*arrays[len(arrays) + 1 - KEPT :], array]
         return _on(array, tuple(W.shape), dtype)
+
+
+def release(module: nn.Module) -> None:
+    """Gives back what is kept for a module's parameters."""
+    with _lock:
+        for parameter in module.parameters():
+            _kept.pop(parameter, None)
 
 
 def _on(array: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

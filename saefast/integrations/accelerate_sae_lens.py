@@ -278,7 +278,7 @@ def _above(self: Any, step_input: Any, limit: Tensor | float, *, positive: bool)
 def _decoded(self: Any, code: Code, rows: torch.Size) -> Tensor:
     """A code in units of 1 -> (..., d_out), through the hooks and what undoes the normalisation."""
     sae_out = ops.decode(code, self.W_dec, self.b_dec)
-    sae_out = self.hook_sae_recons(sae_out.view(*rows, -1))
+    sae_out = self.hook_sae_recons(sae_out.view(*rows, sae_out.shape[-1]))
     if _is_transcoder(self):
         return sae_out
     return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)

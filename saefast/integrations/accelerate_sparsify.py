@@ -23,7 +23,7 @@ def encode(self: Any, x: Tensor) -> Any:
     code = _chosen(self, encoder)
     pre = Later(
         "pre_acts",
-        lambda: encoder.dense().relu().view(*x.shape[:-1], -1),
+        lambda: encoder.dense().relu().view(*x.shape[:-1], self.num_latents),
         *(encoder.x, self.encoder.weight, self.encoder.bias),
     )
     acts, idx = (t.reshape(*x.shape[:-1], t.shape[-1]) for t in (code.acts, code.idx.long()))

@@ -1,6 +1,6 @@
 """What an accelerated object keeps beside what it had: its options, the layout of its matrices, values made late."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,7 +23,8 @@ class State:
         mixed: whether bf16 products choose candidates where that is faster.
         reproduce_bugs: whether gradients that the peer gets wrong are given as it gives them.
         methods: names of the methods that are replaced.
-        laid_out: names of matrices whose storage was turned so that a latent is a contiguous row.
+        laid_out: names of matrices whose storage was turned so that a latent is a contiguous row, and whether that is a
+            column of the parameter.
     """
 
     package: str
@@ -31,7 +32,7 @@ class State:
     mixed: bool
     reproduce_bugs: bool
     methods: tuple[str, ...] = ()
-    laid_out: set[str] = field(default_factory=set)
+    laid_out: dict[str, bool] = field(default_factory=dict)
 
 
 def state_of(thing: Any) -> State:
@@ -49,9 +50,12 @@ def turned(parameter: nn.Parameter) -> None:
     parameter.data = parameter.data.T.contiguous().T if lies_in_rows else parameter.data.contiguous()
 
 
-def put_back(module: nn.Module, names: Iterable[str]) -> None:
-    for name in names:
-        turned(module.get_parameter(name))
+def put_back(module: nn.Module, laid_out: Mapping[str, bool]) -> None:
+    """Turns matrices again, but for those that something has given another storage since."""
+    for name, is_turned in laid_out.items():
+        parameter = module.get_parameter(name)
+        if (parameter.T if is_turned else parameter).is_contiguous():
+            turned(parameter)
 
 
 def latents(module: nn.Module, name: str, *, is_turned: bool) -> Tensor:
@@ -68,7 +72,7 @@ def latents(module: nn.Module, name: str, *, is_turned: bool) -> Tensor:
     if found.is_contiguous():
         return found
     turned(parameter)
-    state_of(module).laid_out.add(name)
+    state_of(module).laid_out[name] = is_turned
     return parameter.T if is_turned else parameter
 
 

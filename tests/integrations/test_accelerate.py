@@ -56,6 +56,7 @@ class SparseCoder(nn.Module):
 
     def __init__(self, k: int = K, **cfg: Any) -> None:
         super().__init__()
+        self.num_latents = L
         self.cfg = types.SimpleNamespace(**(dict(k=k, activation="topk", multi_topk=False, transcode=False) | cfg))
         self.encoder = nn.Linear(D, L, **F64)
         self.W_dec = nn.Parameter(rows(1, L, D))
@@ -232,7 +233,9 @@ def test_a_matrix_is_turned_behind_its_parameter() -> None:
         assert mine.grad is not None
         assert mine.grad.stride() == mine.stride()
         torch.testing.assert_close(mine.grad, theirs.grad)
+    assert ae.decoder.weight in gradients._kept
     saefast.restore(ae)
+    assert ae.decoder.weight not in gradients._kept
     for name, p in ae.named_parameters():
         assert p.stride() == before[name][0]
         assert torch.equal(p, before[name][1])
@@ -266,6 +269,29 @@ def test_weights_given_later_are_turned_too() -> None:
     assert ae.decoder.weight.stride() == (1, D)
 
 
+def test_restoring_leaves_alone_what_was_given_another_storage() -> None:
+    ae, other = saefast.accelerate(AutoEncoderTopK()), AutoEncoderTopK()
+    ae.load_state_dict(other.state_dict(), assign=True)
+    saefast.restore(ae)
+    assert [p.stride() for p in ae.parameters()] == [p.stride() for p in other.parameters()]
+
+
+def test_no_rows_at_all() -> None:
+    for thing in (AutoEncoderTopK(), SparseCoder()):
+        x = rows(0, 0, D)
+        out = saefast.accelerate(thing)(x)
+        assert (out if isinstance(out, Tensor) else out.sae_out).shape == (0, D)
+        found = saefast.accelerate(thing).encode(x)
+        assert (found if isinstance(found, Tensor) else found.pre_acts).shape == (0, L)
+
+
+def test_second_derivatives_are_refused() -> None:
+    ae = saefast.accelerate(AutoEncoderTopK())
+    (grad,) = torch.autograd.grad(ae(rows()).square().sum(), ae.b_dec, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     known = r"expected sae_lens's TopKSAE, .*; sparsify's SparseCoder; dictionary_learning's AutoEncoderTopK"
     with pytest.raises(InputError, match=rf"sae is a dictionary_learning.dictionary.GatedAutoEncoder.*{known}"):
@@ -286,7 +312,10 @@ def test_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match=rf"eai-sparsify is at version {found}: accelerate\(\) knows 1.3.3"):
             saefast.accelerate(SparseCoder())
         saefast.accelerate(SparseCoder(), any_version=True)
-    assert saefast.restore(nn.Linear(2, 2)) is not None
+    with pytest.raises(InputError, match="mixed is 'no': expected True or False"):
+        saefast.accelerate(SparseCoder(), mixed="no")
+    for thing in (nn.Linear(2, 2), "text"):
+        assert saefast.restore(thing) is thing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -305,7 +334,7 @@ def test_gradient_rows_are_those_of_spmm_t(dtype: torch.dtype, monkeypatch: pyte
 
 
 def test_memory_of_gradients_is_used_again_when_nobody_holds_it() -> None:
-    W = nn.Parameter(torch.zeros(L, D))
+    W = nn.Parameter(torch.zeros(L + 1, D))
     first = gradients.room_for(W, torch.float32).fill_(1)
     at = first.data_ptr()
     part = first[3:]  # a view holds it as well
@@ -322,7 +351,7 @@ def test_memory_of_gradients_is_used_again_when_nobody_holds_it() -> None:
     assert len(gradients._kept[W]) == gradients.KEPT
     del W, second
     gc.collect()
-    assert not any(key() is not None and key().shape == (L, D) for key in gradients._kept.keyrefs())
+    assert not any(key() is not None and key().shape == (L + 1, D) for key in gradients._kept.keyrefs())
 
 
 def test_gradients_that_are_kept_stay_what_they_were() -> None:

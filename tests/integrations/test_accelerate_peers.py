@@ -483,6 +483,26 @@ def test_the_trainer_of_sae_lens(name: str, tmp_path: Path) -> None:
     assert ours.optimizer.param_groups[0]["fused"] is not True
 
 
+def test_the_trainer_of_sae_lens_under_autocast() -> None:
+    """Which rounds its own dense products to bf16; ours stay in float32."""
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    def make() -> Any:
+        config = SAETrainerConfig(
+            total_training_samples=4 * B, train_batch_size_samples=B, device="cpu", lr=1e-3, lr_end=1e-4,
+            dead_feature_window=1, autocast=True, logger=LoggingConfig(log_to_wandb=False),
+        )  # fmt: skip
+        sae = sae_lens("TopKTrainingSAE", k=K, dtype="float32")
+        return SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+
+    ours, theirs = both(make)
+    for seed in range(4):
+        losses = [float(one.step(rows(seed, dtype=torch.float32)).loss) for one in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert all(p.dtype == torch.float32 for p in ours.sae.parameters())
+
+
 def test_gradients_lie_as_their_parameters_do() -> None:
     """Else each step of Adam would go through a matrix against the grain."""
     ours = accelerate(sae_lens("TopKTrainingSAE", k=K))
