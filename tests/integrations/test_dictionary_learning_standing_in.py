@@ -14,6 +14,7 @@ from saefast.errors import InputError
 from saefast.integrations.dictionary_learning_training import BatchTopKTrainer, TopKTrainer
 
 WARMUP, DECAY, DEAD = 4, 15, 3 * B
+DEVICE = torch.device("cpu")
 
 
 class Object(nn.Module):
@@ -47,7 +48,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 def new(trainer: type[TopKTrainer], **changes: Any) -> TopKTrainer:
     settings: dict[str, Any] = dict(
         steps=STEPS, activation_dim=D, dict_size=L, k=K, layer=0, lm_name="none", warmup_steps=WARMUP,
-        decay_start=DECAY, threshold_start_step=5, device="cpu", seed=2,
+        decay_start=DECAY, threshold_start_step=5, device=str(DEVICE), seed=2,
     )  # fmt: skip
     found = trainer(**settings | changes)
     found.dead_feature_threshold = DEAD
@@ -57,21 +58,21 @@ def new(trainer: type[TopKTrainer], **changes: Any) -> TopKTrainer:
 def state(trainer: TopKTrainer, data: list[Tensor], dtype: torch.dtype) -> tuple[plain.Weights, list[plain.Record]]:
     """The recipe's statement from the trainer's weights, b_dec where the trainer's first step puts it."""
     sae = trainer.sae
-    w = plain.Weights(*(getattr(sae, name).to(dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")))
+    w = plain.Weights(*(getattr(sae, name).to("cpu", dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")))
     return w, plain.dictionary_learning(
         w, data, k=K, dead_tokens=DEAD, lr=2e-4 / (L / 2**14) ** 0.5, warmup=WARMUP, decay_start=DECAY, total=STEPS,
         batch=isinstance(trainer, BatchTopKTrainer), threshold_start=5,
     )  # fmt: skip
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed", "on_each_device")
 @pytest.mark.parametrize("kind", [TopKTrainer, BatchTopKTrainer])
 def test_the_recipe_is_dictionary_learnings(kind: type[TopKTrainer]) -> None:
     """Loss and weights of 25 steps, with dead latents, on batches without near ties."""
 
     def begun(data: list[Tensor]) -> TopKTrainer:
         trainer = new(kind)
-        trainer.engine.initialise(data[0].float())
+        trainer.engine.initialise(data[0].float().to(DEVICE))
         return trainer
 
     data = plain.clear_batches(lambda rows: state(begun(rows), rows, torch.float64))
@@ -86,12 +87,12 @@ def test_the_recipe_is_dictionary_learnings(kind: type[TopKTrainer]) -> None:
     assert dead == [record.n_dead for record in records]
     assert dead[-1] > 0
     for name, tensor in zip(("W_enc", "W_dec", "b_enc", "b_dec"), w.all(), strict=True):
-        assert distance(getattr(trainer.sae, name), tensor) < 1e-5, name
+        assert distance(getattr(trainer.sae, name).cpu(), tensor) < 1e-5, name
     if kind is BatchTopKTrainer:
         assert float(trainer.ae.threshold) == pytest.approx(records[-1].threshold, rel=1e-5)
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed", "on_each_device")
 def test_the_object_is_theirs_and_its_tensors_are_the_trained_ones() -> None:
     trainer = new(TopKTrainer)
     x = plain.batches(0)[0].float()
@@ -108,7 +109,7 @@ def test_the_object_is_theirs_and_its_tensors_are_the_trained_ones() -> None:
     assert trainer.config["k"] == K
 
 
-@pytest.mark.usefixtures("installed")
+@pytest.mark.usefixtures("installed", "on_each_device")
 def test_the_threshold_of_topk_is_a_mean_of_the_tokens_smallest() -> None:
     """And a token without a positive activation has no part in it."""
     trainer = new(TopKTrainer, threshold_start_step=0, threshold_beta=0.9)
@@ -118,9 +119,9 @@ def test_the_threshold_of_topk_is_a_mean_of_the_tokens_smallest() -> None:
         if step == 1:
             # Far below: no latent is on for a row at the centre.
             trainer.ae.encoder.bias.data -= 0.5
-            data[1][0] = trainer.ae.b_dec.detach()
+            data[1][0] = trainer.ae.b_dec.detach().cpu()
         if step > 0:
-            acts = trainer.sae.encode_sparse(x)[0].detach()
+            acts = trainer.sae.encode_sparse(x.to(DEVICE))[0].detach()
             lowest = torch.where(acts > 0, acts, torch.inf).amin(1)
             assert step != 1 or lowest.isinf().any()
             now = float(lowest[lowest.isfinite()].mean())
