@@ -40,6 +40,8 @@ from saefast.engines.config import TrainConfig
 from saefast.errors import InputError
 from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.integrations.recorded import RecordedCodes
+from saefast.integrations.recording import record
 from saefast.models import sae
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
@@ -391,6 +393,20 @@ def copy_of(folder: Path, target: Path) -> None:
 
 
 CHECKPOINT = "run/checkpoints/step_00000006/"
+def make_codes(folder: Path) -> None:
+    lm = tiny_models.model("gpt2")
+    at = {"layers.0": 0, "layers.1.mlp": 1}
+    saes = {hook: SAE(SAEConfig(d_in=16, n_latents=LATENTS, k=3), seed=seed) for hook, seed in at.items()}
+    with torch.no_grad(), record(lm, saes, folder / "codes", rows_per_shard=8):
+        lm(torch.arange(5, 29).view(2, 12))
+
+
+def read_codes(folder: Path) -> Any:
+    codes = RecordedCodes(folder / "codes")
+    codes.verify()
+    return [(rows.ids, rows.seq, rows.pos, [tuple(code) for code in rows.codes.values()]) for rows in codes.batches(5)]
+
+
 READERS = [
     Reader(
         "shards, verified", make_shards, lambda folder: read_shards(folder, verify=True),
@@ -438,6 +454,10 @@ READERS = [
     Reader(
         "eval", make_finished, eval_run, ("run/sae.safetensors", "run/metrics.jsonl", "run/config.json", "run/x.npy"),
         ("run/sae.safetensors",), writes=True,
+    ),
+    Reader(
+        "recorded codes", make_codes, read_codes, ("codes/index.json", "codes/*/*.safetensors"),
+        ("codes/index.json", "codes/*/*.safetensors"), weight=2, needs=("transformers",),
     ),
     Reader("metrics.jsonl", make_metrics, read_metrics, ("metrics.jsonl",)),
     Reader("text", make_text, read_text, ("a.txt", "b.md", "c.jsonl", "d.jsonl.gz", "e.json", "f.csv"), weight=2),
