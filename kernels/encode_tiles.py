@@ -143,8 +143,8 @@ def tiles_pointer(
 
 @triton.jit
 def _fenced(tile):
-    """The tile's number, once what this thread wrote to shared memory is there for TMA: the start of the mbarriers, after
-    which the compiler leaves the fence out of a flattened loop."""
+    """The tile's number, once what this thread wrote to shared memory is there for TMA: the start of the mbarriers,
+    behind which the compiler leaves the fence out of a flattened loop."""
     return tl.inline_asm_elementwise(
         "fence.proxy.async.shared::cta; mov.b32 $0, $1;", "=r,r", [tile], dtype=tl.int32, is_pure=False, pack=1
     )
