@@ -185,11 +185,20 @@ def tiles_descriptor(
             w = W_desc.load([start + block_l * BLOCK_L, d])
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         offs_b = block_b * BLOCK_B + tl.arange(0, BLOCK_B)
-        offs_l = block_l * BLOCK_L + tl.arange(0, BLOCK_L)
-        _store_groups(
-            acc, offs_b, offs_l, block_l, B, n, start, stride, bias_ptr, scale_ptr, threshold_ptr, threshold_step,
-            groups_ptr, scratch_ptr, BLOCK_B, BLOCK_L, GROUP, COUNT, True,
-        )  # fmt: skip
+        # A wide tile is stored half by half: on its way to other threads all of it has no room beside the next operands.
+        PARTS: tl.constexpr = 2 if BLOCK_L > 128 else 1
+        WIDTH: tl.constexpr = BLOCK_L // PARTS
+        if PARTS == 2:
+            parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_B, 2, WIDTH)), (0, 2, 1)))
+        else:
+            parts = (acc,)
+        for p in tl.static_range(PARTS):
+            block = block_l * PARTS + p
+            offs_l = block * WIDTH + tl.arange(0, WIDTH)
+            _store_groups(
+                parts[p], offs_b, offs_l, block, B, n, start, stride, bias_ptr, scale_ptr, threshold_ptr,
+                threshold_step, groups_ptr, scratch_ptr, BLOCK_B, WIDTH, GROUP, COUNT, True,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=RUNTIME)
