@@ -8,9 +8,11 @@ import dataclasses
 import gc
 import importlib
 import pickle
+import re
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -241,6 +243,24 @@ def test_a_matrix_is_turned_behind_its_parameter() -> None:
         assert torch.equal(p, before[name][1])
     assert vars(ae).keys() == vars(plain).keys()
     assert not ae._state_dict_hooks
+
+
+def test_the_page_names_what_is_known() -> None:
+    """Each class once, with its package, its versions and the methods that are replaced."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "accelerate.md").read_text(encoding="utf-8")
+    told: dict[tuple[str, str], tuple[str, set[str]]] = {}
+    base: set[str] = set()
+    for line in re.findall(r"^\| (\w+) \| ([\d.*]+) \| (.*?) \| (.*?) \|$", page, re.M):
+        methods = set(re.findall(r"`(\w+)`", line[3])) - {"sae", "ae"}
+        methods |= base if line[3].startswith("these") else set()
+        base = methods
+        told |= {(line[0], name): (line[1], methods) for name in re.findall(r"`(\w+)`", line[2])}
+    known = {
+        (package, name): (" or ".join(v + "*" * v.endswith(".") for v in versions), set(kind.methods))
+        for package, (_, versions, kinds) in accelerating_module().PACKAGES.items()
+        for name, kind in kinds.items()
+    }
+    assert told == known
 
 
 def test_a_copy_has_its_own_methods() -> None:
