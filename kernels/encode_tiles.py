@@ -185,10 +185,11 @@ def tiles_descriptor(
             w = W_desc.load([start + block_l * BLOCK_L, d])
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         offs_b = block_b * BLOCK_B + tl.arange(0, BLOCK_B)
-        # A wide tile is stored half by half: on its way to other threads all of it has no room beside the next operands.
+        # A wide tile is stored half by half: on its way to other threads all of it has no room beside the next
+        # operands.
         PARTS: tl.constexpr = 2 if BLOCK_L > 128 else 1
         WIDTH: tl.constexpr = BLOCK_L // PARTS
-        if PARTS == 2:
+        if PARTS == 2:  # noqa: SIM108 -- a branch of constants, of which the compiler sees one
             parts = tl.split(tl.permute(tl.reshape(acc, (BLOCK_B, 2, WIDTH)), (0, 2, 1)))
         else:
             parts = (acc,)
