@@ -393,6 +393,8 @@ def copy_of(folder: Path, target: Path) -> None:
 
 
 CHECKPOINT = "run/checkpoints/step_00000006/"
+
+
 def make_codes(folder: Path) -> None:
     lm = tiny_models.model("gpt2")
     at = {"layers.0": 0, "layers.1.mlp": 1}
