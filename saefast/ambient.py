@@ -173,6 +173,8 @@ def plainly(grad: bool | None = None) -> Callable[[Callable[P, T]], Callable[P, 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if grad is None and torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+                return function(*args, **kwargs)  # our ops see to the rest where the program runs
             if grad is None and _is_plain():  # at a tenth of the cost: an SAE's methods may be called for every token
                 return function(*args, **kwargs)
             with plain(grad):
