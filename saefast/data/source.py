@@ -134,6 +134,12 @@ def identity(widths: Mapping[str, int]) -> dict[str, Any]:
 def by_tensor(names: Names) -> dict[str, str | list[str]]:
     """The hook or key of each tensor, or a list of those side by side in its columns: what JSON can hold."""
     given = names if isinstance(names, Mapping) else {name: name for name in names}
+    for tensor, found in given.items():
+        several = not isinstance(found, str) and isinstance(found, Sequence) and all(isinstance(n, str) for n in found)
+        if not isinstance(tensor, str) or not (isinstance(found, str) or several):
+            raise InputError(
+                f"{tensor!a}: {found!a} is no name of a hook or key: expected names, or {{tensor: name or names}}"
+            )
     return {tensor: found if isinstance(found, str) else list(found) for tensor, found in given.items()}
 
 

@@ -185,6 +185,30 @@ def test_sizes_beyond_the_file_are_refused_at_once(kind, tmp_path):
         Source(tmp_path).entries(name)
 
 
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_archive_whose_directory_lies_about_sizes(how, tmp_path):
+    start = io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, {"descr": "<f4", "fortran_order": False, "shape": (2**29, 2**29)})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", how) as archive:
+        archive.writestr("W.npy", start.getvalue() + bytes(64))
+        archive.getinfo("W.npy").file_size = len(start.getvalue()) + 2**60
+    with pytest.raises(
+        InputError, match=r"x\.npz: W\.npy has shape \(536870912, 536870912\) by its header, and another"
+    ):
+        Source(tmp_path).entries("x.npz")
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 2), (5,)])
+def test_an_array_of_another_size_than_its_header_says(shape, tmp_path):
+    start = io.BytesIO()
+    np.lib.format.write_array_header_1_0(start, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        archive.writestr("W.npy", start.getvalue() + bytes(4 * 15))
+        archive.writestr("much", bytes(1000))
+    with pytest.raises(InputError, match=r"has shape .* by its header"):
+        Source(tmp_path).entries("x.npz")
+
+
 def test_a_deflated_file_that_unpacks_to_what_it_says_is_no_bomb(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", W=np.zeros((1000, 1000), np.float32))
     assert os.path.getsize(tmp_path / "x.npz") < 10_000
