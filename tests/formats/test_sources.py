@@ -145,6 +145,20 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(how, tmp_path):
         assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_a_malicious_array_is_left_out_and_does_not_run(write, tmp_path):
+    write(tmp_path / "x.npz", W=np.ones(2, np.float32), trap=np.array([Trap(tmp_path / "ran")], dtype=object))
+    source = Source(tmp_path)
+    assert set(source.entries("x.npz")) == {"W"}
+    assert torch.equal(source.values("x.npz", "W"), torch.ones(2))
+    with pytest.raises(InputError, match="lacks the tensor 'trap'"):
+        source.values("x.npz", "trap")
+    assert not (tmp_path / "ran").exists()
+    # The trap is one: whoever unpickles it runs it.
+    np.load(tmp_path / "x.npz", allow_pickle=True)["trap"][0].close()
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_module_that_was_pickled_whole_is_refused(tmp_path):
     torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(InputError, match="save the state_dict"):
