@@ -109,11 +109,6 @@ def test_the_dense_step_is_that_of_its_kind(kind: step.Kind) -> None:
         assert float(dense.threshold) == pytest.approx(0.01 * float(lowest), rel=1e-5)
 
 
-def test_ours_chooses_hot_latents_before_it_is_timed_on_a_gpu() -> None:
-    assert step.warm_up("saefast", "cuda") > step.hot.REFRESH_EVERY
-    assert step.warm_up("torch fp32", "cuda") == step.warm_up("saefast", "cpu") == step.WARM_UP
-
-
 def test_batches_do_not_count_as_a_steps_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = step_child.torch.cuda
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
