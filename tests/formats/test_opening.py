@@ -56,6 +56,14 @@ def test_our_own_files_are_loaded_as_ever(own):
     assert same(load(own.parent / "whatever"), make())
 
 
+def test_a_file_is_read_with_the_config_beside_it(theirs):
+    save(make(k=5), theirs.parent / "other", "saelens")
+    assert same(load(theirs / "sae_weights.safetensors"), load(theirs))
+    (theirs / "cfg.json").unlink()
+    with pytest.raises(InputError, match=r"of no format that is known; it holds sae_weights\.safetensors"):
+        load(theirs / "sae_weights.safetensors")
+
+
 def test_what_happens_to_a_file_later_does_not_change_an_sae(own):
     sae, mapped = load(own), load(own, map=True)
     with (own / "sae.safetensors").open("r+b") as file:
