@@ -199,7 +199,7 @@ def _config(cfg: Mapping[str, Any], kind: _Kind, source: Source) -> SAEConfig:
         n_latents=n_latents,
         k=round(found) if isinstance(found, float) and found == found else found,
         activation=kind.activation,
-        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True) and not kind.transcodes,
+        apply_b_dec_to_input=cfg.get("apply_b_dec_to_input", True),
         unit_norm_decoder=False,
         rescale_acts_by_decoder_norm=cfg.get("rescale_acts_by_decoder_norm", False),
         input_norm=_input_norm(cfg),
