@@ -22,7 +22,8 @@ NEEDS = {
 # common and gpu are no benchmarks, accelerated needs the peers' packages; the others are about settings rather than
 # speed, and train for many minutes.
 NOT_ALONE = {
-    "accelerated", "budgets", "common", "finetune", "gpu", "jumprelu", "recipe", "recipe_rows", "starts", "ugly",
+    "accelerated", "budgets", "common", "finetune", "gpu", "jumprelu", "recipe", "recipe_rows", "starts", "steering",
+    "ugly",
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def _reconstructed(sae: SAE, x: Tensor, change: Change | None, error_term: bool)
     """What stands in for the target, and, with an error term, what the unchanged code decodes to."""
     acts, idx = sae.encode_sparse(x)
     changed = (acts, idx) if change is None else change(acts, idx)
-    if not isinstance(changed, tuple) or [type(one) for one in changed] != [Tensor, Tensor]:
+    if not isinstance(changed, tuple) or [isinstance(one, Tensor) for one in changed] != [True, True]:
         raise InputError(
             f"change gives a {type(changed).__name__}: expected acts and idx, two tensors (batch, length, K)"
         )
