@@ -47,7 +47,7 @@ demo-lm: $(ENV)
 
 # One process a core, one thread each: tests of several threads ask for them. What a file's tests share is made once.
 test: $(ENV)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not gpu and not peers" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m "not gpu and not peers" $(ARGS)
 
 # Kills, damaged files, bad arguments, a soak: what docs/attack.md shows. ARGS="--part fuzz" for one part.
 attack: $(ENV)

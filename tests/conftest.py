@@ -21,11 +21,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # A shell's background job ignores Ctrl-C and hands that down: processes under test would never get theirs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Files that take minutes begin first, so that no process works at one alone in the end.
+LONGEST = ("test_aot.py", "compiled_", "test_gpu_run.py", "test_host_waits.py")
 PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks among the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
     if torch.cuda.is_available():
         # Those that take the device run compiled kernels where there is a GPU, so `-m gpu` has to find them.
         for item in items:

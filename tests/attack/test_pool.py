@@ -57,10 +57,12 @@ def vague(folder: Path) -> Any:
     raise InputError("something is wrong")
 
 
+class TwoLines(InputError):
+    __str__ = ValueError.__str__
+
+
 def two_lines(folder: Path) -> Any:
-    error = InputError("")
-    error.args = (f"{folder}\nis damaged",)
-    raise error
+    raise TwoLines(f"{folder}\nis damaged")
 
 
 def failing(folder: Path) -> Any:

@@ -11,7 +11,7 @@ import triton.language as tl
 from ptx.emulate import Emulation, Watched, emulated, run
 from ptx.far import MOVES, OTHERWISE, ROWS, moved
 from ptx.record import launched_kernels
-from ptx.scenes import decoding_csr, encoding, selecting, soon, training, updating_along
+from ptx.scenes import decoding, decoding_csr, encoding, selecting, soon, training, updating_along
 
 
 def test_every_kernel_can_be_moved() -> None:
@@ -57,6 +57,7 @@ SCENES: dict[str, tuple[Callable[[], Any], set[str]]] = {
         {"decode_loss", "gradient_rows", "row_update", "settle_rows", "piece_sums"},
     ),
     "selection": (selecting, {"count_from"}),
+    "many entries a row": (decoding, {"decode_loss"}),
     "rows of any length": (decoding_csr, {"decode_loss_csr", "fill_entries", "sum_groups"}),
     "several prefixes": (training("several prefixes"), {"decode_loss", "row_update", "settle_rows"}),
     "along": (updating_along, {"gradient_rows", "row_update", "piece_sums"}),

@@ -17,7 +17,7 @@ from ptx.build import Binary
 from ptx.emulate import Watched, copied, emulated, run
 from ptx.launch import ORDERS
 from ptx.parse import Program, Unsupported
-from ptx.scenes import Sizes, decoding_csr, encoding, soon, training
+from ptx.scenes import Sizes, decoding, decoding_csr, encoding, soon, training
 from ptx.storage import bytes_of
 
 KINDS = ("bar.sync", "cp.async.wait_group", "wgmma.wait_group", "mbarrier.try_wait", "fence.proxy.async")
@@ -93,6 +93,7 @@ def subjects(sm: int, recipes: tuple[str, ...] = RUNS, methods: tuple[str, ...] 
             training(recipe, WIDE)()
         for method in methods:
             encoding(torch.bfloat16, method, DEEP, k=MANY)
+        decoding()
         decoding_csr()
     return [subject for _, (_, subject) in sorted(best.items())]
 

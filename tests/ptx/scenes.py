@@ -117,6 +117,13 @@ def decoding_csr(D: int = 300, L: int = 64) -> None:
         rows_triton.fill_entries(grouped, [(code, found.grad_acts), (more, more.acts)], prefixes, L)
 
 
+def decoding(D: int = 300, L: int = 96, K: int = 40) -> None:
+    """So many entries a token that several warps share them."""
+    x, W, idx = torch.randn(5, D), torch.randn(L, D), torch.rand(5, L).topk(K, dim=1).indices.int()
+    acts = torch.randn(5, K).relu()
+    rows_triton.decode_loss(x, Code(acts, idx), W, x[0], Prefixes([K], [1.0]), torch.empty(1, *x.shape))
+
+
 def selecting() -> None:
     """The k-th largest of keys that several programs look at."""
     keys = torch.randint(0, 2**31 - 1, (tuning.SELECT_KEYS + 900,), dtype=torch.int32)
