@@ -28,7 +28,7 @@ PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llama
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks among the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.name.startswith(LONGEST))
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].rpartition("/")[2].startswith(LONGEST))
     if torch.cuda.is_available():
         # Those that take the device run compiled kernels where there is a GPU, so `-m gpu` has to find them.
         for item in items:

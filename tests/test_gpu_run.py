@@ -237,6 +237,8 @@ def test_tests_that_take_the_device_are_a_gpus_where_there_is_one(
     conftest = next(p for p in plugins if str(getattr(p, "__file__", "")) == str(ROOT / "tests" / "conftest.py"))
 
     class Item:
+        nodeid = "tests/test_x.py::test"
+
         def __init__(self, *fixtures: str) -> None:
             self.fixturenames, self.marks = fixtures, []
 

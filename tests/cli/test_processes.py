@@ -22,6 +22,12 @@ DOCUMENTS = tiny_models.documents(60)
 TWO = [Place("cpu", 1), Place("cpu", 1)]
 
 
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch):
+    """As `settings` makes them, in this process too: it is put back when the test is over."""
+    monkeypatch.setattr(sequences, "WINDOW_CHARS", 800)
+
+
 @pytest.fixture
 def lm(tmp_path):
     tiny_models.model("llama").save_pretrained(tmp_path / "lm")
@@ -99,10 +105,9 @@ def test_where_processes_run(monkeypatch):
         places(10**12, "cpu", {})
 
 
-def test_the_others_do_what_a_killed_process_was_at(tmp_path, lm, monkeypatch):
+def test_the_others_do_what_a_killed_process_was_at(tmp_path, lm):
     with pytest.warns(RuntimeWarning, match="was killed by signal 9; the others did its part"):
         report = harvest_in(tmp_path / "acts", functools.partial(settings, lm, "kill"), TWO, 1e9, False)
-    monkeypatch.setattr(sequences, "WINDOW_CHARS", 800)
     whole = harvest(tmp_path / "one", config_of(lm), text=DOCUMENTS, progress=False)
     assert (report.rows, report.heldout_rows, report.documents) == (whole.rows, whole.heldout_rows, whole.documents)
     assert not ShardFolder(tmp_path / "acts").verify()
