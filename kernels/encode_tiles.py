@@ -14,6 +14,8 @@ Comparisons are written `~(a <= b)`: a NaN always passes and surfaces in the res
 
 Three sources of the product, one epilogue: pointers (any architecture, any alignment, gathers rows of a latent list),
 host TMA descriptors in a persistent grid (sm_90 and later), and a finished product of the GEMM library in scratch.
+All three have run on an H100 (bench/NOTES.md). The second has changed since, by a fence and by how wide tiles are
+stored: as it stands it is unproven on a GPU, and has run as PTX on a CPU.
 """
 
 import triton

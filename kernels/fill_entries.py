@@ -1,7 +1,6 @@
 """A code's entries, grouped by latent, as both matrices' updates want them.
 
 Reference: saefast.optim.reference.fill_entries.
-
 """
 
 import triton

@@ -6,7 +6,7 @@ rest stays sparse. Same results within rounding, for the block's products run in
 they would round the largest activations of all to 8 bits.
 
 Only where it is asked for: on an H100 it gained nothing at D = 4096, and at 768 its launches cost two of 7.5 ms
-(bench/NOTES.md), for the gathers of the most frequent rows come from L2.
+(bench/NOTES.md).
 """
 
 from typing import NamedTuple

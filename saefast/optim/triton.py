@@ -67,9 +67,12 @@ def weighted_row_sum(W: Tensor, rows: Tensor | None = None, coef: Tensor | None 
             rows, coef = rows.clamp_min(0), torch.where(rows < 0, 0, coef)
         return plain.weighted_row_sum(W, rows, coef)
     room = triton.cdiv(n, tuning.CUT)
-    # One group, all of whose pieces are known beforehand.
-    ends, first = constant((0, n), W.device), constant((0, room), W.device)
-    return _piece_sums(readable(W), ends, rows, coef, Cut(first, constant((0,) * room, W.device))).sum(0)
+    # One group, all of whose pieces are known beforehand. Made on the device: n differs from step to step where codes
+    # are of any length, and a copy would make the host wait.
+    ends = torch.arange(0, n + 1, n, dtype=torch.int32, device=W.device)
+    first = torch.arange(0, room + 1, room, dtype=torch.int32, device=W.device)
+    group = torch.zeros(room, dtype=torch.int32, device=W.device)
+    return _piece_sums(readable(W), ends, rows, coef, Cut(first, group)).sum(0)
 
 
 def decode_loss(

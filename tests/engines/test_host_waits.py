@@ -19,6 +19,7 @@ from saefast.engines.config import preset
 from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
 from saefast.models.sae import SAE
+from saefast.optim import triton as rows_triton
 
 interp.speed_up()
 pytestmark = [
@@ -185,3 +186,13 @@ def test_what_the_device_counts(gpu: fake_cuda.Gpu) -> None:
     assert not waits
     with pytest.raises(AssertionError, match="two devices"):
         x + host
+
+
+def test_sums_over_any_number_of_rows_wait_for_nothing(gpu: fake_cuda.Gpu) -> None:
+    """Where codes are of any length there are other numbers of groups in every step."""
+    W, coef = on_gpu([torch.randn(700, D), torch.randn(700)])
+    with gpu.counting() as waits:
+        for n in (300, 301, 517):
+            found = rows_triton.weighted_row_sum(W, torch.arange(n, dtype=torch.int32, device="cuda:0"), coef[:n])
+            assert found.shape == (D,)
+        assert not waits
