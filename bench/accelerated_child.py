@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.step_child import N_BATCHES, Memory, batches, import_for
+from bench.step_child import N_BATCHES, Memory, batches, import_for, sparsify_step
 from saefast.integrations.accelerate import accelerate
 from saefast.integrations.accelerate_optimizer import fuse
 
@@ -34,27 +34,11 @@ class Job(NamedTuple):
 
 
 def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Job:
-    """sparsify 1.3.3 as its Trainer drives it (trainer.py, the forward hook and what follows the backward pass)."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(D, SparseCoderConfig(num_latents=L, k=k), device=device, dtype=torch.float32)
     adam = torch.optim.Adam(sae.parameters(), lr=2e-4)
-    since_fired = torch.zeros(L, dtype=torch.int64, device=device)
-
-    def step(x: Tensor) -> Tensor:
-        sae.set_decoder_norm_to_unit_norm()
-        out = sae(x, dead_mask=None)
-        out.fvu.backward()
-        sae.remove_gradient_parallel_to_decoder_directions()
-        adam.step()
-        adam.zero_grad()
-        fired = torch.zeros(L, dtype=torch.bool, device=device)
-        fired[out.latent_indices.flatten()] = True
-        since_fired.add_(len(x))
-        since_fired[fired] = 0
-        return out.fvu.detach()
-
-    return Job(sae, sae, adam, step)
+    return Job(sae, sae, adam, sparsify_step(sae, adam))
 
 
 def dictionary_learning(D: int, L: int, k: int, device: str, **_: Any) -> Job:

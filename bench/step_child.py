@@ -114,14 +114,11 @@ class Dense(torch.nn.Module):
         return loss.detach()
 
 
-def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Step:
+def sparsify_step(sae: Any, adam: torch.optim.Optimizer) -> Step:
     """sparsify 1.3.3 as its Trainer drives it (trainer.py, the forward hook and what follows the backward pass)."""
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
-    from sparsify import SparseCoder, SparseCoderConfig
-
-    sae = SparseCoder(D, SparseCoderConfig(num_latents=L, k=k), device=device, dtype=torch.float32)
-    adam = torch.optim.Adam(sae.parameters(), lr=2e-4)
-    since_fired = torch.zeros(L, dtype=torch.int64, device=device)
+    made: dict[str, Any] = dict(device=sae.b_dec.device)
+    fired = torch.zeros(sae.num_latents, dtype=torch.bool, **made)
+    since_fired = torch.zeros(sae.num_latents, dtype=torch.int64, **made)
 
     def step(x: Tensor) -> Tensor:
         sae.set_decoder_norm_to_unit_norm()
@@ -130,13 +127,21 @@ def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Step:
         sae.remove_gradient_parallel_to_decoder_directions()
         adam.step()
         adam.zero_grad()
-        fired = torch.zeros(L, dtype=torch.bool, device=device)
+        fired.zero_()
         fired[out.latent_indices.flatten()] = True
         since_fired.add_(len(x))
         since_fired[fired] = 0
         return out.fvu.detach()
 
     return step
+
+
+def sparsify(D: int, L: int, k: int, device: str, **_: Any) -> Step:
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    sae = SparseCoder(D, SparseCoderConfig(num_latents=L, k=k), device=device, dtype=torch.float32)
+    return sparsify_step(sae, torch.optim.Adam(sae.parameters(), lr=2e-4))
 
 
 def dictionary_learning(
