@@ -89,16 +89,26 @@ while producers():
         0,
     ),
     "left behind in a full queue": (
-        # Nobody waits for the thread, which is told to stop while the interpreter goes.
+        # Nobody waits for the thread, which is told to stop while the interpreter goes. It has to be in the queue by
+        # then, and not inside torch, making the batch that the draw left room for.
         """
+from saefast.data.reservoir import Reservoir
 live_buffer.LINGER = 0.0
+full, push = threading.Event(), Reservoir.push
+def noted(self, rows):
+    found_room = push(self, rows)
+    if not found_room:
+        full.set()
+    return found_room
+Reservoir.push = noted
 one = torch.zeros(64, 8)
 def same():
     while True:
         yield one
 source = live(same)
 """
-        + DRAW,
+        + DRAW
+        + "full.clear(); full.wait(); assert producers()",
         0,
     ),
     "forked": (
