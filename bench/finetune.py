@@ -18,8 +18,8 @@ from typing import Any
 
 from bench import common
 from saefast.analysis.evaluation import Evaluation, evaluate_run, load_finished
-from saefast.analysis.harvested_model import causal_language_model
 from saefast.data.shards import ShardFolder
+from saefast.harvest.harvested_model import causal_language_model
 from saefast.training.finetune import finetune
 from saefast.training.finetune_config import FinetuneConfig, chosen
 

@@ -20,8 +20,8 @@ from torch import Tensor
 import saefast
 from bench import common
 from saefast.analysis.evaluation import load_finished
-from saefast.analysis.harvested_model import causal_language_model
 from saefast.data.shards import ShardFolder
+from saefast.harvest.harvested_model import causal_language_model
 from saefast.integrations.passes import Pass
 from saefast.integrations.sites import Site, at_sites, find_sites
 from saefast.integrations.steering import Steering

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # folders, "saefast" the package itself and its __main__. Files of one room have an order too: no circle.
 ROOMS = (
     "ground", "kernels", "metrics", "ops", "data", "harvest", "models", "formats", "optim", "engines", "training",
-    "analysis", "integrations", "cli", "saefast",
+    "latents", "analysis", "integrations", "explorer", "cli", "saefast",
 )  # fmt: skip
 MOST_FLOORS = 10
 # The fused engine exists to do without autograd: it stands above it and still does not use it.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saefast.analysis.features import LatentStats, strongest
-from saefast.analysis.token_text import Texts
+from saefast.harvest.token_text import Texts
 
 # A token belongs to a latent when at least this share of the latent's activation falls on it.
 OWN_TOKEN = 0.04

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.analysis.crosscoder import CROSSCODER, PartMetrics, metrics_by_part
-from saefast.analysis.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
 from saefast.analysis.latent_stats import LATENTS, write_latent_stats
 from saefast.data.item_names import what_of
 from saefast.data.mapped_source import MappedSource
@@ -28,6 +27,7 @@ from saefast.data.source import TARGET, Batch, Source, X, first_bad_row, where_i
 from saefast.errors import InputError
 from saefast.files import read_json, usable, write_json
 from saefast.formats.opening import load
+from saefast.harvest.harvested_model import OtherModel, causal_language_model, check_given, harvested_tokenizer
 from saefast.harvest.hooks import find_hook
 from saefast.harvest.kept import TokenChoice, multiple_of, norms_of
 from saefast.harvest.language_models import unwrapped

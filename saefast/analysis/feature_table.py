@@ -12,10 +12,10 @@ from torch import Tensor
 
 from saefast.analysis.choice import SCORE, OwnTokens, choose, own_tokens
 from saefast.analysis.features import LatentStats, code_of
-from saefast.analysis.token_text import Texts, same_word
 from saefast.data.mapped_source import MappedSource
 from saefast.data.shards import SPLITS, Shard, ShardFolder, dequantise
 from saefast.data.source import X, beside
+from saefast.harvest.token_text import Texts, same_word
 from saefast.models.sae import SAE
 
 # Tokens shown before and after a firing.

@@ -13,13 +13,13 @@ from torch import Tensor
 from saefast.analysis.evaluation import load_finished, run_source
 from saefast.analysis.feature_table import FeatureTable, make_table
 from saefast.analysis.features import collect
-from saefast.analysis.harvested_model import harvested_model, harvested_tokenizer
 from saefast.analysis.latent_stats import FEATURE_STATS, write_latent_stats
 from saefast.analysis.plots import draw_features
 from saefast.analysis.report import summary, write_features
 from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.data.mapped_source import Located, MappedSource
 from saefast.errors import InputError
+from saefast.harvest.harvested_model import harvested_model, harvested_tokenizer
 from saefast.harvest.language_models import unwrapped
 from saefast.training.residual import stack_of
 

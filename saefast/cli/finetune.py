@@ -19,13 +19,13 @@ from saefast.analysis.evaluation import (
     load_finished,
     run_source,
 )
-from saefast.analysis.harvested_model import causal_language_model, harvested_tokenizer
 from saefast.cli.args import announce_harvest, parse, watched
 from saefast.data.provenance import DATA
 from saefast.data.source import TARGET, X
 from saefast.errors import InputError
 from saefast.files import read_json, usable, write_json
 from saefast.harvest.config import HarvestConfig
+from saefast.harvest.harvested_model import causal_language_model, harvested_tokenizer
 from saefast.harvest.text import open_texts
 from saefast.models.sae import SAE, WEIGHTS
 from saefast.training.finetune import RECORD, finetune

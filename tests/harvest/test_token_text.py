@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from saefast.analysis.token_text import Texts, same_word
+from saefast.harvest.token_text import Texts, same_word
 
 # Headings make ## a token, and a longer one that begins with it.
 CORPUS = [f"## Heading {i}\n### Part ##{i}\nThe fox jumps over the lazy dog – naïve 狐 🦊, don't!\n" for i in range(40)]

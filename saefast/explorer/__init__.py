@@ -1,0 +1,1 @@
+"""A local web page over latents.db: `saefast explore`."""
