@@ -34,7 +34,7 @@ $(ENV): constraints.txt $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer, this is " \
 		+ sys.version.split()[0] + "; name another one with make PYTHON=/path/to/python3")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo,test,lint]"
+	$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo,explore,test,lint]"
 	@touch $@
 
 demo: $(ENV)
@@ -71,7 +71,7 @@ $(PEERS_ENV): constraints-peers.txt $(SOURCES)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt eai-sparsify sae-lens dictionary-learning
 	$(PEERS)/bin/python -m pip uninstall --yes torchvision
-	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt -e ".[test]"
+	$(PEERS)/bin/python $(PIP_INSTALL) -c constraints-peers.txt -e ".[explore,test]"
 	@touch $@
 
 # circuit-tracer needs transformers 4, which SAELens' other dependencies have left behind.

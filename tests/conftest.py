@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from browsing import insisted, missing
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel's module is imported, so it is set before any test can do that.
@@ -23,6 +24,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # Files that take minutes begin first, so that no process works at one alone in the end.
 LONGEST = ("test_aot.py", "compiled_", "test_gpu_run.py", "test_host_waits.py")
+NO_BROWSER = "needs a browser"
 PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium")
 
 
@@ -37,11 +39,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")
     no_peers = pytest.mark.skip(reason="needs the peers' environment: make peers")
     has_peers = any(importlib.util.find_spec(name) for name in PEERS)
+    no_browser = None if insisted() else missing()
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
         if item.get_closest_marker("peers") and not has_peers:
             item.add_marker(no_peers)
+        if item.get_closest_marker("browser") and no_browser:
+            item.add_marker(pytest.mark.skip(reason=f"{NO_BROWSER}: {no_browser}"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Tests that a machine without a browser leaves out are said to be, in one line."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", ()) if report.longrepr]
+    left_out = [reason.partition(f"{NO_BROWSER}: ")[2] for reason in reasons if NO_BROWSER in reason]
+    if left_out:
+        terminalreporter.write_line(f"LEFT OUT: {len(left_out)} tests in a browser, because {left_out[0]}", yellow=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

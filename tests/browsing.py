@@ -1,0 +1,134 @@
+"""A real browser for tests: the system's Chromium, an app served to it, and pages on which nothing may go wrong."""
+
+import importlib.util
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hanging import wait_until
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+# SAEFAST_BROWSER=1 insists on a browser: tests that need one fail where there is none. Unset, they are left out.
+INSIST = "SAEFAST_BROWSER"
+ARGUMENTS = (
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-default-apps",
+    "--disable-extensions",
+    "--disable-sync",
+    "--no-first-run",
+    # Colours are compared, so they do not depend on a display.
+    "--force-color-profile=srgb",
+    # No name is looked up: what a page tries to load from elsewhere fails, and that is seen.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+
+
+def executable() -> str | None:
+    return next((path for path in map(shutil.which, BROWSERS) if path), None)
+
+
+def missing() -> str | None:
+    """What a test in a browser needs and this machine has not; None where all is there."""
+    if importlib.util.find_spec("playwright") is None:
+        return "playwright is not installed (make env)"
+    if executable() is None:
+        return "there is no Chromium (apt-get install chromium)"
+    return None
+
+
+def insisted() -> bool:
+    return os.environ.get(INSIST) == "1"
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """A headless browser; playwright's Browser. Raises AssertionError where there is none."""
+    assert missing() is None, missing()
+    from playwright.sync_api import sync_playwright
+
+    # Chromium has no sandbox for root.
+    sandbox = [] if os.getuid() else ["--no-sandbox"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable(), args=[*ARGUMENTS, *sandbox])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def served(app: Any) -> Iterator[str]:
+    """Serves an ASGI app from a thread, on a port that is free: its address, "http://127.0.0.1:PORT"."""
+    import uvicorn
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="auto", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_until(lambda: server.started or not thread.is_alive(), "the server")
+        assert thread.is_alive(), "the server ended at once"
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Faults(list[str]):
+    """What went wrong on pages: errors and warnings of the console, exceptions, dialogs, requests to anywhere else."""
+
+    def watch(self, context: Any, address: str) -> None:
+        """Of all pages of a browser context, from now on. address: where requests may go."""
+        context.on("console", self._console)
+        context.on("weberror", lambda error: self.append(f"exception: {error.error}"))
+        context.on("dialog", self._dialog)
+        context.on("request", lambda request: self._request(request.url, address))
+        context.on("requestfailed", self._failed)
+
+    def _console(self, message: Any) -> None:
+        if message.type in ("error", "warning"):
+            self.append(f"{message.type}: {message.text} ({message.location.get('url')})")
+
+    def _dialog(self, dialog: Any) -> None:
+        self.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def _request(self, url: str, address: str) -> None:
+        if not url.startswith((f"{address}/", "data:", "blob:", "about:")):
+            self.append(f"request to elsewhere: {url}")
+
+    def _failed(self, request: Any) -> None:
+        # A page that is left takes back what it has asked for.
+        if "ERR_ABORTED" not in (request.failure or ""):
+            self.append(f"failed: {request.url}: {request.failure}")
+
+    def expect(self, part: str) -> None:
+        """Takes away faults that a test has brought about; there must be some."""
+        kept = [fault for fault in self if part not in fault]
+        assert len(kept) < len(self), f"expected a fault with {part!r}, found {self}"
+        self[:] = kept
+
+
+Open = Callable[..., Any]
+
+
+@contextmanager
+def pages(browser: Any, address: str, faults: Faults, **settings: Any) -> Iterator[Open]:
+    """A function that opens a page on a path of the app; settings: of playwright's new_context (viewport, …)."""
+    with browser.new_context(**settings) as context:
+        faults.watch(context, address)
+
+        def open_page(path: str = "/") -> Any:
+            page = context.new_page()
+            page.goto(address + path)
+            return page
+
+        yield open_page
+        for page in context.pages:
+            page.evaluate("0")  # what the page has said until now arrives before this does
