@@ -1,0 +1,113 @@
+"""What every view of the page is given: the run, its latents.db, and how a page is made of a template."""
+
+import json
+import secrets
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from saefast.errors import InputError
+from saefast.explorer import numbers
+from saefast.latents.database import Latent, LatentsDB
+from saefast.latents.schema import LATENTS_DB
+
+FOLDER = Path(__file__).resolve().parent
+DEFAULT_PORT = 8765
+
+
+class View(NamedTuple):
+    """A part of the page. path: where it begins; needs_latents: whether it shows nothing without latents.db."""
+
+    name: str
+    path: str
+    needs_latents: bool
+
+
+# In the order of the navigation. `latent` is reached from the others.
+VIEWS = (
+    View("latents", "/", True),
+    View("text", "/text", True),
+    View("map", "/map", True),
+    View("training", "/training", False),
+    View("compare", "/compare", True),
+)
+
+
+def templates() -> jinja2.Environment:
+    """Everything that comes from the data is escaped; a name that a template misspells is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER / "templates", encoding="utf-8"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= numbers.FILTERS
+    return environment
+
+
+@dataclass
+class Explorer:
+    """A run that is shown.
+
+    Attributes:
+        run: its folder. other: of a second run, to compare with.
+        latents: its latents.db, None where there is none yet; views that need it read `db`.
+        why: why there is none, in a sentence.
+        port: where the page is served; token: what opens it; form_key: what a form that writes sends along.
+    """
+
+    run: Path
+    latents: LatentsDB | None = None
+    other: Path | None = None
+    why: str = ""
+    port: int = DEFAULT_PORT
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    form_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    templates: jinja2.Environment = field(default_factory=templates)
+
+    @classmethod
+    def of_run(cls, run: str | Path, other: str | Path | None = None, port: int = DEFAULT_PORT) -> "Explorer":
+        """Opens the latents.db of a run's folder.
+
+        Raises:
+            InputError: it is missing, damaged or of another version.
+        """
+        run = Path(run)
+        return cls(run, LatentsDB(run / LATENTS_DB), None if other is None else Path(other), port=port)
+
+    @property
+    def db(self) -> LatentsDB:
+        """Raises HTTPException (404) where there is no latents.db yet."""
+        if self.latents is None:
+            raise HTTPException(404, self.why or f"{self.run} has no {LATENTS_DB} yet")
+        return self.latents
+
+    def latent(self, latent: int) -> Latent:
+        """Raises HTTPException (404) for one that is not there."""
+        try:
+            return self.db.latent(latent)
+        except (InputError, OverflowError):
+            raise HTTPException(404, f"There is no latent {latent}: expected 0 to {self.db.n_latents - 1:,}.") from None
+
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
+        """A template, filled. `request`, `explorer`, `views`, `meta` and `status` are there for every one."""
+        views = [view for view in VIEWS if self.latents is not None or not view.needs_latents]
+        meta = self.latents.meta if self.latents is not None else {}
+        shared = {"request": request, "explorer": self, "views": views, "meta": meta, "status": status}
+        return HTMLResponse(self.templates.get_template(template).render(shared | values), status)
+
+    def address(self) -> str:
+        """What a browser opens, token included."""
+        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+
+
+def as_json(value: Any, status: int = 200) -> JSONResponse:
+    """JSON for a script of ours. Raises ValueError for NaN, which no browser reads."""
+    json.dumps(value, allow_nan=False)
+    return JSONResponse(value, status)
