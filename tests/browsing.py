@@ -62,19 +62,20 @@ def launched() -> Iterator[Any]:
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serves an ASGI app from a thread, on a port that is free: its address, "http://127.0.0.1:PORT"."""
+def served(make_app: Callable[[int], Any]) -> Iterator[str]:
+    """Serves an ASGI app, made for its port, from a thread: the address, "http://127.0.0.1:PORT"."""
     import uvicorn
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="auto", timeout_graceful_shutdown=1))
+        port = listening.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(make_app(port), log_level="critical", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
         wait_until(lambda: server.started or not thread.is_alive(), "the server")
         assert thread.is_alive(), "the server ended at once"
         try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            yield f"http://127.0.0.1:{port}"
         finally:
             server.should_exit = True
             thread.join()
@@ -119,14 +120,14 @@ Open = Callable[..., Any]
 
 
 @contextmanager
-def pages(browser: Any, address: str, faults: Faults, **settings: Any) -> Iterator[Open]:
+def pages(browser: Any, address: str, faults: Faults, token: str = "", **settings: Any) -> Iterator[Open]:
     """A function that opens a page on a path of the app; settings: of playwright's new_context (viewport, …)."""
     with browser.new_context(**settings) as context:
         faults.watch(context, address)
 
         def open_page(path: str = "/") -> Any:
             page = context.new_page()
-            page.goto(address + path)
+            page.goto(address + path + (f"{'&' if '?' in path else '?'}token={token}" if token else ""))
             return page
 
         yield open_page

@@ -22,7 +22,7 @@ BODIES = {
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def site() -> Iterator[str]:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import HTMLResponse
@@ -31,12 +31,12 @@ def address() -> Iterator[str]:
     def answer(request: Request) -> HTMLResponse:
         return HTMLResponse(PAGE + BODIES[request.url.path], headers=POLICY if "policy" in request.query_params else {})
 
-    with served(Starlette(routes=[Route(path, answer) for path in BODIES])) as found:
+    with served(lambda _port: Starlette(routes=[Route(path, answer) for path in BODIES])) as found:
         yield found
 
 
-def test_a_page_in_order_has_no_faults(browser: Any, address: str, faults: Faults) -> None:
-    with pages(browser, address, faults) as open_page:
+def test_a_page_in_order_has_no_faults(browser: Any, site: str, faults: Faults) -> None:
+    with pages(browser, site, faults) as open_page:
         assert open_page().locator("h1").inner_text() == "in order"
 
 
@@ -52,9 +52,9 @@ def test_a_page_in_order_has_no_faults(browser: Any, address: str, faults: Fault
         ("/unresolved", "failed: http://localhost:1/x.png"),
     ],
 )
-def test_what_goes_wrong_is_seen(browser: Any, address: str, path: str, seen: str) -> None:
+def test_what_goes_wrong_is_seen(browser: Any, site: str, path: str, seen: str) -> None:
     faults = Faults()
-    with pages(browser, address, faults) as open_page:
+    with pages(browser, site, faults) as open_page:
         open_page(path).wait_for_load_state()
     assert any(seen in fault for fault in faults), faults
     faults.expect(seen)
