@@ -54,7 +54,7 @@ def shown(run_folder: Path) -> Iterator[tuple[Any, str]]:
 
 @pytest.fixture
 def visit(browser: Any, shown: tuple[Any, str], faults: Faults) -> Iterator[Open]:
-    """visit("/latent/3", viewport=…, color_scheme=…): a page of the explorer; settings are playwright's new_context's."""
+    """visit("/latent/3", viewport=…): a page of the explorer; settings are those of playwright's new_context."""
     explorer, address = shown
     with ExitStack() as opened:
 
