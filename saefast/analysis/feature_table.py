@@ -213,7 +213,7 @@ def _snippet(folder: ShardFolder, texts: Texts, acts: dict[Place, float], where:
     latent, seq, pos = where
     ids, peak = folder.context(seq, pos, BEFORE, AFTER)
     values = [acts.get((latent, seq, pos - peak + i), 0.0) for i in range(len(ids))]
-    pieces = texts.run(ids.tolist())
+    pieces = [piece.replace("\n", " ") for piece in texts.run(ids.tolist())]
     for i in range(len(ids)):
         # A character of several tokens is shown once, with the strongest of their activations.
         if texts.continues(ids.tolist(), pieces, i):

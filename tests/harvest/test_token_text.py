@@ -4,10 +4,13 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from saefast.harvest.token_text import Texts, same_word
+from saefast.readable import visible
 
 # Headings make ## a token, and a longer one that begins with it.
 CORPUS = [f"## Heading {i}\n### Part ##{i}\nThe fox jumps over the lazy dog – naïve 狐 🦊, don't!\n" for i in range(40)]
@@ -75,7 +78,7 @@ def test_byte_level_tokens_read_as_their_text(text: str) -> None:
     tokenizer = byte_level()
     assert any(name.startswith("##") and len(name) > 2 for name in tokenizer.get_vocab())
     pieces = Texts(tokenizer).run(tokenizer(text)["input_ids"])
-    assert "".join(pieces) == text.replace("\n", " ")
+    assert "".join(pieces) == text
     assert pieces[0] == ""  # <s>
     assert not any("Ġ" in piece or "�" in piece for piece in pieces)
 
@@ -84,7 +87,7 @@ def test_byte_level_tokens_read_as_their_text(text: str) -> None:
 def test_metaspace_tokens_read_as_their_text(text: str) -> None:
     tokenizer = metaspace()
     pieces = Texts(tokenizer).run(tokenizer(text)["input_ids"])
-    assert "".join(pieces) == text.replace("\n", " ")
+    assert "".join(pieces) == text
     assert not any("▁" in piece or "<0x" in piece for piece in pieces)
 
 
@@ -162,3 +165,128 @@ def test_word_pieces_read_as_text() -> None:
     assert "".join(texts.run(ids)) == " don't print max_lens (x), x"
     assert texts.token(8) == "-s"
     assert texts.n_words([7, 8, 5]) == 2  # -s is no word
+
+
+def unigram(byte_fallback: bool = True) -> PreTrainedTokenizerFast:
+    """As T5's and XLM-R's: sentencepiece's other model; without byte fallback what it does not know is <unk>."""
+    core = Tokenizer(models.Unigram())
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    names = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.UnigramTrainer(vocab_size=420, special_tokens=names, unk_token="<unk>")
+    core.train_from_iterator([text.replace("狐", "").replace("🦊", "") for text in CORPUS], trainer)
+    vocabulary = [tuple(line) for line in json.loads(core.to_str())["model"]["vocab"]]
+    fresh = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=byte_fallback))
+    fresh.pre_tokenizer = core.pre_tokenizer
+    last = [decoders.ByteFallback(), decoders.Fuse()] if byte_fallback else []
+    fresh.decoder = decoders.Sequence([decoders.Metaspace(), *last]) if last else decoders.Metaspace()
+    return wrapped(fresh, unk_token="<unk>", bos_token="<s>")
+
+
+def suffixed() -> PreTrainedTokenizerFast:
+    """As CLIP's text tokenizer and GPT-1's: the end of a word is a part of its token, so that no table tells all."""
+    core = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.BertPreTokenizer(), decoders.BPEDecoder(suffix="</w>")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>"], end_of_word_suffix="</w>")
+    core.train_from_iterator(CORPUS, trainer)
+    return wrapped(core, unk_token="<unk>")
+
+
+KINDS = {
+    "byte-level": byte_level(),
+    "bytes alone": byte_level(258),
+    "BPE with byte fallback": metaspace(),
+    "unigram with byte fallback": unigram(),
+    "unigram without": unigram(byte_fallback=False),
+    "suffixes": suffixed(),
+    "whole words": whole_words(),
+    "word pieces": word_piece(),
+}
+LOSSLESS = ("byte-level", "bytes alone", "BPE with byte fallback")
+# Right-to-left, joined emoji, Chinese, combining signs, control characters and HTML among what hypothesis draws.
+SIGNS = [*"The fox jumps.!?\n\t \0\x1b\x85", "שלום ", "مرحبا", "👩‍🚀", "狐。", "é", "\u202e", "<b>", "�"]
+DRAWN = st.one_of(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), st.sampled_from(SIGNS))
+WRITTEN = st.lists(DRAWN, max_size=40).map("".join)
+
+
+@pytest.mark.parametrize("kind", LOSSLESS)
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(text=WRITTEN)
+def test_any_text_comes_back(kind: str, text: str) -> None:
+    tokenizer = KINDS[kind]
+    ids = tokenizer(text)["input_ids"]
+    pieces = Texts(tokenizer).run(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "word pieces"])
+@settings(max_examples=120, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_any_ids_read_as_the_tokenizers_own_decoder_has_them(kind: str, data: st.DataObject) -> None:
+    """Bytes of no character among them, as a model may write them, and runs that begin and end anywhere."""
+    tokenizer = KINDS[kind]
+    texts, special = Texts(tokenizer), {tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer.get_vocab()) - 1).filter(lambda i: i not in special)))
+    pieces = texts.run(ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces) == (tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else "")
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(text=WRITTEN.map(lambda text: text.replace("�", "")))  # one that was written looks broken to who reads on
+def test_what_a_table_of_tokens_tells_is_what_reading_on_tells(kind: str, text: str) -> None:
+    tokenizer = KINDS[kind]
+    texts = Texts(tokenizer)
+    kept = [i for i in tokenizer(text)["input_ids"] if not texts.is_special(i)]
+    assert "".join(texts._decoded(kept)) == "".join(texts._read_on(kept))
+
+
+def test_a_run_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a long sequence costs what its length is; a decoder that no table tells sees a few tokens at a time."""
+    for kind, most in (("byte-level", 1.1), ("BPE with byte fallback", 1.1), ("suffixes", 10.0)):
+        tokenizer = KINDS[kind]
+        texts, ids = Texts(tokenizer), tokenizer("The fox jumps over the lazy dog" * 100)["input_ids"]
+        texts.run(ids)  # now it knows the tokens
+        seen: list[int] = []
+        decode = texts._decode
+        monkeypatch.setattr(
+            texts, "_decode", lambda part, seen=seen, decode=decode: seen.append(len(part)) or decode(part)
+        )
+        texts.run(ids)
+        assert 0 < sum(seen) <= most * len(ids)
+
+
+def test_what_a_tokenizer_does_not_know_is_shown() -> None:
+    for kind in ("unigram without", "word pieces", "whole words"):
+        tokenizer = KINDS[kind]
+        ids = tokenizer("lazy 🐢 lazy")["input_ids"]
+        assert tokenizer.unk_token_id in ids
+        assert "".join(Texts(tokenizer).run(ids)).split() == ["lazy", "�", "lazy"]
+
+
+def test_halves_of_characters_are_broken_characters() -> None:
+    class Slow(Bert):
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return "".join(["a", "\ud83e", "b"][i] for i in ids)
+
+        def get_vocab(self) -> dict[str, int]:
+            return {}
+
+        all_special_ids = ()
+
+    assert Texts(Slow()).run([0, 1, 2]) == ["a", "�", "b"]
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+def test_what_is_shown_is_visible_and_no_control_character(text: str) -> None:
+    shown, lines = visible(text), visible(text, lines=True)
+    shown.encode()
+    assert not any(sign < " " or "\x7f" <= sign < "\xa0" or sign in "\u202e\u2066\u200f\u2028\ufeff" for sign in shown)
+    assert lines.replace("\n", "↵").replace("\t", "⇥") == shown
+    assert visible(shown) == shown
+
+
+def test_control_characters_have_pictures() -> None:
+    assert visible("a\x1b[31m\n\t\x00\x7f\u202e\ud800é👩‍🚀<b>") == "a␛[31m↵⇥␀␡\\u202e\\ud800é👩‍🚀<b>"
