@@ -7,10 +7,13 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from hanging import wait_until
+from hanging import HANG, wait_until
 
+# Milliseconds that a page is waited for: only a hang reaches it, and ten of them do not take all day.
+WAIT = 100 * HANG
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # SAEFAST_BROWSER=1 insists on a browser: tests that need one fail where there is none. Unset, they are left out.
 INSIST = "SAEFAST_BROWSER"
@@ -51,8 +54,9 @@ def insisted() -> bool:
 def launched() -> Iterator[Any]:
     """A headless browser; playwright's Browser. Raises AssertionError where there is none."""
     assert missing() is None, missing()
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=WAIT)
     # Chromium has no sandbox for root.
     sandbox = [] if os.getuid() else ["--no-sandbox"]
     with sync_playwright() as playwright:
@@ -79,6 +83,22 @@ def served(make_app: Callable[[int], Any]) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+@contextmanager
+def explored(run: Path, other: Path | None = None) -> Iterator[tuple[Any, str]]:
+    """Serves the explorer of a run's folder: the Explorer, and the address."""
+    from saefast.explorer.app import make_app
+    from saefast.explorer.state import Explorer
+
+    explorer = Explorer.of_run(run, other)
+
+    def app(port: int) -> Any:
+        explorer.port = port
+        return make_app(explorer)
+
+    with served(app) as address:
+        yield explorer, address
 
 
 class Faults(list[str]):
@@ -123,6 +143,7 @@ Open = Callable[..., Any]
 def pages(browser: Any, address: str, faults: Faults, token: str = "", **settings: Any) -> Iterator[Open]:
     """A function that opens a page on a path of the app; settings: of playwright's new_context (viewport, …)."""
     with browser.new_context(**settings) as context:
+        context.set_default_timeout(WAIT)
         faults.watch(context, address)
 
         def open_page(path: str = "/") -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Faults, Open, launched, pages, served
-from latents_db import make_db
+from browsing import Faults, Open, explored, launched, pages
+from made_up_run import make_run
 
 
 # For a file and no longer: while playwright is open, no other test in its process may run an event loop.
@@ -30,26 +30,15 @@ def faults() -> Iterator[Faults]:
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a latents.db of 130 latents, more than a page of them."""
-    folder = tmp_path_factory.mktemp("run")
-    make_db(folder, 130, n_sequences=30)
-    return folder
+    """A run of 130 latents, more than a page of them."""
+    return make_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def shown(run_folder: Path) -> Iterator[tuple[Any, str]]:
     """The Explorer of the run, served, and its address."""
-    from saefast.explorer.app import make_app
-    from saefast.explorer.state import Explorer
-
-    explorer = Explorer.of_run(run_folder)
-
-    def app(port: int) -> Any:
-        explorer.port = port
-        return make_app(explorer)
-
-    with served(app) as address:
-        yield explorer, address
+    with explored(run_folder) as found:
+        yield found
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from browsing import Faults, Open
-from latents_db import make_db
+from made_up_run import make_run
 
 from saefast.latents.database import LatentsDB
+from saefast.latents.schema import LATENTS_DB
 
 pytestmark = pytest.mark.browser
 
@@ -47,7 +48,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "clusters": list(HOSTILE[:3]),
         "map": {"method": HOSTILE[0]},
     }
-    path = make_db(folder, **facts)
+    path = make_run(folder, 40, 12, **facts) / LATENTS_DB
     with closing(sqlite3.connect(path)) as db, db:
         hostile(db)
     latents = LatentsDB(path)
