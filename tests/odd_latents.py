@@ -1,5 +1,6 @@
 """Text that breaks what is careless, put into a made-up latents.db, and its codes as a plain matrix."""
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -7,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from saefast.latents.database import LatentsDB
+
 # Markup, ends of blocks of script and style, quotes, control characters, a character of three tokens, the three ways to
 # end a line, text from right to left, and what templates and Markdown read as their own.
 ODD = (
     "<script>alert(1)</script>", "</style>", "<!--", "]]>", "<img src=x onerror=alert(2)>", "\"'`", "\n", "\u2028",
     "\0", "\x1b[2J", "", "", "\u5927", "\U0001f600", "\u202eabc", " {{ 1 + 1 }}", "$x_1$", "|*_", "&lt;", " ",
 )  # fmt: skip
+
+HOSTILE = "<script>alert(1)</script></title></style><b onclick=x>&amp;\"'{{ 7*7 }}"
 
 
 @contextmanager
@@ -29,9 +34,9 @@ def set_pieces(path: Path, context: int, pieces: list[str]) -> None:
         db.execute("UPDATE contexts SET text = ?, lengths = ? WHERE context = ?", ("".join(pieces), lengths, context))
 
 
-def set_meta(path: Path, name: str, json: str) -> None:
+def set_meta(path: Path, name: str, value: str) -> None:
     with written(path) as db:
-        db.execute("UPDATE meta SET value = ? WHERE name = ?", (json, name))
+        db.execute("UPDATE meta SET value = ? WHERE name = ?", (value, name))
 
 
 def set_acts(path: Path, factor: float) -> None:
@@ -60,3 +65,22 @@ def dense(path: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
         all_acts.append(matrix)
         all_tokens.append(np.frombuffer(tokens, "<i4"))
     return all_acts, all_tokens
+
+
+def attack(path: Path) -> None:
+    """Puts markup into every text."""
+    with written(path) as db:
+        db.execute("UPDATE tokens SET text = ? || token", (HOSTILE,))
+        db.execute("UPDATE latents SET title = ? || latent", (HOSTILE,))
+    for context, start, stop in LatentsDB(path).query("SELECT context, start, stop FROM contexts"):
+        set_pieces(path, context, [ODD[(context + place) % len(ODD)] for place in range(stop - start)])
+    for name, value in {
+        "sae": {"digest": "d", "model": HOSTILE, "hook": HOSTILE},
+        "rows": {"source": HOSTILE, "data": HOSTILE, "rows": 3},
+        "score": HOSTILE,
+        "unit": HOSTILE,
+    }.items():
+        set_meta(path, name, json.dumps(value))
+    db = LatentsDB(path)
+    for latent in (1, 2, 3):
+        db.write_label(latent, HOSTILE)
