@@ -1,7 +1,7 @@
-// The Python face of csrc/, with bindings_rows.cpp for the row operations: pybind11 is included here and in tensors.hpp
-// alone. Tensors arrive as Python has them; tensors.hpp makes addresses of them once their dtype, size, layout and
-// device are right, and sizes come from their shapes, so no number that Python passes can make memory look larger than
-// it is. One bind_ function per source file.
+// The Python face of csrc/, with bindings_rows.cpp for the row operations and bindings_latents.cpp for what is counted
+// over latents: pybind11 is included in these and in tensors.hpp alone. Tensors arrive as Python has them; tensors.hpp
+// makes addresses of them once their dtype, size, layout and device are right, and sizes come from their shapes, so no
+// number that Python passes can make memory look larger than it is. One bind_ function per source file.
 // C++ exceptions become Python's: out_of_range IndexError, invalid_argument ValueError, runtime_error RuntimeError.
 
 #include <cstdint>
@@ -31,6 +31,7 @@ namespace py = pybind11;
 using namespace py::literals;
 
 void bind_row_operations(py::module_& m);  // bindings_rows.cpp
+void bind_latents(py::module_& m);         // bindings_latents.cpp
 
 namespace {
 
@@ -445,6 +446,7 @@ PYBIND11_MODULE(_native, m) {
     bind_select_kth(m);
     bind_spmm(m);
     bind_row_operations(m);
+    bind_latents(m);
     bind_buffer(m);
     bind_row_stream(m);
 }

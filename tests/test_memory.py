@@ -16,11 +16,14 @@ from saefast import extension, ops
 from saefast.data import gather
 from saefast.data.iterable_source import IterableSource
 from saefast.data.live_buffer import LiveBuffer
+from saefast.data.mapped_source import Located
 from saefast.data.opening import open_source
 from saefast.data.shard_buffer import ShardBuffer
 from saefast.engines.config import TrainConfig
 from saefast.engines.fused import FusedEngine
 from saefast.errors import InputError
+from saefast.latents.cofiring import cofiring
+from saefast.latents.spool import spool_codes
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.optim import native as rows_native
@@ -149,6 +152,8 @@ def use_everything(folder: Path) -> list[Tensor]:
     found += [acts, idx, *ops.threshold_encode(x, found[0], found[2], 0.5), ops.sddmm(x, idx, found[1])]
     found += [ops.spmm(acts, idx, found[1]), gather.gather_rows(x, idx[:, 0].long())]
     found.append(gather.RowTable([x[:50], x[50:]]).gather(torch.arange(96)))
+    spool = spool_codes(sae, [Located(x, None, None)], folder.parent)
+    found += map(torch.from_numpy, cofiring(spool, spool.by_latent(0, 64), 0))
     return found + list(buffered(write_folder(folder)))
 
 
