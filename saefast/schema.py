@@ -6,11 +6,11 @@ mypy holds the reading code to the same shape; nothing else is needed (msgspec a
 typeguard, which tyro brings, takes True for an int and looks at the first element of a list alone).
 """
 
+import sys
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import numpy as np
-import torch
 
 from saefast.errors import InputError
 
@@ -61,7 +61,9 @@ def for_json(value: Any) -> Any:
     """numpy's numbers as Python's, and torch's devices and dtypes by their names: what JSON can hold."""
     if isinstance(value, np.generic):
         return value.item()
-    if isinstance(value, torch.dtype | torch.device):
+    # Whoever has a value of torch's has imported it; a page or a help text is shown without waiting for it.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.dtype | torch.device):
         return str(value).removeprefix("torch.")
     return tuple(map(for_json, value)) if type(value) is tuple else value
 

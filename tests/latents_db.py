@@ -119,7 +119,7 @@ def _write_latents(db: Any, idx: np.ndarray, acts: np.ndarray, tokens: np.ndarra
         words, counts = np.unique(tokens.ravel()[rows[mine]], return_counts=True)
         ranked = words[np.argsort(-counts, kind="stable")][:8].tolist()
         title = " · ".join(WORDS[word] for word in ranked[:3])
-        dense = density[latent] > 0.01
+        dense = bool(density[latent] > 0.01)
         fact = (
             latent,
             len(mine),

@@ -13,12 +13,7 @@ import tyro
 
 from saefast.cli.counts import HELP, meant
 from saefast.cli.fields import rules
-from saefast.data.provenance import recorded_data
 from saefast.errors import InputError
-from saefast.harvest.reharvest import TOKENS, what_is_missing
-from saefast.models.sae import CONFIG
-from saefast.training.progress import silent
-from saefast.training.run_folder import read_config
 
 T = TypeVar("T")
 
@@ -110,6 +105,12 @@ def named(files: list[Path], draw: Callable[[], list[Path]]) -> str:
 
 def announce_harvest(run: Path, data: str | None) -> None:
     """Says so where a command begins with a harvest that was not asked for: of a run that trained live."""
+    # These wait for torch, and a command that shows a file is there before.
+    from saefast.data.provenance import recorded_data
+    from saefast.harvest.reharvest import TOKENS, what_is_missing
+    from saefast.models.sae import CONFIG
+    from saefast.training.run_folder import read_config
+
     if data is not None or not (run / CONFIG).is_file():
         return
     live = what_is_missing(run, recorded_data(read_config(run)[0].metadata, run))
@@ -133,6 +134,8 @@ class LogLines:
         now, total = time.monotonic(), line["details/total_steps"]
         if now - self._last < self._seconds and line["step"] < total:
             return
+        from saefast.training.progress import silent
+
         self._last = now
         print(
             f"step {line['step']}/{total}  loss {line['losses/overall_loss']:.4f}  FVU {line['fvu']:.4f}  "

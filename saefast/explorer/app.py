@@ -33,7 +33,7 @@ def make_app(explorer: Explorer) -> ASGIApp:
         return _in_words(explorer, request, error)
 
     app = Starlette(routes=routes, exception_handlers={HTTPException: failed, InputError: failed, Exception: failed})
-    return Guard(app, explorer.token, explorer.port)
+    return Guard(app, explorer.token, explorer.port, explorer.ticket)
 
 
 def _in_words(explorer: Explorer, request: Request, error: Exception) -> Response:

@@ -43,10 +43,11 @@ class Guard:
     Args:
         app: what is guarded.
         token: what opens it. port: where it is served, as a Host header names it.
+        ticket: what opens it once.
     """
 
-    def __init__(self, app: ASGIApp, token: str, port: int) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: ASGIApp, token: str, port: int, ticket: str = "") -> None:
+        self.app, self.token, self.ticket = app, token, ticket
         names = ("127.0.0.1", "localhost")
         self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
         # Cookies are shared by all ports of a machine: two explorers must not take each other's.
@@ -69,13 +70,21 @@ class Guard:
             return PlainTextResponse("Only GET and POST are known here.", 405, {"Allow": "GET, HEAD, POST"})
         query = parse_qs(scope["query_string"].decode("latin-1"))
         if "token" in query and scope["method"] != "POST":
-            return self._let_in(scope, headers) if self._is_token(query["token"]) else _refused(_CLOSED)
+            welcome = self._is_token(query["token"]) or self._is_ticket(query["token"])
+            return self._let_in(scope, headers) if welcome else _refused(_CLOSED)
         if not self._is_token([_cookie(headers, self.cookie)]):
             return _refused(_CLOSED)
         return _refused("Labels are written from this page alone.") if _foreign(scope, headers) else None
 
     def _is_token(self, given: list[str]) -> bool:
         return len(given) == 1 and hmac.compare_digest(given[0].encode(), self.token.encode())
+
+    def _is_ticket(self, given: list[str]) -> bool:
+        """Whether this is the ticket, which is used up by that."""
+        good = bool(self.ticket) and len(given) == 1 and hmac.compare_digest(given[0].encode(), self.ticket.encode())
+        if good:
+            self.ticket = ""
+        return good
 
     def _let_in(self, scope: Scope, headers: Headers) -> Response:
         """Leaves the cookie and leads to the address without the token."""

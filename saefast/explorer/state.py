@@ -59,7 +59,9 @@ class Explorer:
         run: its folder. other: of a second run, to compare with.
         latents: its latents.db, None where there is none yet; views that need it read `db`.
         why: why there is none, in a sentence.
-        port: where the page is served; token: what opens it; form_key: what a form that writes sends along.
+        port: where the page is served. token: what opens it. ticket: what opens it once; a browser that is started
+            is given this, for its command line can be read by others on the machine.
+        form_key: what a form that writes sends along.
     """
 
     run: Path
@@ -68,6 +70,7 @@ class Explorer:
     why: str = ""
     port: int = DEFAULT_PORT
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    ticket: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     form_key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     templates: jinja2.Environment = field(default_factory=templates)
 
@@ -102,9 +105,9 @@ class Explorer:
         shared = {"request": request, "explorer": self, "views": views, "meta": meta, "status": status}
         return HTMLResponse(self.templates.get_template(template).render(shared | values), status)
 
-    def address(self) -> str:
-        """What a browser opens, token included."""
-        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+    def address(self, token: str) -> str:
+        """What a browser opens."""
+        return f"http://127.0.0.1:{self.port}/?token={token}"
 
 
 def as_json(value: Any, status: int = 200) -> JSONResponse:

@@ -1,0 +1,172 @@
+"""`saefast explore`: what it says, where it serves, what opens it, and how it ends."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from hanging import HANG
+from latents_db import make_db
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from saefast.cli import explore
+from saefast.cli import main as cli
+from saefast.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+# Says so if torch was imported, and is otherwise `python -m saefast`.
+PROGRAM = """
+import sys
+from saefast.cli.main import main
+code = main(sys.argv[1:])
+print("torch" if "torch" in sys.modules else "no torch")
+sys.exit(code)
+"""
+
+
+@contextmanager
+def started(run: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command in a process of its own, and the address that it printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "explore", str(run), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+    )
+    assert process.stdout is not None
+    address = ""
+    try:
+        while line := process.stdout.readline():
+            if found := re.search(r"http://\S+", line):
+                address = found[0]
+            if "Ctrl-C" in line:
+                break
+        yield process, address
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def get(address: str, cookie: str = "") -> http.client.HTTPResponse:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=HANG)
+    connection.request("GET", f"{parts.path}?{parts.query}", headers={"Cookie": cookie} if cookie else {})
+    return connection.getresponse()
+
+
+def test_serves_what_its_address_opens_and_ends_at_ctrl_c(tmp_path: Path) -> None:
+    make_db(tmp_path)
+    with started(tmp_path, "--no-browser", "--port", "0") as (process, address):
+        assert get(address.partition("?")[0]).status == 403
+        opened = get(address)
+        assert opened.status == 303
+        cookie = (opened.getheader("Set-Cookie") or "").partition(";")[0]
+        assert get(address.partition("?")[0] + "static/base.css", cookie).status == 200
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=HANG)
+        assert (process.returncode, err) == (0, "")
+    # What the pages above showed needs no torch, which takes seconds to import.
+    assert out.split("\n")[-3:] == ["saefast explore has ended", "no torch", ""]
+
+
+def test_the_browser_is_given_an_address_that_works_once(tmp_path: Path) -> None:
+    """The command line of a browser is no secret on a machine of several users."""
+    make_db(tmp_path)
+    told = tmp_path / "told"
+    os.mkfifo(told)
+    browser = tmp_path / "browser"
+    browser.write_text(f"#!/bin/sh\necho \"$1\" > '{told}'\n")
+    browser.chmod(0o755)
+    with started(tmp_path, "--port", "0", env={"BROWSER": f"{browser} %s"}) as (_, address):
+        given = told.read_text().strip()
+        assert given.partition("=")[0] == address.partition("=")[0]
+        assert given != address
+        assert [get(given).status, get(given).status, get(address).status] == [303, 403, 303]
+
+
+def test_the_default_port_gives_way_and_one_that_was_asked_for_does_not() -> None:
+    with closing(explore.listening(None)) as first, closing(explore.listening(None)) as second:
+        ports = [listener.getsockname() for listener in (first, second)]
+        assert ports[0][1] < ports[1][1] < explore.FIRST_PORT + explore.PORTS_TRIED
+        assert {host for host, _ in ports} == {"127.0.0.1"}
+        with pytest.raises(InputError, match=rf"port {ports[0][1]} is taken: give another, or leave --port out"):
+            explore.listening(ports[0][1])
+
+
+def test_says_so_where_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        monkeypatch.setattr(explore, "FIRST_PORT", taken.getsockname()[1])
+        monkeypatch.setattr(explore, "PORTS_TRIED", 1)
+        with pytest.raises(InputError, match="are all taken"):
+            explore.listening(None)
+
+
+def damaged(folder: Path) -> None:
+    make_db(folder).write_bytes(b"SQLite format 3\0" + b"\xff" * 5000)
+
+
+def older(folder: Path) -> None:
+    import sqlite3
+
+    with closing(sqlite3.connect(make_db(folder))) as db:
+        db.execute("PRAGMA user_version = 0")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (make_db, ["--port", "65536"], "port is 65536: expected 1 to 65535, or 0 for any that is free"),
+        (make_db, ["--port", "-1"], "port is -1"),
+        (make_db, ["nowhere"], "other is nowhere: expected the folder of a run"),
+        (damaged, [], "latents.db is damaged, or no SQLite file"),
+        (older, [], "latents.db is version 0: expected version"),
+    ],
+)
+def test_bad_input_is_one_line(
+    make: object, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)  # type: ignore[operator]
+    assert cli.main(["explore", str(tmp_path), "--no-browser", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_no_folder_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explore", str(tmp_path / "nothing")]) == 2
+    assert "nothing: expected the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "jinja2"])
+def test_without_its_packages_it_names_the_extra(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_db(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("saefast.explorer")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    # Served without a package, it would never end.
+    monkeypatch.setattr(explore, "serve", lambda *_: None)
+    assert cli.main(["explore", str(tmp_path), "--no-browser"]) == 2
+    assert f"the package {package} is missing: pip install 'saefast[explore]'" in capsys.readouterr().err
+
+
+def test_a_run_that_trains_is_served_for_its_curves(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    latents, why = explore.open_latents(tmp_path)
+    assert latents is None
+    assert "still training" in why
