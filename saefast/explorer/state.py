@@ -59,6 +59,7 @@ class Explorer:
         run: its folder. other: of a second run, to compare with.
         latents: its latents.db, None where there is none yet; views that need it read `db`.
         why: why there is none, in a sentence.
+        model, data: where the model that was harvested and the harvest are, where the run's config leads to neither.
         port: where the page is served. token: what opens it. ticket: what opens it once; a browser that is started
             is given this, for its command line can be read by others on the machine.
         form_key: what a form that writes sends along.
@@ -68,6 +69,8 @@ class Explorer:
     latents: LatentsDB | None = None
     other: Path | None = None
     why: str = ""
+    model: str | None = None
+    data: str | None = None
     port: int = DEFAULT_PORT
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     ticket: str = field(default_factory=lambda: secrets.token_urlsafe(24))
