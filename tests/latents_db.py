@@ -31,6 +31,8 @@ def make_db(
     contexts = _write_sequences(db, tokens, idx, acts, texts)
     _write_latents(db, idx, acts, tokens, contexts, n_latents)
     _write_relatives(db, rng, n_latents)
+    best = "row_number() OVER (ORDER BY score DESC, latent) - 1"
+    db.execute(f"INSERT INTO telling SELECT {best}, latent FROM latents WHERE latent % 4 = 1 LIMIT 1000")
     facts = _meta(n_latents, tokens, k) | meta
     db.executemany("INSERT INTO meta VALUES (?, ?)", [(name, json.dumps(value)) for name, value in facts.items()])
     finish(db)

@@ -17,7 +17,7 @@ import numpy as np
 from saefast.errors import InputError
 from saefast.latents.schema import BINS, connect
 
-Sort = Literal["latent", "density", "mean_act", "max_act", "score"]
+Sort = Literal["telling", "latent", "density", "mean_act", "max_act", "score"]
 LONGEST_LABEL = 1000
 
 
@@ -108,7 +108,9 @@ class Codes(NamedTuple):
 
 _CONTEXT = "SELECT context, sequence, start, stop, text, lengths FROM contexts"
 _LATENT = "l.latent, n_fired, density, mean_act, max_act, score, dead, dense, title, coalesce(labels.text, '')"
-_FROM = "FROM latents l LEFT JOIN labels USING (latent)"
+_JOIN_LABELS = "LEFT JOIN labels ON labels.latent = l.latent"
+_FROM = f"FROM latents l {_JOIN_LABELS}"
+_IS_TELLING = "l.latent IN (SELECT latent FROM telling)"
 _SORTS: dict[str, str] = {name: f"l.{name}" for name in ("latent", "density", "mean_act", "max_act", "score")}
 
 
@@ -170,16 +172,29 @@ class LatentsDB:
         """Some latents in an order, and how many there are in all.
 
         Args:
-            sort: by which column; latents with none there (score without tokens) come last.
+            sort: by which column; latents with none there (score without tokens) come last. "telling" has the most
+                telling ones first, as `telling`, and then all others by their score.
             dead, dense: only those that are, or are not. labelled: only those with a label.
             density: only those from the first to the second, both included.
         """
         where, values = _where(dead, dense, labelled, density)
-        (total,) = self.query(f"SELECT count(*) {_FROM} {where}", values)[0]
-        column, direction = _SORTS[sort], "DESC" if descending else "ASC"
-        order = f"{column} {direction} NULLS LAST, l.latent"
-        sql = f"SELECT {_LATENT} {_FROM} {where} ORDER BY {order} LIMIT ? OFFSET ?"
-        return [_latent(row) for row in self.query(sql, [*values, limit, offset])], int(total)
+        found: list[Latent] = []
+        total = 0
+        for source, filters, order in _parts(sort, descending, where):
+            (here,) = self.query(f"SELECT count(*) {source} {filters}", values)[0]
+            first, missing = max(offset - total, 0), limit - len(found)
+            total += int(here)
+            if first < here and missing > 0:
+                sql = f"SELECT {_LATENT} {source} {filters} ORDER BY {order} LIMIT ? OFFSET ?"
+                found += [_latent(row) for row in self.query(sql, [*values, missing, first])]
+        return found, total
+
+    def telling(self, n: int | None = None) -> list[int]:
+        """The most telling latents, best first: each of other tokens than those before it. At most n, None is all."""
+        return [
+            latent
+            for (latent,) in self.query("SELECT latent FROM telling ORDER BY rank LIMIT ?", (-1 if n is None else n,))
+        ]
 
     def histogram(self, latent: int) -> np.ndarray:
         """(BINS,) int32 firings by activation, bins of equal width from 0 to the largest; zeros for a dead latent."""
@@ -342,7 +357,7 @@ def _where(
     dead: bool | None, dense: bool | None, labelled: bool, density: tuple[float, float] | None
 ) -> tuple[str, list[Any]]:
     """A WHERE clause and its values."""
-    terms: list[str] = []
+    terms: list[str] = ["true"]
     values: list[Any] = []
     for name, wanted in (("dead", dead), ("dense", dense)):
         if wanted is not None:
@@ -353,4 +368,17 @@ def _where(
     if density is not None:
         terms.append("density BETWEEN ? AND ?")
         values.extend(density)
-    return (f"WHERE {' AND '.join(terms)}" if terms else ""), values
+    return f"WHERE {' AND '.join(terms)}", values
+
+
+def _parts(sort: Sort, descending: bool, where: str) -> list[tuple[str, str, str]]:
+    """FROM, WHERE and ORDER BY of what follows each other on pages: each is found by an index, so no page is slow."""
+    direction = "DESC" if descending else "ASC"
+    if sort != "telling":
+        return [(_FROM, where, f"{_SORTS[sort]} {direction} NULLS LAST, l.latent")]
+    first = f"FROM telling JOIN latents l ON l.latent = telling.latent {_JOIN_LABELS}"
+    parts = [
+        (first, where, f"rank {'ASC' if descending else 'DESC'}"),
+        (_FROM, f"{where} AND NOT {_IS_TELLING}", f"score {direction} NULLS LAST, l.latent"),
+    ]
+    return parts if descending else parts[::-1]

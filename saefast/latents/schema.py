@@ -42,6 +42,9 @@ CREATE TABLE latents (
     title TEXT NOT NULL
 );
 
+-- The most telling latents, rank 0 first, each of other tokens than those before it; see choice.TELLING.
+CREATE TABLE telling (rank INTEGER PRIMARY KEY, latent INTEGER NOT NULL);
+
 -- counts: BINS of int32, firings by activation. Dead latents have none.
 CREATE TABLE histograms (latent INTEGER PRIMARY KEY, counts BLOB NOT NULL);
 

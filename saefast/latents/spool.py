@@ -23,8 +23,8 @@ from saefast.errors import InputError
 from saefast.models.sae import SAE
 
 Advance = Callable[[int], None]
-# Entries in memory where they are sorted by latent: about 40 bytes each while that is done.
-MOST_ENTRIES = 1 << 24
+# Entries in memory where they are sorted by latent and then by token: about 100 bytes each while that is done.
+MOST_ENTRIES = 1 << 23
 # Latents looked at together, because what is found of each is in memory as well.
 MOST_LATENTS = 1 << 14
 # Entries looked through at a time for those of a range of latents.
@@ -157,16 +157,19 @@ def _where(batch: Located, row: int) -> str:
     return f" (sequence {int(batch.seq[row])}, position {int(batch.pos[row])})"
 
 
+def _unnamed(folder: Path) -> IO[bytes]:
+    return tempfile.TemporaryFile(dir=folder)
+
+
 class _Writer:
     """Appends the codes of batches to files without names."""
 
     def __init__(self, n_latents: int, folder: Path) -> None:
         self.n_latents, self.n_rows = n_latents, 0
         self._open = ExitStack()
-        self._files: dict[str, IO[bytes]] = {
-            name: self._open.enter_context(tempfile.TemporaryFile(dir=folder))
-            for name in ("row_ptr", "idx", "acts", "sequence", "position")
-        }
+        self._files: dict[str, IO[bytes]] = {}
+        for name in ("row_ptr", "idx", "acts", "sequence", "position"):
+            self._files[name] = self._open.enter_context(_unnamed(folder))
         self._n_entries = 0
         self._write("row_ptr", np.zeros(1, np.int64), np.int64)
         self._n_fired = np.zeros(n_latents, np.int64)

@@ -6,67 +6,31 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
+from latents_db import make_db
 
 from saefast.analysis.feature_table import Feature, FeatureTable, Snippet, TokenShare, make_table
-from saefast.analysis.features import collect
 from saefast.analysis.plots import draw_curves, draw_density, draw_features
 from saefast.analysis.report import to_html, to_markdown, write_features
-from saefast.data.mapped_source import MappedSource
-from saefast.data.opening import open_source
 from saefast.errors import InputError
-from saefast.harvest.to_disk import HarvestConfig, harvest
-from saefast.models.config import SAEConfig
-from saefast.models.sae import SAE
+from saefast.latents.database import LatentsDB
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.fixture(scope="module")
-def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("acts")
-    config = HarvestConfig(hooks=("layers.1",), ctx_len=24, dtype="float32", heldout=0.2, device="cpu")
-    documents = tiny_models.documents(80)
-    harvest(
-        folder,
-        config,
-        model=tiny_models.model("bert"),
-        tokenizer=tiny_models.tokenizer(),
-        text=documents,
-        progress=False,
-    )
-    return folder
-
-
-def test_table_from_a_harvest(harvested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saefast.analysis.choice.MOST_DENSE", 0.5)
-    source = open_source(harvested)
-    assert isinstance(source, MappedSource)
-    assert source.folder is not None
-    sae = SAE(SAEConfig(d_in=16, n_latents=40, k=3), seed=0)
-    batches = list(source.located("heldout", 64)) + list(source.located("train", 64))
-    stats = collect(sae, iter(batches), tokens_of=source.folder.token_ids, vocabulary=66)
-    x = torch.cat([b.x for b in batches])
-    seq, pos = (torch.cat([getattr(b, name) for b in batches]) for name in ("seq", "pos"))
-    dense = sae.encode(x).detach()
-    assert torch.equal(stats.sparsity.counts, (dense > 0).sum(0))
-    ids = torch.tensor([int(source.folder.tokens(int(s))[int(p)]) for s, p in zip(seq, pos, strict=True)])
-    assert torch.equal(stats.token_counts, torch.bincount(ids, minlength=66))
-    monkeypatch.setattr("saefast.analysis.feature_table._BATCH", 7)  # so that a sequence is encoded in several goes
-    table = make_table(sae, source, stats, tiny_models.tokenizer(), None, n=5, contexts=3)
-    assert table.features
-    where = {(int(s), int(p)): row for row, (s, p) in enumerate(zip(seq, pos, strict=True))}
-    for feature in table.features:
-        strongest = feature.snippets[0]
-        assert 1 <= len(feature.snippets) <= 3
-        # The peak shown is a firing of this latent, with its own activation, on one of the text's words.
-        place = int(stats.top.places[feature.latent, 0])
-        act = float(dense[where[place >> 16, place & 0xFFFF], feature.latent])
-        assert max(max(s.acts) for s in feature.snippets) == pytest.approx(act, rel=1e-4)
-        assert strongest.acts[strongest.peak] == pytest.approx(max(strongest.acts[strongest.peak], 1e-9))
-        assert strongest.texts[strongest.peak].strip() in [*tiny_models.WORDS, "a"]
-        assert all(a <= feature.max_act * (1 + 1e-5) for s in feature.snippets for a in s.acts)
+def test_the_table_is_what_the_database_holds(tmp_path: Path) -> None:
+    db = LatentsDB(make_db(tmp_path))
+    found = make_table(db, [7, 3], contexts=2)
+    assert [feature.latent for feature in found.features] == [7, 3]
+    for feature in found.features:
+        facts = db.latent(feature.latent)
+        assert (feature.n_fired, feature.max_act, feature.density) == (facts.n_fired, facts.max_act, facts.density)
+        assert [t.token for t in feature.tokens] == [t.token for t in db.tokens_of(feature.latent) if t.own]
+        assert len(feature.snippets) == 2
+        for snippet, example in zip(feature.snippets, db.examples(feature.latent, 0), strict=False):
+            assert snippet.texts == example.context.pieces
+            assert snippet.acts[snippet.peak] == max(snippet.acts) == pytest.approx(example.act)
+    assert "40 latents" in found.about
 
 
 def table() -> FeatureTable:

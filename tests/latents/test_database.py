@@ -27,6 +27,25 @@ def test_pages_are_all_latents_in_order(db: LatentsDB) -> None:
         assert values == sorted(values, reverse=True)
 
 
+def test_the_most_telling_come_first_and_then_all_others_by_score(db: LatentsDB) -> None:
+    chosen = db.telling()
+    assert len(chosen) == len(set(chosen)) == 10
+    assert db.telling(3) == chosen[:3]
+    rest = [row.latent for row in db.page("score", limit=40)[0] if row.latent not in chosen]
+    for descending, expected in ((True, chosen + rest), (False, (chosen + rest)[::-1])):
+        parts = [db.page("telling", descending, offset=start, limit=7) for start in range(0, 42, 7)]
+        rows = [row for part, _ in parts for row in part]
+        assert {total for _, total in parts} == {40}
+        if descending:
+            assert [row.latent for row in rows] == expected
+        else:  # latents of one score keep their order
+            assert [row.score for row in rows[:30]] == sorted(row.score or 0 for row in rows[:30])
+            assert [row.latent for row in rows[30:]] == chosen[::-1]
+    alive, total = db.page("telling", dead=False, limit=100)
+    assert total == len(alive) == 39
+    assert db.page("telling", offset=40) == ([], 40)
+
+
 def test_pages_are_filtered(db: LatentsDB) -> None:
     assert [row.latent for row in db.page(dead=True)[0]] == [0]
     alive, total = db.page(dead=False, limit=100)

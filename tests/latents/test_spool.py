@@ -7,51 +7,18 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from spooled import KINDS, UNEVEN, L, N, batches, dense, made, rows
 
 from saefast.data.mapped_source import Located
 from saefast.errors import InputError
 from saefast.latents.spool import Spool, spool_codes
-from saefast.models.config import SAEConfig
-from saefast.models.sae import SAE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-L, D, N = 40, 8, 230
-KINDS = ("topk", "batchtopk", "jumprelu", "relu", "gated", "groupmax")
-
-
-def made(kind: str) -> SAE:
-    """An SAE whose latents fire on some rows: thresholds are set where the architecture has them."""
-    config = SAEConfig(d_in=D, n_latents=L, k=4, activation=kind)
-    sae = SAE(config, seed=0).requires_grad_(False)
-    sae.b_enc -= 0.3
-    for name, buffer in sae.named_buffers():
-        if name == "threshold":
-            buffer.fill_(0.4)
-    return sae
-
-
-def rows(n: int = N, seed: int = 0) -> Tensor:
-    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed))
-
-
-def batches(x: Tensor, size: int = 37) -> list[Located]:
-    """Sequences of 23 rows, numbered from 500 downwards."""
-    numbers = torch.arange(len(x))
-    seq, pos = (500 - numbers // 23).int(), (numbers % 23).to(torch.int16)
-    return [Located(x[part], seq[part], pos[part]) for part in numbers.split(size)]
-
-
-def dense(spool: Spool) -> np.ndarray:
-    found = np.zeros((spool.n_rows, spool.n_latents), np.float32)
-    for row in range(spool.n_rows):
-        part = slice(spool.row_ptr[row], spool.row_ptr[row + 1])
-        found[row, spool.idx[part]] = spool.acts[part]
-    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -64,7 +31,7 @@ def test_the_spool_holds_the_dense_code(kind: str, tmp_path: Path) -> None:
     assert len(spool.idx) == len(spool.acts) == np.count_nonzero(expected) > N
     assert np.array_equal(spool.n_fired, (expected > 0).sum(0))
     assert sum(done) == spool.n_rows == N
-    if kind in ("batchtopk", "jumprelu", "relu", "gated"):
+    if kind in UNEVEN:
         assert len(set(np.diff(spool.row_ptr).tolist())) > 2
     assert list(tmp_path.iterdir()) == []
 
@@ -166,9 +133,13 @@ def test_what_is_not_finite_is_refused_with_its_place(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def full_disk(dir: Path) -> IO[bytes]:
+    return os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saefast.latents.spool.tempfile.TemporaryFile", lambda dir: Path("/dev/full").open("wb"))
+    monkeypatch.setattr("saefast.latents.spool.tempfile.TemporaryFile", full_disk)
     with pytest.raises(OSError) as found:
         spool_codes(made("topk"), batches(rows()), tmp_path)
     assert found.value.errno == errno.ENOSPC
