@@ -14,7 +14,7 @@ from saefast.latents.schema import LATENTS_DB
 
 pytestmark = pytest.mark.browser
 
-PAGES = ("/training", "/map")
+PAGES = ("/training", "/map", "/text")
 # Of these, texts of the data are on every page.
 FULL = ("/", "/?q=onerror", "/latent/2")
 
