@@ -108,9 +108,9 @@ class Codes(NamedTuple):
 
 _CONTEXT = "SELECT context, sequence, start, stop, text, lengths FROM contexts"
 _LATENT = "l.latent, n_fired, density, mean_act, max_act, score, dead, dense, title, coalesce(labels.text, '')"
-_JOIN_LABELS = "LEFT JOIN labels ON labels.latent = l.latent"
-_FROM = f"FROM latents l {_JOIN_LABELS}"
-_IS_TELLING = "l.latent IN (SELECT latent FROM telling)"
+_FROM = "FROM latents l LEFT JOIN labels ON labels.latent = l.latent"
+_ALL = "FROM latents l"
+_TELLING = "FROM telling JOIN latents l ON l.latent = telling.latent"
 _SORTS: dict[str, str] = {name: f"l.{name}" for name in ("latent", "density", "mean_act", "max_act", "score")}
 
 
@@ -178,16 +178,31 @@ class LatentsDB:
             density: only those from the first to the second, both included.
         """
         where, values = _where(dead, dense, labelled, density)
-        found: list[Latent] = []
-        total = 0
-        for source, filters, order in _parts(sort, descending, where):
-            (here,) = self.query(f"SELECT count(*) {source} {filters}", values)[0]
-            first, missing = max(offset - total, 0), limit - len(found)
-            total += int(here)
-            if first < here and missing > 0:
-                sql = f"SELECT {_LATENT} {source} {filters} ORDER BY {order} LIMIT ? OFFSET ?"
-                found += [_latent(row) for row in self.query(sql, [*values, missing, first])]
-        return found, total
+        (total,) = self.query(f"SELECT count(*) {_ALL} {where}", values)[0]
+        ids: list[int] = []
+        for (source, filters, order), size in self._parts(sort, descending, where, values, int(total)):
+            missing = limit - len(ids)
+            if offset < size and missing > 0:
+                # Only numbers, so that what comes before the page is passed over in an index.
+                sql = f"SELECT l.latent {source} {filters} ORDER BY {order} LIMIT ? OFFSET ?"
+                ids += [latent for (latent,) in self.query(sql, [*values, missing, max(offset, 0)])]
+            offset -= size
+        return self.latents(ids), int(total)
+
+    def _parts(
+        self, sort: Sort, descending: bool, where: str, values: list[Any], total: int
+    ) -> list[tuple[tuple[str, str, str], int]]:
+        """FROM, WHERE and ORDER BY of what follows each other on pages, and how many latents each has."""
+        direction = "DESC" if descending else "ASC"
+        if sort != "telling":
+            return [((_ALL, where, f"{_SORTS[sort]} {direction} NULLS LAST, l.latent"), total)]
+        (n,) = self.query(f"SELECT count(*) {_TELLING} {where}", values)[0]
+        rest = f"{where} AND l.latent NOT IN (SELECT latent FROM telling)"
+        parts = [
+            ((_TELLING, where, f"rank {'ASC' if descending else 'DESC'}"), int(n)),
+            ((_ALL, rest, f"score {direction} NULLS LAST, l.latent"), total - int(n)),
+        ]
+        return parts if descending else parts[::-1]
 
     def telling(self, n: int | None = None) -> list[int]:
         """The most telling latents, best first: each of other tokens than those before it. At most n, None is all."""
@@ -364,21 +379,9 @@ def _where(
             terms.append(f"{name} = ?")
             values.append(int(wanted))
     if labelled:
-        terms.append("labels.text IS NOT NULL")
+        terms.append("l.latent IN (SELECT latent FROM labels)")
     if density is not None:
-        terms.append("density BETWEEN ? AND ?")
+        # With the plus, the index of the order is read, and not that of density and then sorted.
+        terms.append("+density BETWEEN ? AND ?")
         values.extend(density)
     return f"WHERE {' AND '.join(terms)}", values
-
-
-def _parts(sort: Sort, descending: bool, where: str) -> list[tuple[str, str, str]]:
-    """FROM, WHERE and ORDER BY of what follows each other on pages: each is found by an index, so no page is slow."""
-    direction = "DESC" if descending else "ASC"
-    if sort != "telling":
-        return [(_FROM, where, f"{_SORTS[sort]} {direction} NULLS LAST, l.latent")]
-    first = f"FROM telling JOIN latents l ON l.latent = telling.latent {_JOIN_LABELS}"
-    parts = [
-        (first, where, f"rank {'ASC' if descending else 'DESC'}"),
-        (_FROM, f"{where} AND NOT {_IS_TELLING}", f"score {direction} NULLS LAST, l.latent"),
-    ]
-    return parts if descending else parts[::-1]
