@@ -13,10 +13,12 @@ _HANDY = 40
 
 _CLOSERS = "\"'”’»)\\]}*_`"
 # A sentence ends with these and a space; with those of scripts that write no space, or have no small letters, at once.
+# Each run of signs, of spaces and of lines is gone through once, however long it is.
 _END = re.compile(
-    rf"(?P<sign>[.!?…‼⁇⁈⁉]+)[{_CLOSERS}]*(?=\s|\Z)|[。！？｡؟۔।॥።]+[」』”’）】》〉{_CLOSERS}]*|(?P<line>[^\S\n]*\n)"
+    rf"(?<![.!?…‼⁇⁈⁉])(?P<sign>[.!?…‼⁇⁈⁉]++)[{_CLOSERS}]*+(?=\s|\Z)"
+    rf"|[。！？｡؟۔।॥።]++[」』”’）】》〉{_CLOSERS}]*+|(?P<lines>\n(?:[^\S\n]*+\n)*+)"
 )
-_LINE_ENDS = re.compile(r"[^\S\n]*\n(?:[^\S\n]*\n)*")
+_LINES = re.compile(r"[^\S\n]*+\n(?:[^\S\n]*+\n)*+")
 _WORD_BEFORE = re.compile(r"[^\s(\[{\"'“‘«]*\Z")
 # What ends with a full stop inside a sentence, besides single letters and numbers of a list.
 _ABBREVIATIONS = set(
@@ -94,19 +96,19 @@ def sentence_ends(text: str) -> list[tuple[int, bool]]:
     cased = text != text.lower()
     ends = []
     for found in _END.finditer(text):
-        is_line = found["line"] is not None
-        stop = _after_lines(text, found.start() if is_line else found.end())
-        if is_line and text.count("\n", found.start(), stop) > 1:
-            ends.append((stop, False))
-        elif is_line and _line_is_whole(text, found.start(), stop):
-            ends.append((stop, True))
-        elif not is_line and _is_end(text, found.start(), found.end(), found["sign"], cased):
-            ends.append((stop, False))
+        lines = found["lines"]
+        if lines is None:
+            if _is_end(text, found.start(), found.end(), found["sign"], cased):
+                ends.append((_after_lines(text, found.end()), False))
+        elif lines.count("\n") > 1:
+            ends.append((found.end(), False))
+        elif _line_is_whole(text, found.start(), found.end()):
+            ends.append((found.end(), True))
     return ends
 
 
 def _after_lines(text: str, place: int) -> int:
-    lines = _LINE_ENDS.match(text, place)
+    lines = _LINES.match(text, place)
     return lines.end() if lines else place
 
 
@@ -134,7 +136,7 @@ def _is_end(text: str, start: int, stop: int, sign: str | None, cased: bool) -> 
 
 def _line_is_whole(text: str, start: int, stop: int) -> bool:
     """Whether a sentence, an item of a list or a line of code ends with the line that ends at `start`."""
-    line = text[text.rfind("\n", 0, start) + 1 : start]
+    line = text[text.rfind("\n", 0, start) + 1 : start].rstrip()
     after = text[stop : stop + 40]
     last, first = line[-1:], after.lstrip()[:1]
     if line.lstrip().startswith(">>> ") and not after.lstrip().startswith(">>> "):

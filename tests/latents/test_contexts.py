@@ -116,6 +116,15 @@ def test_no_context_begins_inside_a_character_where_another_place_is_near() -> N
     assert all(pieces[stop - 1] for stop in stops)
 
 
+@pytest.mark.parametrize("piece", ["." * 16, " " * 16, "\n" * 16, " \n" * 8, "!*" * 8, "。" * 16, "-" * 16, "(", '."'])
+def test_a_long_run_of_anything_is_gone_through_once(piece: str) -> None:
+    """Where each of 300,000 signs looked at all that follow it, this would not end."""
+    pieces = [" Begin", *[piece] * 20_000, " end"]
+    stops = cut(pieces, [False] * len(pieces))
+    assert stops[-1] == len(pieces)
+    assert max(np.diff([0, *stops])) <= LONGEST
+
+
 def test_what_differs_in_a_word_or_a_number_is_a_near_duplicate() -> None:
     families = [
         [
