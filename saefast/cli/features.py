@@ -153,13 +153,17 @@ def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str 
 
 def _built(stack: Stack, source: MappedSource, path: Path, model: Any, tokenizer: Any, rows: int) -> LatentsDB:
     given, index = model, {} if source.folder is None else source.folder.index
+    # Images are read with the processor beside the model.
+    processor = model if facts.kind_of(source) == "images" and isinstance(model, str | Path) else None
     if facts.kind_of(source) == "text":
         tokenizer = harvested_tokenizer(index, tokenizer, model)
         model = _model(index, given)
     else:
         tokenizer = model = None
     with _bar() as shown, _ended_in_order():
-        return build_latents(stack, source, path, tokenizer=tokenizer, model=model, rows=rows, progress=shown)
+        return build_latents(
+            stack, source, path, tokenizer=tokenizer, model=model, processor=processor, rows=rows, progress=shown
+        )
 
 
 def _model(index: dict[str, Any], given: Any) -> Any:

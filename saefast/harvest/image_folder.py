@@ -52,14 +52,15 @@ class ImageFolder(FileItems):
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror or error})") from None
         try:
-            image = _opened(content)
+            image = image_of(content)
         except Exception as error:  # each of Pillow's formats has errors of its own
             why = str(error).partition(" <")[0]
             raise Unreadable(f"is no image that opens ({type(error).__name__}: {why[:80]})") from None
         return tensors_of(processed(self._processor, images=image)), None
 
 
-def _opened(content: bytes) -> Any:
+def image_of(content: bytes) -> Any:
+    """A file's content as a model's image processor is given it. Raises whatever Pillow does."""
     from PIL import Image, ImageOps
 
     with warnings.catch_warnings():

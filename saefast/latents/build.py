@@ -29,6 +29,7 @@ from saefast.latents.codes import write_codes
 from saefast.latents.contexts import Contexts, write_sequences
 from saefast.latents.database import LatentsDB
 from saefast.latents.examples import examples
+from saefast.latents.images import MOST, write_images
 from saefast.latents.inserts import carry_labels, check_ours, insert, insert_array, insert_meta, insert_ranked
 from saefast.latents.logit_weights import Unembedding, logit_weights, unembedding
 from saefast.latents.neighbours import neighbours
@@ -58,6 +59,7 @@ def build_latents(
     *,
     tokenizer: Any = None,
     model: Any = None,
+    processor: Any = None,
     rows: int = ROWS,
     progress: Shown | None = None,
 ) -> LatentsDB:
@@ -69,6 +71,7 @@ def build_latents(
         tokenizer: of the rows' text; None is for rows of something else.
         model: that was harvested; its input embedding says how alike tokens are, and its unembedding what latents
             write. None does without.
+        processor: of the images that rows are of, or a folder or name that it loads from; see `write_images`.
         rows: how many to encode: held-out ones first, then others.
         progress: is told the step under way and the share of all work that is done.
 
@@ -84,7 +87,7 @@ def build_latents(
     path.parent.mkdir(parents=True, exist_ok=True)
     stack = sae if isinstance(sae, Stack) else Stack([Part(sae)])
     with replacing(path) as temporary, closing(create(temporary)) as db, _writing(db):
-        build = _Build(stack, source, db, tokenizer, model, min(rows, facts.available(source)), progress)
+        build = _Build(stack, source, db, tokenizer, model, processor, min(rows, facts.available(source)), progress)
         # Its embeddings are all that is needed from here on.
         del model
         build.fill(path)
@@ -130,10 +133,12 @@ class _Build:
         db: sqlite3.Connection,
         tokenizer: Any,
         model: Any,
+        processor: Any,
         n_rows: int,
         progress: Shown | None,
     ) -> None:
         self.stack, self.source, self.db, self.n_rows = stack, source, db, n_rows
+        self.processor = processor
         self.sae, self.kind = stack.parts[-1].sae, facts.kind_of(source)
         self.decoder = facts.decoder_of(self.sae)
         self.texts = None if tokenizer is None or self.kind != "text" else Texts(tokenizer)
@@ -155,6 +160,7 @@ class _Build:
             "latents": 1e5 * entries + 1e8 * L,
             "scores": 2e7 * L,
             "neighbours": L * L * d,
+            "images": 2e9 * self._most_images(),
             "logits": 0 if isinstance(self.unembedding, str) else L * self.unembedding.weight.numel(),
             "indexes": 1e7 * L,
         }
@@ -178,7 +184,7 @@ class _Build:
         cosine = self._latents(spool, found, tokens)
         self._relatives(spool)
         self._logits()
-        insert_meta(self.db, about)
+        insert_meta(self.db, about | self._images(spool))
         insert_meta(
             self.db,
             {
@@ -192,6 +198,17 @@ class _Build:
             },
         )
         self.steps.begin("indexes", 1)
+
+    def _most_images(self) -> int:
+        """How many images may have to be read."""
+        return min(self.source.folder.n_sequences, MOST) if self.kind == "images" and self.source.folder else 0
+
+    def _images(self, spool: Spool) -> dict[str, Any]:
+        """The table of images, and what is known of them; nothing where rows are of none."""
+        if self.kind != "images" or self.source.folder is None:
+            return {}
+        advance = self.steps.begin("images", self._most_images())
+        return write_images(self.db, spool, self.source.folder, self.processor, advance)
 
     def _spooled(self, path: Path) -> Spool:
         # Codes of any width are padded to the fullest row's.

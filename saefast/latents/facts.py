@@ -64,6 +64,7 @@ def row_facts(source: MappedSource, n_rows: int) -> dict[str, Any]:
     return {
         "source": source.source_name,
         "data": str(index.get("text") or (source.source_name if source.folder is None else source.folder.path)),
+        "folder": None if source.folder is None else str(source.folder.path.resolve()),
         "rows": n_rows,
         "available": available(source),
         "digest": data_digest(source),

@@ -17,6 +17,7 @@ from saefast.data.shards import ShardFolder
 from saefast.errors import InputError
 from saefast.harvest import HarvestConfig, harvest
 from saefast.harvest.sound import samples_of
+from saefast.latents.database import LatentsDB
 
 N = 14
 
@@ -264,8 +265,17 @@ def test_from_the_command_line_to_an_evaluation(
     assert 0 < written["metrics"]["fvu"] < 1
     assert (written["about"]["kind"], written["about"]["data"]) == ("images", str(pictures))
     capsys.readouterr()
-    assert run("features", trained) == 2
-    assert "holds rows of images, not of text: they have no tokens" in capsys.readouterr().err
+    assert run("features", trained) == 0
+    db = LatentsDB(trained / "latents.db")
+    assert (db.meta["kind"], db.meta["unit"], db.meta["grid"]) == (
+        "images",
+        "patches",
+        {"rows": 4, "columns": 4, "first": 1},
+    )
+    assert db.meta["images"] == {"shown": N, "missing": 0, "whole": False, "why": None}
+    sequences = {example.context.sequence for latent in range(32) for example in db.examples(latent)}
+    assert sequences == set(range(N))
+    assert all(db.image(sequence) for sequence in sequences)
 
 
 def test_sound_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,6 +284,18 @@ def test_sound_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["harvest", "--out", tmp_path / "acts", "--model", folder, "--audio", tmp_path / "s"]
     assert run(*words, "--hook", "encoder.layers.1") == 0
     assert "frames/s" in capsys.readouterr().out
+    trained = tmp_path / "run"
+    assert run("train", tmp_path / "acts", "--out", trained, "--n-latents", "32", "--k", "4", "--n-tokens", "640",
+               "--batch-size", "32") == 0  # fmt: skip
+    assert run("features", trained) == 0
+    db = LatentsDB(trained / "latents.db")
+    assert (db.meta["kind"], db.meta["unit"], db.meta["contexts"]["why"]) == (
+        "audio",
+        "frames",
+        "sound is not shown yet",
+    )
+    assert max(db.latent(latent).max_act for latent in range(32)) > 0
+    capsys.readouterr()
     assert run(*words, "--hook", "layers.1") == 2
     assert "encoder.layers" in capsys.readouterr().err
     assert (
