@@ -241,6 +241,12 @@ def _respaced(pieces: list[str]) -> list[str]:
         apostrophe = sign == "'" and i + 1 < len(bare) and bare[i + 1] in _AFTER_APOSTROPHE
         before = bare[i - 1] if i else ""
         short = before == "'" and sign in _AFTER_APOSTROPHE
-        if sign in _CLOSING or before in _OPENING or apostrophe or short:
+        number = i > 1 and bare[i - 2].isdigit() and _goes_on(before, sign)
+        if sign in _CLOSING or before in _OPENING or apostrophe or short or number:
             pieces[i] = pieces[i].lstrip()
     return pieces
+
+
+def _goes_on(sign: str, digits: str) -> bool:
+    """Whether a number goes on after a sign: 3.5, 12:30 and 1,000, but not 5, 6."""
+    return digits.isdigit() and (sign in {".", ":"} or (sign == "," and len(digits) == 3))

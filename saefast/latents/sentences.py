@@ -66,7 +66,7 @@ def _add_rest(stops: list[int], end: int, special: list[bool]) -> None:
     """What is left at the end, less than LEAST tokens, goes to the context before it where that is no other text."""
     start = stops[-1] if stops else 0
     first = stops[-2] if len(stops) > 1 else 0
-    if stops and end - first <= LONGEST and not special[start]:
+    if stops and end - first <= LONGEST and (not special[start] or all(special[start:])):
         stops[-1] = end
     else:
         stops.append(end)
@@ -83,8 +83,10 @@ def _sentences(pieces: list[str], special: list[bool]) -> list[tuple[int, int]]:
     least: dict[int, int] = {}
     for place, (_, is_line) in zip(places.tolist(), found, strict=True):
         least[place] = min(LEAST_OF_LINES if is_line else LEAST, least.get(place, LONGEST))
+    # Marks at the end of the sequence begin no other text.
     marks = np.asarray(special, bool)
-    least |= dict.fromkeys((np.flatnonzero(marks[1:] & ~marks[:-1]) + 1).tolist(), 1)
+    texts = np.flatnonzero(marks[1:] & ~marks[:-1]) + 1
+    least |= dict.fromkeys((texts[texts < np.flatnonzero(~marks).max(initial=0)]).tolist(), 1)
     least[n] = least.get(n, LEAST)
     return sorted((place, count) for place, count in least.items() if place <= n)
 

@@ -156,6 +156,15 @@ class Bert:
         return " ".join(tokens).replace(" ##", "")
 
 
+def test_numbers_of_word_pieces_stay_whole() -> None:
+    class Numbers(Bert):
+        names = ("[CLS]", "[SEP]", "3", ".", "5", ",", "100", ":", "##0", "at", "30")
+
+    texts, written = Texts(Numbers()), "3 . 5 at 3 : 30 , 5 , 3 , 100 . at 3 . ##0"
+    ids = [Numbers.names.index(word) for word in written.split()]
+    assert "".join(texts.run(ids)) == " 3.5 at 3:30, 5, 3,100. at 3.0"
+
+
 def test_word_pieces_read_as_text() -> None:
     texts = Texts(Bert())
     ids = [

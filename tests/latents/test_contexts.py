@@ -73,7 +73,11 @@ def test_short_sentences_are_joined_to_the_next() -> None:
 def test_a_text_ends_before_a_mark_of_the_tokenizer() -> None:
     pieces = ["", "One", ".", "", "Two", " three", ".", ""]
     special = [not piece for piece in pieces]
-    assert cut(pieces, special) == [3, 7, 8]
+    assert cut(pieces, special) == [3, 8]
+    assert cut(pieces[:4], special[:4]) == [4]
+    ended = [*tokens_of("A sentence that is long enough to be one."), ""]
+    assert cut(ended, [not piece for piece in ended]) == [len(ended)]
+    assert cut([""] * 3, [True] * 3) == [3]
 
 
 def test_a_long_sentence_is_cut_at_a_sign() -> None:
