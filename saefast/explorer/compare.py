@@ -1,0 +1,380 @@
+"""The view of two runs side by side: latents that are alike, those that only one has, and the figures of both.
+
+Sorted and paged here; `Matching` does the arithmetic in the background.
+"""
+
+import functools
+import itertools
+import json
+import math
+import os
+import shlex
+import threading
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from saefast.errors import InputError
+from saefast.explorer.curves import finite
+from saefast.explorer.matching import Matching
+from saefast.explorer.numbers import shade
+from saefast.explorer.state import Explorer, as_json
+from saefast.explorer.training import EVALUATION
+from saefast.latents.database import Latent, LatentsDB, acts_in
+from saefast.latents.matched import ALIKE, Matched
+from saefast.latents.schema import LATENTS_DB
+
+PAGE = 20
+BINS = 50
+# Contexts of a latent that are shown, and pieces of them before and after the strongest.
+CONTEXTS, BEFORE, AFTER = 2, 18, 10
+# Entries of the folder around the run that are looked at, and runs in it that are shown.
+MOST_ENTRIES, MOST_RUNS = 5000, 40
+
+List = Literal["pairs", "a", "b"]
+SORTS = {
+    "cosine": "cosine, the clearest first",
+    "reverse": "cosine, the least clear first",
+    "score": "most telling first",
+    "density": "most frequent first",
+}
+
+
+class Ask(NamedTuple):
+    """What a page is asked for. alike: the cosine from which two latents are alike; page: from 1."""
+
+    list: List
+    sort: str
+    alike: float
+    page: int
+
+    def address(self, **other: Any) -> str:
+        """Of a page that differs in something; a page of another list is its first."""
+        asked = self._replace(**({"page": 1} | other))
+        return f"/compare?list={asked.list}&sort={asked.sort}&alike={asked.alike:g}&page={asked.page}"
+
+
+class Columns(NamedTuple):
+    """Of all latents: score (L,) float64, NaN where there is none; density (L,) float64; dead (L,) bool."""
+
+    score: np.ndarray
+    density: np.ndarray
+    dead: np.ndarray
+
+
+class Rows(NamedTuple):
+    """Latents of a list side by side: ids of a and b, (n,) int64 each, and their cosines."""
+
+    a: np.ndarray
+    b: np.ndarray
+    cosine: np.ndarray
+
+
+class Parts(NamedTuple):
+    """What becomes of the latents of one run, in numbers; see `parts_of`."""
+
+    paired: int
+    alike: int
+    only: int
+    dead: int
+
+
+class Piece(NamedTuple):
+    text: str
+    shade: str
+    act: float
+    peak: bool
+
+
+class Cell(NamedTuple):
+    """A latent of one run in a row. latent is None where the run has no latents.db. contexts: pieces of text each."""
+
+    number: int
+    latent: Latent | None
+    contexts: list[list[Piece]]
+
+    @property
+    def title(self) -> str:
+        if self.latent is None:
+            return "latent"
+        return self.latent.label or self.latent.title or ("dead" if self.latent.dead else "–")
+
+
+def routes(explorer: Explorer) -> list[BaseRoute]:
+    made = functools.cache(_matching)
+    lock = threading.Lock()
+
+    def matching() -> Matching | None:
+        # Two requests at once must not begin the work twice.
+        with lock:
+            return None if explorer.other is None else made(explorer.run, explorer.db, explorer.other)
+
+    @functools.cache
+    def columns(side: str) -> Columns | None:
+        found = matching()
+        db = explorer.db if side == "a" else found and found.other_db
+        return columns_of(db) if db is not None else None
+
+    def page(request: Request) -> Response:
+        explorer.db  # noqa: B018 -- without latents.db there is nothing to compare
+        try:
+            found = matching()
+        except InputError as error:
+            return explorer.page(request, "compare.html", shown=None, why=str(error), siblings=[])
+        if found is None:
+            return explorer.page(request, "compare.html", shown=None, why="", siblings=siblings(explorer.run))
+        found.begin()
+        return explorer.page(
+            request, "compare.html", shown=_shown(request, found, columns), why=found.error, siblings=[]
+        )
+
+    def state(request: Request) -> Response:
+        return as_json(state_of(matching()))
+
+    return [Route("/compare", page), Route("/compare/state", state)]
+
+
+def _matching(run: Path, db: LatentsDB, other: Path) -> Matching:
+    """Raises InputError where there is no other run, or its latents.db cannot be read."""
+    if not other.is_dir():
+        raise InputError(f"There is no folder {other}: saefast explore takes the folders of two runs.")
+    path = other / LATENTS_DB
+    return Matching(run, db, other, LatentsDB(path) if path.exists() else None)
+
+
+def state_of(matching: Matching | None) -> dict[str, Any]:
+    """is: "ready", "working", "failed", or "none" where there is no other run."""
+    if matching is None:
+        return {"is": "none"}
+    now = "ready" if matching.found is not None else "failed" if matching.error else "working"
+    return {"is": now, "done": matching.done, "of": matching.of, "error": matching.error}
+
+
+def _shown(request: Request, matching: Matching, columns: Any) -> dict[str, Any]:
+    """What the template shows of two runs."""
+    shown: dict[str, Any] = {"matching": matching, "facts": facts(matching), "found": None}
+    found = matching.found
+    if found is None:
+        return shown
+    ask = asked(request)
+    a, b = columns("a"), columns("b")
+    lists = {name: rows_of(found, name, ask.alike, a, b) for name in ("pairs", "a", "b")}
+    rows = in_order(lists[ask.list], ask, a, b)
+    ask = ask._replace(page=min(ask.page, max(math.ceil(len(rows.a) / PAGE), 1)))
+    here = slice((ask.page - 1) * PAGE, ask.page * PAGE)
+    cells_a = cells(matching.db, rows.a[here].tolist())
+    cells_b = cells(matching.other_db, rows.b[here].tolist())
+    return shown | {
+        "found": found,
+        "ask": ask,
+        "sorts": SORTS,
+        "counts": {name: len(some.a) for name, some in lists.items()},
+        "parts": [parts_of(found, side, ask.alike, its) for side, its in (("a", a), ("b", b))],
+        "histograms": [bars(found, side) for side in ("a", "b")],
+        "rows": list(zip(cells_a, cells_b, rows.cosine[here].tolist(), strict=True)),
+        "total": len(rows.a),
+        "pages": max(math.ceil(len(rows.a) / PAGE), 1),
+    }
+
+
+def asked(request: Request) -> Ask:
+    """The query; what it does not say, or says in a way that is not ours, is as at first."""
+    query = request.query_params
+    lists: dict[str | None, List] = {"a": "a", "b": "b"}
+    chosen, sort, page = lists.get(query.get("list"), "pairs"), query.get("sort"), query.get("page", "")
+    alike = _between(query.get("alike", ""), 0.3, 0.99)
+    return Ask(
+        chosen,
+        sort if sort in SORTS else "cosine" if chosen == "pairs" else "score",
+        ALIKE if alike is None else round(alike, 2),
+        int(page) if page.isascii() and page.isdigit() and 0 < len(page) < 10 and int(page) > 0 else 1,
+    )
+
+
+def _between(text: str, low: float, high: float) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if low <= value <= high else None
+
+
+def columns_of(db: LatentsDB) -> Columns:
+    rows = db.query("SELECT score, density, dead FROM latents ORDER BY latent")
+    table = np.array(rows, np.float64).reshape(-1, 3)
+    return Columns(table[:, 0], table[:, 1], table[:, 2] > 0)
+
+
+def rows_of(found: Matched, which: str, alike: float, a: Columns | None, b: Columns | None) -> Rows:
+    """The latents of a list; of those that only one run has, the dead are left out."""
+    if which == "pairs":
+        pairs = found.mutual(alike)
+        return Rows(pairs[:, 0], pairs[:, 1], found.a_cosine[pairs[:, 0]])
+    side: Literal["a", "b"] = "a" if which == "a" else "b"
+    mine, best, cosine = (a, found.a_best, found.a_cosine) if side == "a" else (b, found.b_best, found.b_cosine)
+    ids = found.only(side, alike)
+    ids = ids if mine is None else ids[~mine.dead[ids]]
+    both = (ids, best[ids].astype(np.int64))
+    return Rows(*(both if side == "a" else both[::-1]), cosine[ids])
+
+
+def in_order(rows: Rows, ask: Ask, a: Columns | None, b: Columns | None) -> Rows:
+    """Rows in the order asked for; as they are where the run has no latents.db to sort by."""
+    columns, ids = (b, rows.b) if ask.list == "b" else (a, rows.a)
+    if ask.sort == "reverse":
+        order = np.arange(len(ids))[::-1]
+    elif ask.sort == "cosine" or columns is None:
+        return rows
+    else:
+        values = columns.score if ask.sort == "score" else columns.density
+        # NaN, which is no score, comes last.
+        order = np.argsort(-values[ids], kind="stable")
+    return Rows(*(column[order] for column in rows))
+
+
+def parts_of(found: Matched, side: Literal["a", "b"], alike: float, columns: Columns | None) -> Parts:
+    """Latents that are paired; that are alike to one that is paired with another; that only this run has; dead ones."""
+    cosine = found.a_cosine if side == "a" else found.b_cosine
+    paired = found.mutual(alike)
+    only = found.only(side, alike)
+    dead = 0 if columns is None else int(columns.dead[only].sum())
+    nothing = int(((found.a_best if side == "a" else found.b_best) < 0).sum())
+    rest = len(cosine) - len(paired) - len(only) - nothing
+    return Parts(len(paired), rest, len(only) - dead, dead + nothing)
+
+
+def bars(found: Matched, side: Literal["a", "b"]) -> dict[str, Any]:
+    """The histogram of best cosines as places in a picture of BINS by 100, and the control's as a line of steps."""
+    counts, control = found.histogram(side, BINS)
+    share, chance = (c / max(int(c.sum()), 1) for c in (counts, control))
+    most = max(float(share.max()), float(chance.max()), 1e-9)
+    steps = [(i + end, 100 - 96 * float(value) / most) for i, value in enumerate(chance) for end in (0, 1)]
+    return {
+        "bars": [(i, 96 * float(value) / most, int(n)) for i, (value, n) in enumerate(zip(share, counts, strict=True))],
+        "control": " ".join(f"{x},{y:.2f}" for x, y in steps),
+        # The cosine that one of a hundred random rows reaches.
+        "chance": float(np.quantile(found.a_control if side == "a" else found.b_control, 0.99))
+        if chance.any()
+        else None,
+        "median": float(np.median(found.a_cosine if side == "a" else found.b_cosine)) if len(counts) else None,
+    }
+
+
+def cells(db: LatentsDB | None, ids: list[int]) -> list[Cell]:
+    if db is None:
+        return [Cell(number, None, []) for number in ids]
+    known = {latent.latent: latent for latent in db.latents(ids)}
+    return [Cell(i, known.get(i), contexts(db, known[i]) if i in known else []) for i in ids]
+
+
+def contexts(db: LatentsDB, latent: Latent) -> list[list[Piece]]:
+    """The strongest contexts of a latent, what lies around the strongest token of each."""
+    found = db.query(
+        "SELECT context, position FROM examples WHERE latent = ? AND part = 0 ORDER BY rank LIMIT ?",
+        (latent.latent, CONTEXTS),
+    )
+    return [_pieces(db, latent, context, position) for context, position in found]
+
+
+def _pieces(db: LatentsDB, latent: Latent, number: int, position: int) -> list[Piece]:
+    context = db.context(number)
+    acts = acts_in(context, db.codes(context.sequence), latent.latent)
+    peak = position - context.start
+    first, last = max(peak - BEFORE, 0), min(peak + AFTER + 1, len(context.pieces))
+    pieces = [
+        Piece(text, shade(act, latent.max_act), act, at == peak)
+        for at, (text, act) in enumerate(zip(context.pieces, acts.tolist(), strict=True))
+    ][first:last]
+    cut = Piece("…", "s0", 0.0, False)
+    return [cut] * (first > 0) + pieces + [cut] * (last < len(context.pieces))
+
+
+class Fact(NamedTuple):
+    """A figure of both runs, None where it is not known. how: the filter that writes it, "" for text."""
+
+    label: str
+    a: Any
+    b: Any
+    how: str
+
+
+def facts(matching: Matching) -> list[Fact]:
+    a, b = (_figures(*run) for run in ((matching.run, matching.db), (matching.other, matching.other_db)))
+    kinds = (
+        ("hook", "hook", ""),
+        ("architecture", "architecture", ""),
+        ("n_latents", "latents", "count"),
+        ("k", "k", "count"),
+        ("l0", "L0", "act"),
+        ("dead", "dead", "share"),
+        ("rows", "on rows", "count"),
+        ("data", "of", ""),
+        ("fvu", "held-out FVU", "act"),
+        ("fvu_ordinary", "of ordinary rows", "act"),
+        ("loss_recovered", "loss recovered", "act"),
+    )
+    return [Fact(label, a.get(name), b.get(name), how) for name, label, how in kinds if name in a or name in b]
+
+
+def _figures(run: Path, db: LatentsDB | None) -> dict[str, Any]:
+    """What is known of a run, from its latents.db, or its config where it has none, and its eval.json."""
+    if db is None:
+        config = _json(run / "config.json")
+        names = {"n_latents": "n_latents", "k": "k", "activation": "architecture"}
+        found = {ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), (int, str))}
+    else:
+        meta, sae = db.meta, db.meta["sae"]
+        found = {name: sae[name] for name in ("hook", "architecture", "k") if sae.get(name) is not None}
+        dead = db.query("SELECT avg(dead) FROM latents")[0][0]
+        found |= {"n_latents": db.n_latents, "l0": meta["l0"], "dead": dead, "rows": meta["n_rows"]}
+        found |= {"data": str(meta["rows"].get("data", ""))}
+    evaluated = _json(run / EVALUATION)
+    for part in ("metrics", "lm"):
+        values = evaluated.get(part)
+        for name in ("fvu", "fvu_ordinary", "loss_recovered"):
+            value = finite(values.get(name)) if isinstance(values, dict) else None
+            found |= {} if value is None else {name: value}
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object of a file; an empty one where there is none."""
+    try:
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Sibling(NamedTuple):
+    """A run beside this one. command: what shows the two side by side."""
+
+    name: str
+    n_latents: int
+    about: str
+    command: str
+
+
+def siblings(run: Path) -> list[Sibling]:
+    """Runs with a latents.db in the folder around a run, by name; those that cannot be read are left out."""
+    try:
+        with os.scandir(run.parent) as entries:
+            paths = [Path(entry.path) for entry in itertools.islice(entries, MOST_ENTRIES)]
+    except OSError:
+        return []
+    found = []
+    for path in sorted(paths):
+        if path.resolve() == run.resolve() or not (path / LATENTS_DB).is_file() or len(found) == MOST_RUNS:
+            continue
+        try:
+            db = LatentsDB(path / LATENTS_DB)
+            about = ", ".join(str(db.meta["sae"].get(name) or "") for name in ("architecture", "hook"))
+        except (InputError, KeyError, AttributeError, ValueError):
+            continue
+        command = shlex.join(["saefast", "explore", str(run), str(path)])
+        found.append(Sibling(path.name, db.n_latents, about.strip(", "), command))
+    return found
