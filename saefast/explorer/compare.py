@@ -116,8 +116,8 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
     @functools.cache
     def columns(side: str) -> Columns | None:
         found = matching()
-        db = explorer.db if side == "a" else found and found.other_db
-        return columns_of(db) if db is not None else None
+        db = explorer.db if side == "a" else None if found is None else found.other_db
+        return None if db is None else columns_of(db)
 
     def page(request: Request) -> Response:
         explorer.db  # noqa: B018 -- without latents.db there is nothing to compare
@@ -173,8 +173,8 @@ def _shown(request: Request, matching: Matching, columns: Any) -> dict[str, Any]
         "ask": ask,
         "sorts": SORTS,
         "counts": {name: len(some.a) for name, some in lists.items()},
-        "parts": [parts_of(found, side, ask.alike, its) for side, its in (("a", a), ("b", b))],
-        "histograms": [bars(found, side) for side in ("a", "b")],
+        "parts": [parts_of(found, "a", ask.alike, a), parts_of(found, "b", ask.alike, b)],
+        "histograms": [bars(found, "a"), bars(found, "b")],
         "rows": list(zip(cells_a, cells_b, rows.cosine[here].tolist(), strict=True)),
         "total": len(rows.a),
         "pages": max(math.ceil(len(rows.a) / PAGE), 1),
@@ -218,8 +218,8 @@ def rows_of(found: Matched, which: str, alike: float, a: Columns | None, b: Colu
     mine, best, cosine = (a, found.a_best, found.a_cosine) if side == "a" else (b, found.b_best, found.b_cosine)
     ids = found.only(side, alike)
     ids = ids if mine is None else ids[~mine.dead[ids]]
-    both = (ids, best[ids].astype(np.int64))
-    return Rows(*(both if side == "a" else both[::-1]), cosine[ids])
+    others = best[ids].astype(np.int64)
+    return Rows(ids, others, cosine[ids]) if side == "a" else Rows(others, ids, cosine[ids])
 
 
 def in_order(rows: Rows, ask: Ask, a: Columns | None, b: Columns | None) -> Rows:
@@ -366,7 +366,7 @@ def siblings(run: Path) -> list[Sibling]:
             paths = [Path(entry.path) for entry in itertools.islice(entries, MOST_ENTRIES)]
     except OSError:
         return []
-    found = []
+    found: list[Sibling] = []
     for path in sorted(paths):
         if path.resolve() == run.resolve() or not (path / LATENTS_DB).is_file() or len(found) == MOST_RUNS:
             continue

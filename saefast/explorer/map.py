@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +14,13 @@ from saefast.errors import InputError
 from saefast.explorer.numbers import share
 from saefast.explorer.state import Explorer, as_json
 from saefast.latents.database import Latent, LatentsDB
+from saefast.latents.search import search as search_text
+from saefast.readable import visible
 
 # Columns of the answer, one after the other, little-endian: what the script takes them for.
 COLUMNS = (("map", "<f4"), ("density", "<f4"), ("cluster", "<i2"))
 # Latents that may be asked for at once, and that a search marks on the map.
-MOST_IDS, MOST_FOUND = 200, 400
-LONGEST_QUERY = 500
+MOST_IDS, MOST_FOUND = 200, 200
 
 
 class Points(NamedTuple):
@@ -56,7 +56,7 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
         return as_json({"latents": [brief(latent) for latent in explorer.db.latents(ids)]})
 
     def search(request: Request) -> Response:
-        found, how = marked(explorer.db, request.query_params.get("q", "")[:LONGEST_QUERY].strip())
+        found, how = marked(explorer.db, request.query_params.get("q", "").strip())
         return as_json({"latents": [brief(latent) for latent in found], "how": how})
 
     return [
@@ -90,8 +90,8 @@ def brief(latent: Latent) -> dict[str, Any]:
     """What is shown of a latent under the pointer."""
     return {
         "latent": latent.latent,
-        "title": latent.title,
-        "label": latent.label,
+        "title": visible(latent.title),
+        "label": visible(latent.label),
         "density": latent.density,
         "max_act": latent.max_act,
         "dead": latent.dead,
@@ -99,27 +99,17 @@ def brief(latent: Latent) -> dict[str, Any]:
 
 
 def marked(db: LatentsDB, text: str) -> tuple[list[Latent], str]:
-    """The latents that a search marks, and how they were found, in a sentence. A number is a latent's own."""
+    """The latents that a search marks, and what was found, in a sentence."""
     if not text:
         return [], ""
-    if text.isascii() and text.isdigit() and int(text) < db.n_latents:
-        return db.latents([int(text)]), f"Latent {int(text)}."
-    pattern = "%" + re.sub(r"([%_\\])", r"\\\1", text) + "%"
-    rows = db.query(
-        "SELECT l.latent FROM latents l LEFT JOIN labels ON labels.latent = l.latent "
-        "WHERE title LIKE ?1 ESCAPE '\\' OR labels.text LIKE ?1 ESCAPE '\\' "
-        "ORDER BY score DESC NULLS LAST, l.latent LIMIT ?2",
-        (pattern, MOST_FOUND + 1),
-    )
-    ids = [latent for (latent,) in rows[:MOST_FOUND]]
-    more = "The first " if len(rows) > MOST_FOUND else ""
-    return db.latents(ids), f"{more}{len(ids)} latents have it among their own tokens or in their label."
+    found = search_text(db, text, MOST_FOUND)
+    return db.latents([hit.latent for hit in found.hits]), found.how
 
 
 def names(db: LatentsDB) -> list[str]:
     """Of the clusters, in the order of their numbers."""
     found = db.meta.get("clusters")
-    return [str(name) for name in found] if isinstance(found, list) else []
+    return [visible(str(name)) for name in found] if isinstance(found, list) else []
 
 
 def in_words(facts: dict[str, Any]) -> str:

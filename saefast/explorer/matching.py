@@ -5,12 +5,11 @@ not.
 """
 
 import contextlib
-import threading
-import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saefast.errors import InputError
+from saefast.explorer.loading import Loading, NotReady
 from saefast.latents.database import LatentsDB
 from saefast.latents.matched import Matched, path_of, read
 
@@ -26,28 +25,32 @@ class Matching:
         other, other_db: of the run beside it; None where it has no latents.db.
 
     Attributes:
-        found: what was found, None as long as it is not there.
-        error: why there will be nothing, in a sentence.
+        error: why there will be nothing, in a line.
         done, of: rows compared, of how many; of is 0 while weights are read.
     """
 
     def __init__(self, run: Path, db: LatentsDB, other: Path, other_db: LatentsDB | None) -> None:
         self.run, self.db, self.other, self.other_db = run, db, other, other_db
-        self.found: Matched | None = None
-        self.error = ""
         self.done = self.of = 0
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._known = self._kept()
+        self._loading = Loading(self._match)
+
+    @property
+    def found(self) -> Matched | None:
+        """None as long as it is not there."""
+        if self._known is None:
+            with contextlib.suppress(NotReady):
+                self._known = self._loading.get()
+        return self._known
+
+    @property
+    def error(self) -> str:
+        return self._loading.why
 
     def begin(self) -> None:
-        """Reads what was found before, or starts the work; nothing where that has begun."""
-        with self._lock:
-            if self.found is not None or self._thread is not None:
-                return
-            self.found = self._kept()
-            if self.found is None:
-                self._thread = threading.Thread(target=self._work, name="matching", daemon=True)
-                self._thread.start()
+        """Starts the work unless it was ever started or need not be done."""
+        if self.found is None and self._loading.state == "not begun":
+            self._loading.start()
 
     def _kept(self) -> Matched | None:
         """The file of an earlier matching of these weights; one that is damaged is made anew."""
@@ -61,17 +64,7 @@ class Matching:
         fits = [len(best) for best in (found.a_best, found.b_best)] == [db.n_latents for db in dbs]
         return found if fits else None
 
-    def _work(self) -> None:
-        try:
-            self._match()
-        except (InputError, MemoryError, OSError) as error:
-            self.error = str(error) or "there is not enough memory to compare the two runs"
-        except Exception:
-            # The terminal gets what a page has no place for.
-            traceback.print_exc()
-            self.error = "the two runs could not be compared; the terminal says what went wrong"
-
-    def _match(self) -> None:
+    def _match(self) -> Matched:
         from saefast.latents.matching import CONTROL_ROWS, match, write
 
         a, digest_a = weights(self.run)
@@ -86,7 +79,7 @@ class Matching:
         # In a folder that cannot be written nothing is kept, and the next time the work is done again.
         with contextlib.suppress(OSError):
             write(self.db.path.parent, found)
-        self.found = found
+        return found
 
     def _advance(self, rows: int) -> None:
         self.done += rows
@@ -99,9 +92,8 @@ def weights(run: Path) -> "tuple[Tensor, str]":
         InputError: there is no SAE, or it is damaged.
     """
     from saefast.formats.opening import load
+    from saefast.latents.facts import decoder_of
     from saefast.training.residual import stack_of
 
     stack = stack_of(run, load(run))
-    sae = stack.parts[-1].sae
-    # Of several hooks that are reconstructed, those of the last: as latents.db compares them.
-    return sae.W_dec.detach()[:, -sae.architecture.target_parts()[-1] :], stack.digest()
+    return decoder_of(stack.parts[-1].sae).rows, stack.digest()

@@ -1,4 +1,4 @@
-"""Two runs side by side: what is matched in the background, its lists page by page, and runs that cannot be compared."""
+"""Two runs side by side: what is matched in the background, its lists, and runs that cannot be compared."""
 
 import html
 import re
@@ -12,45 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hanging import wait_until
 from latents_db import make_db
 
 pytest.importorskip("starlette")
 from explorer_client import client
 from starlette.testclient import TestClient
+from two_runs import SHARED, A, B, decoders, make_run
 
-import saefast
 from saefast.explorer.compare import PAGE, columns_of, parts_of, siblings
 from saefast.explorer.state import Explorer
 from saefast.latents import matched
 from saefast.latents.database import LatentsDB
-from saefast.training.residual import stack_of
 
 ASK = {"Accept": "application/json"}
-WIDTH, A, B, SHARED = 16, 90, 70, 50
-
-
-def make_run(folder: Path, decoder: torch.Tensor, db: bool = True, seed: int = 0, **facts: Any) -> Path:
-    """A finished run with a latents.db of its weights. Latent 0 is dead on its rows."""
-    folder.mkdir(parents=True)
-    sae = saefast.SAE(saefast.SAEConfig(d_in=decoder.shape[1], n_latents=len(decoder), k=4))
-    with torch.no_grad():
-        sae.W_dec.copy_(decoder)
-    sae.save(folder)
-    if db:
-        about = {"digest": stack_of(folder, saefast.load(folder)).digest(), "architecture": "topk", "k": 4, "hook": "h"}
-        make_db(folder, len(decoder), seed=seed, **({"sae": about} | facts))
-    return folder
-
-
-def decoders() -> tuple[torch.Tensor, torch.Tensor]:
-    """The first SHARED latents of b are latents of a in the opposite order, all but a little; the rest are others."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    a = torch.randn(A, WIDTH, generator=generator)
-    b = torch.randn(B, WIDTH, generator=generator)
-    b[:SHARED] = a[:SHARED].flip(0) + 0.05 * torch.randn(SHARED, WIDTH, generator=generator)
-    return a, b
 
 
 @pytest.fixture(scope="module")

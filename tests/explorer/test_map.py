@@ -155,9 +155,7 @@ def test_a_search_marks_latents(explorer: Explorer, visitor: TestClient) -> None
     assert [one["latent"] for one in number["latents"]] == [7]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  ", "%", "_", "\\", "'", '"', "a\x00b", "x" * 10_000, "40", "-1", "NEAR(", "🌉"]
-)
+@pytest.mark.parametrize("text", ["", "  ", "%", "_", "\\", "'", '"', "\x00", "x" * 10_000, "40", "-1", "NEAR(", "🌉"])
 def test_odd_searches_find_little_and_break_nothing(visitor: TestClient, text: str) -> None:
     answer = visitor.get("/map/search", params={"q": text}, headers=ASK)
     assert answer.status_code == 200
