@@ -17,7 +17,7 @@ from saefast.explorer.guard import Guard
 from saefast.explorer.state import FOLDER, Explorer, as_json
 
 # Files of this folder, each with `routes(explorer)`.
-FILES = ("browse", "latent", "text", "map", "training", "compare")
+FILES = ("browse", "latent", "images", "text", "map", "training", "compare")
 
 
 def make_app(explorer: Explorer) -> ASGIApp:

@@ -78,6 +78,11 @@ class TextReader:
             vocabulary=vocabulary_size(self.model),
         )
 
+    @property
+    def digest(self) -> str:
+        """Of the SAE's weights, and of those before it, as latents.db has it."""
+        return self._stack.digest()
+
     def read(self, text: str) -> ReadText:
         """A text's tokens and their codes: of the first MOST_TOKENS of them.
 

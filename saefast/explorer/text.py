@@ -1,6 +1,7 @@
 """*text*: a text that somebody types, read by the model: latents of each token, and all of the text shaded by one."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -9,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from saefast.errors import InputError
 from saefast.explorer.guard import form
 from saefast.explorer.loading import Loading, NotReady
 from saefast.explorer.state import Explorer, as_json
@@ -57,9 +59,23 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
 
 
 def _reader(explorer: Explorer) -> "TextReader":
+    """The model of the harvest that latents.db is of.
+
+    Raises:
+        InputError: as TextReader; a latents.db of other weights than the run has now.
+    """
     from saefast.explorer.reader import TextReader
 
-    return TextReader(explorer.run, explorer.data, explorer.model)
+    meta = explorer.db.meta
+    folder = meta.get("rows", {}).get("folder")
+    data = explorer.data or (folder if folder and Path(folder).is_dir() else None)
+    reader = TextReader(explorer.run, data, explorer.model)
+    if reader.digest != meta["sae"]["digest"]:
+        raise InputError(
+            f"{explorer.db.path} is of other weights than the run has now: end saefast explore, and saefast features "
+            f"{explorer.run} makes it anew"
+        )
+    return reader
 
 
 def _why_no_text(db: LatentsDB) -> str:

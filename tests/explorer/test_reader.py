@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from latents_db import make_db
 from torch import Tensor
 
 from saefast.data.opening import open_source
@@ -280,6 +281,40 @@ def test_another_model_than_was_harvested_is_refused(tmp_path: Path) -> None:
     tiny_models.model("gpt2").save_pretrained(tmp_path / "elsewhere")
     tiny_models.tokenizer(False).save_pretrained(tmp_path / "elsewhere")
     assert len(TextReader(run, model=str(tmp_path / "elsewhere")).read("w1 w2").tokens) >= 2
+
+
+def explorer_of(run: Path, digest: str, folder: Path | None = None) -> Any:
+    from saefast.explorer.state import Explorer
+
+    sae = {"digest": digest, "architecture": "topk", "d_in": 16, "k": 4, "hook": "layers.1", "model": ""}
+    make_db(run, 48, sae=sae, rows={"source": "", "data": "", "rows": 360, "folder": folder and str(folder)})
+    return Explorer.of_run(run)
+
+
+def test_latents_db_of_other_weights_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    from saefast.explorer.text import _reader
+
+    run = make_run(tmp_path / "run", harvested(tmp_path, "gpt2"))
+    digest = Stack([Part(load(run))]).digest()
+    assert len(_reader(explorer_of(run, digest)).read("w1 w2").tokens) == 2
+    (run / "latents.db").unlink()
+    with pytest.raises(InputError, match=r"latents.db is of other weights than the run has now.*makes it anew"):
+        _reader(explorer_of(run, "another"))
+
+
+def test_the_harvest_that_latents_db_is_of_is_found_by_it(tmp_path: Path) -> None:
+    pytest.importorskip("starlette")
+    from saefast.explorer.text import _reader
+
+    acts = harvested(tmp_path, "gpt2")
+    SAE(SAEConfig(d_in=16, n_latents=48, k=4, metadata={"hook_name": "layers.1"}), seed=0).save(tmp_path / "bare")
+    digest = Stack([Part(load(tmp_path / "bare"))]).digest()
+    explorer = explorer_of(tmp_path / "bare", digest, acts)
+    assert len(_reader(explorer).read("w1 w2").tokens) == 2
+    explorer.data = str(tmp_path / "gone")
+    with pytest.raises(InputError, match="which is no harvest"):
+        _reader(explorer)
 
 
 @pytest.mark.slow
