@@ -19,6 +19,7 @@ from saefast.analysis.export_folder import whole_folder
 from saefast.errors import InputError
 from saefast.files import replacing
 from saefast.latents import numbers
+from saefast.latents.characters import on_characters
 from saefast.latents.database import Example, Latent, LatentsDB, LogitWeight, Relative, TokenShare
 from saefast.latents.schema import BINS
 from saefast.readable import visible
@@ -200,6 +201,7 @@ class Piece(NamedTuple):
 
 def pieces(example: Example) -> Iterator[Piece]:
     """What a context is made of."""
+    example = on_characters(example)
     for place, (piece, act) in enumerate(zip(example.context.pieces, example.acts.tolist(), strict=True)):
         text = visible(piece, lines=True)
         word = text.lstrip()
