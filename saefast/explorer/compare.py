@@ -11,9 +11,8 @@ import os
 import shlex
 import threading
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -22,20 +21,19 @@ from saefast.errors import InputError
 from saefast.explorer.curves import finite
 from saefast.explorer.matching import Matching
 from saefast.explorer.numbers import shade
+from saefast.explorer.pairing import Columns, List, Pairing
 from saefast.explorer.state import Explorer, as_json
 from saefast.explorer.training import EVALUATION
 from saefast.latents.database import Latent, LatentsDB, acts_in
-from saefast.latents.matched import ALIKE, Matched
+from saefast.latents.matched import ALIKE
 from saefast.latents.schema import LATENTS_DB
 
 PAGE = 20
-BINS = 50
 # Contexts of a latent that are shown, and pieces of them before and after the strongest.
 CONTEXTS, BEFORE, AFTER = 2, 18, 10
 # Entries of the folder around the run that are looked at, and runs in it that are shown.
 MOST_ENTRIES, MOST_RUNS = 5000, 40
 
-List = Literal["pairs", "a", "b"]
 SORTS = {
     "cosine": "cosine, the clearest first",
     "reverse": "cosine, the least clear first",
@@ -56,31 +54,6 @@ class Ask(NamedTuple):
         """Of a page that differs in something; a page of another list is its first."""
         asked = self._replace(**({"page": 1} | other))
         return f"/compare?list={asked.list}&sort={asked.sort}&alike={asked.alike:g}&page={asked.page}"
-
-
-class Columns(NamedTuple):
-    """Of all latents: score (L,) float64, NaN where there is none; density (L,) float64; dead (L,) bool."""
-
-    score: np.ndarray
-    density: np.ndarray
-    dead: np.ndarray
-
-
-class Rows(NamedTuple):
-    """Latents of a list side by side: ids of a and b, (n,) int64 each, and their cosines."""
-
-    a: np.ndarray
-    b: np.ndarray
-    cosine: np.ndarray
-
-
-class Parts(NamedTuple):
-    """What becomes of the latents of one run, in numbers; see `parts_of`."""
-
-    paired: int
-    alike: int
-    only: int
-    dead: int
 
 
 class Piece(NamedTuple):
@@ -108,16 +81,10 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
     made = functools.cache(_matching)
     lock = threading.Lock()
 
-    def matching() -> Matching | None:
+    def matching() -> Pairing | None:
         # Two requests at once must not begin the work twice.
         with lock:
             return None if explorer.other is None else made(explorer.run, explorer.db, explorer.other)
-
-    @functools.cache
-    def columns(side: str) -> Columns | None:
-        found = matching()
-        db = explorer.db if side == "a" else None if found is None else found.other_db
-        return None if db is None else columns_of(db)
 
     def page(request: Request) -> Response:
         explorer.db  # noqa: B018 -- without latents.db there is nothing to compare
@@ -127,23 +94,23 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
             return explorer.page(request, "compare.html", shown=None, why=str(error), siblings=[])
         if found is None:
             return explorer.page(request, "compare.html", shown=None, why="", siblings=siblings(explorer.run))
-        found.begin()
-        return explorer.page(
-            request, "compare.html", shown=_shown(request, found, columns), why=found.error, siblings=[]
-        )
+        found.matching.begin()
+        why = found.matching.error
+        return explorer.page(request, "compare.html", shown=_shown(request, found), why=why, siblings=[])
 
     def state(request: Request) -> Response:
-        return as_json(state_of(matching()))
+        pairing = matching()
+        return as_json(state_of(None if pairing is None else pairing.matching))
 
     return [Route("/compare", page), Route("/compare/state", state)]
 
 
-def _matching(run: Path, db: LatentsDB, other: Path) -> Matching:
+def _matching(run: Path, db: LatentsDB, other: Path) -> Pairing:
     """Raises InputError where there is no other run, or its latents.db cannot be read."""
     if not other.is_dir():
         raise InputError(f"There is no folder {other}: saefast explore takes the folders of two runs.")
     path = other / LATENTS_DB
-    return Matching(run, db, other, LatentsDB(path) if path.exists() else None)
+    return Pairing(Matching(run, db, other, LatentsDB(path) if path.exists() else None))
 
 
 def state_of(matching: Matching | None) -> dict[str, Any]:
@@ -154,30 +121,28 @@ def state_of(matching: Matching | None) -> dict[str, Any]:
     return {"is": now, "done": matching.done, "of": matching.of, "error": matching.error}
 
 
-def _shown(request: Request, matching: Matching, columns: Any) -> dict[str, Any]:
+def _shown(request: Request, pairing: Pairing) -> dict[str, Any]:
     """What the template shows of two runs."""
-    shown: dict[str, Any] = {"matching": matching, "facts": facts(matching), "found": None}
-    found = matching.found
-    if found is None:
+    matching = pairing.matching
+    shown: dict[str, Any] = {"matching": matching, "facts": facts(pairing), "found": matching.found}
+    if matching.found is None:
         return shown
     ask = asked(request)
-    a, b = columns("a"), columns("b")
-    lists = {name: rows_of(found, name, ask.alike, a, b) for name in ("pairs", "a", "b")}
-    rows = in_order(lists[ask.list], ask, a, b)
-    ask = ask._replace(page=min(ask.page, max(math.ceil(len(rows.a) / PAGE), 1)))
+    lists = pairing.lists(ask.alike)
+    rows = pairing.sorted(ask.alike, ask.list, ask.sort)
+    pages = max(math.ceil(len(rows.a) / PAGE), 1)
+    ask = ask._replace(page=min(ask.page, pages))
     here = slice((ask.page - 1) * PAGE, ask.page * PAGE)
     cells_a = cells(matching.db, rows.a[here].tolist())
     cells_b = cells(matching.other_db, rows.b[here].tolist())
     return shown | {
-        "found": found,
         "ask": ask,
         "sorts": SORTS,
         "counts": {name: len(some.a) for name, some in lists.items()},
-        "parts": [parts_of(found, "a", ask.alike, a), parts_of(found, "b", ask.alike, b)],
-        "histograms": [bars(found, "a"), bars(found, "b")],
+        "parts": pairing.parts(ask.alike),
+        "histograms": pairing.histograms(),
         "rows": list(zip(cells_a, cells_b, rows.cosine[here].tolist(), strict=True)),
-        "total": len(rows.a),
-        "pages": max(math.ceil(len(rows.a) / PAGE), 1),
+        "pages": pages,
     }
 
 
@@ -203,67 +168,6 @@ def _between(text: str, low: float, high: float) -> float | None:
     return value if low <= value <= high else None
 
 
-def columns_of(db: LatentsDB) -> Columns:
-    rows = db.query("SELECT score, density, dead FROM latents ORDER BY latent")
-    table = np.array(rows, np.float64).reshape(-1, 3)
-    return Columns(table[:, 0], table[:, 1], table[:, 2] > 0)
-
-
-def rows_of(found: Matched, which: str, alike: float, a: Columns | None, b: Columns | None) -> Rows:
-    """The latents of a list; of those that only one run has, the dead are left out."""
-    if which == "pairs":
-        pairs = found.mutual(alike)
-        return Rows(pairs[:, 0], pairs[:, 1], found.a_cosine[pairs[:, 0]])
-    side: Literal["a", "b"] = "a" if which == "a" else "b"
-    mine, best, cosine = (a, found.a_best, found.a_cosine) if side == "a" else (b, found.b_best, found.b_cosine)
-    ids = found.only(side, alike)
-    ids = ids if mine is None else ids[~mine.dead[ids]]
-    others = best[ids].astype(np.int64)
-    return Rows(ids, others, cosine[ids]) if side == "a" else Rows(others, ids, cosine[ids])
-
-
-def in_order(rows: Rows, ask: Ask, a: Columns | None, b: Columns | None) -> Rows:
-    """Rows in the order asked for; as they are where the run has no latents.db to sort by."""
-    columns, ids = (b, rows.b) if ask.list == "b" else (a, rows.a)
-    if ask.sort == "reverse":
-        order = np.arange(len(ids))[::-1]
-    elif ask.sort == "cosine" or columns is None:
-        return rows
-    else:
-        values = columns.score if ask.sort == "score" else columns.density
-        # NaN, which is no score, comes last.
-        order = np.argsort(-values[ids], kind="stable")
-    return Rows(*(column[order] for column in rows))
-
-
-def parts_of(found: Matched, side: Literal["a", "b"], alike: float, columns: Columns | None) -> Parts:
-    """Latents that are paired; that are alike to one that is paired with another; that only this run has; dead ones."""
-    cosine = found.a_cosine if side == "a" else found.b_cosine
-    paired = found.mutual(alike)
-    only = found.only(side, alike)
-    dead = 0 if columns is None else int(columns.dead[only].sum())
-    nothing = int(((found.a_best if side == "a" else found.b_best) < 0).sum())
-    rest = len(cosine) - len(paired) - len(only) - nothing
-    return Parts(len(paired), rest, len(only) - dead, dead + nothing)
-
-
-def bars(found: Matched, side: Literal["a", "b"]) -> dict[str, Any]:
-    """The histogram of best cosines as places in a picture of BINS by 100, and the control's as a line of steps."""
-    counts, control = found.histogram(side, BINS)
-    share, chance = (c / max(int(c.sum()), 1) for c in (counts, control))
-    most = max(float(share.max()), float(chance.max()), 1e-9)
-    steps = [(i + end, 100 - 96 * float(value) / most) for i, value in enumerate(chance) for end in (0, 1)]
-    return {
-        "bars": [(i, 96 * float(value) / most, int(n)) for i, (value, n) in enumerate(zip(share, counts, strict=True))],
-        "control": " ".join(f"{x},{y:.2f}" for x, y in steps),
-        # The cosine that one of a hundred random rows reaches.
-        "chance": float(np.quantile(found.a_control if side == "a" else found.b_control, 0.99))
-        if chance.any()
-        else None,
-        "median": float(np.median(found.a_cosine if side == "a" else found.b_cosine)) if len(counts) else None,
-    }
-
-
 def cells(db: LatentsDB | None, ids: list[int]) -> list[Cell]:
     if db is None:
         return [Cell(number, None, []) for number in ids]
@@ -282,6 +186,10 @@ def contexts(db: LatentsDB, latent: Latent) -> list[list[Piece]]:
 
 def _pieces(db: LatentsDB, latent: Latent, number: int, position: int) -> list[Piece]:
     context = db.context(number)
+    if not any(context.pieces):
+        # An image, or rows of nothing that can be written.
+        name = db.sequence(context.sequence).name or f"sequence {context.sequence}"
+        return [Piece(f"{name}, position {position}", "", 0.0, False)]
     acts = acts_in(context, db.codes(context.sequence), latent.latent)
     peak = position - context.start
     first, last = max(peak - BEFORE, 0), min(peak + AFTER + 1, len(context.pieces))
@@ -289,7 +197,7 @@ def _pieces(db: LatentsDB, latent: Latent, number: int, position: int) -> list[P
         Piece(text, shade(act, latent.max_act), act, at == peak)
         for at, (text, act) in enumerate(zip(context.pieces, acts.tolist(), strict=True))
     ][first:last]
-    cut = Piece("…", "s0", 0.0, False)
+    cut = Piece("…", "", 0.0, False)
     return [cut] * (first > 0) + pieces + [cut] * (last < len(context.pieces))
 
 
@@ -302,8 +210,10 @@ class Fact(NamedTuple):
     how: str
 
 
-def facts(matching: Matching) -> list[Fact]:
-    a, b = (_figures(*run) for run in ((matching.run, matching.db), (matching.other, matching.other_db)))
+def facts(pairing: Pairing) -> list[Fact]:
+    matching = pairing.matching
+    a = _figures(matching.run, matching.db, pairing.columns("a"))
+    b = _figures(matching.other, matching.other_db, pairing.columns("b"))
     kinds = (
         ("hook", "hook", ""),
         ("architecture", "architecture", ""),
@@ -320,17 +230,17 @@ def facts(matching: Matching) -> list[Fact]:
     return [Fact(label, a.get(name), b.get(name), how) for name, label, how in kinds if name in a or name in b]
 
 
-def _figures(run: Path, db: LatentsDB | None) -> dict[str, Any]:
+def _figures(run: Path, db: LatentsDB | None, columns: Columns | None) -> dict[str, Any]:
     """What is known of a run, from its latents.db, or its config where it has none, and its eval.json."""
-    if db is None:
+    if db is None or columns is None:
         config = _json(run / "config.json")
         names = {"n_latents": "n_latents", "k": "k", "activation": "architecture"}
         found = {ours: config[theirs] for theirs, ours in names.items() if isinstance(config.get(theirs), (int, str))}
     else:
         meta, sae = db.meta, db.meta["sae"]
         found = {name: sae[name] for name in ("hook", "architecture", "k") if sae.get(name) is not None}
-        dead = db.query("SELECT avg(dead) FROM latents")[0][0]
-        found |= {"n_latents": db.n_latents, "l0": meta["l0"], "dead": dead, "rows": meta["n_rows"]}
+        found |= {"n_latents": db.n_latents, "l0": meta["l0"], "rows": meta["n_rows"]}
+        found |= {"dead": float(columns.dead.mean())}
         found |= {"data": str(meta["rows"].get("data", ""))}
     evaluated = _json(run / EVALUATION)
     for part in ("metrics", "lm"):

@@ -4,9 +4,11 @@ import html
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from explorer_client import client
 from starlette.testclient import TestClient
 from two_runs import SHARED, A, B, decoders, make_run
 
-from saefast.explorer.compare import PAGE, columns_of, parts_of, siblings
+from saefast.explorer.compare import PAGE, siblings
+from saefast.explorer.pairing import Columns, Rows, in_order, parts_of
 from saefast.explorer.state import Explorer
 from saefast.latents import matched
 from saefast.latents.database import LatentsDB
@@ -115,7 +118,7 @@ def test_pages_hold_every_latent_that_only_one_has(
 def test_every_latent_is_in_one_part(runs: tuple[Path, Path], found: matched.Matched) -> None:
     for alike in (0.3, 0.7, 0.95):
         for side, run, n in (("a", runs[0], A), ("b", runs[1], B)):
-            parts = parts_of(found, side, alike, columns_of(LatentsDB(run / "latents.db")))  # type: ignore[arg-type]
+            parts = parts_of(found, side, alike, Columns(LatentsDB(run / "latents.db")))  # type: ignore[arg-type]
             assert sum(parts) == n
             assert min(parts) >= 0
             assert parts.paired == len(found.mutual(alike))
@@ -283,9 +286,18 @@ def test_without_another_run_those_beside_it_are_named(tmp_path: Path) -> None:
     assert "No other folder in" in visitor.get("/compare").text
 
 
-def test_scores_that_are_missing_come_last(tmp_path: Path) -> None:
-    db = LatentsDB(make_db(tmp_path))
-    columns = columns_of(db)
-    assert columns.score.shape == columns.density.shape == columns.dead.shape == (40,)
-    assert columns.dead.tolist() == [True] + [False] * 39
-    assert np.isfinite(columns.score).all()
+def test_columns_are_those_of_the_latents_and_missing_scores_come_last(tmp_path: Path) -> None:
+    path = make_db(tmp_path)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE latents SET score = NULL WHERE latent % 3 = 0")
+    db = LatentsDB(path)
+    columns = Columns(db)
+    latents = db.latents(range(40))
+    assert columns.dead.tolist() == [latent.dead for latent in latents] == [True] + [False] * 39
+    assert columns.density.tolist() == pytest.approx([latent.density for latent in latents])
+    assert [None if np.isnan(value) else value for value in columns.score] == [latent.score for latent in latents]
+    ids = np.arange(40)
+    by_score = in_order(Rows(ids, ids, ids.astype(np.float32)), "a", "score", columns).a.tolist()
+    assert sorted(by_score[-14:]) == list(range(0, 40, 3))
+    scores = [latents[i].score for i in by_score[:-14]]
+    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
