@@ -36,6 +36,10 @@ class ExploreArgs:
     """folder of a run, finished or still training"""
     other: tyro.conf.Positional[Path | None] = None
     """folder of a second run, to compare it with"""
+    data: str | None = None
+    """harvest or rows to look at, where the run's own is elsewhere now"""
+    model: str | None = None
+    """language model that was harvested, where it is not found by its name: a folder, or a name that loads it"""
     port: int | None = None
     """where to serve; default the first free one from 8765 on"""
     browser: bool = True
@@ -52,10 +56,12 @@ def main(argv: list[str]) -> int:
     from saefast.explorer.state import Explorer
 
     _check(args)
-    latents, why = open_latents(args.run)
+    latents, why = open_latents(args.run, args.data, args.model)
     with listening(args.port) as listener:
         port = listener.getsockname()[1]
-        explorer = Explorer(args.run.resolve(), latents, args.other and args.other.resolve(), why, port)
+        explorer = Explorer(
+            args.run.resolve(), latents, args.other and args.other.resolve(), why, args.model, args.data, port
+        )
         print(f"{_about(args.run, latents, why)}\nopen {explorer.address(explorer.token)}\nCtrl-C ends it", flush=True)
         if args.browser:
             # Some browsers return when they are closed.
@@ -74,8 +80,11 @@ def _check(args: ExploreArgs) -> None:
         raise InputError(f"port is {args.port}: expected 1 to 65535, or 0 for any that is free")
 
 
-def open_latents(run: Path) -> tuple[LatentsDB | None, str]:
+def open_latents(run: Path, data: str | None = None, model: str | None = None) -> tuple[LatentsDB | None, str]:
     """A run's latents.db, made where it is missing; None and why where there is no SAE yet.
+
+    Args:
+        data, model: as make_latents takes them.
 
     Raises:
         InputError: the folder holds no run, or its latents.db cannot be made or read.
@@ -87,7 +96,10 @@ def open_latents(run: Path) -> tuple[LatentsDB | None, str]:
 
     if not (run / WEIGHTS).exists() and (run / METRICS).exists():
         return None, f"{run.name} is still training: there are curves to see, and latents once it has ended"
-    return LatentsDB(run / LATENTS_DB), ""
+    from saefast.cli.features import make_latents
+
+    print(f"{run} has no {LATENTS_DB} yet: its rows are read once to make it", flush=True)
+    return make_latents(run, data, model), ""
 
 
 def _about(run: Path, latents: LatentsDB | None, why: str) -> str:

@@ -15,6 +15,7 @@ from saefast.errors import InputError
 from saefast.explorer import numbers
 from saefast.latents.database import Latent, LatentsDB
 from saefast.latents.schema import LATENTS_DB
+from saefast.readable import visible
 
 FOLDER = Path(__file__).resolve().parent
 DEFAULT_PORT = 8765
@@ -47,7 +48,7 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= numbers.FILTERS
+    environment.filters |= numbers.FILTERS | {"visible": visible}
     return environment
 
 

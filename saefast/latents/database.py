@@ -6,7 +6,7 @@ Needs sqlite3 and NumPy alone, so that a page is served without waiting for torc
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
@@ -167,17 +167,18 @@ class LatentsDB:
         dead: bool | None = None,
         dense: bool | None = None,
         labelled: bool = False,
-        density: tuple[float, float] | None = None,
+        within: Mapping[Sort, tuple[float, float]] | None = None,
     ) -> tuple[list[Latent], int]:
         """Some latents in an order, and how many there are in all.
 
         Args:
-            sort: by which column; latents with none there (score without tokens) come last. "telling" has the most
-                telling ones first, as `telling`, and then all others by their score.
+            sort: by which column; of equals the lower number comes first, and latents with none there (score without
+                tokens) come last. "telling" has the most telling ones first, as `telling`, then all others by score.
+            descending: False is the same list backwards.
             dead, dense: only those that are, or are not. labelled: only those with a label.
-            density: only those from the first to the second, both included.
+            within: only those whose values lie from the first to the second, both included, of these columns.
         """
-        where, values = _where(dead, dense, labelled, density)
+        where, values = _where(dead, dense, labelled, within or {})
         (total,) = self.query(f"SELECT count(*) {_ALL} {where}", values)[0]
         ids: list[int] = []
         for (source, filters, order), size in self._parts(sort, descending, where, values, int(total)):
@@ -193,14 +194,15 @@ class LatentsDB:
         self, sort: Sort, descending: bool, where: str, values: list[Any], total: int
     ) -> list[tuple[tuple[str, str, str], int]]:
         """FROM, WHERE and ORDER BY of what follows each other on pages, and how many latents each has."""
-        direction = "DESC" if descending else "ASC"
+        direction, back = ("DESC", "ASC") if descending else ("ASC", "DESC")
         if sort != "telling":
-            return [((_ALL, where, f"{_SORTS[sort]} {direction} NULLS LAST, l.latent"), total)]
+            order = f"{_SORTS[sort]} {direction}" + ("" if sort == "latent" else f", l.latent {back}")
+            return [((_ALL, where, order), total)]
         (n,) = self.query(f"SELECT count(*) {_TELLING} {where}", values)[0]
         rest = f"{where} AND l.latent NOT IN (SELECT latent FROM telling)"
         parts = [
-            ((_TELLING, where, f"rank {'ASC' if descending else 'DESC'}"), int(n)),
-            ((_ALL, rest, f"score {direction} NULLS LAST, l.latent"), total - int(n)),
+            ((_TELLING, where, f"rank {back}"), int(n)),
+            ((_ALL, rest, f"score {direction}, l.latent {back}"), total - int(n)),
         ]
         return parts if descending else parts[::-1]
 
@@ -369,7 +371,7 @@ def _codes(latents: bytes, positions: bytes, acts: bytes) -> Codes:
 
 
 def _where(
-    dead: bool | None, dense: bool | None, labelled: bool, density: tuple[float, float] | None
+    dead: bool | None, dense: bool | None, labelled: bool, within: Mapping[Sort, tuple[float, float]]
 ) -> tuple[str, list[Any]]:
     """A WHERE clause and its values."""
     terms: list[str] = ["true"]
@@ -380,8 +382,8 @@ def _where(
             values.append(int(wanted))
     if labelled:
         terms.append("l.latent IN (SELECT latent FROM labels)")
-    if density is not None:
-        # With the plus, the index of the order is read, and not that of density and then sorted.
-        terms.append("+density BETWEEN ? AND ?")
-        values.extend(density)
+    for column, bounds in within.items():
+        # With the plus, the index of the order is read, and not that of this column and then sorted.
+        terms.append(f"+{_SORTS[column]} BETWEEN ? AND ?")
+        values.extend(bounds)
     return f"WHERE {' AND '.join(terms)}", values

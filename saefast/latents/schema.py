@@ -119,10 +119,10 @@ CREATE VIRTUAL TABLE context_search USING fts5 (text, content='contexts', conten
 # Made when all rows are in, which is faster.
 INDEXES = """
 -- Each has all that latents are filtered by as well: a page far down is found in the index alone.
-CREATE INDEX latents_by_density ON latents (density, dead, dense);
-CREATE INDEX latents_by_max_act ON latents (max_act, density, dead, dense);
-CREATE INDEX latents_by_mean_act ON latents (mean_act, density, dead, dense);
-CREATE INDEX latents_by_score ON latents (score, density, dead, dense);
+CREATE INDEX latents_by_density ON latents (density DESC, latent, mean_act, max_act, score, dead, dense);
+CREATE INDEX latents_by_max_act ON latents (max_act DESC, latent, density, mean_act, score, dead, dense);
+CREATE INDEX latents_by_mean_act ON latents (mean_act DESC, latent, density, max_act, score, dead, dense);
+CREATE INDEX latents_by_score ON latents (score DESC, latent, density, mean_act, max_act, dead, dense);
 CREATE INDEX latents_of_token ON latent_tokens (token, latent);
 INSERT INTO token_search (token_search) VALUES ('rebuild');
 INSERT INTO context_search (context_search) VALUES ('rebuild');

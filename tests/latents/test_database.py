@@ -51,7 +51,7 @@ def test_pages_are_filtered(db: LatentsDB) -> None:
     alive, total = db.page(dead=False, limit=100)
     assert len(alive) == total == 39
     low, high = sorted(row.density for row in alive)[10], sorted(row.density for row in alive)[20]
-    inside, _ = db.page(density=(low, high), limit=100)
+    inside, _ = db.page(within={"density": (low, high)}, limit=100)
     assert {row.latent for row in inside} == {row.latent for row in alive if low <= row.density <= high}
 
 
