@@ -133,6 +133,26 @@ def test_a_file_cut_short_is_refused(tmp_path: Path, share: float) -> None:
         read(path)
 
 
+def test_altered_bytes_are_refused_or_change_nothing(tmp_path: Path) -> None:
+    path, found = written(tmp_path)
+    whole = bytearray(path.read_bytes())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for place in [*range(100), *rng.integers(0, len(whole), 150), *range(len(whole) - 100, len(whole))]:
+        altered = whole.copy()
+        altered[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(altered)
+        try:
+            again = read(path)
+        except InputError:
+            refused += 1
+        else:
+            assert again.facts == found.facts | {"version": 1}
+            for name in Matched._fields[:-1]:
+                assert np.array_equal(getattr(again, name), getattr(found, name))
+    assert refused > 250
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="have not been compared"):
         read(tmp_path / "none.npz")
