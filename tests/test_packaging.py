@@ -59,7 +59,7 @@ def test_every_dependency_has_a_tested_version_inside_its_range() -> None:
 
 
 def test_torch_brings_the_template_engine() -> None:
-    """analysis/report.py renders a page with jinja2, which is no dependency of saefast's own."""
+    """analysis/page.py renders pages with jinja2, which is no dependency of saefast's own."""
     packaging = pytest.importorskip("packaging.requirements")
     assert TEMPLATES
     assert "jinja2" in {packaging.Requirement(line).name.lower() for line in importlib.metadata.requires("torch") or []}

@@ -12,7 +12,7 @@ from saefast.analysis.neuronpedia import FOLDER, UPLOAD, write_folder, write_upl
 from saefast.analysis.page import PAGE, write_page
 from saefast.analysis.saedashboard import SAEDASHBOARD, write_saedashboard
 from saefast.errors import InputError
-from saefast.latents.database import LatentsDB
+from saefast.latents.database import LatentsDB, Sort
 
 Kind = Literal["page", "neuronpedia", "neuronpedia-folder", "saedashboard", "delphi"]
 _WRITERS: dict[str, Callable[[LatentsDB, str | Path, Sequence[int], Names, Advance], int]] = {
@@ -64,8 +64,12 @@ def export(
 
 
 def telling(db: LatentsDB, n: int) -> list[int]:
-    """The n most telling latents, the best first, and those with the highest score where there are not as many."""
-    return [latent.latent for latent in db.page("score", limit=n, dead=False)[0]]
+    """The n most telling latents, the best first, and those with the highest score where there are not as many.
+
+    Where rows have no tokens, and nothing says what a latent tells, those that fire most strongly.
+    """
+    sort: Sort = "max_act" if db.meta["score"] is None else "telling"
+    return [latent.latent for latent in db.page(sort, limit=n, dead=False)[0]]
 
 
 def parse_latents(text: str, n_latents: int) -> list[int]:

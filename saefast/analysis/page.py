@@ -125,9 +125,14 @@ def title_of(db: LatentsDB) -> str:
     return " ".join(str(sae[name]) for name in ("model", "hook") if sae.get(name)) or "latents"
 
 
-def write_features(folder: Path, db: LatentsDB, features: Sequence[Shown], title: str) -> list[Path]:
+def write_features(
+    folder: Path, db: LatentsDB, features: Sequence[Shown], title: str, contexts: int = CONTEXTS
+) -> list[Path]:
     """features.html, one page of all, and features.md. -> the files written."""
-    texts = {".html": to_html(db, features, title), ".md": to_markdown(features, title, about(db, len(features)))}
+    texts = {
+        ".html": to_html(db, features, title, contexts),
+        ".md": to_markdown(features, title, about(db, len(features))),
+    }
     for ending, text in texts.items():
         with replacing(folder / f"{FEATURES}{ending}") as temporary:
             # A path that is no UTF-8 is shown as well as it can be.
@@ -135,9 +140,9 @@ def write_features(folder: Path, db: LatentsDB, features: Sequence[Shown], title
     return [folder / f"{FEATURES}{ending}" for ending in texts]
 
 
-def to_html(db: LatentsDB, features: Sequence[Shown], title: str) -> str:
-    """One page of some latents, each with its tokens and strongest contexts."""
-    values = {"about": about(db, len(features)), "contexts": CONTEXTS}
+def to_html(db: LatentsDB, features: Sequence[Shown], title: str, contexts: int = CONTEXTS) -> str:
+    """One page of some latents, each with its tokens and so many of its strongest contexts."""
+    values = {"about": about(db, len(features)), "contexts": contexts}
     return _filled("page_few.html", db=db, title=title, features=features, **values)
 
 

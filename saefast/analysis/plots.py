@@ -1,4 +1,4 @@
-"""Pictures of a run as PNG files: training curves, densities of the latents, the feature table.
+"""Pictures of a run as PNG files: training curves, densities of the latents, telling latents in their contexts.
 
 matplotlib is imported where a picture is drawn, without a display.
 """
@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from saefast.analysis.page import Shown
 from saefast.errors import InputError
 from saefast.files import replacing
+from saefast.latents.database import Example
 from saefast.metrics.streaming import density_histogram
+from saefast.readable import visible
 
 BLUE, ORANGE, GREY, INK = "#2a6fbb", "#d9730d", "#9aa3ad", "#22272e"
 _STYLE = {
@@ -170,43 +173,43 @@ def _log10(value: float) -> float:
 _COLUMNS, _CONTEXTS, _CELL = 124, 3, (0.0715, 0.175)
 
 
-def draw_features(table: Any, path: Path, title: str) -> list[Path]:
-    """The feature table (a `saefast.analysis.feature_table.FeatureTable`) as a picture, tokens shaded. -> [path]"""
+def draw_features(features: Sequence[Shown], path: Path, title: str) -> list[Path]:
+    """Some latents as a picture, tokens shaded. -> [path]"""
     per_latent = _CONTEXTS + 2.3
-    height = _CELL[1] * (3.2 + per_latent * max(len(table.features), 1))
+    height = _CELL[1] * (3.2 + per_latent * max(len(features), 1))
     with figure(path, _CELL[0] * (_COLUMNS + 4), height) as fig:
         fig.set_layout_engine("none")
         axis = fig.add_axes((0, 0, 1, 1))
         axis.set(xlim=(-2, _COLUMNS + 2), ylim=(height / _CELL[1], 0))
         axis.axis("off")
         axis.text(0, 1.2, title, fontsize=12, fontweight="bold", va="center")
-        for number, feature in enumerate(table.features):
+        for number, feature in enumerate(features):
             _draw_feature(axis, feature, 3.2 + number * per_latent)
     return [path]
 
 
-def _draw_feature(axis: Any, feature: Any, top: float) -> None:
+def _draw_feature(axis: Any, feature: Shown, top: float) -> None:
     mono = {"family": "DejaVu Sans Mono", "fontsize": 8.55, "va": "center"}
-    tokens = ""
+    tokens, latent = "", feature.latent
     for token in feature.tokens:
-        part = f"{token.text} {token.share:.0%}   "
+        part = f"{visible(token.text)} {token.share:.0%}   "
         if len(tokens) + len(part) > _COLUMNS - 44:
             break
         tokens += part
     axis.axhline(top - 0.75, color="#e1e4e8", linewidth=0.8)
-    axis.text(0, top, tokens, color=BLUE, fontweight="bold", **mono)
-    facts = f"latent {feature.latent}, on {feature.density:.2%} of tokens"
+    axis.text(0, top, _plain(tokens), color=BLUE, fontweight="bold", **mono)
+    facts = f"latent {latent.latent}, on {latent.density:.2%} of rows"
     axis.text(_COLUMNS, top, facts, color=GREY, ha="right", **mono)
-    for line, snippet in enumerate(feature.snippets[:_CONTEXTS], start=1):
-        _draw_snippet(axis, snippet, feature.max_act, top + 0.1 + line, mono)
+    for line, example in enumerate(feature.strongest[:_CONTEXTS], start=1):
+        _draw_context(axis, example, latent.max_act, top + 0.1 + line, mono)
 
 
-def _draw_snippet(axis: Any, snippet: Any, max_act: float, y: float, mono: dict[str, Any]) -> None:
+def _draw_context(axis: Any, example: Example, max_act: float, y: float, mono: dict[str, Any]) -> None:
     """One line of context, the firing token in the middle of the page."""
     patches = importlib.import_module("matplotlib.patches")
-    before = sum(map(len, snippet.texts[: snippet.peak]))
-    x = _COLUMNS // 2 - before
-    for place, (text, act) in enumerate(snippet):
+    texts = [visible(piece) for piece in example.context.pieces]
+    x = _COLUMNS // 2 - sum(map(len, texts[: example.peak]))
+    for place, (text, act) in enumerate(zip(texts, example.acts.tolist(), strict=True)):
         shown = text if x >= 0 else text[-x:] if x + len(text) > 0 else ""
         left = max(x, 0)
         shown = shown[: _COLUMNS - left] if left < _COLUMNS else ""
@@ -214,7 +217,7 @@ def _draw_snippet(axis: Any, snippet: Any, max_act: float, y: float, mono: dict[
             lead = len(shown) - len(shown.lstrip())
             box = (left + lead - 0.1, y - 0.46), len(shown.strip()) + 0.2, 0.92
             axis.add_patch(patches.Rectangle(*box, color=ORANGE, alpha=0.15 + 0.6 * min(act / max_act, 1), linewidth=0))
-        weight = "bold" if place == snippet.peak else "normal"
+        weight = "bold" if place == example.peak else "normal"
         axis.text(left, y, _plain(shown), fontweight=weight, **mono)
         x += len(text)
 

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from saefast.analysis.evaluation import EVAL, Evaluation, evaluate_run
-from saefast.analysis.report import draw_run, summary
+from saefast.analysis.page import summary
+from saefast.analysis.report import draw_run
 from saefast.cli.args import parse
 from saefast.cli.eval import table
 from saefast.cli.features import FeaturesArgs, run_features
@@ -137,7 +138,7 @@ def _all(args: DemoArgs) -> Evaluation:
     draw_run(args.folder, result)
     print("4/4  features: which tokens the most telling latents fire on, and their share of the activation", flush=True)
     found, _ = run_features(FeaturesArgs(run=args.folder))
-    print(summary(found.features))
+    print(summary(found))
     return result
 
 

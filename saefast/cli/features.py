@@ -13,10 +13,11 @@ import torch
 import tyro
 
 from saefast.analysis.evaluation import load_finished, run_source
-from saefast.analysis.feature_table import FeatureTable, make_table
+from saefast.analysis.export_names import Names
+from saefast.analysis.exports import Kind, export, parse_latents, telling
 from saefast.analysis.latent_stats import FEATURE_STATS, write_latent_stats
+from saefast.analysis.page import CONTEXTS, Shown, shown, summary, title_of, write_features
 from saefast.analysis.plots import draw_features
-from saefast.analysis.report import summary, write_features
 from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.data.mapped_source import MappedSource
 from saefast.errors import InputError
@@ -27,7 +28,7 @@ from saefast.latents import facts
 from saefast.latents.build import ROWS, build_latents
 from saefast.latents.database import LatentsDB
 from saefast.latents.schema import LATENTS_DB
-from saefast.latents.steps import Shown
+from saefast.latents.steps import Shares
 from saefast.metrics.streaming import Sparsity
 from saefast.training.residual import Stack, stack_of
 
@@ -38,7 +39,7 @@ class FeaturesArgs:
 
     Encodes rows once and leaves latents.db in the run's folder, which saefast explore shows; what is there already and
     of the same weights and data is used. Beside it features.html, features.md and features.png of some latents, and how
-    often and how strongly every latent fired in feature_stats.safetensors.
+    often and how strongly every latent fired in feature_stats.safetensors. With --out, writes them for other tools.
     """
 
     run: tyro.conf.Positional[Path]
@@ -49,50 +50,70 @@ class FeaturesArgs:
     """language model that was harvested, where it is not found by its name: a folder, or a name that loads it"""
     rows: int = ROWS
     """rows to encode: the held-out ones first, then as many of the others"""
-    top: Annotated[int, tyro.conf.arg(aliases=["--n"])] = 10
-    """the most telling latents to show"""
-    latents: tuple[int, ...] = ()
-    """latents to show instead"""
-    contexts: int = 6
-    """contexts per latent"""
+    top: Annotated[int | None, tyro.conf.arg(aliases=["--n"])] = None
+    """the most telling latents to show; default 10, of a page in --out 100, of other exports all"""
+    latents: str | None = None
+    """latents to show instead, such as 5,17,8000-8010"""
+    contexts: int = CONTEXTS
+    """contexts per latent in features.html"""
+    out: Path | None = None
+    """a new folder to write them to, instead of features.html, .md and .png"""
+    export: Kind = "page"
+    """what --out is for: pages to share, or another tool"""
+    model_id: str | None = None
+    """what the other tool calls the model; default its name"""
+    layer: int | None = None
+    """what the other tool takes for the layer; default the number in the hook's name"""
+    source_set: str | None = None
+    """on Neuronpedia: the set of SAEs that this is one of"""
 
 
 def main(argv: list[str]) -> int:
     args = parse(FeaturesArgs, argv, "features")
-    table, written = run_features(args)
-    print(summary(table.features))
-    print(f"\nwritten: {written}")
+    found, written = run_features(args)
+    if found:
+        print(f"{summary(found)}\n")
+    print(f"written: {written}")
     return 0
 
 
-def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -> tuple[FeatureTable, str]:
-    """Makes latents.db where it is not there, and the table of some latents. -> the table, the files written, in words.
+def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -> tuple[list[Shown], str]:
+    """Makes latents.db where it is not there, and shows or exports some latents. -> those shown; what was written.
 
     Args:
         model, tokenizer: those that were harvested, as objects; None is what args.model says, or the harvest's names.
 
     Raises:
-        InputError: as `make_latents`; a latent that is not there.
+        InputError: as `make_latents`; a latent that is not there; an export that the SAE or rows are not fit for.
     """
     for name in ("top", "contexts", "rows"):
-        if getattr(args, name) < 1:
-            raise InputError(f"{name} is {getattr(args, name)}: expected at least 1")
-    model = args.model if model is None else model
-    db = make_latents(args.run, args.data, model, tokenizer, args.rows)
-    shown = list(args.latents) or _most_telling(db, args.top)
-    for latent in shown:
-        db.latent(latent)
-    table = make_table(db, shown, args.contexts)
-    sae = db.meta["sae"]
-    title = f"{sae['model']} {sae['hook']}: what {len(shown)} of {db.n_latents:,} latents respond to"
-    pages, picture = write_features(args.run, table, title), args.run / "features.png"
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: expected at least 1")
+    if args.out is None and args.export != "page":
+        raise InputError(f"export is {args.export!r} and out is not given: name a new folder with --out")
+    db = make_latents(args.run, args.data, args.model if model is None else model, tokenizer, args.rows)
+    latents = _asked_for(args, db)
+    if args.out is not None:
+        names = Names(db, args.model_id, args.layer, args.source_set)
+        return [], export(db, args.export, args.out, latents, names)
+    return _shown(args, db, telling(db, 10) if latents is None else latents)
+
+
+def _asked_for(args: FeaturesArgs, db: LatentsDB) -> list[int] | None:
+    """The latents that the arguments name; None where they do not."""
+    if args.latents is not None:
+        return parse_latents(args.latents, db.n_latents)
+    return None if args.top is None else telling(db, args.top)
+
+
+def _shown(args: FeaturesArgs, db: LatentsDB, latents: list[int]) -> tuple[list[Shown], str]:
+    found = [shown(db, db.latent(latent)) for latent in latents]
+    title = f"{title_of(db)}: what {len(latents)} of {db.n_latents:,} latents respond to"
+    pages = write_features(args.run, db, found, title, args.contexts)
+    picture = args.run / "features.png"
     files = [db.path, *pages, args.run / FEATURE_STATS]
-    return table, named(files, lambda: draw_features(table, picture, title))
-
-
-def _most_telling(db: LatentsDB, n: int) -> list[int]:
-    """Those chosen; where rows have no tokens, and nothing says which tell most, those that fire most strongly."""
-    return db.telling(n) or [row.latent for row in db.page("max_act", limit=n, dead=False)[0]]
+    return found, named(files, lambda: draw_features(found, picture, title))
 
 
 def make_latents(
@@ -152,17 +173,16 @@ def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str 
 
 
 def _built(stack: Stack, source: MappedSource, path: Path, model: Any, tokenizer: Any, rows: int) -> LatentsDB:
-    given, index = model, {} if source.folder is None else source.folder.index
-    # Images are read with the processor beside the model.
-    processor = model if facts.kind_of(source) == "images" and isinstance(model, str | Path) else None
-    if facts.kind_of(source) == "text":
+    index, kind = {} if source.folder is None else source.folder.index, facts.kind_of(source)
+    with _bar() as moved, _ended_in_order():
+        if kind != "text":
+            # Images are read with the processor beside the model.
+            processor = model if kind == "images" and isinstance(model, str | Path) else None
+            return build_latents(stack, source, path, processor=processor, rows=rows, progress=moved)
+        # No name here keeps the model in memory, of which its embeddings are all that is needed.
         tokenizer = harvested_tokenizer(index, tokenizer, model)
-        model = _model(index, given)
-    else:
-        tokenizer = model = None
-    with _bar() as shown, _ended_in_order():
         return build_latents(
-            stack, source, path, tokenizer=tokenizer, model=model, processor=processor, rows=rows, progress=shown
+            *(stack, source, path), tokenizer=tokenizer, model=_model(index, model), rows=rows, progress=moved
         )
 
 
@@ -192,7 +212,7 @@ def _write_stats(db: LatentsDB, file: Path) -> None:
 
 
 @contextlib.contextmanager
-def _bar() -> Iterator[Shown | None]:
+def _bar() -> Iterator[Shares | None]:
     """One bar over all steps on stderr, with the time left, where a person watches."""
     if not watched():
         yield None
@@ -203,11 +223,11 @@ def _bar() -> Iterator[Shown | None]:
     form = "{desc:<12}{percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
     with tqdm(total=1.0, bar_format=form) as bar:
 
-        def shown(step: str, share: float) -> None:
+        def moved(step: str, share: float) -> None:
             bar.set_description_str(step, refresh=False)
             bar.update(share - bar.n)
 
-        yield shown
+        yield moved
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from saefast.harvest.token_text import Texts
 from saefast.latents import choice, facts, statistics
 from saefast.latents.choice import Directions, OwnTokens
 from saefast.latents.codes import write_codes
+from saefast.latents.cofiring import cofiring
 from saefast.latents.contexts import Contexts, write_sequences
 from saefast.latents.database import LatentsDB
 from saefast.latents.examples import examples
@@ -35,7 +36,7 @@ from saefast.latents.logit_weights import Unembedding, logit_weights, unembeddin
 from saefast.latents.neighbours import neighbours
 from saefast.latents.schema import create, finish
 from saefast.latents.spool import Spool, spool_codes
-from saefast.latents.steps import Shown, Steps
+from saefast.latents.steps import Shares, Steps
 from saefast.models.sae import SAE
 from saefast.training.residual import Part, Stack
 
@@ -61,7 +62,7 @@ def build_latents(
     model: Any = None,
     processor: Any = None,
     rows: int = ROWS,
-    progress: Shown | None = None,
+    progress: Shares | None = None,
 ) -> LatentsDB:
     """Encodes rows of a source and writes what every latent responds to.
 
@@ -135,7 +136,7 @@ class _Build:
         model: Any,
         processor: Any,
         n_rows: int,
-        progress: Shown | None,
+        progress: Shares | None,
     ) -> None:
         self.stack, self.source, self.db, self.n_rows = stack, source, db, n_rows
         self.processor = processor
@@ -265,6 +266,8 @@ class _Build:
                 found.own.append(choice.own_tokens(pairs, moments.total, counts))
             if contexts is not None:
                 insert(self.db, "examples", *examples(entries, start, spool, contexts, moments.largest))
+            together = cofiring(spool, entries, start)
+            insert_ranked(self.db, "cofiring", together.ids, together.lift, together.rows, first=start)
             advance(stop - start)
         return found
 

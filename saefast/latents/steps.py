@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from saefast.latents.spool import Advance
 
 # Is told the step under way, and the share of all work that is done, from 0 to 1.
-Shown = Callable[[str, float], None]
+Shares = Callable[[str, float], None]
 
 
 class Steps:
@@ -16,7 +16,7 @@ class Steps:
         shown: where the share goes; None is nowhere.
     """
 
-    def __init__(self, costs: Mapping[str, float], shown: Shown | None) -> None:
+    def __init__(self, costs: Mapping[str, float], shown: Shares | None) -> None:
         whole = sum(costs.values()) or 1.0
         self._costs = {name: cost / whole for name, cost in costs.items()}
         self._shown, self._before = shown, 0.0

@@ -164,6 +164,21 @@ def test_examples_are_of_the_rows_that_were_read(source: MappedSource, tmp_path:
             assert all(example.acts[example.peak] == pytest.approx(example.act) for example in shown)
 
 
+def test_latents_that_fire_together(source: MappedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saefast.latents.spool.Spool.ranges.__defaults__", (500, 11))
+    sae = made(activation="jumprelu")
+    # Two pairs that always do.
+    sae.W_enc[21], sae.W_enc[22] = sae.W_enc[3], sae.W_enc[4]
+    db = built(sae, source, tmp_path)
+    on = (sae.encode(all_rows(source)[0]).numpy() > 0).astype(int)
+    both, fired = on.T @ on, on.sum(0)
+    found = [(latent, other) for latent in range(L) for other in db.cofiring(latent)]
+    assert {(3, 21), (21, 3), (4, 22), (22, 4)} <= {(latent, other.latent) for latent, other in found}
+    for latent, other in found:
+        assert other.n == both[latent, other.latent]
+        assert other.value == pytest.approx(other.n * len(on) / fired[latent] / fired[other.latent], rel=1e-5)
+
+
 def test_tokens_that_latents_raise_and_lower(source: MappedSource, tmp_path: Path) -> None:
     sae, model = made(), tiny_models.model("bert")
     db = built(sae, source, tmp_path, model=model)
