@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
+from markupsafe import Markup, escape
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -19,6 +20,8 @@ from saefast.readable import visible
 
 FOLDER = Path(__file__).resolve().parent
 DEFAULT_PORT = 8765
+# As `visible` shows it.
+LINE_END = visible("\n")
 
 
 class View(NamedTuple):
@@ -48,8 +51,13 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= numbers.FILTERS | {"visible": visible}
+    environment.filters |= numbers.FILTERS | {"visible": visible, "quiet_ends": quiet_ends}
     return environment
+
+
+def quiet_ends(text: str) -> Markup:
+    """Text, escaped, whose signs for line ends stand back."""
+    return escape(text).replace(LINE_END, Markup("<i>{}</i>").format(LINE_END))
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """`saefast explore`: what it says, where it serves, what opens it, and how it ends."""
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -163,6 +164,56 @@ def test_without_its_packages_it_names_the_extra(
     monkeypatch.setattr(explore, "serve", lambda *_: None)
     assert cli.main(["explore", str(tmp_path), "--no-browser"]) == 2
     assert f"the package {package} is missing: pip install 'saefast[explore]'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """A run on a harvest of a tiny language model, without latents.db."""
+    import tiny_models
+
+    monkeypatch.chdir(tmp_path)
+    tiny_models.model("gpt2", head=True).save_pretrained("model")
+    tiny_models.tokenizer(special=False).save_pretrained("model")
+    lines = [json.dumps({"text": document}) for document in tiny_models.documents(40)]
+    Path("text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    harvest = "harvest --model model --text text.jsonl --hook layers.1 --out acts --ctx-len 24 --heldout 0.2"
+    train = "train acts --out run --n-latents 40 --k 4 --batch-size 64 --n-tokens 640 --device cpu"
+    for line in (harvest, train):
+        assert cli.main(line.split()) == 0
+    capsys.readouterr()
+    # What would be served until Ctrl-C.
+    monkeypatch.setattr(explore, "serve", lambda *_: None)
+    return tmp_path / "run"
+
+
+def test_latents_db_is_made_where_it_is_missing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explore", "run", "--no-browser", "--port", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith("run has no latents.db yet: its rows are read once to make it\nrun: 40 latents\nopen http://")
+    made = (trained / "latents.db").stat()
+    assert cli.main(["explore", "run", "--no-browser", "--port", "0"]) == 0
+    assert "has no latents.db" not in capsys.readouterr().out
+    assert (trained / "latents.db").stat() == made
+
+
+def test_ctrl_c_while_it_is_made_leaves_nothing(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(path.name for path in trained.iterdir())
+    monkeypatch.setattr("saefast.latents.schema.finish", interrupted)
+    monkeypatch.setattr("saefast.latents.build.finish", interrupted)
+    assert cli.main(["explore", "run", "--no-browser"]) == 130
+    assert sorted(path.name for path in trained.iterdir()) == before
+    assert capsys.readouterr().err == "saefast: interrupted\n"
+
+
+def test_a_folder_without_a_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explore", str(tmp_path), "--no-browser"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_run_that_trains_is_served_for_its_curves(tmp_path: Path) -> None:

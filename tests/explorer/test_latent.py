@@ -95,7 +95,7 @@ def test_the_text_around_is_shown_where_it_is_asked_for(explorer: Explorer, visi
 def test_what_the_side_shows_is_the_files(explorer: Explorer, visitor: TestClient) -> None:
     text = page(visitor, "/latent/7")
     for token in explorer.db.tokens_of(7):
-        row = next(row for row in re.findall(r"<tr.*?</tr>", text) if f">{token.text}<" in row and "<meter" in row)
+        row = next(row for row in re.findall(r"<tr.*?</tr>", text) if f">{token.text}<" in row and "<rect" in row)
         assert share(token.share) in row
         assert share(token.covered) in row
         assert ('class="own"' in row) is token.own
