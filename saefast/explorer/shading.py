@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saefast.explorer.numbers import act, shade
+from saefast.latents.characters import on_characters
 from saefast.latents.database import Context, Example
 
 
@@ -18,6 +19,7 @@ class Run(NamedTuple):
 
 def shaded(example: Example, most: float) -> list[Run]:
     """An example's text, shaded beside the largest activation. Positions of no activation lie together in one run."""
+    example = on_characters(example)
     pieces = example.context.pieces
     runs: list[Run] = []
     still: list[str] = []

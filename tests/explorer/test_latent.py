@@ -326,3 +326,11 @@ def test_runs_of_text_join_to_the_text() -> None:
     assert [(run.text, run.css) for run in marked] == [
         (" a b", "found"), ("", "found"), ("c", "found"), ("    d", ""),
     ]  # fmt: skip
+
+
+def test_a_character_of_several_tokens_is_shaded_once() -> None:
+    context = Context(0, 0, 0, 4, ["a", "", "🦊", "b"])
+    runs = shaded(Example(0, 4.0, 1, np.array([0, 4, 1, 0], np.float32), context), 4.0)
+    assert [run.text for run in runs] == ["a", "🦊", "b"]
+    assert runs[1].css.endswith(" peak")
+    assert runs[1].title == act(4.0)
