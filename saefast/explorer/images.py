@@ -79,7 +79,9 @@ def picture_of(db: LatentsDB, example: Example, most: float) -> Picture:
 
 
 def images_of(db: LatentsDB, latent: int) -> list[int]:
-    """Sequences of the images that a latent fires in most, as many as stand in a row of a list."""
+    """Sequences of the images that a latent fires in most, as many as stand in a row of a list; none for text."""
+    if db.meta.get("kind") != "images":
+        return []
     found = db.query(
         "SELECT sequence FROM examples JOIN contexts USING (context) JOIN images USING (sequence) "
         "WHERE latent = ? AND part = 0 ORDER BY rank LIMIT ?",

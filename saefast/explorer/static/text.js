@@ -23,7 +23,7 @@ function make(kind, className, text) {
   return element;
 }
 
-const nameOf = (latent) => latent.label || latent.title || "no title";
+const nameOf = (latent) => latent.label || latent.title || `latent ${latent.latent}`;
 const valueAt = (entry) => found.acts[entry] / found.latents[found.place[entry]].most;
 
 /* Asking */
