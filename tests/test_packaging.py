@@ -17,6 +17,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 TEMPLATES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "saefast").rglob("*.html"))
+# The pages of saefast explore, their style sheets and scripts.
+PAGES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("templates", "static")
+    for path in (ROOT / "saefast" / "explorer" / folder).iterdir()
+)
 NOT_COPIED = shutil.ignore_patterns(
     ".git", ".venv*", ".peers", "build", "dist", "runs", "*.egg-info", "*.so", ".*_cache"
 )
@@ -100,6 +106,10 @@ def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return next(out.glob("*.whl")), ran.stdout + ran.stderr
 
 
+def test_the_explorer_has_pages_styles_and_scripts() -> None:
+    assert {Path(name).suffix for name in PAGES} == {".html", ".css", ".js", ".svg"}
+
+
 @pytest.mark.slow
 def test_source_distribution_is_whole(sdist: Path) -> None:
     with tarfile.open(sdist) as tar:
@@ -110,7 +120,7 @@ def test_source_distribution_is_whole(sdist: Path) -> None:
         there = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.[chp]*") if path.is_file()}
         there = {name for name in there if "__pycache__" not in name}
         assert there <= set(names)
-    assert {"LICENSE", "constraints.txt", "saefast/py.typed", "csrc/gather.cu", *TEMPLATES} <= set(names)
+    assert {"LICENSE", "constraints.txt", "saefast/py.typed", "csrc/gather.cu", *TEMPLATES, *PAGES} <= set(names)
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 
 
@@ -121,7 +131,7 @@ def test_wheel_is_whole(wheel: tuple[Path, str]) -> None:
     assert {f"saefast/kernels/{name}" for name in KERNELS} <= names
     assert "saefast/kernels/__init__.py" not in names
     ours = {path.relative_to(ROOT).as_posix() for path in (ROOT / "saefast").rglob("*.py")}
-    assert {"saefast/py.typed", *ours, *TEMPLATES} <= names
+    assert {"saefast/py.typed", *ours, *TEMPLATES, *PAGES} <= names
     assert {name.split("/")[0] for name in names} == {"saefast", wheel[0].name.split("-cp")[0] + ".dist-info"}
 
 

@@ -1,7 +1,5 @@
 """The page as one ASGI app: the routes of every view, static files, and errors in plain words."""
 
-import importlib
-import importlib.util
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -13,11 +11,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from saefast.errors import InputError
+from saefast.explorer import browse, compare, images, latent, map, text, training
 from saefast.explorer.guard import Guard
 from saefast.explorer.state import FOLDER, Explorer, as_json
 
-# Files of this folder, each with `routes(explorer)`.
-FILES = ("browse", "latent", "images", "text", "map", "training", "compare")
+VIEWS = (browse, latent, images, text, map, training, compare)
 
 
 def make_app(explorer: Explorer) -> ASGIApp:
@@ -25,9 +23,8 @@ def make_app(explorer: Explorer) -> ASGIApp:
     routes: list[BaseRoute] = [Mount("/static", StaticFiles(directory=FOLDER / "static"), name="static")]
     if explorer.latents is None:
         routes.append(Route("/", lambda request: RedirectResponse("/training")))
-    for name in FILES:
-        if importlib.util.find_spec(f"saefast.explorer.{name}"):
-            routes.extend(importlib.import_module(f"saefast.explorer.{name}").routes(explorer))
+    for view in VIEWS:
+        routes.extend(view.routes(explorer))
 
     def failed(request: Request, error: Exception) -> Response:
         return _in_words(explorer, request, error)

@@ -1,5 +1,6 @@
 """*latents*: the table of all latents, a page at a time, and what a search found."""
 
+import functools
 import re
 from typing import Any
 
@@ -11,7 +12,6 @@ from starlette.routing import BaseRoute, Route
 from saefast.explorer.listing import ROWS, SHOWN, SORTS, SPANS, Listing
 from saefast.explorer.shading import marked_spans
 from saefast.explorer.state import Explorer
-from saefast.latents.database import LatentsDB
 from saefast.latents.search import search
 
 # A histogram in a row: columns, and height of the tallest.
@@ -24,16 +24,24 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
     if explorer.latents is None:
         return []
 
+    # Latents do not change while they are shown; labels do.
+    @functools.cache
+    def counts() -> tuple[int, int]:
+        ((dead, dense),) = explorer.db.query(
+            "SELECT count(*) FILTER (WHERE dead), count(*) FILTER (WHERE dense) FROM latents"
+        )
+        return dead, dense
+
     def page(request: Request) -> Response:
         text = request.query_params.get("q", "").strip()
         if text:
             return _found(explorer, request, text)
-        return _table(explorer, request)
+        return _table(explorer, request, *counts())
 
     return [Route("/", page)]
 
 
-def _table(explorer: Explorer, request: Request) -> Response:
+def _table(explorer: Explorer, request: Request, dead: int, dense: int) -> Response:
     db, listing = explorer.db, Listing.of(request.query_params)
     rows, total = listing.found(db, min((listing.page - 1) * ROWS, db.n_latents), ROWS)
     last = max(-(-total // ROWS), 1)
@@ -49,7 +57,9 @@ def _table(explorer: Explorer, request: Request) -> Response:
         "sorts": SORTS,
         "shown": SHOWN,
         "spans": SPANS,
-        "facts": facts(db),
+        "dead": dead / max(db.n_latents, 1),
+        "dense": dense,
+        "labelled": db.query("SELECT count(*) FROM labels")[0][0],
     }
     return explorer.page(request, "browse.html", here="latents", **values)
 
@@ -69,15 +79,6 @@ def _found(explorer: Explorer, request: Request, text: str) -> Response:
         "matches": [(match, marked_spans(match.context, match.spans)) for match in found.matches],
     }
     return explorer.page(request, "found.html", here="latents", **shown)
-
-
-def facts(db: LatentsDB) -> dict[str, Any]:
-    """What the head line says of all latents."""
-    ((dead, dense, labelled),) = db.query(
-        "SELECT (SELECT count(*) FROM latents WHERE dead), (SELECT count(*) FROM latents WHERE dense), "
-        "(SELECT count(*) FROM labels)"
-    )
-    return {"dead": dead / max(db.n_latents, 1), "dense": dense, "labelled": labelled}
 
 
 def bars(counts: np.ndarray) -> str:
