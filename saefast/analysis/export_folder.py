@@ -29,7 +29,8 @@ def whole_folder(out: str | Path, kind: str, db: LatentsDB) -> Iterator[Path]:
     Raises:
         InputError: `out` is a file, or a folder with anything but an export of this kind, or cannot be written.
     """
-    out = usable(out).absolute()
+    # A link stays one: what it leads to is written.
+    out = usable(out).resolve()
     check_replaceable(out, kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

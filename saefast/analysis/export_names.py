@@ -62,8 +62,8 @@ class Names:
     @property
     def layer_number(self) -> int:
         if self.layer is not None:
-            if self.layer < 0:
-                raise InputError(f"--layer is {self.layer}: expected 0 or more")
+            if not isinstance(self.layer, int) or self.layer < 0:
+                raise InputError(f"--layer is {self.layer!a}: expected a number from 0 on")
             return self.layer
         numbers = _NUMBER.findall(self.hook)
         if len(numbers) != 1:
@@ -73,7 +73,7 @@ class Names:
     @property
     def set_name(self) -> str:
         name = self.source_set if self.source_set is not None else f"saefast-{self.db.n_latents}"
-        if not _SET.fullmatch(name) or name == "neurons":
+        if not isinstance(name, str) or not _SET.fullmatch(name) or name == "neurons":
             seen = "expected lower-case letters and digits with single hyphens between them, and not 'neurons'"
             raise InputError(f"--source-set is {name!a}: {seen}")
         return name

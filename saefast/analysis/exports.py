@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from saefast.analysis.delphi import DELPHI, write_delphi
 from saefast.analysis.excerpts import Advance
@@ -13,6 +14,7 @@ from saefast.analysis.page import PAGE, write_page
 from saefast.analysis.saedashboard import SAEDASHBOARD, write_saedashboard
 from saefast.errors import InputError
 from saefast.latents.database import LatentsDB, Sort
+from saefast.typed import typed
 
 Kind = Literal["page", "neuronpedia", "neuronpedia-folder", "saedashboard", "delphi"]
 _WRITERS: dict[str, Callable[[LatentsDB, str | Path, Sequence[int], Names, Advance], int]] = {
@@ -25,6 +27,7 @@ _WRITERS: dict[str, Callable[[LatentsDB, str | Path, Sequence[int], Names, Advan
 _SHOWN = 100
 
 
+@typed
 def export(
     db: LatentsDB,
     kind: Kind,
@@ -50,16 +53,15 @@ def export(
         InputError: an unknown kind; a latent that is not there; what the kind needs and latents.db or the SAE's
             metadata do not hold; `out` holds something else.
     """
-    if kind not in get_args(Kind):
-        raise InputError(f"export is {kind!a}: expected one of {', '.join(get_args(Kind))}")
     if latents is None:
         latents = telling(db, _SHOWN) if kind == PAGE else range(db.n_latents)
     for latent in latents:
-        if not 0 <= latent < db.n_latents:
-            raise InputError(f"there is no latent {latent}: expected 0 to {db.n_latents - 1}")
+        if not isinstance(latent, Integral) or not 0 <= latent < db.n_latents:
+            raise InputError(f"there is no latent {latent!a}: expected 0 to {db.n_latents - 1}")
+    chosen = list(dict.fromkeys(map(int, latents)))
     if kind == PAGE:
-        return f"{write_page(db, out, latents, advance=advance):,} latents in {Path(out) / 'index.html'}"
-    n = _WRITERS[kind](db, out, list(dict.fromkeys(latents)), names or Names(db), advance)
+        return f"{write_page(db, out, chosen, advance=advance):,} latents in {Path(out) / 'index.html'}"
+    n = _WRITERS[kind](db, out, chosen, names or Names(db), advance)
     return f"{n:,} {'activations' if kind == DELPHI else 'latents'} in {out}"
 
 

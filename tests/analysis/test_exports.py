@@ -45,7 +45,7 @@ def test_without_a_choice_it_is_all_or_the_most_telling(db: LatentsDB, tmp_path:
 
 
 def test_an_unknown_kind_is_refused(db: LatentsDB, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="export is 'pdf': expected one of page, neuronpedia"):
+    with pytest.raises(InputError, match=r"kind is 'pdf' .*: expected 'page' or 'neuronpedia'"):
         export(db, "pdf", tmp_path / "out")  # type: ignore[arg-type]
 
 

@@ -9,6 +9,7 @@ import functools
 import io
 import os
 import shutil
+import tempfile
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +25,13 @@ from attack import odd, outcome, readers
 from attack.odd import Make
 from attack.pool import HANG, Arena, run_all
 from attack.summary import Row
+from latents_db import make_db
 
 import saefast
 from saefast import formats, ops
 from saefast.analysis.evaluation import evaluate, evaluate_run
+from saefast.analysis.export_names import Names
+from saefast.analysis.exports import export
 from saefast.cli import main as cli
 from saefast.cli.calibrate import CalibrateArgs
 from saefast.cli.convert import ConvertArgs
@@ -50,6 +54,8 @@ from saefast.integrations.recorded import RecordedCodes
 from saefast.integrations.recording import record
 from saefast.integrations.saebench import for_saebench
 from saefast.integrations.steering import steer
+from saefast.latents.database import LatentsDB
+from saefast.latents.schema import LATENTS_DB
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE
 from saefast.training.api import train
@@ -195,6 +201,12 @@ def api() -> list[Call]:
         Call("ShardFolder", lambda path: ShardFolder(path).verify(), {}, dict(path=path)),
         Call("open_text", lambda text, column: list(open_text(text, column)),
              dict(text=lambda: "text.jsonl", column=lambda: "text"), dict(text=texts, column=odd.VALUES)),
+        Call("export", export, dict(db=_latents_db, kind=lambda: "neuronpedia", out=lambda: "out"),
+             dict(db=odd.VALUES, kind=odd.VALUES, out=path | FOLDERS, latents=odd.VALUES, names=odd.VALUES)),
+        *[
+            Call("export", _export_named, dict(out=lambda: "out"), {name: odd.VALUES})
+            for name in ("model_id", "layer", "source_set")
+        ],
         Call("read_config", read_config, {}, dict(path=path)),
         Call("read_metrics", read_metrics, {}, dict(path=path)),
         Call("make_plan", make_plan,
@@ -290,6 +302,23 @@ def _ops() -> list[Call]:
 
 def _spliceable() -> SAE:
     return SAE(SAEConfig(d_in=16, n_latents=24, k=3, metadata={"hook_name": "layers.0"}), seed=0)
+
+
+@functools.cache
+def _made_up_db() -> "tempfile.TemporaryDirectory[str]":
+    """A folder with a latents.db, for as long as this process lives."""
+    folder = tempfile.TemporaryDirectory()
+    make_db(Path(folder.name))
+    return folder
+
+
+def _latents_db() -> LatentsDB:
+    return LatentsDB(Path(_made_up_db().name) / LATENTS_DB)
+
+
+def _export_named(out: Any, **given: Any) -> None:
+    db = _latents_db()
+    export(db, "neuronpedia", out, [1, 2], Names(db, **given))
 
 
 def _inside(block: Any, **given: Any) -> None:
