@@ -8,13 +8,12 @@ import base64
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cache
-from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from saefast.analysis.excerpts import Advance, Bin, bins, number
+from saefast.analysis.excerpts import Advance, Bin, bins
 from saefast.analysis.export_folder import whole_folder
 from saefast.errors import InputError
 from saefast.files import replacing
@@ -215,10 +214,16 @@ def pieces(example: Example) -> Iterator[Piece]:
         yield Piece(space, word or text, act, place == example.peak)
 
 
+def name_of_sequence(db: LatentsDB, example: Example) -> str:
+    """What stands for a context that has neither text nor picture: the file of an image, or where the rows lie."""
+    row = db.sequence(example.context.sequence)
+    return visible(row.name or f"sequence {row.source_sequence}, position {example.context.start + example.peak}")
+
+
 class Picture(NamedTuple):
     """An image, as a data: address that holds all of it, under a grid of columns × rows.
 
-    patches: (column, row, activation) of those that the latent fires on.
+    patches: (column, row, activation) of those that the latent fires on. columns: 0 where it is not known how they lie.
     """
 
     address: str
@@ -234,11 +239,16 @@ def picture(db: LatentsDB, example: Example) -> Picture | None:
         return None
     mime, data = kept
     address = f"data:{mime};base64,{base64.b64encode(data).decode()}"
-    side = isqrt(len(example.acts))
-    # What comes before the patches (a class token) is of no place in the image.
-    before = len(example.acts) - side * side
-    fired = ((place - before, act) for place, act in enumerate(example.acts.tolist()) if act > 0 and place >= before)
-    return Picture(address, side, side, [(place % side, place // side, act) for place, act in fired])
+    grid = db.meta.get("grid")
+    if grid is None:
+        return Picture(address, 0, 0, [])
+    columns, rows = int(grid["columns"]), int(grid["rows"])
+    # What comes before the patches, a class token, is of no place in the image.
+    places = np.arange(example.context.start, example.context.stop) - int(grid["first"])
+    fired = (example.acts > 0) & (places >= 0) & (places < columns * rows)
+    where, acts = places[fired].tolist(), example.acts[fired].tolist()
+    patches = [(place % columns, place // columns, act) for place, act in zip(where, acts, strict=True)]
+    return Picture(address, columns, rows, patches)
 
 
 def _write(path: Path, template: str, **values: Any) -> None:
@@ -281,5 +291,6 @@ def _environment() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {**numbers.FILTERS, "visible": visible}
-    environment.globals |= {"pieces": pieces, "picture": picture, "name_of": name_of, "number": number, "BINS": BINS}
+    environment.globals |= {"pieces": pieces, "picture": picture, "name_of": name_of, "BINS": BINS}
+    environment.globals["name_of_sequence"] = name_of_sequence
     return environment

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -46,7 +47,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         named = dict(attrs)
         self.tags.append((tag, named))
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "img"):
             self.open.append(f"{tag} {named.get('class') or ''}")
         if named.get("class") == "text":
             self.contexts.append("")
@@ -221,26 +222,60 @@ def test_white_space_that_a_latent_fires_on_is_shaded() -> None:
     assert [(piece.space, piece.text, piece.act) for piece in found] == [(" ", "a", 1), ("", "  ", 2), ("", "\n", 3)]
 
 
-def test_an_image_is_shown_with_its_patches(path: Path, tmp_path: Path) -> None:
-    db = LatentsDB(path)
-    example = db.examples(5)[0]
-    n = example.context.stop - example.context.start
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_an_image_is_shown_with_its_patches(path: Path, tmp_path: Path, first: int) -> None:
     with written(path) as raw:
-        # A class token and 3 × 3 patches.
-        assert n == 10
         raw.execute("INSERT INTO images SELECT sequence, 'image/png', x'89504e47' FROM sequences")
+        # Positions up to `first` are before the patches, those from 3 · 8 on after them.
+        raw.execute("INSERT INTO meta VALUES ('grid', ?)", (json.dumps({"rows": 3, "columns": 8, "first": first}),))
+    db = LatentsDB(path)
+    write_page(db, tmp_path / "out", [1])
+    page = Page((tmp_path / "out" / "latents" / "1.html").read_text(encoding="utf-8"))
+    check_alone(page)
+    assert page.contexts == []
+    images = [named for tag, named in page.tags if tag == "image"]
+    examples = db.examples(1)
+    assert len(images) == len(examples) > 5
+    assert {(named["width"], named["height"]) for named in images} == {("8", "3")}
+    data = base64.b64encode(b"\x89PNG").decode()
+    assert {named["href"] for named in images} == {f"data:image/png;base64,{data}"}
+    patches = [named for tag, named in page.tags if tag == "rect" and named["width"] == "1"]
+    shown = [(named["x"], named["y"], named["class"]) for named in patches]
+    most = db.latent(1).max_act
+    expected = [
+        (str((p - first) % 8), str((p - first) // 8), f"s{int(np.ceil(20 * float(act) / most - 1e-9))}")
+        for e in examples
+        for p, act in zip(range(e.context.start, e.context.stop), e.acts, strict=True)
+        if act > 0 and 0 <= p - first < 24
+    ]
+    assert shown == expected
+    assert len(shown) > 20
+
+
+def test_an_image_without_a_grid_is_shown_alone(path: Path, tmp_path: Path) -> None:
+    with written(path) as raw:
+        raw.execute("INSERT INTO images SELECT sequence, 'image/webp', x'00' FROM sequences WHERE sequence % 2")
+        raw.execute("INSERT INTO meta VALUES ('grid', 'null')")
+    db = LatentsDB(path)
+    write_page(db, tmp_path / "out", [1])
+    page = Page((tmp_path / "out" / "latents" / "1.html").read_text(encoding="utf-8"))
+    examples = db.examples(1)
+    images = [named for tag, named in page.tags if tag == "img"]
+    assert len(images) == sum(e.context.sequence % 2 for e in examples) > 0
+    assert {named["src"] for named in images} == {"data:image/webp;base64,AA=="}
+    # One that is not kept is a text, as it is.
+    assert page.contexts == ["".join(e.context.pieces) for e in examples if not e.context.sequence % 2]
+
+
+def test_rows_without_text_or_picture_are_named(path: Path, tmp_path: Path) -> None:
+    with written(path) as raw:
+        raw.execute("UPDATE contexts SET text = '', lengths = zeroblob(length(lengths))")
+        raw.execute("UPDATE sequences SET name = '<i>cat</i>.png' WHERE sequence % 2")
+    db = LatentsDB(path)
     write_page(db, tmp_path / "out", [5])
     page = Page((tmp_path / "out" / "latents" / "5.html").read_text(encoding="utf-8"))
     check_alone(page)
-    images = [named for tag, named in page.tags if tag == "image"]
-    assert len(images) == len(db.examples(5))
-    data = base64.b64encode(b"\x89PNG").decode()
-    assert {named["href"] for named in images} == {f"data:image/png;base64,{data}"}
-    places = [(named["x"], named["y"]) for tag, named in page.tags if tag == "rect" and named.get("width") == "1"]
-    expected = [
-        (str((place - 1) % 3), str((place - 1) // 3))
-        for e in db.examples(5)
-        for place, act in enumerate(e.acts)
-        if act > 0 and place
-    ]
-    assert places == expected
+    for example in db.examples(5):
+        sequence = example.context.sequence
+        place = f"sequence {sequence + 100}, position {example.context.start + example.peak}"
+        assert ("<i>cat</i>.png" if sequence % 2 else place) in page.text
