@@ -6,7 +6,7 @@ A page is a template beside this file, filled. It holds its own style (the explo
 
 import base64
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from saefast.analysis.export_folder import whole_folder
 from saefast.errors import InputError
 from saefast.files import replacing
 from saefast.latents import numbers
-from saefast.latents.characters import on_characters
 from saefast.latents.database import Example, Latent, LatentsDB, LogitWeight, Relative, TokenShare
 from saefast.latents.schema import BINS
 from saefast.readable import visible
@@ -203,15 +202,23 @@ class Piece(NamedTuple):
     peak: bool
 
 
-def pieces(example: Example) -> Iterator[Piece]:
-    """What a context is made of."""
-    example = on_characters(example)
+def pieces(example: Example) -> list[Piece]:
+    """What a context is made of, without the line ends and spaces around it on which the latent does not fire."""
+    found = []
     for place, (piece, act) in enumerate(zip(example.context.pieces, example.acts.tolist(), strict=True)):
         text = visible(piece, lines=True)
         word = text.lstrip()
         # White space alone is shaded too where a latent fires on it.
         space = text[: len(text) - len(word)] if word else ""
-        yield Piece(space, word or text, act, place == example.peak)
+        found.append(Piece(space, word or text, act, place == example.peak))
+    kept = [place for place, piece in enumerate(found) if piece.act > 0 or piece.text.strip()]
+    if not kept:
+        return []
+    found = found[kept[0] : kept[-1] + 1]
+    found[0] = found[0]._replace(space="")
+    if found[-1].act <= 0:
+        found[-1] = found[-1]._replace(text=found[-1].text.rstrip())
+    return found
 
 
 def name_of_sequence(db: LatentsDB, example: Example) -> str:

@@ -109,11 +109,11 @@ def test_nothing_of_the_data_is_markup(path: Path, tmp_path: Path) -> None:
         assert not {"img", "iframe", "object"} & {tag for tag, _ in page.tags}
     latent = next(one for one in features if one.strongest)
     page = Page((tmp_path / "out" / "latents" / f"{latent.latent.latent}.html").read_text(encoding="utf-8"))
-    # White space shows in a context: there is what its pieces have, and no more.
+    # White space shows in a context: within it there is what its pieces have, and no more.
     expected = [
         "".join(visible(piece, lines=True) for piece in e.context.pieces) for g in latent.groups for e in g.examples
     ]
-    assert page.contexts == expected
+    assert [text.strip() for text in page.contexts] == [text.strip() for text in expected]
 
 
 def test_a_latents_page_has_its_examples_and_numbers(path: Path, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_latents_page_has_its_examples_and_numbers(path: Path, tmp_path: Path)
         page = Page((tmp_path / "out" / "latents" / f"{latent.latent}.html").read_text(encoding="utf-8"))
         check_alone(page)
         examples = db.examples(latent.latent)
-        assert page.contexts == ["".join(e.context.pieces) for e in examples]
+        assert page.contexts == ["".join(e.context.pieces).strip() for e in examples]
         fired = [
             (float(act), piece)
             for e in examples
@@ -195,7 +195,8 @@ def test_a_page_of_a_few_shows_the_strongest_contexts(path: Path, tmp_path: Path
     page = Page(files[0].read_text(encoding="utf-8"))
     check_alone(page)
     assert page.links == []
-    assert page.contexts == ["".join(e.context.pieces) for one in few for e in db.examples(one.latent.latent, 0)[:6]]
+    strongest = [e for one in few for e in db.examples(one.latent.latent, 0)[:6]]
+    assert page.contexts == ["".join(e.context.pieces).strip() for e in strongest]
     assert "2 of 60 latents (L0 = 4.0), judged on 900 tokens of made-up rows" in page.text
     assert "The score is made up." in about(db, 2)
 
@@ -218,8 +219,18 @@ def test_markdown_rows_stay_rows(path: Path) -> None:
 
 def test_white_space_that_a_latent_fires_on_is_shaded() -> None:
     context = Context(1, 0, 0, 3, [" a", "  ", "\n"])
-    found = list(pieces(Example(0, 2.0, 1, np.array([1, 2, 3], np.float32), context)))
-    assert [(piece.space, piece.text, piece.act) for piece in found] == [(" ", "a", 1), ("", "  ", 2), ("", "\n", 3)]
+    found = pieces(Example(0, 2.0, 1, np.array([1, 2, 3], np.float32), context))
+    assert [(piece.space, piece.text, piece.act) for piece in found] == [("", "a", 1), ("", "  ", 2), ("", "\n", 3)]
+
+
+def test_white_space_around_a_context_is_left_out() -> None:
+    context = Context(1, 0, 0, 6, ["\n\n", "  ", " a", "\n  b", " c \n", "\n"])
+    acts = np.array([0, 0, 0, 2, 0, 0], np.float32)
+    found = pieces(Example(0, 2.0, 3, acts, context))
+    assert [(piece.space, piece.text, piece.peak) for piece in found] == [
+        ("", "a", False), ("\n  ", "b", True), (" ", "c", False)
+    ]  # fmt: skip
+    assert pieces(Example(0, 2.0, 0, acts * 0, context._replace(pieces=[" "] * 6))) == []
 
 
 @pytest.mark.parametrize("first", [0, 1, 4])
@@ -264,7 +275,7 @@ def test_an_image_without_a_grid_is_shown_alone(path: Path, tmp_path: Path) -> N
     assert len(images) == sum(e.context.sequence % 2 for e in examples) > 0
     assert {named["src"] for named in images} == {"data:image/webp;base64,AA=="}
     # One that is not kept is a text, as it is.
-    assert page.contexts == ["".join(e.context.pieces) for e in examples if not e.context.sequence % 2]
+    assert page.contexts == ["".join(e.context.pieces).strip() for e in examples if not e.context.sequence % 2]
 
 
 def test_rows_without_text_or_picture_are_named(path: Path, tmp_path: Path) -> None:
