@@ -114,17 +114,20 @@ def principal(units: Tensor, seed: int = 0) -> tuple[np.ndarray, float]:
 
 
 def squared(points: np.ndarray) -> np.ndarray:
-    """(L, 2) float32: points moved and scaled alike in both directions, so that 98 % of them lie in -1 to 1.
+    """(L, 2) float32: points moved and scaled alike in both directions, to -1 to 1.
 
-    What lies further out is drawn in to 1.25 at most, in its order, so that a few do not make all others a dot.
+    Where a few lie half as far out again as 98 % of all do, they are drawn in to 1.25 at most, in their order, so that
+    they do not make all others a dot.
     """
     if not len(points):
         return points.astype(np.float32)
-    low, high = np.quantile(points.astype(np.float64), [0.01, 0.99], axis=0)
-    half = float((high - low).max()) / 2
-    moved = (points - (low + high) / 2) / half if half > 0 else np.zeros_like(points)
+    points = points.astype(np.float64)
+    low, high = np.quantile(points, [0.01, 0.99], axis=0)
+    moved = points - (low + high) / 2
+    unit = min(1.5 * float((high - low).max()) / 2, float(np.abs(moved).max()))
+    moved = moved / unit if unit > 0 else np.zeros_like(moved)
     far = np.maximum(np.abs(moved), 1)
-    return np.where(np.abs(moved) > 1, np.sign(moved) * (1.25 - 0.25 / far), moved).astype(np.float32)
+    return np.where(far > 1, np.sign(moved) * (1.25 - 0.25 / far), moved).astype(np.float32)
 
 
 def clusters(units: Tensor, seed: int = 0) -> tuple[np.ndarray, int]:

@@ -176,6 +176,13 @@ def test_points_keep_their_order_and_few_lie_far_out() -> None:
     assert np.abs(made).max() <= 1.25
     assert (np.abs(made) <= 1).mean() >= 0.98
     assert np.array_equal(np.argsort(points[:, 0], kind="stable"), np.argsort(made[:, 0], kind="stable"))
+    # Where none lies far out, shapes stay what they are.
+    disc = np.random.default_rng(1).uniform(-3, 7, (5000, 2))
+    disc = disc[np.linalg.norm(disc - 2, axis=1) < 5]
+    made = squared(disc)
+    scale = (made[0] - made[1]) / (disc[0] - disc[1])
+    np.testing.assert_allclose(made - made[0], (disc - disc[0]) * scale[0], atol=1e-5)
+    assert 0.95 < np.abs(made).max() <= 1
 
 
 def test_names_are_the_words_that_a_cluster_has_more_of_than_others() -> None:
