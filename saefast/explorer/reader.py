@@ -4,6 +4,7 @@ A text goes through it as those of the harvest did: cut to the same length, with
 after, in the dtype that the model ran in. Tokens that the harvest left out have no code here either.
 """
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +53,8 @@ class ReadText(NamedTuple):
 class TextReader:
     """The model, tokenizer and SAE of a run, loaded and ready; `model` and `tokenizer` as for `harvested_model`.
 
+    May be used by several threads, whose texts wait for one another.
+
     data: the harvest, where the run's config does not say which one or it was moved.
 
     Raises:
@@ -70,6 +73,8 @@ class TextReader:
         self._texts = Texts(self.tokenizer)
         self._choice = TokenChoice.from_index(index, self.tokenizer.all_special_ids)
         self._limits = _limits(index, self.hooks)
+        # A model's hooks are for one text at a time.
+        self._one = threading.Lock()
         self._sequencer = Sequencer(
             self.tokenizer,
             min(int(index.get("ctx_len") or MOST_TOKENS), MOST_TOKENS),
@@ -98,7 +103,7 @@ class TextReader:
             raise InputError("the text is empty: type or paste some")
         n_tokens = sum(map(len, sequences))
         sequences = sequences[: max(MOST_TOKENS // len(sequences[0]), 1)]
-        with self._runner.attached():
+        with self._one, self._runner.attached():
             codes = [self._code(ids) for ids in sequences]
         counts = np.concatenate([code.counts for code in codes])
         tokens = [token for ids in sequences for token in ids]

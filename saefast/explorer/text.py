@@ -49,7 +49,7 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
             reader.start()
             return as_json({"state": reader.state, "why": reader.why, "error": "The model is not loaded yet."}, 503)
         text = fields.get("text", "").replace("\r\n", "\n")
-        return as_json(await anyio.to_thread.run_sync(_answer, explorer.db, found, text, limiter=one))
+        return await anyio.to_thread.run_sync(_answer, explorer.db, found, text, limiter=one)
 
     return [
         Route("/text", page),
@@ -84,11 +84,11 @@ def _why_no_text(db: LatentsDB) -> str:
     return "" if kind == "text" else f"The rows of this run are of {kind}, not of text: its model reads none."
 
 
-def _answer(db: LatentsDB, reader: "TextReader", text: str) -> dict[str, Any]:
+def _answer(db: LatentsDB, reader: "TextReader", text: str) -> Response:
+    """What the page's script gets: `described`, and names of tokens without a code, by their places."""
     found = reader.read(text)
-    return described(db, found) | {
-        "names": {i: visible(reader.name(int(found.tokens[i]))) for i in np.flatnonzero(~found.kept).tolist()}
-    }
+    names = {i: visible(reader.name(int(found.tokens[i]))) for i in np.flatnonzero(~found.kept).tolist()}
+    return as_json(described(db, found) | {"names": names})
 
 
 def described(db: LatentsDB, read: "ReadText") -> dict[str, Any]:

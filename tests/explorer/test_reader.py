@@ -1,6 +1,7 @@
 """A text that is typed is read as the harvest read its own: ids, rows and codes are the same; or it says why not."""
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,18 @@ def test_a_long_text_is_cut_and_says_so(reads: TextReader, monkeypatch: pytest.M
     # 22 words a sequence, beside [CLS] and [SEP].
     assert read.left_out == 100 + 2 * 5 - 2 * CTX
     assert read.starts == [0, CTX]
+
+
+def test_texts_of_several_threads_do_not_mix(reads: TextReader) -> None:
+    texts = [" ".join(f"w{(i * j) % 60}" for j in range(30 + i)) for i in range(8)]
+    alone = [reads.read(text) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(reads.read, texts))
+    for a, b in zip(alone, together, strict=True):
+        assert a.texts == b.texts
+        assert np.array_equal(a.row_ptr, b.row_ptr)
+        assert np.array_equal(a.idx, b.idx)
+        assert np.array_equal(a.acts, b.acts)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t \r\n"])

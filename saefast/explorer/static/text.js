@@ -40,7 +40,7 @@ async function loaded() {
   for (;;) {
     const { state, why } = await ask("/text/state");
     if (state === "ready") return;
-    if (state === "failed") throw new Error(`The model does not load: ${why}. Mend that, then reload this page.`);
+    if (state === "failed") throw new Error(`The model does not load: ${why}. Where it lies elsewhere, saefast explore takes --model, and --data for its harvest; reload this page to try again.`);
     say("Loading the model …", "busy");
     await pause(700);
   }
