@@ -44,8 +44,10 @@ def marked_spans(context: Context, spans: list[tuple[int, int]]) -> list[Run]:
         first = max(first, done)
         if last <= first:
             continue
-        runs.extend(_plain(context.pieces[done:first]))
-        runs.append(Run("".join(context.pieces[first:last]), "found", ""))
+        found = "".join(context.pieces[first:last])
+        bare = found.lstrip(" ") or found
+        runs.extend(_plain([*context.pieces[done:first], found[: len(found) - len(bare)]]))
+        runs.append(Run(bare, "found", ""))
         done = last
     return [*runs, *_plain(context.pieces[done:])]
 

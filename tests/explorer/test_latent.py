@@ -324,7 +324,7 @@ def test_runs_of_text_join_to_the_text() -> None:
     ]  # fmt: skip
     marked = marked_spans(context, [(3, 4), (0, 2), (1, 3)])
     assert [(run.text, run.css) for run in marked] == [
-        (" a b", "found"), ("", "found"), ("c", "found"), ("    d", ""),
+        (" ", ""), ("a b", "found"), ("", "found"), ("c", "found"), ("    d", ""),
     ]  # fmt: skip
 
 

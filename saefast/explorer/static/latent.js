@@ -15,11 +15,23 @@ form.addEventListener("submit", async (event) => {
     const label = await post(form.action, { text }, form.elements.key.value);
     saved = field.value = label.text;
     said.textContent = label.text ? `Saved. ${label.about}` : "Taken away.";
+    name(label.text);
   } catch (error) {
     said.textContent = error.message;
   }
   field.focus();
 });
+
+/** What the page calls the latent: its label, or its tokens where it has none. */
+function name(text) {
+  const head = document.getElementById("name");
+  const shown = document.createElement("span");
+  shown.className = text ? "label" : "title";
+  shown.dir = "auto";
+  shown.textContent = text || head.dataset.title;
+  head.replaceChildren(shown);
+}
+
 addEventListener("beforeunload", (event) => {
   if (field.value !== saved) event.preventDefault();
 });
