@@ -12,7 +12,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from saefast.analysis.delphi import DELPHI
 from saefast.analysis.evaluation import load_finished, run_source
+from saefast.analysis.excerpts import Advance
+from saefast.analysis.export_folder import check_replaceable
 from saefast.analysis.export_names import Names
 from saefast.analysis.exports import Kind, export, parse_latents, telling
 from saefast.analysis.latent_stats import FEATURE_STATS, write_latent_stats
@@ -92,11 +95,16 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
             raise InputError(f"{name} is {value}: expected at least 1")
     if args.out is None and args.export != "page":
         raise InputError(f"export is {args.export!r} and out is not given: name a new folder with --out")
+    if args.out is not None:
+        # Before the pass, which may take minutes.
+        check_replaceable(usable(args.out).resolve(), args.export)
     db = make_latents(args.run, args.data, args.model if model is None else model, tokenizer, args.rows)
     latents = _asked_for(args, db)
     if args.out is not None:
         names = Names(db, args.model_id, args.layer, args.source_set)
-        return [], export(db, args.export, args.out, latents, names)
+        n = db.n_latents if latents is None and args.export != "page" else len(latents or ()) or None
+        with _counted(args.export, n) as advance, _ended_in_order():
+            return [], export(db, args.export, args.out, latents, names, advance)
     return _shown(args, db, telling(db, 10) if latents is None else latents)
 
 
@@ -228,6 +236,20 @@ def _bar() -> Iterator[Shares | None]:
             bar.update(share - bar.n)
 
         yield moved
+
+
+@contextlib.contextmanager
+def _counted(export: Kind, n_latents: int | None) -> Iterator[Advance]:
+    """Counts what an export has done, on stderr, where a person watches. delphi's goes by rows, and is soon done."""
+    if not watched():
+        yield lambda n: None
+        return
+    from tqdm import tqdm
+
+    bar: Any
+    of = {"unit": " rows"} if export == DELPHI else {"unit": " latents", "total": n_latents}
+    with tqdm(desc=export, unit_scale=True, **of) as bar:
+        yield bar.update
 
 
 @contextlib.contextmanager
