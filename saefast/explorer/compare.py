@@ -20,11 +20,11 @@ from starlette.routing import BaseRoute, Route
 from saefast.errors import InputError
 from saefast.explorer.curves import finite
 from saefast.explorer.matching import Matching
-from saefast.explorer.numbers import shade
 from saefast.explorer.pairing import Columns, List, Pairing
+from saefast.explorer.shading import Run, shaded
 from saefast.explorer.state import Explorer, as_json
 from saefast.explorer.training import EVALUATION
-from saefast.latents.database import Latent, LatentsDB, acts_in
+from saefast.latents.database import Example, Latent, LatentsDB, acts_in
 from saefast.latents.matched import ALIKE
 from saefast.latents.schema import LATENTS_DB
 
@@ -56,25 +56,12 @@ class Ask(NamedTuple):
         return f"/compare?list={asked.list}&sort={asked.sort}&alike={asked.alike:g}&page={asked.page}"
 
 
-class Piece(NamedTuple):
-    text: str
-    shade: str
-    act: float
-    peak: bool
-
-
 class Cell(NamedTuple):
-    """A latent of one run in a row. latent is None where the run has no latents.db. contexts: pieces of text each."""
+    """A latent of one run in a row. latent is None where the run has no latents.db. contexts: runs of text each."""
 
     number: int
     latent: Latent | None
-    contexts: list[list[Piece]]
-
-    @property
-    def title(self) -> str:
-        if self.latent is None:
-            return "latent"
-        return self.latent.label or self.latent.title or ("dead" if self.latent.dead else "–")
+    contexts: list[list[Run]]
 
 
 def routes(explorer: Explorer) -> list[BaseRoute]:
@@ -175,30 +162,28 @@ def cells(db: LatentsDB | None, ids: list[int]) -> list[Cell]:
     return [Cell(i, known.get(i), contexts(db, known[i]) if i in known else []) for i in ids]
 
 
-def contexts(db: LatentsDB, latent: Latent) -> list[list[Piece]]:
+def contexts(db: LatentsDB, latent: Latent) -> list[list[Run]]:
     """The strongest contexts of a latent, what lies around the strongest token of each."""
     found = db.query(
-        "SELECT context, position FROM examples WHERE latent = ? AND part = 0 ORDER BY rank LIMIT ?",
+        "SELECT context, position, act FROM examples WHERE latent = ? AND part = 0 ORDER BY rank LIMIT ?",
         (latent.latent, CONTEXTS),
     )
-    return [_pieces(db, latent, context, position) for context, position in found]
+    return [_runs(db, latent, *row) for row in found]
 
 
-def _pieces(db: LatentsDB, latent: Latent, number: int, position: int) -> list[Piece]:
+def _runs(db: LatentsDB, latent: Latent, number: int, position: int, act: float) -> list[Run]:
     context = db.context(number)
     if not any(context.pieces):
         # An image, or rows of nothing that can be written.
         name = db.sequence(context.sequence).name or f"sequence {context.sequence}"
-        return [Piece(f"{name}, position {position}", "", 0.0, False)]
+        return [Run(f"{name}, position {position}", "", "")]
     acts = acts_in(context, db.codes(context.sequence), latent.latent)
     peak = position - context.start
     first, last = max(peak - BEFORE, 0), min(peak + AFTER + 1, len(context.pieces))
-    pieces = [
-        Piece(text, shade(act, latent.max_act), act, at == peak)
-        for at, (text, act) in enumerate(zip(context.pieces, acts.tolist(), strict=True))
-    ][first:last]
-    cut = Piece("…", "", 0.0, False)
-    return [cut] * (first > 0) + pieces + [cut] * (last < len(context.pieces))
+    near = context._replace(start=context.start + first, stop=context.start + last, pieces=context.pieces[first:last])
+    runs = shaded(Example(0, act, peak - first, acts[first:last], near), latent.max_act)
+    cut = Run("…", "", "")
+    return [cut] * (first > 0) + runs + [cut] * (last < len(context.pieces))
 
 
 class Fact(NamedTuple):

@@ -129,9 +129,9 @@ def test_a_page_shows_titles_contexts_and_figures(runs: tuple[Path, Path], visit
     a, b, _ = rows(visitor)[0]
     for run, latent in zip(runs, (a, b), strict=True):
         db = LatentsDB(run / "latents.db")
-        assert f'<span dir="auto">{html.escape(db.latent(latent).title)}</span>' in page
+        assert f'<span class="title" dir="auto">{html.escape(db.latent(latent).title)}</span>' in page
         example = db.examples(latent, 0)[0]
-        piece = re.escape(example.context.pieces[example.peak])
+        piece = re.escape(example.context.pieces[example.peak].strip())
         assert re.search(rf'<span class="s20 peak" title="[\d.]+">{piece}</span>', page)
     assert f'<a href="/latent/{a}">' in page
     for figure in ("<td>topk", f"<td>{A}", f"<td>{B}", "<td>4.00"):
