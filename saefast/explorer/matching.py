@@ -4,7 +4,9 @@ What was found lies beside latents.db, so that it is there at once the next time
 not.
 """
 
+import atexit
 import contextlib
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +34,7 @@ class Matching:
     def __init__(self, run: Path, db: LatentsDB, other: Path, other_db: LatentsDB | None) -> None:
         self.run, self.db, self.other, self.other_db = run, db, other, other_db
         self.done = self.of = 0
+        self._ending = False
         self._known = self._kept()
         self._loading = Loading(self._match)
 
@@ -50,7 +53,14 @@ class Matching:
     def begin(self) -> None:
         """Starts the work unless it was ever started or need not be done."""
         if self.found is None and self._loading.state == "not begun":
+            # A thread that is in native code while Python comes down aborts the process: it ends before that.
+            atexit.register(self._end)
             self._loading.start()
+
+    def _end(self) -> None:
+        self._ending = True
+        while self._loading.state == "loading":
+            time.sleep(0.01)
 
     def _kept(self) -> Matched | None:
         """The file of an earlier matching of these weights; one that is damaged is made anew."""
@@ -82,6 +92,8 @@ class Matching:
         return found
 
     def _advance(self, rows: int) -> None:
+        if self._ending:
+            raise InterruptedError("saefast explore has ended")
         self.done += rows
 
 

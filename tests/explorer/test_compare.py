@@ -18,6 +18,7 @@ from hanging import wait_until
 from latents_db import make_db
 
 pytest.importorskip("starlette")
+import torch
 from explorer_client import client
 from starlette.testclient import TestClient
 from two_runs import SHARED, A, B, decoders, make_run
@@ -210,6 +211,29 @@ def test_a_page_never_waits_for_the_matching(tmp_path: Path, monkeypatch: pytest
     go_on.set()
     assert settled(visitor)["is"] == "ready"
     assert calls == [1]
+
+
+def test_a_process_that_ends_ends_the_matching_first(tmp_path: Path) -> None:
+    """Ctrl-C while latents are compared: nothing is left half done, and nothing is said."""
+    run = make_run(tmp_path / "a", torch.randn(4096, 64), db=False)
+    make_db(run, 50, n_sequences=2)
+    program = (
+        "import sys, time; from pathlib import Path; from saefast.latents.database import LatentsDB\n"
+        "import saefast.explorer.matching as explorer; import saefast.latents.matching as latents\n"
+        "weights, match = explorer.weights, latents.match\n"
+        "def endless(a, b, facts, advance):\n"
+        "    while True:\n"
+        "        match(a, b, facts)\n"
+        "        advance(1)\n"
+        "latents.match = endless\n"
+        "run = Path(sys.argv[1]); db = LatentsDB(run / 'latents.db')\n"
+        "explorer.weights = lambda run: (weights(run)[0], db.meta['sae']['digest'])\n"
+        "matching = explorer.Matching(run, db, run, None); matching.begin()\n"
+        "while not matching.done: time.sleep(0.001)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert not list(run.glob("*match*"))
 
 
 def test_a_run_without_latents_db_is_compared_without_titles(tmp_path: Path) -> None:
