@@ -13,10 +13,10 @@ from starlette.routing import BaseRoute, Route
 
 from saefast.explorer.guard import form
 from saefast.explorer.listing import ROWS, SORTS, Around, Listing, whole
-from saefast.explorer.numbers import act
 from saefast.explorer.shading import Run, shaded, shares
 from saefast.explorer.state import Explorer, as_json
 from saefast.latents.database import LONGEST_LABEL, Example, Latent, LatentsDB, acts_in
+from saefast.latents.numbers import act
 from saefast.latents.schema import INTERVALS
 
 # The histogram's drawing, in units of its own.

@@ -11,9 +11,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from saefast.errors import InputError
-from saefast.explorer.numbers import share
 from saefast.explorer.state import Explorer, as_json
 from saefast.latents.database import Latent, LatentsDB
+from saefast.latents.numbers import share
 from saefast.latents.search import search as search_text
 from saefast.readable import visible
 

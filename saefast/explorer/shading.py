@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from saefast.explorer.numbers import act, shade
 from saefast.latents.characters import on_characters
 from saefast.latents.database import Context, Example
+from saefast.latents.numbers import act, shade
 
 
 class Run(NamedTuple):

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from saefast.errors import InputError
-from saefast.explorer import numbers
+from saefast.latents import numbers
 from saefast.latents.database import Latent, LatentsDB
 from saefast.latents.schema import LATENTS_DB
 from saefast.readable import visible

@@ -1,4 +1,4 @@
-"""How numbers read on the page: filters of its templates. static/base.js says the same for scripts."""
+"""How numbers read on pages: filters of their templates. explorer/static/base.js says the same for scripts."""
 
 import math
 

@@ -16,10 +16,10 @@ from starlette.testclient import TestClient
 
 from saefast.explorer.guard import FORM_KEY
 from saefast.explorer.latent import HEIGHT, WIDTH, decades, histogram
-from saefast.explorer.numbers import act, share
 from saefast.explorer.shading import marked_spans, shaded, shares
 from saefast.explorer.state import Explorer
 from saefast.latents.database import LONGEST_LABEL, Context, Example
+from saefast.latents.numbers import act, share
 from saefast.latents.schema import BINS, INTERVALS
 
 N = 60

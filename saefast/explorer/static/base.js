@@ -1,4 +1,4 @@
-// Numbers as saefast/explorer/numbers.py writes them, and how scripts talk to the server.
+// Numbers as saefast/latents/numbers.py writes them, and how scripts talk to the server.
 
 /** 12345 -> 12,345 */
 export function count(value) {
