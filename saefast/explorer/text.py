@@ -36,7 +36,8 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
             reader.start()
         chosen = request.query_params.get("latent", "")
         latent = explorer.latent(int(chosen)) if chosen.isascii() and chosen.isdecimal() else None
-        return explorer.page(request, "text.html", here="text", why=why, chosen=latent)
+        example = strongest(explorer.db, latent) if latent else ""
+        return explorer.page(request, "text.html", here="text", why=why, chosen=latent, example=example)
 
     async def state(request: Request) -> Response:
         return as_json({"state": reader.state, "why": reader.why})
@@ -82,6 +83,15 @@ def _why_no_text(db: LatentsDB) -> str:
     """Why no text can be read with this run's model; "" where it can."""
     kind = db.meta.get("kind", "text")
     return "" if kind == "text" else f"The rows of this run are of {kind}, not of text: its model reads none."
+
+
+def strongest(db: LatentsDB, latent: Latent) -> str:
+    """The text that a latent fires in most strongly; "" where there is none."""
+    found = db.query(
+        "SELECT text FROM examples JOIN contexts USING (context) WHERE latent = ? AND part = 0 ORDER BY rank LIMIT 1",
+        (latent.latent,),
+    )
+    return str(found[0][0]).strip() if found else ""
 
 
 def _answer(db: LatentsDB, reader: "TextReader", text: str) -> Response:

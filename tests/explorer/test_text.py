@@ -210,6 +210,16 @@ def test_what_is_asked_wrongly_gets_a_line(explorer: Explorer, fake: FakeReader)
     assert visitor.get("/text", params={"latent": 10**30}).status_code == 404
 
 
+def test_a_latent_comes_with_a_text_that_it_fires_in(explorer: Explorer, fake: FakeReader) -> None:
+    for latent in range(L):
+        examples = explorer.db.examples(latent, 0)
+        expected = "".join(examples[0].context.pieces).strip() if examples else ""
+        assert text.strongest(explorer.db, explorer.db.latent(latent)) == expected
+    page = ready(explorer).get("/text", params={"latent": "3"}).text
+    assert f'data-example="{text.strongest(explorer.db, explorer.db.latent(3))}"' in page
+    assert "its strongest context" not in client(explorer).get("/text", params={"latent": "0"}).text
+
+
 def test_the_page_knows_the_latent_that_it_was_asked_for(explorer: Explorer, fake: FakeReader) -> None:
     explorer.db.write_label(3, '"><script>')
     page = ready(explorer).get("/text", params={"latent": "3"}).text
