@@ -20,7 +20,7 @@ from saefast.readable import visible
 # Columns of the answer, one after the other, little-endian: what the script takes them for.
 COLUMNS = (("map", "<f4"), ("density", "<f4"), ("cluster", "<i2"))
 # Latents that may be asked for at once, and that a search marks on the map.
-MOST_IDS, MOST_FOUND = 200, 200
+MOST_IDS, MOST_FOUND = 200, 100
 
 
 class Points(NamedTuple):
@@ -57,7 +57,7 @@ def routes(explorer: Explorer) -> list[BaseRoute]:
 
     def search(request: Request) -> Response:
         found, how = marked(explorer.db, request.query_params.get("q", "").strip())
-        return as_json({"latents": [brief(latent) for latent in found], "how": how})
+        return as_json({"latents": [brief(latent) | {"score": score} for latent, score in found], "how": how})
 
     return [
         Route("/map", page),
@@ -98,12 +98,14 @@ def brief(latent: Latent) -> dict[str, Any]:
     }
 
 
-def marked(db: LatentsDB, text: str) -> tuple[list[Latent], str]:
-    """The latents that a search marks, and what was found, in a sentence."""
+def marked(db: LatentsDB, text: str) -> tuple[list[tuple[Latent, float]], str]:
+    """The latents that a search marks with the score that they have in it, and what was found, in a sentence."""
     if not text:
         return [], ""
     found = search_text(db, text, MOST_FOUND)
-    return db.latents([hit.latent for hit in found.hits]), found.how
+    # Those that are named, by number or label, are what was looked for, whatever they fire on.
+    scores = {hit.latent: 1.0 if hit.why in ("number", "label") else hit.score for hit in found.hits}
+    return [(latent, scores[latent.latent]) for latent in db.latents(list(scores))], found.how
 
 
 def names(db: LatentsDB) -> list[str]:

@@ -150,6 +150,9 @@ def test_a_search_marks_latents(explorer: Explorer, visitor: TestClient) -> None
     found = visitor.get("/map/search", params={"q": " bridge "}, headers=ASK).json()
     assert found["latents"]
     assert len(found["latents"]) <= MOST_FOUND
+    scores = [one["score"] for one in found["latents"]]
+    assert scores == sorted(scores, reverse=True)
+    assert max(scores) > 0
     assert found["how"]
     number = visitor.get("/map/search", params={"q": "7"}, headers=ASK).json()
     assert [one["latent"] for one in number["latents"]] == [7]
@@ -179,3 +182,7 @@ def test_the_page_says_how_the_map_was_made(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     page = client(explorer_of(tmp_path / "other", map=None, clusters=None)).get("/map").text
     assert "Decoder rows in two dimensions." in page
+
+
+def test_a_latents_page_leads_to_its_place(visitor: TestClient) -> None:
+    assert '<a href="/map?latent=7">' in visitor.get("/latent/7").text

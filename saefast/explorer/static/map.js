@@ -226,7 +226,8 @@ class LatentMap {
     over.clearRect(0, 0, width, height);
     const paper = colour("--card"), ink = colour("--ink"), shade = colour("--shade");
     const size = Math.max(this.radius() * 1.3, 4);
-    for (const i of this.hits) this._ring(i, size, paper, shade);
+    // The best of what a search has found are the largest, and lie above the others.
+    for (const { i, share } of this.hits) this._ring(i, size * (0.75 + 0.75 * share), paper, shade);
     if (this.byCluster) this._names(paper, ink);
     if (this.near >= 0) {
       over.lineWidth = 2;
@@ -449,10 +450,12 @@ class LatentMap {
     this.recolour();
   }
 
-  /** Marks latents: {latent, title, label, …} each. */
+  /** Marks latents: {latent, title, label, score, …} each. */
   markHits(found) {
     for (const latent of found) this.latents.set(latent.latent, latent);
-    this.hits = found.map(({ latent }) => latent).filter((i) => i < this.n && Number.isFinite(this.xs[i]));
+    const most = Math.max(...found.map(({ score }) => score), 1e-9);
+    this.hits = found.map(({ latent, score }) => ({ i: latent, share: score / most }));
+    this.hits = this.hits.filter(({ i }) => Number.isFinite(this.xs[i])).sort((a, b) => a.share - b.share);
     this.recolour();
   }
 }
