@@ -115,8 +115,18 @@ def test_the_grid_leaves_out_what_stands_before_the_patches(
     assert facts["grid"] == grid
 
 
-def test_the_patch_that_is_shaded_is_the_one_that_the_latent_fires_on(tmp_path: Path) -> None:
-    """Pictures with one red square each: the latent that reads red at the patch embedding fires where it is drawn."""
+def patch_of(colour: str) -> torch.Tensor:
+    """What the model's patch embedding makes of a patch of one colour."""
+    pixels = item_models.processor("vit")(images=Image.new("RGB", (SIDE, SIDE), colour), return_tensors="pt")
+    with torch.no_grad():
+        patches: torch.Tensor = item_models.model("vit").embeddings.patch_embeddings(pixels["pixel_values"])
+    return patches[0, 0]
+
+
+@pytest.mark.parametrize(("hook", "first"), [("embeddings.patch_embeddings", 0), ("embeddings", 1)])
+def test_the_patch_that_is_shaded_is_the_one_that_the_latent_fires_on(hook: str, first: int, tmp_path: Path) -> None:
+    """Pictures with one red square each: a latent that tells red from blue fires where it is drawn. At the second hook
+    a CLS token stands before the patches, and each has an embedding of its place besides."""
     places = [(row, column) for row in range(GRID) for column in range(GRID)]
     (tmp_path / "p").mkdir()
     for row, column in places:
@@ -124,11 +134,9 @@ def test_the_patch_that_is_shaded_is_the_one_that_the_latent_fires_on(tmp_path: 
         x, y, side = 3 * PATCH * column, 3 * PATCH * row, 3 * PATCH
         ImageDraw.Draw(picture).rectangle((x, y, x + side - 1, y + side - 1), fill="red")
         picture.save(tmp_path / "p" / f"{row}{column}.png")
-    source = opened(harvested(tmp_path / "acts", tmp_path / "p", hook="embeddings.patch_embeddings"))
-    rows = torch.cat([batch.x for split in ("heldout", "train") for batch in source.located(split, 64)]).float()
-    _, where, counts = torch.unique(rows.round(decimals=3), dim=0, return_inverse=True, return_counts=True)
-    blue, red = rows[where == counts.argmax()][0], rows[where == counts.argmin()][0]
-    sae = SAE(SAEConfig(d_in=rows.shape[1], n_latents=4, k=1, apply_b_dec_to_input=False), seed=0)
+    source = opened(harvested(tmp_path / "acts", tmp_path / "p", hook=hook))
+    red, blue = patch_of("red"), patch_of("blue")
+    sae = SAE(SAEConfig(d_in=len(red), n_latents=4, k=1, apply_b_dec_to_input=False), seed=0)
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.W_enc[2] = red - blue
@@ -137,6 +145,7 @@ def test_the_patch_that_is_shaded_is_the_one_that_the_latent_fires_on(tmp_path: 
     db, spool = pass_over(sae.requires_grad_(False), source, tmp_path)
     assert source.folder is not None
     grid = write_images(db, spool, source.folder, item_models.processor("vit"))["grid"]
+    assert grid == {"rows": GRID, "columns": GRID, "first": first}
     found = db.execute(
         "SELECT name, position, data FROM examples JOIN contexts USING (context) JOIN sequences USING (sequence) "
         "JOIN images USING (sequence) WHERE latent = 2"
