@@ -142,7 +142,12 @@ def serve(explorer: "Explorer", listener: socket.socket) -> None:
     from saefast.explorer.app import make_app
 
     config = uvicorn.Config(
-        make_app(explorer), log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE
+        make_app(explorer),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
     )
     # uvicorn ends in order and then raises the Ctrl-C that it was ended by.
     try:

@@ -26,7 +26,6 @@ from saefast.explorer.state import Explorer, as_json
 from saefast.explorer.training import EVALUATION
 from saefast.latents.database import Example, Latent, LatentsDB, acts_in
 from saefast.latents.matched import ALIKE
-from saefast.latents.numbers import shade
 from saefast.latents.schema import LATENTS_DB
 
 PAGE = 20

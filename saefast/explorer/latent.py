@@ -15,7 +15,7 @@ from saefast.explorer.guard import form
 from saefast.explorer.listing import ROWS, SORTS, Around, Listing, whole
 from saefast.explorer.shading import Run, shaded, shares
 from saefast.explorer.state import Explorer, as_json
-from saefast.latents.database import LONGEST_LABEL, Example, Latent, LatentsDB, acts_in
+from saefast.latents.database import LONGEST_LABEL, Context, Example, Latent, LatentsDB, acts_in
 from saefast.latents.numbers import act
 from saefast.latents.schema import INTERVALS
 
@@ -159,17 +159,18 @@ def _parts(db: LatentsDB, latent: Latent, counts: np.ndarray, wide: bool) -> lis
 
 
 def _shown(db: LatentsDB, example: Example, latent: Latent, wide: bool) -> Shown:
-    before: list[Run] = []
-    after: list[Run] = []
-    if wide:
-        contexts, codes = db.contexts_of(example.context.sequence), db.codes(example.context.sequence)
-        for context in contexts:
-            beside = Example(-1, 0.0, -1, acts_in(context, codes, latent.latent), context)
-            if context.stop == example.context.start:
-                before = shaded(beside, latent.max_act)
-            elif context.start == example.context.stop:
-                after = shaded(beside, latent.max_act)
-    return Shown(example, shaded(example, latent.max_act), before, after)
+    runs = shaded(example, latent.max_act)
+    if not wide:
+        return Shown(example, runs, [], [])
+    codes = db.codes(example.context.sequence)
+
+    def shown(context: Context | None) -> list[Run]:
+        if context is None:
+            return []
+        return shaded(Example(-1, 0.0, -1, acts_in(context, codes, latent.latent), context), latent.max_act)
+
+    before, after = db.beside(example.context)
+    return Shown(example, runs, shown(before), shown(after))
 
 
 def histogram(counts: np.ndarray, most: float) -> list[Bar]:

@@ -12,7 +12,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from saefast.errors import InputError
 from saefast.latents import numbers
 from saefast.latents.database import Latent, LatentsDB
 from saefast.latents.schema import LATENTS_DB
@@ -105,10 +104,9 @@ class Explorer:
 
     def latent(self, latent: int) -> Latent:
         """Raises HTTPException (404) for one that is not there."""
-        try:
-            return self.db.latent(latent)
-        except (InputError, OverflowError):
-            raise HTTPException(404, f"There is no latent {latent}: expected 0 to {self.db.n_latents - 1:,}.") from None
+        if not 0 <= latent < self.db.n_latents:
+            raise HTTPException(404, f"There is no latent {latent}: expected 0 to {self.db.n_latents - 1:,}.")
+        return self.db.latent(latent)
 
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> Response:
         """A template, filled. `request`, `explorer`, `views`, `meta` and `status` are there for every one."""

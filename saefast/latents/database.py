@@ -282,6 +282,15 @@ class LatentsDB:
         )
         return [_context(row) for row in rows]
 
+    def beside(self, context: Context) -> tuple[Context | None, Context | None]:
+        """The contexts before and after one in its sequence; None where it is the first or last."""
+        order = ("start < ? ORDER BY start DESC LIMIT 1", context.start), ("start = ?", context.stop)
+        found = [
+            self.query(f"{_CONTEXT} WHERE sequence = ? AND {where}", (context.sequence, at)) for where, at in order
+        ]
+        before, after = (_context(rows[0]) if rows else None for rows in found)
+        return before, after
+
     def sequence(self, sequence: int) -> SequenceRow:
         rows = self.query(
             "SELECT sequence, source_sequence, name, tokens, n FROM sequences WHERE sequence = ?", (sequence,)

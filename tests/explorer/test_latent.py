@@ -3,6 +3,7 @@
 import html
 import re
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
@@ -334,3 +335,28 @@ def test_a_character_of_several_tokens_is_shaded_once() -> None:
     assert [run.text for run in runs] == ["a", "🦊", "b"]
     assert runs[1].css.endswith(" peak")
     assert runs[1].title == act(4.0)
+
+
+def test_a_file_that_is_damaged_while_it_is_shown_is_told_in_words(tmp_path: Path) -> None:
+    explorer = explorer_of(tmp_path, 400, n_sequences=100)
+    whole = explorer.db.path.read_bytes()
+    # All pages but the first few, in which the tables are declared.
+    explorer.db.path.write_bytes(whole[: 8192 * 4] + b"\xff" * (len(whole) - 8192 * 4))
+    visitor = client(explorer)
+    for address in ("/", "/latent/399", "/?q=bridge"):
+        answer = visitor.get(address)
+        assert answer.status_code == 400, address
+        assert "saefast features makes it anew" in html.unescape(answer.text)
+
+
+def test_labels_of_many_at_once_are_all_kept(tmp_path: Path) -> None:
+    explorer = explorer_of(tmp_path)
+    visitor, ours = client(explorer), from_our_page(explorer)
+
+    def write(latent: int) -> int:
+        visitor.get(f"/latent/{latent}")
+        return visitor.post(f"/latent/{latent}/label", data={"text": f"number {latent}"}, headers=ours).status_code
+
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(write, range(40))) == {200}
+    assert [label_of(explorer, latent) for latent in range(40)] == [f"number {latent}" for latent in range(40)]

@@ -55,6 +55,14 @@ def test_pages_are_filtered(db: LatentsDB) -> None:
     assert {row.latent for row in inside} == {row.latent for row in alive if low <= row.density <= high}
 
 
+def test_what_is_beside_a_context_is_of_its_sequence(db: LatentsDB) -> None:
+    for sequence in (0, 11):
+        contexts = db.contexts_of(sequence)
+        assert len(contexts) == 3
+        expected = list(zip([None, *contexts[:-1]], [*contexts[1:], None], strict=True))
+        assert [db.beside(context) for context in contexts] == expected
+
+
 def test_an_example_holds_the_latents_activations_of_the_whole_context(db: LatentsDB) -> None:
     checked = 0
     for latent in range(1, 40):
