@@ -11,6 +11,8 @@ CIRCUITS := $(PEERS)/circuits
 CIRCUITS_ENV := $(CIRCUITS)/.installed
 SAEBENCH := $(PEERS)/saebench
 SAEBENCH_ENV := $(SAEBENCH)/.installed
+DASHBOARDS := $(PEERS)/dashboards
+DASHBOARDS_ENV := $(DASHBOARDS)/.installed
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.hpp csrc/*.cu)
 PIP_INSTALL := -m pip install --disable-pip-version-check --no-input
 
@@ -24,7 +26,8 @@ help:
 	@echo "make ptx     all kernels as compiled for sm_80 and sm_90, run on this CPU and watched (docs/ptx.md)"
 	@echo "make lint    ruff and mypy, as CI runs them          make format   let ruff rewrite"
 	@echo "make env     only the environment, .venv"
-	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning, circuit-tracer, llamascopium and SAEBench"
+	@echo "make peers   the tests against SAELens, sparsify, dictionary_learning, circuit-tracer, llamascopium,"
+	@echo "             SAEBench, delphi, SAEDashboard and Neuronpedia's client"
 	@echo "make gpu     on a CUDA machine: are the kernels right, how fast, GPU tests, benchmarks; ARGS=\"--budget 540\" bounds it"
 	@echo "make clean   remove what the above built, environments excepted"
 
@@ -89,11 +92,21 @@ $(SAEBENCH_ENV): constraints-peers-saebench.txt $(SOURCES)
 	$(SAEBENCH)/bin/python $(PIP_INSTALL) -c constraints-peers-saebench.txt -e ".[test]"
 	@touch $@
 
+# What reads latents.db's exports. delphi asks for vllm, SAEDashboard for an older transformers: their readers import neither.
+$(DASHBOARDS_ENV): constraints-peers-dashboards.txt $(SOURCES)
+	test -x $(DASHBOARDS)/bin/python || $(PYTHON) -m venv $(DASHBOARDS)
+	$(DASHBOARDS)/bin/python $(PIP_INSTALL) --no-deps -c constraints-peers-dashboards.txt eai-delphi eai-sparsify sae-dashboard neuronpedia
+	$(DASHBOARDS)/bin/python $(PIP_INSTALL) -c constraints-peers-dashboards.txt asyncer blobfile datasets einops faiss-cpu jaxtyping natsort orjson \
+		python-dotenv requests sentence-transformers simple-parsing
+	$(DASHBOARDS)/bin/python $(PIP_INSTALL) -c constraints-peers-dashboards.txt -e ".[test]"
+	@touch $@
+
 # CHECKOUTS=DIR: a folder with git checkouts of bartbussmann's BatchTopK and matryoshka_sae, which no index has.
-peers: $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV)
+peers: $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV) $(DASHBOARDS_ENV)
 	SPARSIFY_DISABLE_TRITON=1 $(PEERS)/bin/python -m pytest -m peers $(ARGS)
 	$(CIRCUITS)/bin/python -m pytest -m peers tests/formats
 	$(SAEBENCH)/bin/python -m pytest -m peers tests/integrations/test_saebench.py
+	$(DASHBOARDS)/bin/python -m pytest -m peers tests/analysis
 
 # Uses the machine's own Python, which has torch for its GPU: nothing is installed. Lines of JSON in build/gpu.
 gpu:
@@ -101,4 +114,4 @@ gpu:
 
 clean:
 	rm -rf build dist saefast.egg-info saefast/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(ENV) $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV)
+	rm -f $(ENV) $(PEERS_ENV) $(CIRCUITS_ENV) $(SAEBENCH_ENV) $(DASHBOARDS_ENV)

@@ -25,7 +25,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Files that take minutes begin first, so that no process works at one alone in the end.
 LONGEST = ("test_aot.py", "compiled_", "test_gpu_run.py", "test_host_waits.py")
 NO_BROWSER = "needs a browser"
-PEERS = ("sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium")
+PEERS = (
+    "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium", "delphi", "sae_dashboard", "neuronpedia"
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m picks among the marks

@@ -63,7 +63,7 @@ def dataset(db: LatentsDB) -> str:
 
 def number(value: float) -> float:
     """A float32 in its fewest digits, as JSON then shows it."""
-    return float(str(np.float32(value)))
+    return float(str(np.float32(value))) if value else 0.0
 
 
 def batches(latents: Sequence[int]) -> Iterator[Sequence[int]]:
