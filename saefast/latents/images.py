@@ -112,11 +112,19 @@ def _wanted(db: sqlite3.Connection) -> list[tuple[int, int]]:
 
 def _file(folder: ShardFolder, number: int) -> Path | None:
     """Where the image of a sequence was when it was harvested; None for a name that leads out of the folder."""
-    root, name = usable(folder.index.get("data", "")), folder.item(number)
-    parts = PurePosixPath(name).parts
-    if ".." in parts or PurePosixPath(name).is_absolute():
+    name = PurePosixPath(folder.item(number))
+    if ".." in name.parts or name.is_absolute():
         return None
+    root = _root(folder)
     return root if root.is_file() else root / name
+
+
+def _root(folder: ShardFolder) -> Path:
+    """What was harvested. A path that is not absolute was so from wherever the harvest began: mostly here, or where
+    the harvest's own folder lies below."""
+    given = usable(folder.index.get("data") or ".")
+    places = [Path.cwd(), *folder.path.resolve().parents]
+    return next((place / given for place in places if (place / given).exists()), given)
 
 
 class _Job(NamedTuple):

@@ -230,7 +230,7 @@ def test_files_that_are_gone_are_counted_and_left_out(tmp_path: Path) -> None:
 def test_names_lead_to_files_below_the_folder_alone(tmp_path: Path) -> None:
     class Named(ShardFolder):
         def __init__(self, name: str) -> None:
-            self.name, self.index = name, {"data": str(tmp_path / "p")}
+            self.name, self.index, self.path = name, {"data": str(tmp_path / "p")}, tmp_path
 
         def item(self, seq: int) -> str:
             return self.name
@@ -238,6 +238,19 @@ def test_names_lead_to_files_below_the_folder_alone(tmp_path: Path) -> None:
     for name in ("../secret.png", "a/../../secret.png", "/etc/secret.png"):
         assert images._file(Named(name), 0) is None
     assert images._file(Named("a/b c.png"), 0) == tmp_path / "p" / "a" / "b c.png"
+
+
+def test_a_folder_that_was_named_from_elsewhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item_models.pictures(tmp_path / "p", 6)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = harvested(Path("runs/acts"), Path("p"))
+    assert ShardFolder(data).index["data"] == "p"
+    monkeypatch.chdir("/")
+    (tmp_path / "db").mkdir()
+    facts, _ = written(tmp_path / "db", tmp_path / "runs" / "acts", item_models.processor("vit"))
+    assert facts["images"]["missing"] == 0
+    assert facts["images"]["shown"] > 0
 
 
 def test_without_the_processor_whole_files_are_shown_and_a_word_says_so(
