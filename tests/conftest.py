@@ -26,7 +26,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 LONGEST = ("test_aot.py", "compiled_", "test_gpu_run.py", "test_host_waits.py")
 NO_BROWSER = "needs a browser"
 PEERS = (
-    "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium", "delphi", "sae_dashboard", "neuronpedia"
+    "sae_lens", "sparsify", "dictionary_learning", "circuit_tracer", "llamascopium", "delphi", "sae_dashboard",
+    "neuronpedia",
 )  # fmt: skip
 
 
