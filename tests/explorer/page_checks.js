@@ -47,6 +47,7 @@
     return element.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && element.getClientRects().length > 0;
   }
 
+  /** Text that is too pale; what cannot be used at the moment may be. */
   function pale() {
     const faults = new Set();
     function look(element, style, text) {
@@ -58,7 +59,7 @@
     const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (walker.nextNode()) {
       const element = walker.currentNode.parentElement;
-      if (!walker.currentNode.data.trim() || !seen(element) || element.closest(":disabled, script, style, noscript")) continue;
+      if (!walker.currentNode.data.trim() || !seen(element) || element.closest(":disabled, .off, script, style, noscript")) continue;
       look(element, getComputedStyle(element), walker.currentNode.data);
     }
     for (const field of document.querySelectorAll("input, textarea")) {

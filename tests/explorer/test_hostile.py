@@ -14,7 +14,7 @@ from saefast.latents.schema import LATENTS_DB
 
 pytestmark = pytest.mark.browser
 
-PAGES = ("/training", "/map", "/compare", "/text")
+PAGES = ("/", "/?q=onerror", "/latent/2", "/training", "/map", "/compare", "/text")
 # Of these, texts of the data are on every page.
 FULL = ("/", "/?q=onerror", "/latent/2")
 

@@ -10,7 +10,7 @@ from browsing import Faults, Open
 pytestmark = pytest.mark.browser
 
 CHECKS = Path(__file__).with_name("page_checks.js").read_text(encoding="utf-8")
-PAGES = ("/training", "/map", "/compare", "/text")
+PAGES = ("/", "/?q=bridge", "/latent/2", "/latent/0", "/training", "/map", "/compare", "/text")
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 # What has to be found by its name.
 NAMED = ("button", "link", "textbox", "searchbox", "combobox", "checkbox", "radio", "slider", "img", "dialog")
