@@ -12,8 +12,8 @@ from typing import Any
 
 from hanging import HANG, wait_until
 
-# Milliseconds that a page is waited for: only a hang reaches it, and ten of them do not take all day.
-WAIT = 100 * HANG
+# Milliseconds that a page is waited for: hundreds of times what one takes, and what is not there then is not coming.
+WAIT = 1000 * HANG / 30
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # SAEFAST_BROWSER=1 insists on a browser: tests that need one fail where there is none. Unset, they are left out.
 INSIST = "SAEFAST_BROWSER"
