@@ -32,6 +32,7 @@ from saefast.latents.database import LatentsDB
 from saefast.latents.examples import examples
 from saefast.latents.images import MOST, write_images
 from saefast.latents.inserts import carry_labels, check_ours, insert, insert_array, insert_meta, insert_ranked
+from saefast.latents.layout import cluster_names, layout
 from saefast.latents.logit_weights import Unembedding, logit_weights, unembedding
 from saefast.latents.neighbours import neighbours
 from saefast.latents.schema import create, finish
@@ -147,7 +148,6 @@ class _Build:
         self.embedding = None if self.texts is None else _embedding(model)
         self.unembedding = self._unembedding(model, None if tokenizer is None else len(tokenizer))
         self.steps = Steps(self._costs(), progress)
-        self.titles: list[str] = [""] * self.sae.config.n_latents
 
     def _costs(self) -> dict[str, float]:
         L, d = self.decoder.rows.shape
@@ -161,6 +161,7 @@ class _Build:
             "latents": 1e5 * entries + 1e8 * L,
             "scores": 2e7 * L,
             "neighbours": L * L * d,
+            "map": 1e8 * L,
             "images": 2e9 * self._most_images(),
             "logits": 0 if isinstance(self.unembedding, str) else L * self.unembedding.weight.numel(),
             "indexes": 1e7 * L,
@@ -182,8 +183,9 @@ class _Build:
         contexts = self._contexts(spool)
         tokens = self._tokens(spool)
         found = self._by_range(spool, tokens, contexts)
-        cosine = self._latents(spool, found, tokens)
-        self._relatives(spool)
+        own = OwnTokens.joined(found.own) if found.own else None
+        cosine = self._latents(spool, found, own, tokens)
+        insert_meta(self.db, self._relatives(spool, own))
         self._logits()
         insert_meta(self.db, about | self._images(spool))
         insert_meta(
@@ -271,19 +273,19 @@ class _Build:
             advance(stop - start)
         return found
 
-    def _latents(self, spool: Spool, found: "_Found", tokens: np.ndarray | None) -> bool:
+    def _latents(self, spool: Spool, found: "_Found", own: OwnTokens | None, tokens: np.ndarray | None) -> bool:
         """The tables of latents and of their tokens. -> Whether the score has its cosine."""
         density = spool.n_fired / max(spool.n_rows, 1)
         scores: Any = [None] * spool.n_latents
-        directions = None
+        titles, directions = [""] * spool.n_latents, None
         advance = self.steps.begin("scores", spool.n_latents)
-        if tokens is not None and self.texts is not None:
-            counts, own = np.bincount(tokens), OwnTokens.joined(found.own)
+        if tokens is not None and own is not None and self.texts is not None:
+            counts = np.bincount(tokens)
             texts = self._insert_tokens(self.texts, counts)
             if self.embedding is not None:
                 directions = Directions(self.embedding, torch.from_numpy(counts))
             described = choice.described(own, texts, directions)
-            self.titles, scores = described.titles, described.score.numpy()
+            titles, scores = described.titles, described.score.numpy()
             self._insert_latent_tokens(own)
             n_fired = torch.from_numpy(spool.n_fired)
             best = choice.telling(described.score, own, n_fired, spool.n_rows, directions, MOST_TELLING)
@@ -293,7 +295,7 @@ class _Build:
             self.db,
             "latents",
             *(np.arange(spool.n_latents), spool.n_fired, density, mean, found.largest, scores),
-            *((spool.n_fired == 0).astype(int), (density > 0.01).astype(int), self.titles),
+            *((spool.n_fired == 0).astype(int), (density > 0.01).astype(int), titles),
         )
         insert_array(self.db, "density", "float32", density)
         advance(spool.n_latents)
@@ -329,10 +331,22 @@ class _Build:
         ids = np.where(share > 0, own.ids.numpy(), -1)
         insert_ranked(self.db, "latent_tokens", ids, share, covered, own.own.numpy().astype(int))
 
-    def _relatives(self, spool: Spool) -> None:
-        L = spool.n_latents
-        cosines, ids = neighbours(self.decoder.rows, advance=self.steps.begin("neighbours", L))
+    def _relatives(self, spool: Spool, own: OwnTokens | None) -> dict[str, Any]:
+        """Neighbours, and the map of all latents. -> How the map was made, and the names of its clusters."""
+        L, rows = spool.n_latents, self.decoder.rows
+        cosines, ids = neighbours(rows, advance=self.steps.begin("neighbours", L))
         insert_ranked(self.db, "neighbours", ids.cpu().numpy(), cosines.double().cpu().numpy())
+        self.steps.begin("map", 1)
+        found = layout(rows, ids, cosines)
+        insert_array(self.db, "map", "float32", found.points)
+        insert_array(self.db, "cluster", "int16", found.cluster)
+        names = [""] * found.n_clusters
+        if own is not None and self.texts is not None:
+            latent, place = own.own.numpy().nonzero()
+            columns = own.ids.numpy()[latent, place], own.share.numpy()[latent, place]
+            texts = self.texts
+            names = cluster_names(found.cluster, latent, *columns, lambda token: _storable(texts.token(token)))
+        return {"map": {"method": found.method, "variance": found.variance}, "clusters": names}
 
 
 class _Found:

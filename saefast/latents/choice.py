@@ -4,7 +4,7 @@ SCORE says in words what is computed here. Memory is O(L · MOST_TOKENS): vector
 a time.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saefast.harvest.token_text import same_word
 from saefast.latents.statistics import Pairs
 
 # A token belongs to a latent when at least this share of the latent's activation falls on it.
@@ -159,13 +158,18 @@ class Directions:
         return torch.nn.functional.normalize(mean, dim=0)
 
 
-def different_words(texts: Sequence[str]) -> list[str]:
+def different_words(texts: Iterable[str]) -> list[str]:
     """Texts of tokens, the first of each word: forms of one word are one."""
-    words: list[str] = []
+    words: dict[str, str] = {}
     for text in texts:
-        if not any(same_word(text, word) for word in words):
-            words.append(text)
-    return words
+        words.setdefault(_form(text), text)
+    return list(words.values())
+
+
+def _form(text: str) -> str:
+    """What is equal of forms of one word, in the sense of `same_word`."""
+    bare = text.strip().lower().lstrip("-")
+    return bare[:3] if len(bare) >= 3 else bare
 
 
 class Described(NamedTuple):

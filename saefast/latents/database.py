@@ -1,6 +1,26 @@
 """Reads latents.db: a latent with its tokens, contexts and relatives, pages of latents, sequences with their codes.
 
 Needs sqlite3 and NumPy alone, so that a page is served without waiting for torch. May be read from several threads.
+
+`LatentsDB.meta` has these names:
+
+    n_latents, n_rows, n_sequences    sizes; n_sequences is 0 where rows are of no known sequence
+    kind        text, images, audio or another kind of input; rows: nothing but rows is known
+    unit        what a row is: tokens, patches, frames, positions or rows
+    l0          latents that fire on a row, on average
+    sae         digest: sha256 of all tensors, of those before it too where it is a residual SAE; architecture, d_in,
+                d_out, k; hook and model: their names; path: of the folder that it lay in
+    rows        source: in words; data: the text, or a path; folder: of the harvest, or null; rows: how many were read;
+                available: how many there were; digest: by which the same rows are known
+    score       how latents were ranked, in sentences; null where rows have no tokens
+    contexts    top, intervals, each: how many examples a latent has at most; why: why there are none, or null
+    logits      what: "logit", or "embedding" for cosines with input embeddings; null where there are none, and why;
+                where: in words, which of several hooks is meant, "" of one
+    map         method: "umap" or "pca"; variance: the share that two directions of a PCA hold, null of UMAP
+    clusters    the name of each, "" where no word is its own
+    tokenizer   where it was loaded from; null where rows are of no text
+    grid, images    of images alone: see images.write_images
+    built, seconds  when, ISO 8601 in UTC, and how long it took
 """
 
 import json
@@ -119,7 +139,7 @@ class LatentsDB:
 
     Attributes:
         path: of the file. n_latents.
-        meta: what it is of; see docs/explorer.md for the names.
+        meta: what it is of; the names are above.
 
     Raises:
         InputError: see `schema.connect`.

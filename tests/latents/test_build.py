@@ -164,6 +164,34 @@ def test_examples_are_of_the_rows_that_were_read(source: MappedSource, tmp_path:
             assert all(example.acts[example.peak] == pytest.approx(example.act) for example in shown)
 
 
+def test_the_map_has_a_place_and_a_cluster_for_every_latent(source: MappedSource, tmp_path: Path) -> None:
+    sae = made()
+    sae.W_dec[5] = 0
+    db = built(sae, source, tmp_path)
+    points, cluster, density = (db.array(name) for name in ("map", "cluster", "density"))
+    assert points is not None
+    assert cluster is not None
+    assert density is not None
+    assert (points.shape, cluster.shape, points.dtype, cluster.dtype) == ((L, 2), (L,), np.float32, np.int16)
+    assert cluster[5] == -1
+    assert sorted({*cluster.tolist()} - {-1}) == list(range(len(db.meta["clusters"])))
+    assert db.meta["map"]["method"] in ("pca", "umap")
+    assert any(name.split(" · ")[0] in TOKENIZER.get_vocab() for name in db.meta["clusters"])
+    assert density.tolist() == pytest.approx([db.latent(latent).density for latent in range(L)])
+
+
+def test_of_several_hooks_the_last_is_what_latents_write(source: MappedSource, tmp_path: Path) -> None:
+    x = torch.randn(200, 2 * D, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "rows.npy", x.numpy())
+    sae = SAE(SAEConfig(d_in=2 * D, n_latents=L, k=4, crosscode_widths=(D, D)), seed=0).requires_grad_(False)
+    db = built(sae, opened(tmp_path / "rows.npy"), tmp_path)
+    unit = torch.nn.functional.normalize(sae.W_dec[:, D:], dim=1)
+    best = (unit @ unit.T).fill_diagonal_(-2).max(1)
+    assert [db.neighbours(latent)[0].latent for latent in range(L)] == best.indices.tolist()
+    assert db.meta["logits"]["where"] == "the last of 2 hooks"
+    assert db.meta["sae"]["architecture"] == "crosscoder over topk"
+
+
 def test_latents_that_fire_together(source: MappedSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saefast.latents.spool.Spool.ranges.__defaults__", (500, 11))
     sae = made(activation="jumprelu")

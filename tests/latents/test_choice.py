@@ -9,6 +9,7 @@ from allocations import Allocations
 from spooled import spool_of
 from torch import Tensor
 
+from saefast.harvest.token_text import same_word
 from saefast.latents.choice import MOST_TOKENS, Directions, OwnTokens, described, different_words, own_tokens, telling
 from saefast.latents.spool import Spool
 from saefast.latents.statistics import moments, pairs
@@ -95,6 +96,10 @@ def test_every_latent_has_a_score_and_a_title() -> None:
 
 
 def test_forms_of_one_word_are_one() -> None:
+    texts = ["", " ", "a", "ab", "abc", "Abcd", "-abcx", "--abd", " Ab", "aB c", "-", "abd", "ﬃ"]
+    for one in texts:
+        for other in texts:
+            assert (len(different_words([one, other])) == 1) == same_word(one, other), (one, other)
     assert different_words(["raise", "Raised", "-raise", "train", "a", "b", "a"]) == ["raise", "train", "a", "b"]
 
 
