@@ -1,7 +1,9 @@
 """`saefast explore`: a run's dictionary in the browser. Imports no torch where latents.db is there."""
 
 import errno
+import os
 import socket
+import sys
 import threading
 import webbrowser
 from dataclasses import dataclass
@@ -56,20 +58,35 @@ def main(argv: list[str]) -> int:
     from saefast.explorer.state import Explorer
 
     _check(args)
-    latents, why = open_latents(args.run, args.data, args.model)
     with listening(args.port) as listener:
         port = listener.getsockname()[1]
-        explorer = Explorer(
-            args.run.resolve(), latents, args.other and args.other.resolve(), why, args.model, args.data, port
-        )
-        print(f"{_about(args.run, latents, why)}\nopen {explorer.address(explorer.token)}\nCtrl-C ends it", flush=True)
-        if args.browser:
+        latents, why = open_latents(args.run, args.data, args.model)
+        other = args.other and args.other.resolve()
+        explorer = Explorer(args.run.resolve(), latents, other, why, args.model, args.data, port)
+        print("\n".join([_about(args.run, latents, why), *_where(explorer), "Ctrl-C ends it"]), flush=True)
+        if args.browser and has_screen():
             # Some browsers return when they are closed.
             address = explorer.address(explorer.ticket)
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         serve(explorer, listener)
     print("\nsaefast explore has ended")
     return 0
+
+
+def _where(explorer: "Explorer") -> list[str]:
+    """How to open the page, also from the machine that somebody sits at who came here by ssh."""
+    lines = [f"open {explorer.address(explorer.token)}"]
+    if os.environ.get("SSH_CONNECTION"):
+        lines.append(
+            f"from your own machine, after: ssh -L {explorer.port}:{HOST}:{explorer.port} {socket.gethostname()}"
+        )
+    return lines
+
+
+def has_screen() -> bool:
+    """Whether a browser would have a window: one for text would take the terminal from us."""
+    named = any(os.environ.get(name) for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"))
+    return named or sys.platform in ("darwin", "win32")
 
 
 def _check(args: ExploreArgs) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -96,6 +97,43 @@ def test_the_browser_is_given_an_address_that_works_once(tmp_path: Path) -> None
         assert given.partition("=")[0] == address.partition("=")[0]
         assert given != address
         assert [get(given).status, get(given).status, get(address).status] == [303, 403, 303]
+
+
+@pytest.mark.parametrize(
+    ("env", "opened"), [({}, 0), ({"DISPLAY": ":0"}, 1), ({"WAYLAND_DISPLAY": "x"}, 1), ({"BROWSER": "firefox"}, 1)]
+)
+def test_a_browser_is_opened_where_it_has_a_window(
+    env: dict[str, str], opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a screen Python opens w3m, lynx and the like, in the terminal that has just been told the address."""
+    make_db(tmp_path)
+    calls: list[str] = []
+    told = threading.Event()
+    monkeypatch.setattr(explore.webbrowser, "open", lambda address: (calls.append(address), told.set()))
+    monkeypatch.setattr(explore, "serve", lambda *_: told.wait(HANG) if opened else None)
+    monkeypatch.setattr(explore.sys, "platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["explore", str(tmp_path), "--port", "0"]) == 0
+    assert len(calls) == opened
+    assert cli.main(["explore", str(tmp_path), "--port", "0", "--no-browser"]) == 0
+    assert len(calls) == opened
+
+
+def test_who_came_by_ssh_is_told_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_db(tmp_path)
+    monkeypatch.setattr(explore, "serve", lambda *_: None)
+    for came, lines in (("10.0.0.1 22 10.0.0.2 22", 1), ("", 0)):
+        monkeypatch.setenv("SSH_CONNECTION", came)
+        assert cli.main(["explore", str(tmp_path), "--no-browser", "--port", "0"]) == 0
+        out = capsys.readouterr().out
+        port = re.search(r"http://127.0.0.1:(\d+)/", out)
+        assert port is not None
+        assert out.count(f"ssh -L {port[1]}:127.0.0.1:{port[1]} ") == lines
 
 
 def test_the_default_port_gives_way_and_one_that_was_asked_for_does_not() -> None:
@@ -206,7 +244,7 @@ def test_ctrl_c_while_it_is_made_leaves_nothing(
     before = sorted(path.name for path in trained.iterdir())
     monkeypatch.setattr("saefast.latents.schema.finish", interrupted)
     monkeypatch.setattr("saefast.latents.build.finish", interrupted)
-    assert cli.main(["explore", "run", "--no-browser"]) == 130
+    assert cli.main(["explore", "run", "--no-browser", "--port", "0"]) == 130
     assert sorted(path.name for path in trained.iterdir()) == before
     assert capsys.readouterr().err == "saefast: interrupted\n"
 
