@@ -27,7 +27,7 @@ export function ticks(low, high, wanted) {
   const rough = (high - low) / Math.max(wanted, 1);
   if (!(rough > 0)) return [low];
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * ([1, 2, 5, 10].find((round) => round * power >= rough * 0.999) ?? 10);
+  const step = power * ([1, 2, 5, 10].find((round) => round * power >= rough * 0.8) ?? 10);
   const first = Math.ceil(low / step - 1e-9);
   const count = Math.floor(high / step + 1e-9) - first + 1;
   return Array.from({ length: Math.max(count, 0) }, (_, i) => Number(((first + i) * step).toPrecision(12)));
