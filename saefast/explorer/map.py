@@ -109,9 +109,10 @@ def marked(db: LatentsDB, text: str) -> tuple[list[tuple[Latent, float]], str]:
 
 
 def names(db: LatentsDB) -> list[str]:
-    """Of the clusters, in the order of their numbers."""
+    """Of the clusters, in the order of their numbers; those of no words are called by these."""
     found = db.meta.get("clusters")
-    return [visible(str(name)) for name in found] if isinstance(found, list) else []
+    found = found if isinstance(found, list) else []
+    return [visible(str(name)) if name else f"cluster {number}" for number, name in enumerate(found)]
 
 
 def in_words(facts: dict[str, Any]) -> str:

@@ -174,11 +174,12 @@ def test_the_page_says_how_the_map_was_made(tmp_path: Path) -> None:
         ({}, "Decoder rows in two dimensions."),
     ):
         assert says in in_words(facts)
-    names = ["<script>alert(1)</script>", 3]
+    names = ["<script>alert(1)</script>", 3, ""]
     page = client(explorer_of(tmp_path, map={"method": "<b>x</b>"}, clusters=names)).get("/map").text
     assert "in two dimensions (&lt;b&gt;x&lt;/b&gt;)." in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
+    assert '<span dir="auto">cluster 2</span>' in page
     (tmp_path / "other").mkdir()
     page = client(explorer_of(tmp_path / "other", map=None, clusters=None)).get("/map").text
     assert "Decoder rows in two dimensions." in page
