@@ -31,7 +31,7 @@ def whole_folder(out: str | Path, kind: str, db: LatentsDB) -> Iterator[Path]:
     """
     # A link stays one: what it leads to is written.
     out = usable(out).resolve()
-    check_replaceable(out, kind)
+    check_place(out, kind)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -39,8 +39,10 @@ def whole_folder(out: str | Path, kind: str, db: LatentsDB) -> Iterator[Path]:
         raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
     try:
         yield temporary
-        about = {"export": kind, "sae": db.meta["sae"], "written": datetime.now(timezone.utc).isoformat("T", "seconds")}
-        write_json(temporary / MANIFEST, about)
+        # Of the SAE what tells it from others; a path of this machine is nobody's business.
+        sae = {name: db.meta["sae"].get(name) for name in ("digest", "model", "hook", "architecture")}
+        written = datetime.now(timezone.utc).isoformat("T", "seconds")
+        write_json(temporary / MANIFEST, {"export": kind, "sae": sae, "written": written})
         # mkdtemp makes private folders; this one gets the permissions of any other new one.
         umask = os.umask(0)
         os.umask(umask)
@@ -51,10 +53,15 @@ def whole_folder(out: str | Path, kind: str, db: LatentsDB) -> Iterator[Path]:
         raise
 
 
-def check_replaceable(out: Path, kind: str) -> None:
-    """Raises InputError for a place that is neither free nor an earlier export of this kind."""
+def check_place(out: Path, kind: str) -> None:
+    """Raises InputError for a place that cannot be written, or is neither free nor an earlier export of this kind."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: expected a folder to write {kind} to")
+    above = next((folder for folder in out.parents if folder.is_dir()), out)
+    try:
+        tempfile.TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror or error}") from None
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / MANIFEST).is_file():

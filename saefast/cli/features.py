@@ -15,7 +15,7 @@ import tyro
 from saefast.analysis.delphi import DELPHI
 from saefast.analysis.evaluation import load_finished, run_source
 from saefast.analysis.excerpts import Advance
-from saefast.analysis.export_folder import check_replaceable
+from saefast.analysis.export_folder import check_place
 from saefast.analysis.export_names import Names
 from saefast.analysis.exports import Kind, export, parse_latents, telling
 from saefast.analysis.latent_stats import FEATURE_STATS, write_latent_stats
@@ -89,15 +89,7 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
     Raises:
         InputError: as `make_latents`; a latent that is not there; an export that the SAE or rows are not fit for.
     """
-    for name in ("top", "contexts", "rows"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}: expected at least 1")
-    if args.out is None and args.export != "page":
-        raise InputError(f"export is {args.export!r} and out is not given: name a new folder with --out")
-    if args.out is not None:
-        # Before the pass, which may take minutes.
-        check_replaceable(usable(args.out).resolve(), args.export)
+    _check(args)
     db = make_latents(args.run, args.data, args.model if model is None else model, tokenizer, args.rows)
     latents = _asked_for(args, db)
     if args.out is not None:
@@ -106,6 +98,20 @@ def run_features(args: FeaturesArgs, model: Any = None, tokenizer: Any = None) -
         with _counted(args.export, n) as advance, _ended_in_order():
             return [], export(db, args.export, args.out, latents, names, advance)
     return _shown(args, db, telling(db, 10) if latents is None else latents)
+
+
+def _check(args: FeaturesArgs) -> None:
+    """Raises InputError for what would be refused after the pass, which may take minutes."""
+    for name in ("top", "contexts", "rows"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}: expected at least 1")
+    if args.out is None and args.export != "page":
+        raise InputError(f"export is {args.export!r} and out is not given: name a new folder with --out")
+    if args.out is not None:
+        check_place(usable(args.out).resolve(), args.export)
+    if args.latents is not None:
+        parse_latents(args.latents, load_finished(usable(args.run)).config.n_latents)
 
 
 def _asked_for(args: FeaturesArgs, db: LatentsDB) -> list[int] | None:

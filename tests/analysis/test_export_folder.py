@@ -78,6 +78,8 @@ def test_folders_that_are_no_such_export_are_left_alone(db: LatentsDB, tmp_path:
     with pytest.raises(InputError, match="holds an export of the kind 'saedashboard': name another folder for neuron"):
         write_upload(db, tmp_path / "out", [1], Names(db))
     assert files(mine) == ["thesis.tex"]
+    with pytest.raises(InputError, match="/ is not empty and no export"):
+        write_upload(db, "/", [1], Names(db))
     for odd in ("", "a\0b"):
         with pytest.raises(InputError, match="is no path"):
             write_upload(db, odd, [1], Names(db))
@@ -93,3 +95,14 @@ def test_an_empty_folder_is_taken(db: LatentsDB, tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out", "kind", db) as folder:
         (folder / "a").write_text("x", encoding="utf-8")
     assert files(tmp_path / "out") == ["a", MANIFEST]
+
+
+def test_what_a_link_leads_to_is_written_and_no_path_of_this_machine_is_told(db: LatentsDB, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    db.meta["sae"]["path"] = "/home/me/secret"
+    for _ in range(2):
+        write_saedashboard(db, tmp_path / "link", range(60), Names(db))
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latents.db", "link", "there"]
+    assert "secret" not in (tmp_path / "there" / MANIFEST).read_text(encoding="utf-8")

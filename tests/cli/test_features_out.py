@@ -135,3 +135,16 @@ def test_who_watches_sees_it_go_on(features: Run, tmp_path: Path, monkeypatch: p
     assert code == 0
     assert f"{kind}: " in err
     assert (" rows" if kind == "delphi" else " latents") in err
+
+
+@pytest.mark.parametrize("latents", ["x", "24", "9-5", "0-99999999999"])
+def test_latents_that_are_not_there_are_refused_before_the_pass(
+    features: Run, monkeypatch: pytest.MonkeyPatch, latents: str
+) -> None:
+    def never(*args: object, **given: object) -> None:
+        raise AssertionError("the pass began")
+
+    monkeypatch.setattr("saefast.cli.features.make_latents", never)
+    code, _, err = features("--latents", latents)
+    assert code == 2
+    assert "latent" in err
