@@ -23,14 +23,15 @@ Needs sqlite3 and NumPy alone, so that a page is served without waiting for torc
     built, seconds  when, ISO 8601 in UTC, and how long it took
 """
 
+import functools
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -134,6 +135,26 @@ _TELLING = "FROM telling JOIN latents l ON l.latent = telling.latent"
 _SORTS: dict[str, str] = {name: f"l.{name}" for name in ("latent", "density", "mean_act", "max_act", "score")}
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Method = Callable[Concatenate["LatentsDB", P], T]
+
+
+def _reads(method: Method[P, T]) -> Method[P, T]:
+    """Says so where what is read cannot be: the file is SQLite's, and what it holds was altered."""
+
+    @functools.wraps(method)
+    def reading(self: "LatentsDB", /, *args: P.args, **more: P.kwargs) -> T:
+        try:
+            return method(self, *args, **more)
+        except InputError:
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise self.damaged(error) from None
+
+    return reading
+
+
 class LatentsDB:
     """latents.db, open for reading; labels can be written.
 
@@ -148,10 +169,16 @@ class LatentsDB:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._threads = threading.local()
-        self.meta: dict[str, Any] = {
-            name: json.loads(value) for name, value in self.query("SELECT name, value FROM meta")
-        }
-        self.n_latents = int(self.meta["n_latents"])
+        found = self.query("SELECT name, value FROM meta")
+        try:
+            self.meta: dict[str, Any] = {name: json.loads(value) for name, value in found}
+            self.n_latents = int(self.meta["n_latents"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise self.damaged(error) from None
+
+    def damaged(self, error: Exception) -> InputError:
+        """What is said of a file that SQLite reads and that does not hold what it should."""
+        return InputError(f"{self.path} is damaged ({type(error).__name__}: {error}): saefast features makes it anew")
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """All rows of a statement that reads."""
@@ -163,13 +190,16 @@ class LatentsDB:
             raise InputError(f"{self.path} cannot be read ({error}): saefast features makes it anew") from None
         return rows
 
+    @_reads
     def latent(self, latent: int) -> Latent:
         """Raises InputError for one that is not there."""
-        rows = self.query(f"SELECT {_LATENT} {_FROM} WHERE l.latent = ?", (latent,))
+        known = 0 <= latent < self.n_latents
+        rows = self.query(f"SELECT {_LATENT} {_FROM} WHERE l.latent = ?", (latent,)) if known else []
         if not rows:
             raise InputError(f"there is no latent {latent}: expected 0 to {self.n_latents - 1}")
         return _latent(rows[0])
 
+    @_reads
     def latents(self, latents: Sequence[int]) -> list[Latent]:
         """Some latents, in the order asked for; those that are not there are left out."""
         marks = ", ".join("?" * len(latents))
@@ -177,6 +207,7 @@ class LatentsDB:
         found = {row[0]: _latent(row) for row in rows}
         return [found[latent] for latent in latents if latent in found]
 
+    @_reads
     def page(
         self,
         sort: Sort = "score",
@@ -226,6 +257,7 @@ class LatentsDB:
         ]
         return parts if descending else parts[::-1]
 
+    @_reads
     def telling(self, n: int | None = None) -> list[int]:
         """The most telling latents, best first: each of other tokens than those before it. At most n, None is all."""
         return [
@@ -233,11 +265,13 @@ class LatentsDB:
             for (latent,) in self.query("SELECT latent FROM telling ORDER BY rank LIMIT ?", (-1 if n is None else n,))
         ]
 
+    @_reads
     def histogram(self, latent: int) -> np.ndarray:
         """(BINS,) int32 firings by activation, bins of equal width from 0 to the largest; zeros for a dead latent."""
         rows = self.query("SELECT counts FROM histograms WHERE latent = ?", (latent,))
         return np.frombuffer(rows[0][0], "<i4") if rows else np.zeros(BINS, np.int32)
 
+    @_reads
     def tokens_of(self, latent: int) -> list[TokenShare]:
         """The tokens with the most activation of a latent."""
         rows = self.query(
@@ -247,6 +281,7 @@ class LatentsDB:
         )
         return [TokenShare(token, text, share, covered, bool(own)) for token, text, share, covered, own in rows]
 
+    @_reads
     def logit_weights(self, latent: int) -> tuple[list[LogitWeight], list[LogitWeight]]:
         """Tokens that the latent raises most and lowers most, the most first; see meta["logits"] for what is meant."""
         sql = (
@@ -264,6 +299,7 @@ class LatentsDB:
         """Latents that fire on the same rows."""
         return self._relatives("cofiring", "lift, n", latent)
 
+    @_reads
     def _relatives(self, table: str, columns: str, latent: int) -> list[Relative]:
         rows = self.query(
             f"SELECT other, title, coalesce(labels.text, ''), {columns} "
@@ -273,6 +309,7 @@ class LatentsDB:
         )
         return [Relative(*row) for row in rows]
 
+    @_reads
     def examples(self, latent: int, part: int | None = None) -> list[Example]:
         """Contexts that a latent fires in, the strongest first and then by interval; one part alone where asked."""
         chosen, values = ("AND part = ?", (latent, part)) if part is not None else ("", (latent,))
@@ -286,6 +323,7 @@ class LatentsDB:
             for part, act, position, number in rows
         ]
 
+    @_reads
     def context(self, context: int) -> Context:
         rows = self.query(
             "SELECT context, sequence, start, stop, text, lengths FROM contexts WHERE context = ?", (context,)
@@ -294,6 +332,7 @@ class LatentsDB:
             raise InputError(f"{self.path} has no context {context}")
         return _context(rows[0])
 
+    @_reads
     def contexts_of(self, sequence: int) -> list[Context]:
         """All of a sequence, end to end."""
         rows = self.query(
@@ -311,6 +350,7 @@ class LatentsDB:
         before, after = (_context(rows[0]) if rows else None for rows in found)
         return before, after
 
+    @_reads
     def sequence(self, sequence: int) -> SequenceRow:
         rows = self.query(
             "SELECT sequence, source_sequence, name, tokens, n FROM sequences WHERE sequence = ?", (sequence,)
@@ -320,6 +360,7 @@ class LatentsDB:
         number, source, name, tokens, n = rows[0]
         return SequenceRow(number, source, name, np.frombuffer(tokens, "<i4"), n)
 
+    @_reads
     def codes(self, sequence: int) -> Codes:
         rows = self.query("SELECT latents, positions, acts FROM codes WHERE sequence = ?", (sequence,))
         if not rows:
@@ -329,17 +370,24 @@ class LatentsDB:
     def all_codes(self) -> Iterator[tuple[SequenceRow, Codes]]:
         """Every sequence with its code, in order, one at a time in memory."""
         with closing(connect(self.path)) as connection:
-            for sequence, source, name, tokens, n, *columns in connection.execute(
-                "SELECT s.sequence, source_sequence, name, tokens, n, latents, positions, acts "
-                "FROM sequences s JOIN codes USING (sequence) ORDER BY s.sequence"
-            ):
-                yield SequenceRow(sequence, source, name, np.frombuffer(tokens, "<i4"), n), _codes(*columns)
+            try:
+                for sequence, source, name, tokens, n, *columns in connection.execute(
+                    "SELECT s.sequence, source_sequence, name, tokens, n, latents, positions, acts "
+                    "FROM sequences s JOIN codes USING (sequence) ORDER BY s.sequence"
+                ):
+                    row = SequenceRow(sequence, source, name, np.frombuffer(tokens, "<i4"), n)
+                    codes = _codes(*columns)
+                    yield row, codes
+            except sqlite3.DatabaseError as error:
+                raise self.damaged(error) from None
 
+    @_reads
     def image(self, sequence: int) -> tuple[str, bytes] | None:
         """Type and bytes of a sequence's image; None where there is none."""
         rows = self.query("SELECT mime, data FROM images WHERE sequence = ?", (sequence,))
         return (rows[0][0], rows[0][1]) if rows else None
 
+    @_reads
     def array(self, name: str) -> np.ndarray | None:
         """A column over all latents; None where the file has none of that name."""
         rows = self.query("SELECT dtype, shape, data FROM arrays WHERE name = ?", (name,))
@@ -348,6 +396,7 @@ class LatentsDB:
         dtype, shape, data = rows[0]
         return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(json.loads(shape))
 
+    @_reads
     def label_of(self, latent: int) -> tuple[str, str, bool] | None:
         """A latent's label: text, when it was written, and whether it was written for these very weights."""
         rows = self.query("SELECT text, written, sae FROM labels WHERE latent = ?", (latent,))

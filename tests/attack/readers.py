@@ -25,6 +25,7 @@ from unittest import mock
 import numpy as np
 import tiny_models
 import torch
+from latents_db import make_db
 from safetensors.torch import save
 from torch import Tensor
 
@@ -42,6 +43,8 @@ from saefast.harvest.text import open_text
 from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.integrations.recorded import RecordedCodes
 from saefast.integrations.recording import record
+from saefast.latents.database import LatentsDB
+from saefast.latents.schema import LATENTS_DB
 from saefast.models import sae
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
@@ -395,6 +398,22 @@ def copy_of(folder: Path, target: Path) -> None:
 CHECKPOINT = "run/checkpoints/step_00000006/"
 
 
+def make_latents(folder: Path) -> None:
+    make_db(folder, n_latents=12, n_sequences=3, length=20)
+
+
+def read_latents(folder: Path) -> Any:
+    """All that a page of each latent shows."""
+    db = LatentsDB(folder / LATENTS_DB)
+    rows, n = db.page("telling", limit=50)
+    found: list[Any] = [n, [row[:3] for row in rows], db.telling(), [db.array("map"), db.array("cluster")]]
+    for row in rows:
+        found += [db.histogram(row.latent), db.tokens_of(row.latent), db.logit_weights(row.latent)]
+        found += [db.neighbours(row.latent), db.cofiring(row.latent)]
+        found += [[example.act, example.context.pieces] for example in db.examples(row.latent)]
+    return found
+
+
 def make_codes(folder: Path) -> None:
     lm = tiny_models.model("gpt2")
     at = {"layers.0": 0, "layers.1.mlp": 1}
@@ -461,6 +480,7 @@ READERS = [
         "recorded codes", make_codes, read_codes, ("codes/index.json", "codes/*/*.safetensors"),
         ("codes/index.json", "codes/*/*.safetensors"), weight=2, needs=("transformers",),
     ),
+    Reader("latents.db", make_latents, read_latents, (LATENTS_DB,), weight=2),
     Reader("metrics.jsonl", make_metrics, read_metrics, ("metrics.jsonl",)),
     Reader("text", make_text, read_text, ("a.txt", "b.md", "c.jsonl", "d.jsonl.gz", "e.json", "f.csv"), weight=2),
     Reader(

@@ -1,6 +1,7 @@
 """latents.db read back: pages, a latent whole, labels, and files that are none."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,20 @@ def test_a_file_that_is_none_is_refused_in_a_line(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(InputError, match="version 7: expected version 1"):
         LatentsDB(path)
+
+
+def test_a_file_whose_contents_were_altered_is_refused_in_a_line(tmp_path: Path) -> None:
+    path = make_db(tmp_path)
+    for change, read in (
+        ("UPDATE histograms SET counts = x'0102'", lambda db: db.histogram(3)),
+        ("UPDATE contexts SET lengths = x'01'", lambda db: db.examples(3)),
+        ("UPDATE codes SET acts = 'text'", lambda db: db.examples(3)),
+        ("UPDATE arrays SET shape = '[7]'", lambda db: db.array("map")),
+        ("UPDATE arrays SET dtype = 'no dtype'", lambda db: db.array("map")),
+        ("UPDATE meta SET value = '{' WHERE name = 'sae'", lambda db: db.meta),
+        ("DELETE FROM meta", lambda db: db.meta),
+    ):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(change)
+        with pytest.raises(InputError, match=r"latents\.db is damaged \(.*\): saefast features makes it anew"):
+            read(LatentsDB(path))
