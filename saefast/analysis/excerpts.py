@@ -57,8 +57,8 @@ def require_text(db: LatentsDB, kind: str) -> None:
 
 
 def dataset(db: LatentsDB) -> str:
-    """What the rows are of."""
-    return str(db.meta["rows"].get("data") or db.meta["rows"]["source"])
+    """What the rows are of, as their harvest says; "" where it does not."""
+    return str(db.meta["rows"].get("data") or "")
 
 
 def number(value: float) -> float:

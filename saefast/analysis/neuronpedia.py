@@ -179,8 +179,9 @@ class _Rows:
         self.db = db
         self.names = names
         self.model, self.source, self.set_name = names.neuronpedia_model, names.source, names.set_name
+        digest = db.meta["sae"]["digest"]
         # Ids are 25 characters of letters and digits and unlike those of any other export.
-        self._prefix = "c" + hashlib.sha256(f"{self.model} {self.source} {db.meta['sae']}".encode()).hexdigest()[:14]
+        self._prefix = "c" + hashlib.sha256(f"{self.model} {self.source} {digest}".encode()).hexdigest()[:14]
         self._ids = 0
         self.own = {"creatorId": CREATOR, "createdAt": db.meta["built"]}
 

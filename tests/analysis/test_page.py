@@ -86,7 +86,7 @@ def check_alone(page: Page) -> None:
     assert all(
         re.fullmatch(r"(latents/)?\d+\.html|\.\./index\.html|data:image/[a-z]+;base64,.*", x) for x in page.links
     )
-    assert not re.search(r"https?://|@import|url\(", page.source)
+    assert not re.search(r"https?://|@import|url\((?!#mask-)", page.source)
 
 
 @pytest.fixture
@@ -250,17 +250,25 @@ def test_an_image_is_shown_with_its_patches(path: Path, tmp_path: Path, first: i
     assert {(named["width"], named["height"]) for named in images} == {("8", "3")}
     data = base64.b64encode(b"\x89PNG").decode()
     assert {named["href"] for named in images} == {f"data:image/png;base64,{data}"}
-    patches = [named for tag, named in page.tags if tag == "rect" and named["width"] == "1"]
-    shown = [(named["x"], named["y"], named["class"]) for named in patches]
     most = db.latent(1).max_act
     expected = [
-        (str((p - first) % 8), str((p - first) // 8), f"s{int(np.ceil(20 * float(act) / most - 1e-9))}")
+        (str((p - first) % 8), str((p - first) // 8), float(act) / most)
         for e in examples
         for p, act in zip(range(e.context.start, e.context.stop), e.acts, strict=True)
         if act > 0 and 0 <= p - first < 24
     ]
-    assert shown == expected
-    assert len(shown) > 20
+    assert len(expected) > 20
+    patches = [named for tag, named in page.tags if tag == "rect" and named.get("class") == "patch"]
+    assert [(named["x"], named["y"]) for named in patches] == [(x, y) for x, y, _ in expected]
+    # The stronger it fires on a patch, the less of the image is darkened there.
+    lit = [named for tag, named in page.tags if tag == "rect" and "fill-opacity" in named]
+    assert [(named["x"], named["y"]) for named in lit] == [(x, y) for x, y, _ in expected]
+    assert [float(named["fill-opacity"] or 0) for named in lit] == [
+        pytest.approx(0.2 + 0.8 * share, abs=6e-4) for _, _, share in expected
+    ]
+    masks = [named["id"] for tag, named in page.tags if tag == "mask"]
+    assert len(set(masks)) == len(masks) == len(images)
+    assert [named["mask"] for _, named in page.tags if "mask" in named] == [f"url(#{mask})" for mask in masks]
 
 
 def test_an_image_without_a_grid_is_shown_alone(path: Path, tmp_path: Path) -> None:
