@@ -177,12 +177,13 @@ def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str 
         meta = LatentsDB(path).meta
     except InputError as error:
         return str(error).split(":")[0]
-    if meta["sae"]["digest"] != stack.digest():
+    of, made = meta.get("rows") or {}, meta.get("n_rows", 0)
+    if (meta.get("sae") or {}).get("digest") != stack.digest():
         return "the SAE has other weights now"
-    if meta["rows"]["digest"] != facts.data_digest(source):
-        return f"it is of {meta['rows']['source']}"
-    if meta["rows"]["rows"] < min(rows, facts.available(source)):
-        return f"it is of {meta['rows']['rows']:,} rows, and more are asked for"
+    if of.get("digest") != facts.data_digest(source):
+        return f"it is of {of.get('source', 'other rows')}"
+    if made < min(rows, facts.available(source)):
+        return f"it is of {made:,} rows, and more are asked for"
     return None
 
 

@@ -157,13 +157,13 @@ class _Build:
         return {
             "encoding": encoded,
             "contexts": 2e6 * self.n_rows,
-            "codes": 5e4 * entries,
-            "latents": 1e5 * entries + 1e8 * L,
+            "codes": 3e4 * entries,
+            "latents": 2e5 * entries + 1.5e7 * L,
             "scores": 2e7 * L,
             "neighbours": L * L * d,
             "map": 1e8 * L,
             "images": 2e9 * self._most_images(),
-            "logits": 0 if isinstance(self.unembedding, str) else L * self.unembedding.weight.numel(),
+            "logits": 0 if isinstance(self.unembedding, str) else 2 * L * self.unembedding.weight.numel(),
             "indexes": 1e7 * L,
         }
 
