@@ -189,16 +189,16 @@ def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str 
 
 def _built(stack: Stack, source: MappedSource, path: Path, model: Any, tokenizer: Any, rows: int) -> LatentsDB:
     index, kind = {} if source.folder is None else source.folder.index, facts.kind_of(source)
-    with _bar() as moved, _ended_in_order():
-        if kind != "text":
-            # Images are read with the processor beside the model.
-            processor = model if kind == "images" and isinstance(model, str | Path) else None
+    if kind != "text":
+        # Images are read with the processor beside the model.
+        processor = model if kind == "images" and isinstance(model, str | Path) else None
+        with _bar() as moved, _ended_in_order():
             return build_latents(stack, source, path, processor=processor, rows=rows, progress=moved)
-        # No name here keeps the model in memory, of which its embeddings are all that is needed.
-        tokenizer = harvested_tokenizer(index, tokenizer, model)
-        return build_latents(
-            *(stack, source, path), tokenizer=tokenizer, model=_model(index, model), rows=rows, progress=moved
-        )
+    tokenizer = harvested_tokenizer(index, tokenizer, model)
+    # Handed over, so that no name here keeps the model in memory: its embeddings are all that is needed of it.
+    loaded = [_model(index, model)]
+    with _bar() as moved, _ended_in_order():
+        return build_latents(*(stack, source, path), tokenizer=tokenizer, model=loaded.pop(), rows=rows, progress=moved)
 
 
 def _model(index: dict[str, Any], given: Any) -> Any:
