@@ -1,5 +1,6 @@
 """`saefast explore`: what it says, where it serves, what opens it, and how it ends."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -143,6 +144,25 @@ def test_the_default_port_gives_way_and_one_that_was_asked_for_does_not() -> Non
         assert {host for host, _ in ports} == {"127.0.0.1"}
         with pytest.raises(InputError, match=rf"port {ports[0][1]} is taken: give another, or leave --port out"):
             explore.listening(ports[0][1])
+
+
+def test_answers_are_sent_at_once() -> None:
+    """An answer is a head and a body; the body must not wait until the head has been acknowledged, 40 ms later."""
+    told: list[int] = []
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        told.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    async def ask() -> None:
+        with explore.listening(0) as listener:
+            async with await asyncio.start_server(answer, sock=listener):
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                await reader.read()
+                writer.close()
+
+    asyncio.run(ask())
+    assert told[0] != 0
 
 
 def test_says_so_where_no_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
