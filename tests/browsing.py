@@ -70,7 +70,7 @@ def served(make_app: Callable[[int], Any]) -> Iterator[str]:
     """Serves an ASGI app, made for its port, from a thread: the address, "http://127.0.0.1:PORT"."""
     import uvicorn
 
-    with socket.socket() as listening:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(make_app(port), log_level="critical", timeout_graceful_shutdown=1))
