@@ -26,8 +26,6 @@ _IN_A_CLUSTER, _MOST_CLUSTERS = 32, 64
 _ROUNDS = 25
 # Rows that the first centres are drawn from.
 _SAMPLE = 4096
-# Directions that the two of most variance are searched with, and when they are found.
-_BLOCK, _STEPS, _CLOSE = 16, 60, 1e-4
 
 
 class Layout(NamedTuple):
@@ -48,7 +46,7 @@ class Layout(NamedTuple):
 def layout(decoder: Tensor, neighbour_ids: Tensor, neighbour_cosines: Tensor, seed: int = 0) -> Layout:
     """Points and clusters of decoder rows, by their directions alone; the same on every call with the same libraries.
 
-    Memory beside the decoder: its unit rows in fp32 and O(L · n).
+    Memory beside the decoder: its unit rows in fp32, O(L · n), and a (d, d) matrix.
 
     Args:
         decoder: (L, d) of any float dtype.
@@ -65,7 +63,7 @@ def layout(decoder: Tensor, neighbour_ids: Tensor, neighbour_cosines: Tensor, se
     units = unit_rows(decoder, "decoder")
     alive = units.any(1).nonzero()[:, 0]
     units, there = units[alive], alive.cpu().numpy()
-    points, held = principal(units, seed)
+    points, held = principal(units)
     variance: float | None = held
     method: Literal["umap", "pca"] = "pca"
     if len(there) >= _LEAST_FOR_UMAP and _umap_installed():
@@ -82,29 +80,21 @@ def layout(decoder: Tensor, neighbour_ids: Tensor, neighbour_cosines: Tensor, se
     return Layout(placed, cluster, n_clusters, method, variance)
 
 
-def principal(units: Tensor, seed: int = 0) -> tuple[np.ndarray, float]:
+def principal(units: Tensor) -> tuple[np.ndarray, float]:
     """(L, 2) float32, rows seen from their mean along the two directions of most variance, and the share they hold.
 
-    By subspace iteration, so that no (d, d) matrix is needed. Signs are such that a direction's largest entry is
-    positive.
+    Signs are such that a direction's largest entry is positive.
     """
     d = units.shape[1]
     if not len(units) or not d:
         return np.zeros((len(units), 2), np.float32), 0.0
     mean = units.mean(0)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    start = torch.randn(d, min(_BLOCK, d), generator=generator, dtype=torch.float32, device="cpu")
-    basis = torch.linalg.qr(start.to(units.device)).Q
-    for _ in range(_STEPS):
-        image = sum((block - mean).T @ ((block - mean) @ basis) for block in units.split(ROWS))
-        assert isinstance(image, Tensor)
-        values, turned = torch.linalg.eigh(basis.T @ image)
-        values, turned = values[-2:].flip(0), turned[:, -2:].flip(1)
-        directions = basis @ turned
-        off = (image @ turned - directions * values).norm(dim=0)
-        if bool((off <= _CLOSE * values[0]).all()):
-            break
-        basis = torch.linalg.qr(image).Q
+    covariance = torch.zeros(d, d, dtype=torch.float32, device=units.device)
+    for block in units.split(ROWS):
+        moved = block - mean
+        covariance.addmm_(moved.T, moved)
+    # Where all directions hold about as much, searching for two of them one step at a time would not end.
+    directions = torch.linalg.eigh(covariance).eigenvectors[:, -2:].flip(1)
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     directions = directions * torch.where(largest < 0, -1.0, 1.0)
     points = torch.cat([(block - mean) @ directions for block in units.split(ROWS)])

@@ -52,6 +52,12 @@ def test_principal_directions_are_those_of_the_covariance(L: int, d: int) -> Non
     assert all(map(np.array_equal, principal(rows), (points, held)))
 
 
+def test_rows_without_a_direction_of_their_own_still_give_the_two_of_most_variance() -> None:
+    units = unit_rows(torch.randn(3000, 40), "rows")
+    variances = torch.linalg.eigvalsh(torch.cov(units.double().T))
+    assert principal(units)[1] == pytest.approx(float(variances[-2:].sum() / variances.sum()), rel=1e-4)
+
+
 def test_points_of_few_or_equal_rows_are_finite(without_umap: None) -> None:
     for decoder in (
         torch.ones(1, 3),
