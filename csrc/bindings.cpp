@@ -434,7 +434,7 @@ void bind_row_stream(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
     m.doc() = "saefast's C++ half; used through saefast.ops.native";
     // saefast/extension.py has the same number: both are raised where the bindings change.
-    m.attr("INTERFACE") = 6;
+    m.attr("INTERFACE") = 7;
 #ifdef SAEFAST_CUDA
     m.attr("HAS_CUDA") = true;
 #else

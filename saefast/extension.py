@@ -11,7 +11,7 @@ from types import ModuleType
 from saefast.errors import InputError
 
 # csrc/bindings.cpp has the same number: both are raised where the bindings change.
-INTERFACE = 6
+INTERFACE = 7
 
 
 @cache

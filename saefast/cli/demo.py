@@ -186,10 +186,13 @@ done in {seconds:.0f} s; in {out}/
   sae.safetensors, config.json, metrics.jsonl      the SAE, its settings, how training went
   curves.png, density.png, {EVAL}               pictures of that, and all figures with their formulas
   features.html, features.md, features.png         what its latents respond to: open features.html
+  latents.db                                       the same of every latent: contexts, tokens, relatives
   feature_stats.safetensors                        how often and how strongly each of them fired
 
 held-out FVU {metrics["fvu"]:.4f}   L0 {metrics["l0"]:.1f}   {training}
 {silent_latents(last)}{about_tokens}
+
+look into it: saefast explore {out}
 
 next: saefast train {out}/{ACTIVATIONS} --out runs/mine --n-latents 32768 --k 64
       saefast harvest --model MODEL --text FILES --hook layers.6 --out acts        your own model and text

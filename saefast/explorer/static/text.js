@@ -47,6 +47,8 @@ async function loaded() {
 }
 
 async function read() {
+  // One text at a time, however often and in whatever way it is asked for.
+  if ($("read").disabled) return;
   const text = words.value;
   if (!text.trim()) {
     say("Type or paste a text first.", "bad");
