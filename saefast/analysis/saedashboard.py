@@ -66,7 +66,8 @@ def write_saedashboard(
         advance(len(latents) - len(alive))
         skipped = {"model_id": model, "layer": str(layer), "sae_set": sae_set, "log_sparsity": 0}
         left_out = sorted(set(range(db.n_latents)) - set(alive))
-        (folder / "skipped_indexes.json").write_text(as_json({**skipped, "skipped_indexes": left_out}), "utf-8")
+        text = as_json({**skipped, "skipped_indexes": left_out})
+        (folder / "skipped_indexes.json").write_text(text, encoding="utf-8")
     return len(alive)
 
 

@@ -25,7 +25,12 @@ from saefast.cli.args import announce_harvest, named, parse, watched
 from saefast.data.mapped_source import MappedSource
 from saefast.errors import InputError
 from saefast.files import usable
-from saefast.harvest.harvested_model import causal_language_model, harvested_model, harvested_tokenizer
+from saefast.harvest.harvested_model import (
+    causal_language_model,
+    check_given,
+    harvested_model,
+    harvested_tokenizer,
+)
 from saefast.harvest.language_models import unwrapped
 from saefast.latents import facts
 from saefast.latents.build import ROWS, build_latents
@@ -143,7 +148,8 @@ def make_latents(
 
     Args:
         run: folder of a run, or of an SAE in any format. data: as --data, None is what the run was trained on.
-        model, tokenizer: those that were harvested, or where they load from; None is the harvest's names.
+        model, tokenizer: those that were harvested, or where they load from; None is the harvest's names. What is there
+            already is made anew with a model that it was made without.
         rows: how many to encode at least, where there are as many.
 
     Raises:
@@ -157,8 +163,10 @@ def make_latents(
     source = run_source(run, sae, data, watched(), model, tokenizer)
     if not isinstance(source, MappedSource):
         raise InputError(f"{source.source_name} comes as a stream: latents are shown of rows in files")
+    if source.folder is not None:
+        _check_given(source.folder.index, model, tokenizer)
     stack, path = stack_of(run, sae), run / LATENTS_DB
-    why = _why_anew(path, stack, source, rows)
+    why = _why_anew(path, stack, source, rows, model is not None)
     if why is None:
         db = LatentsDB(path)
     else:
@@ -169,7 +177,14 @@ def make_latents(
     return db
 
 
-def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str | None:
+def _check_given(index: dict[str, Any], model: Any, tokenizer: Any) -> None:
+    """Raises InputError for objects that are not those harvested, also where latents.db is there and needs neither."""
+    if model is not None and not isinstance(model, str | Path):
+        harvested_model(index, model)
+    check_given(index, None, tokenizer)
+
+
+def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int, with_model: bool) -> str | None:
     """Why latents.db is made, in words; "" where there is none, None where it is what is asked for."""
     if not path.exists():
         return ""
@@ -184,6 +199,8 @@ def _why_anew(path: Path, stack: Stack, source: MappedSource, rows: int) -> str 
         return f"it is of {of.get('source', 'other rows')}"
     if made < min(rows, facts.available(source)):
         return f"it is of {made:,} rows, and more are asked for"
+    if with_model and facts.WITHOUT_COSINE in (meta.get("score") or ""):
+        return "it was made without the model"
     return None
 
 

@@ -21,6 +21,9 @@ from saefast.harvest.identity import identity_of
 from saefast.harvest.language_models import load_model, load_tokenizer
 from saefast.harvest.live import live_source, live_sources
 from saefast.harvest.to_disk import HarvestConfig, harvest
+from saefast.latents.database import LatentsDB
+from saefast.latents.facts import WITHOUT_COSINE
+from saefast.latents.schema import LATENTS_DB
 from saefast.models.config import SAEConfig
 from saefast.models.sae import SAE, load
 
@@ -108,19 +111,24 @@ def test_the_command_line_takes_the_model(family, capsys):
 
 def test_features_do_without_another_models_embedding(family, capsys):
     folder, _, child, tokenizer, run = family
-    with pytest.warns(RuntimeWarning, match="chosen without the model's embedding: .*parent is not the mod"):
-        table, _ = run_features(FeaturesArgs(run=run, n=3))
-    assert "the cosine is left out" in table.about
+    path, asked = run / LATENTS_DB, FeaturesArgs(run=run, top=3)
     for given in (dict(model=child), dict(model=child, tokenizer=tokenizer), dict(model=folder / "child")):
-        table, _ = run_features(FeaturesArgs(run=run, n=3), **given)
-        assert "the cosine is left out" not in table.about
+        path.unlink(missing_ok=True)
+        with pytest.warns(RuntimeWarning, match="described without the model: .*parent is not the mod"):
+            run_features(asked)
+        assert WITHOUT_COSINE in LatentsDB(path).meta["score"]
+        # Made anew, because the model is there now.
+        run_features(asked, **given)
+        assert WITHOUT_COSINE not in LatentsDB(path).meta["score"]
+        assert LatentsDB(path).meta["logits"]["what"] == "logit"
     other = tiny_models.tokenizer()
     with pytest.raises(InputError, match="is not the tokenizer that was harvested: its tokenizer is another"):
-        run_features(FeaturesArgs(run=run, n=3), tokenizer=other)
+        run_features(asked, tokenizer=other)
     other.save_pretrained(folder / "parent")
+    path.unlink()
     try:
         with pytest.raises(InputError, match=r"parent is not the tokenizer that was harvested.*tokenizer= or --model"):
-            run_features(FeaturesArgs(run=run, n=3))
+            run_features(asked)
     finally:
         tokenizer.save_pretrained(folder / "parent")
 
@@ -139,7 +147,7 @@ def test_given_models_of_other_kinds(family):
             "which has no language-model head" in evaluate_run(run, model=model, lm_tokens=64, write=False).lm_left_out
         )
         with pytest.raises(InputError, match="expected a model of transformers, a folder or a name"):
-            run_features(FeaturesArgs(run=run, n=3), model=model)
+            run_features(FeaturesArgs(run=run, top=3), model=model)
     again = evaluate_run(run, model=torch.compile(child, backend="eager"), lm_tokens=64)
     assert again.lm["ce_clean"] > 0
 
