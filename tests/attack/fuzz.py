@@ -128,7 +128,7 @@ def open_arena(**arguments: Any) -> Fuzz:
 
 
 def run(numbers: Iterable[int], seed: int, workers: int = 1, only: str = "", part: str = "fuzz") -> Iterator[Row]:
-    """What came of every case of a part, "fuzz" or "formats", in whatever order they are done."""
+    """What came of every case of a part, "fuzz", "formats" or "latents", in whatever order they are done."""
     with tempfile.TemporaryDirectory(prefix="saefast-attack-") as place:
         arena = Arena("attack.fuzz", {"place": place, "seed": seed, "only": only, "part": part})
         for number, answer in run_all(arena, numbers, workers):

@@ -480,7 +480,7 @@ READERS = [
         "recorded codes", make_codes, read_codes, ("codes/index.json", "codes/*/*.safetensors"),
         ("codes/index.json", "codes/*/*.safetensors"), weight=2, needs=("transformers",),
     ),
-    Reader("latents.db", make_latents, read_latents, (LATENTS_DB,), weight=2),
+    Reader("latents.db", make_latents, read_latents, (LATENTS_DB,), part="latents"),
     Reader("metrics.jsonl", make_metrics, read_metrics, ("metrics.jsonl",)),
     Reader("text", make_text, read_text, ("a.txt", "b.md", "c.jsonl", "d.jsonl.gz", "e.json", "f.csv"), weight=2),
     Reader(

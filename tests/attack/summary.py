@@ -12,7 +12,7 @@ from typing import Any
 from attack.outcome import FAULTS, GOOD
 from attack.pool import ROOT
 
-ORDER = ("kill", "fuzz", "formats", "arguments", "soak")
+ORDER = ("kill", "fuzz", "formats", "latents", "arguments", "soak")
 
 
 @dataclass(frozen=True)

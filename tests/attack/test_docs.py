@@ -22,9 +22,10 @@ def test_the_figures_are_of_an_attack_at_full_size_and_without_a_fault() -> None
     assert cases["kill"] >= 200
     assert cases["fuzz"] >= 20_000
     assert cases["formats"] >= 10_000
+    assert cases["latents"] >= 5_000
     assert cases["arguments"] >= 9_000
     assert {condition.name for condition in kill.CONDITIONS} <= set(PARTS["kill"]["counts"])
-    for part in ("fuzz", "formats"):
+    for part in ("fuzz", "formats", "latents"):
         named = {reader.name for reader in readers.available(part) if not reader.needs}
         assert named <= set(PARTS[part]["counts"]), part
     seen = {name for figures in PARTS.values() for counts in figures["counts"].values() for name in counts}

@@ -13,7 +13,7 @@ CASES = 260
 SEED = 0
 
 
-@pytest.mark.parametrize("part", ["fuzz", "formats"])
+@pytest.mark.parametrize("part", ["fuzz", "formats", "latents"])
 def test_damaged_files(part: str) -> None:
     rows = list(fuzz.run(range(CASES), SEED, part=part))
     assert len(rows) == CASES
