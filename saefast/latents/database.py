@@ -36,7 +36,7 @@ from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from saefast.errors import InputError
-from saefast.latents.schema import BINS, connect
+from saefast.latents.schema import BINS, UNREADABLE, connect
 
 Sort = Literal["telling", "latent", "density", "mean_act", "max_act", "score"]
 LONGEST_LABEL = 1000
@@ -186,7 +186,7 @@ class LatentsDB:
             self._threads.connection = connect(self.path)
         try:
             rows: list[tuple[Any, ...]] = self._threads.connection.execute(sql, values).fetchall()
-        except sqlite3.DatabaseError as error:
+        except UNREADABLE as error:
             raise InputError(f"{self.path} cannot be read ({error}): saefast features makes it anew") from None
         return rows
 
@@ -378,7 +378,7 @@ class LatentsDB:
                     row = SequenceRow(sequence, source, name, np.frombuffer(tokens, "<i4"), n)
                     codes = _codes(*columns)
                     yield row, codes
-            except sqlite3.DatabaseError as error:
+            except UNREADABLE as error:
                 raise self.damaged(error) from None
 
     @_reads

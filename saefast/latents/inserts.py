@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from saefast.errors import InputError
-from saefast.latents.schema import APPLICATION_ID
+from saefast.latents.schema import APPLICATION_ID, UNREADABLE
 
 # Rows that are Python's numbers at a time.
 _ROWS = 1 << 16
@@ -56,7 +56,7 @@ def check_ours(path: Path) -> None:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             (application,) = db.execute("PRAGMA application_id").fetchone()
-    except sqlite3.DatabaseError:
+    except UNREADABLE:
         return
     if application != APPLICATION_ID:
         raise InputError(f"{path} is another program's SQLite file: move it away")
@@ -73,7 +73,7 @@ def carry_labels(old: Path, new: Path) -> None:
         # Open for writing, so that a write that was cut off is undone now and not in the file that takes its place.
         with closing(sqlite3.connect(old, timeout=10)) as db:
             labels = db.execute("SELECT latent, text, written, sae FROM labels").fetchall()
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         _put_aside(old, error)
         return
     with closing(sqlite3.connect(new)) as db, db:

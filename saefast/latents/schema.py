@@ -159,7 +159,7 @@ def connect(path: str | Path) -> sqlite3.Connection:
     connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, check_same_thread=False)
     try:
         application, version = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in _HEADER)
-    except sqlite3.DatabaseError as error:
+    except UNREADABLE as error:
         connection.close()
         raise InputError(f"{path} is damaged, or no SQLite file ({error}): {_again(path)}") from None
     if application != APPLICATION_ID or version != VERSION:
@@ -169,6 +169,8 @@ def connect(path: str | Path) -> sqlite3.Connection:
     return connection
 
 
+# What reading a damaged file raises: SQLite's own words may quote bytes that nobody can decode.
+UNREADABLE = (sqlite3.DatabaseError, UnicodeDecodeError)
 _HEADER = ("application_id", "user_version")
 
 
