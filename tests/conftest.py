@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from browsing import insisted, missing
+from browsing import Faults, insisted, launched, missing
 
 if not torch.cuda.is_available():
     # Triton reads this when a kernel's module is imported, so it is set before any test can do that.
@@ -73,6 +73,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 -- the legacy global generator is what code under test could reach for
     torch.manual_seed(seed)
+
+
+# For a file and no longer: while playwright is open, no other test in its process may run an event loop.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture
+def faults() -> Iterator[Faults]:
+    """What goes wrong on pages that are opened with it fails the test in the end."""
+    found = Faults()
+    yield found
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture

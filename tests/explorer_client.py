@@ -33,6 +33,13 @@ def client(explorer: Explorer) -> TestClient:
     return opened
 
 
+def page(visitor: TestClient, address: str) -> str:
+    """A page that has to be there."""
+    answer = visitor.get(address)
+    assert answer.status_code == 200, answer.text
+    return answer.text
+
+
 def from_our_page(explorer: Explorer) -> dict[str, str]:
     """Headers of a POST by a script of ours."""
     return {"Origin": HOME, "X-Saefast-Key": explorer.form_key, "Accept": "application/json"}

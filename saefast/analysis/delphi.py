@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from saefast.analysis.excerpts import Advance, dataset, require_text
+from saefast.analysis.excerpts import dataset, require_text
 from saefast.analysis.export_folder import whole_folder
 from saefast.analysis.export_names import Names
 from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.latents.database import LatentsDB
+from saefast.latents.steps import Advance, nothing
 
 DELPHI = "delphi"
 # ConstructorConfig.example_ctx_len, which divides a row; CacheConfig.cache_ctx_len, a row where sequences differ in
@@ -53,7 +54,7 @@ def write_delphi(
     out: str | Path,
     latents: Sequence[int],
     names: Names,
-    advance: Advance = lambda n: None,
+    advance: Advance = nothing,
 ) -> int:
     """Writes the cache in one pass over the codes, a sequence at a time, and then split by split.
 

@@ -4,7 +4,7 @@ Numbers are float32 in the fewest digits that stand for them, so that nothing is
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,6 @@ from saefast.latents.schema import BINS, INTERVALS
 # Tokens that Neuronpedia's server takes of one text, and features in one call (app/api/feature/upload-batch).
 MOST_TOKENS = 1024
 BATCH = 128
-
-# Called with how much more is done.
-Advance = Callable[[int], None]
 
 
 class Bin(NamedTuple):

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from saefast.analysis.delphi import DELPHI, write_delphi
-from saefast.analysis.excerpts import Advance
 from saefast.analysis.export_names import Names
 from saefast.analysis.neuronpedia import FOLDER, UPLOAD, write_folder, write_upload
 from saefast.analysis.page import PAGE, write_page
 from saefast.analysis.saedashboard import SAEDASHBOARD, write_saedashboard
 from saefast.errors import InputError
 from saefast.latents.database import LatentsDB, Sort
+from saefast.latents.steps import Advance, nothing
 from saefast.typed import typed
 
 Kind = Literal["page", "neuronpedia", "neuronpedia-folder", "saedashboard", "delphi"]
@@ -34,7 +34,7 @@ def export(
     out: str | Path,
     latents: Sequence[int] | None = None,
     names: Names | None = None,
-    advance: Advance = lambda n: None,
+    advance: Advance = nothing,
 ) -> str:
     """Writes a folder, whole or not at all.
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from saefast.analysis.excerpts import (
     BATCH,
-    Advance,
     Bin,
     Excerpt,
     as_json,
@@ -32,6 +31,7 @@ from saefast.analysis.export_names import Names
 from saefast.errors import InputError
 from saefast.files import write_json
 from saefast.latents.database import Latent, LatentsDB, LogitWeight
+from saefast.latents.steps import Advance, nothing
 
 UPLOAD, FOLDER = "neuronpedia", "neuronpedia-folder"
 # What the server takes: the longest explanation, in UTF-16 units, as JavaScript counts; the largest bound of a bin; the
@@ -42,7 +42,7 @@ CREATOR = "clkht01d40000jv08hvalcvly"
 
 
 def write_upload(
-    db: LatentsDB, out: str | Path, latents: Sequence[int], names: Names, advance: Advance = lambda n: None
+    db: LatentsDB, out: str | Path, latents: Sequence[int], names: Names, advance: Advance = nothing
 ) -> int:
     """Writes source-set.json, the body of a call of /api/source-set/new, and batch-0.json and on, each the body of one
     of /api/feature/upload-batch.
@@ -135,7 +135,7 @@ def explanation(latent: Latent) -> str:
 
 
 def write_folder(
-    db: LatentsDB, out: str | Path, latents: Sequence[int], names: Names, advance: Advance = lambda n: None
+    db: LatentsDB, out: str | Path, latents: Sequence[int], names: Names, advance: Advance = nothing
 ) -> int:
     """Writes {model}/{layer}-{set}/ with release, model, sourceset and source.jsonl, and batches of features,
     activations and a person's labels (explanations/) as .jsonl.gz.

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from saefast.analysis.excerpts import Advance, Bin, bins
+from saefast.analysis.excerpts import Bin, bins
 from saefast.analysis.export_folder import whole_folder
 from saefast.errors import InputError
 from saefast.files import replacing
 from saefast.latents import numbers
 from saefast.latents.database import Example, Latent, LatentsDB, LogitWeight, Relative, TokenShare
 from saefast.latents.schema import BINS
+from saefast.latents.steps import Advance, nothing
 from saefast.readable import visible
 
 PAGE, FEATURES, INDEX = "page", "features", "index.html"
@@ -86,7 +87,7 @@ def shown(db: LatentsDB, latent: Latent) -> Shown:
 
 
 def write_page(
-    db: LatentsDB, out: str | Path, latents: Sequence[int], title: str = "", advance: Advance = lambda n: None
+    db: LatentsDB, out: str | Path, latents: Sequence[int], title: str = "", advance: Advance = nothing
 ) -> int:
     """Writes a folder to share: index.html, a table with a search over titles, and latents/{n}.html for each latent.
 

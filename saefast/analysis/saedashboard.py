@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from saefast.analysis.excerpts import (
-    Advance,
     as_json,
     batches,
     bins,
@@ -24,6 +23,7 @@ from saefast.analysis.export_folder import whole_folder
 from saefast.analysis.export_names import Names
 from saefast.errors import InputError
 from saefast.latents.database import Latent, LatentsDB
+from saefast.latents.steps import Advance, nothing
 
 SAEDASHBOARD = "saedashboard"
 _EMPTY = (
@@ -39,7 +39,7 @@ def write_saedashboard(
     out: str | Path,
     latents: Sequence[int],
     names: Names,
-    advance: Advance = lambda n: None,
+    advance: Advance = nothing,
 ) -> int:
     """Writes batch-0.json and on, 128 latents in each, and skipped_indexes.json with all latents that are in none.
 

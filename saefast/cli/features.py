@@ -14,7 +14,6 @@ import tyro
 
 from saefast.analysis.delphi import DELPHI
 from saefast.analysis.evaluation import load_finished, run_source
-from saefast.analysis.excerpts import Advance
 from saefast.analysis.export_folder import check_place
 from saefast.analysis.export_names import Names
 from saefast.analysis.exports import Kind, export, parse_latents, telling
@@ -36,7 +35,7 @@ from saefast.latents import facts
 from saefast.latents.build import ROWS, build_latents
 from saefast.latents.database import LatentsDB
 from saefast.latents.schema import LATENTS_DB
-from saefast.latents.steps import Shares
+from saefast.latents.steps import Advance, Shares, nothing
 from saefast.metrics.streaming import Sparsity
 from saefast.training.residual import Stack, stack_of
 
@@ -266,7 +265,7 @@ def _bar() -> Iterator[Shares | None]:
 def _counted(export: Kind, n_latents: int | None) -> Iterator[Advance]:
     """Counts what an export has done, on stderr, where a person watches. delphi's goes by rows, and is soon done."""
     if not watched():
-        yield lambda n: None
+        yield nothing
         return
     from tqdm import tqdm
 

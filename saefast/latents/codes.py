@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from saefast.latents.spool import Advance, Spool, nothing
+from saefast.latents.spool import Spool
+from saefast.latents.steps import Advance, nothing
 
 # Entries sorted at a time.
 _AT_A_TIME = 1 << 21

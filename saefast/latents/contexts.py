@@ -11,7 +11,8 @@ from saefast.data.mapped_source import MappedSource
 from saefast.harvest.token_text import Texts
 from saefast.latents.near_duplicates import Words, leaders
 from saefast.latents.sentences import cut
-from saefast.latents.spool import Advance, Spool, nothing
+from saefast.latents.spool import Spool
+from saefast.latents.steps import Advance, nothing
 
 # Sequences written at a time.
 _AT_A_TIME = 256

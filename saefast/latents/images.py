@@ -21,7 +21,8 @@ from saefast.harvest.image_folder import image_of, processed, tensors_of
 from saefast.harvest.items import Unreadable
 from saefast.harvest.language_models import load_processor
 from saefast.harvest.workers import in_order, workers_for
-from saefast.latents.spool import Advance, Spool, nothing
+from saefast.latents.spool import Spool
+from saefast.latents.steps import Advance, nothing
 
 # The longest side of an image, in pixels, and how many images are kept at most: those of the strongest examples.
 LONGEST, MOST = 224, 20_000

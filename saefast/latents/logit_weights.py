@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from saefast import ambient
 from saefast.errors import InputError
 from saefast.harvest.language_models import CAUSAL, unwrapped
-from saefast.latents.products import ROWS, Advance, Products, nothing, unit_rows
+from saefast.latents.products import ROWS, Products, unit_rows
+from saefast.latents.steps import Advance, nothing
 from saefast.models.sae import SAE
 
 # How large the inputs are that a norm is tried with: what it adds under the root is nothing beside their squares.

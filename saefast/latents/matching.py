@@ -13,7 +13,8 @@ from saefast import ambient
 from saefast.errors import InputError
 from saefast.files import replacing
 from saefast.latents.matched import VERSION, Matched, path_of
-from saefast.latents.products import ROWS, Advance, Products, nothing, unit_rows
+from saefast.latents.products import ROWS, Products, unit_rows
+from saefast.latents.steps import Advance, nothing
 
 # Random rows that a control is made of: as many say to a third of a percent what share of them reaches a cosine.
 CONTROL_ROWS = 1000

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from saefast import ambient
 from saefast.errors import InputError
-from saefast.latents.products import ROWS, Advance, Products, nothing, unit_rows
+from saefast.latents.products import ROWS, Products, unit_rows
+from saefast.latents.steps import Advance, nothing
 
 
 @ambient.plainly(grad=False)

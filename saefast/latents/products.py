@@ -3,8 +3,6 @@
 Neighbours, logit weights and matches are all of this kind.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -14,16 +12,10 @@ from saefast.ops.mixed import pays_off
 from saefast.ops.reference import stable_topk
 from saefast.ops.sddmm import sddmm
 
-# How much more is done: latents.
-Advance = Callable[[int], None]
 # Rows taken at a time: a second or two of work on two cores, so that a bar moves and Ctrl-C is answered.
 ROWS = 2048
 # Candidates beside those asked for. The first 32 of many cost bf16 products no more than the first 10.
 _SPARE = 24
-
-
-def nothing(n: int) -> None:
-    """An `advance` that shows nothing."""
 
 
 class Products:

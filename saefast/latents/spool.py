@@ -5,7 +5,7 @@ is asked for.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from saefast import ambient
 from saefast.data.mapped_source import Located
 from saefast.data.source import first_bad_row
 from saefast.errors import InputError
+from saefast.latents.steps import Advance, nothing
 from saefast.models.sae import SAE
 
-Advance = Callable[[int], None]
 # Entries in memory where they are sorted by latent and then by token: about 100 bytes each while that is done.
 MOST_ENTRIES = 1 << 23
 # Latents looked at together, because what is found of each is in memory as well.
@@ -30,10 +30,6 @@ MOST_LATENTS = 1 << 14
 # Entries looked through at a time for those of a range of latents.
 _AT_A_TIME = 1 << 21
 _LONGEST = np.iinfo(np.uint16).max
-
-
-def nothing(_n: int) -> None:
-    """An `advance` for those who wait without looking."""
 
 
 class Entries(NamedTuple):

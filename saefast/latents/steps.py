@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Mapping
 
-from saefast.latents.spool import Advance
-
+# Is told how much more is done: rows, or latents.
+Advance = Callable[[int], None]
 # Is told the step under way, and the share of all work that is done, from 0 to 1.
 Shares = Callable[[str, float], None]
+
+
+def nothing(_n: int) -> None:
+    """An `advance` for those who wait without looking."""
 
 
 class Steps:

@@ -1,11 +1,10 @@
 """Pages that need no server, opened from the disk in a real browser: searched, walked, attacked by their own texts."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Faults, launched, pages
+from browsing import Faults, pages
 from latents_db import make_db
 from odd_latents import HOSTILE, attack
 
@@ -13,19 +12,6 @@ from saefast.analysis.page import shown, write_features, write_page
 from saefast.latents.database import LatentsDB
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as found:
-        yield found
-
-
-@pytest.fixture
-def faults() -> Iterator[Faults]:
-    found = Faults()
-    yield found
-    assert not found, "\n".join(found)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """docs/explorer.md runs as it is written, on a small run, and names what is there."""
 
-import os
 import re
 import shlex
 from itertools import pairwise
@@ -8,14 +7,11 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import tiny_models
+from harvested_runs import harvested, save
 
 from saefast.analysis.exports import Kind
 from saefast.cli import main as cli
-from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.latents.sentences import LONGEST
-from saefast.models.config import SAEConfig
-from saefast.models.sae import SAE
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = (DOCS / "explorer.md").read_text(encoding="utf-8")
@@ -26,17 +22,8 @@ COMMANDS = [shlex.split(line, comments=True) for kind, text in BLOCKS if not kin
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with runs/first, whose latents are as many as the page speaks of."""
-    folder = tmp_path_factory.mktemp("page")
-    tiny_models.model("gpt2", head=True).save_pretrained(folder / "model")
-    tiny_models.tokenizer(special=False).save_pretrained(folder / "model")
-    config = HarvestConfig(
-        model=str(folder / "model"), hooks=("layers.1",), ctx_len=24, dtype="float32", heldout=0.2, device="cpu"
-    )
-    harvest(folder / "acts", config, text=tiny_models.documents(40), progress=False)
-    run = folder / "runs" / "first"
-    kept = {"path": os.path.relpath(folder / "acts", run), "hook": None, "key": None, "heldout": 0.2}
-    metadata = {"data": kept | {"shuffle": "mapped"}, "hook_name": "layers.1", "model_name": "tiny"}
-    SAE(SAEConfig(d_in=16, n_latents=8200, k=16, metadata=metadata), seed=0).save(run)
+    folder = harvested(tmp_path_factory.mktemp("page"))
+    save(folder / "runs" / "first", folder / "acts", n_latents=8200, k=16)
     return folder
 
 

@@ -1,7 +1,6 @@
 """`saefast features` from the command line: what is there is used, what is not is made, and nothing is half done."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import harvested_runs
 import numpy as np
 import pytest
 import tiny_models
@@ -18,10 +18,7 @@ from safetensors.torch import load_file
 
 from saefast import formats
 from saefast.cli import main as cli
-from saefast.harvest.to_disk import HarvestConfig, harvest
 from saefast.latents.database import LatentsDB
-from saefast.models.config import SAEConfig
-from saefast.models.sae import SAE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Run = Callable[..., tuple[int, str, str]]
@@ -47,27 +44,12 @@ def pictured(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model, a folder, and acts, a harvest of it."""
-    folder = tmp_path_factory.mktemp("harvested")
-    tiny_models.model("gpt2", head=True).save_pretrained(folder / "model")
-    tiny_models.tokenizer(special=False).save_pretrained(folder / "model")
-    config = HarvestConfig(
-        model=str(folder / "model"), hooks=("layers.1",), ctx_len=24, dtype="float32", heldout=0.2, device="cpu"
-    )
-    harvest(folder / "acts", config, text=tiny_models.documents(40), progress=False)
-    return folder
-
-
-def save(folder: Path, data: Path, seed: int = 0) -> Path:
-    """A finished run."""
-    kept = {"path": os.path.relpath(data, folder), "hook": None, "key": None, "heldout": 0.2, "shuffle": "mapped"}
-    metadata = {"data": kept, "hook_name": "layers.1", "model_name": "tiny"}
-    SAE(SAEConfig(d_in=16, n_latents=40, k=4, metadata=metadata), seed=seed).save(folder)
-    return folder
+    return harvested_runs.harvested(tmp_path_factory.mktemp("harvested"))
 
 
 @pytest.fixture
 def saved(harvested: Path, tmp_path: Path) -> Path:
-    return save(tmp_path / "run", harvested / "acts")
+    return harvested_runs.save(tmp_path / "run", harvested / "acts")
 
 
 def test_what_is_there_is_used(pictured: Run, saved: Path) -> None:
@@ -94,7 +76,7 @@ def test_how_often_latents_fire_is_left_for_steering(run: Run, saved: Path) -> N
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda run, acts: save(run, acts, seed=1), "the SAE has other weights now"),
+        (lambda run, acts: harvested_runs.save(run, acts, seed=1), "the SAE has other weights now"),
         (lambda run, acts: (run / "latents.db").write_bytes(b"damage" * 100), "is damaged"),
     ],
 )
@@ -207,7 +189,7 @@ def test_a_model_that_is_gone_is_done_without(run: Run, harvested: Path, tmp_pat
         other.transformer.wte.weight += 1
     other.save_pretrained(harvested / "model")
     try:
-        folder = save(tmp_path / "run", tmp_path / "moved" / "acts")
+        folder = harvested_runs.save(tmp_path / "run", tmp_path / "moved" / "acts")
         code, _, err = run(folder)
         assert code == 0
         assert err.startswith("saefast: warning: latents are described without the model: ")

@@ -9,23 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import Faults, Open, explored, launched, pages
+from browsing import Faults, Open, explored, pages
 from made_up_run import make_run
-
-
-# For a file and no longer: while playwright is open, no other test in its process may run an event loop.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with launched() as found:
-        yield found
-
-
-@pytest.fixture
-def faults() -> Iterator[Faults]:
-    """What goes wrong on pages that are opened with it fails the test in the end."""
-    found = Faults()
-    yield found
-    assert not found, "\n".join(found)
 
 
 @pytest.fixture(scope="module")

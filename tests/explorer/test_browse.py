@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 
 pytest.importorskip("starlette")
-from explorer_client import client, explorer_of
+from explorer_client import client, explorer_of, page
 from starlette.testclient import TestClient
 
 from saefast.explorer.listing import ROWS, SHOWN, SORTS, SPANS, Listing
@@ -32,12 +32,6 @@ def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:
 @pytest.fixture(scope="module")
 def visitor(explorer: Explorer) -> TestClient:
     return client(explorer)
-
-
-def page(visitor: TestClient, address: str) -> str:
-    answer = visitor.get(address)
-    assert answer.status_code == 200, answer.text
-    return answer.text
 
 
 def shown(text: str) -> list[int]:

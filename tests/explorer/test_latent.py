@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("starlette")
-from explorer_client import HOME, client, explorer_of, from_our_page, stranger
+from explorer_client import HOME, client, explorer_of, from_our_page, page, stranger
 from starlette.testclient import TestClient
 
 from saefast.explorer.guard import FORM_KEY
@@ -34,12 +34,6 @@ def explorer(tmp_path_factory: pytest.TempPathFactory) -> Explorer:
 @pytest.fixture(scope="module")
 def visitor(explorer: Explorer) -> TestClient:
     return client(explorer)
-
-
-def page(visitor: TestClient, address: str) -> str:
-    answer = visitor.get(address)
-    assert answer.status_code == 200, answer.text
-    return answer.text
 
 
 def plain(markup: str) -> str:

@@ -135,3 +135,13 @@ def test_a_file_whose_contents_were_altered_is_refused_in_a_line(tmp_path: Path)
             connection.execute(change)
         with pytest.raises(InputError, match=r"latents\.db is damaged \(.*\): saefast features makes it anew"):
             read(LatentsDB(path))
+
+
+def test_an_error_that_quotes_broken_bytes_is_told_in_a_line_as_well(tmp_path: Path) -> None:
+    path = make_db(tmp_path)
+    whole = path.read_bytes()
+    broken = whole.replace(b"CREATE TABLE histograms (", b"CREATE TABLE histograms \xdc", 1)
+    assert broken != whole
+    path.write_bytes(broken)
+    with pytest.raises(InputError, match=r"latents\.db .*(damaged|cannot be read)"):
+        LatentsDB(path)
